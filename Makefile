@@ -1,0 +1,38 @@
+# make demo    learn the mixture of the embedded example on two CPU ranks
+# make test    run the tests              make checks   lint and types
+# make bench   run the benchmarks         make clean    remove what make made
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test checks lint types bench clean environment
+environment: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: environment
+	$(BIN)/python examples/demo/run.py --output demo-run
+
+test: environment
+	$(BIN)/python -m pytest --durations=15
+
+checks: lint types
+
+lint: environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: environment
+	$(BIN)/mypy
+
+bench: environment
+	$(BIN)/python benchmarks/step_cost.py
+
+clean:
+	rm -rf $(VENV) demo-run *.egg-info .mypy_cache .ruff_cache .hypothesis

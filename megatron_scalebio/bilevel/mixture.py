@@ -1,0 +1,96 @@
+"""The mixture p = softmax(λ): its state, its two ways to step, and the weights it reports.
+
+`eg`, exponentiated gradient (mirror descent on the simplex, Kivinen & Warmuth 1997), moves the
+logits by the hypergradient in units of its own usual size:
+
+    v ← β v + (1 − β) Σ_i p_i g_i²        (g less its mean under p)
+    λ_i −= lr · g_i / √(v / (1 − βᵗ))
+
+A step moves p a Fisher distance of about lr, whatever α, the loss or the models' learning rate. v
+is one number for all sources: unlike Adam's, it does not blow the vanishing gradient of a small
+source up to full-size moves, and noise around the answer stays noise.
+
+`adamw` reproduces the published setting, AdamW on λ with gradient Jᵀ g. It does blow it up, so the
+schedule and not convergence decides where it ends.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_scalebio.bilevel.confidence import TrajectoryBlocks
+from megatron_scalebio.bilevel.objective import logits_gradient, mixture_probs
+
+# A source never falls below this share of a uniform weight: it can still come back.
+LEAST_SHARE = 1e-4
+SIZE_DECAY = 0.99  # β: the hypergradient's size is known from about its last 100 steps
+
+
+class Mixture:
+    """The weights of S sources while they are learned. Same on every rank, float64 on the CPU.
+
+    Args:
+        initial_S: starting weights, normalised here.
+        optimizer: "eg" or "adamw".
+    """
+
+    def __init__(self, initial_S: list[float], optimizer: str) -> None:
+        weights_S = torch.tensor(initial_S, dtype=torch.float64)
+        self.initial_S = weights_S / weights_S.sum()
+        self.logits_S = self.initial_S.log()
+        self.trajectory = TrajectoryBlocks(len(initial_S))
+        self.steps = 0
+        self.mean_square = 0.0  # v
+        self._adamw = None
+        if optimizer == "adamw":
+            self.logits_S.requires_grad_()
+            self._adamw = torch.optim.AdamW([self.logits_S], weight_decay=0.0)
+
+    @property
+    def probs_S(self) -> torch.Tensor:
+        return mixture_probs(self.logits_S.detach())
+
+    def step(self, hypergradient_S: torch.Tensor, lr: float) -> float:
+        """Moves λ by one hypergradient and returns the norm of Jᵀ g."""
+        gradient_S = logits_gradient(hypergradient_S, self.probs_S)
+        with torch.no_grad():
+            self.steps += 1
+            if self._adamw is None:
+                self.logits_S -= lr * hypergradient_S / self._usual_size(hypergradient_S)
+                least = LEAST_SHARE / len(self.logits_S)
+                self.logits_S.copy_(self.probs_S.clamp_min(least).log())
+            else:
+                self.logits_S.grad = gradient_S
+                self._adamw.param_groups[0]["lr"] = lr
+                self._adamw.step()
+        self.trajectory.append(self.probs_S)
+        return float(gradient_S.norm())
+
+    def _usual_size(self, hypergradient_S: torch.Tensor) -> float:
+        square = float((self.probs_S * hypergradient_S.square()).sum())
+        self.mean_square = SIZE_DECAY * self.mean_square + (1 - SIZE_DECAY) * square
+        # Zero while u is still equal to w: then the hypergradient is zero too.
+        return math.sqrt(self.mean_square / (1 - SIZE_DECAY**self.steps)) or 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "logits": self.logits_S.detach().clone(),
+            "initial": self.initial_S,
+            "steps": self.steps,
+            "mean_square": self.mean_square,
+            "trajectory": self.trajectory.state_dict(),
+            "adamw": self._adamw.state_dict()["state"] if self._adamw else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.logits_S.copy_(state["logits"])
+        self.initial_S = state["initial"]
+        self.steps, self.mean_square = state["steps"], state["mean_square"]
+        self.trajectory.load_state_dict(state["trajectory"])
+        if self._adamw and state["adamw"]:
+            groups = self._adamw.state_dict()["param_groups"]
+            self._adamw.load_state_dict({"state": state["adamw"], "param_groups": groups})

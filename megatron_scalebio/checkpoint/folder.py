@@ -1,0 +1,111 @@
+"""The checkpoint folder: names, atomic commit, keep-last, choice of the newest whole checkpoint.
+
+    SAVE/latest_checkpointed_iteration.txt
+    SAVE/iter_0000100/          w and the run's common state: an ordinary Megatron checkpoint
+    SAVE/iter_0000100/bilevel/  u where it differs from w, and both optimizers
+
+A checkpoint is written under a temporary name and renamed when whole, so a crash at any time
+leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_scalebio.errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+BILEVEL = "bilevel"
+_METADATA_MODULES = {
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.planner",
+}
+_METADATA_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    *(("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "uint8", "int64")),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads `.metadata` of a distributed checkpoint; refuses all but its own plain classes."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _METADATA_NAMES or (module in _METADATA_MODULES and "." not in name):
+            return super().find_class(module, name)
+        raise UserError(
+            f"refers to {module}.{name}, which a checkpoint may not run",
+            where=".metadata",
+            mend="use a checkpoint from a source you trust",
+        )
+
+
+def iteration_folder(save: Path, step: int) -> Path:
+    return save / f"iter_{step:07d}"
+
+
+def temporary_folder(save: Path, step: int) -> Path:
+    return save / f"iter_{step:07d}.incomplete"
+
+
+def steps_on_disk(save: Path) -> list[int]:
+    """Steps of the committed checkpoints, ascending."""
+    names = (re.fullmatch(r"iter_(\d+)", path.name) for path in save.glob("iter_*"))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def commit(save: Path, step: int, keep_last: int) -> None:
+    """Gives a whole checkpoint its name, points the tracker to it, drops the oldest ones."""
+    final = iteration_folder(save, step)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary_folder(save, step).rename(final)
+    tracker = save / (TRACKER + ".tmp")
+    tracker.write_text(str(step))
+    tracker.rename(save / TRACKER)
+    for old in steps_on_disk(save)[:-keep_last]:
+        if old != step:
+            shutil.rmtree(iteration_folder(save, old), ignore_errors=True)
+
+
+def newest_whole(save: Path) -> tuple[int | None, list[str]]:
+    """The newest checkpoint that is not damaged, and what is wrong with newer ones.
+
+    Returns:
+        (step or None, one line for each damaged checkpoint that was passed over)
+    """
+    problems: list[str] = []
+    for step in reversed(steps_on_disk(save)):
+        folder = iteration_folder(save, step)
+        problem = damage(folder) or damage(folder / BILEVEL)
+        if not problem:
+            return step, problems
+        problems.append(problem)
+    return None, problems
+
+
+def damage(folder: Path) -> str:
+    """What is missing or cut short in a distributed checkpoint folder; "" if nothing.
+
+    Raises:
+        UserError: if its metadata names code that a checkpoint has no business to name.
+    """
+    for name in ("metadata.json", "common.pt", ".metadata"):
+        if not (folder / name).is_file():
+            return f"{folder}: lacks {name}"
+    try:
+        with (folder / ".metadata").open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
+        return f"{folder}/.metadata: unreadable ({error})"
+    for info in metadata.storage_data.values():
+        path = folder / info.relative_path
+        size = path.stat().st_size if path.is_file() else -1
+        if size < info.offset + info.length:
+            return f"{path}: " + ("missing" if size < 0 else f"cut short at {size} bytes")
+    return ""

@@ -1,0 +1,54 @@
+"""The `megatron-scalebio` command: one subcommand a stage, one line and exit code 2 for mistakes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import warnings
+
+from megatron_scalebio import __version__
+from megatron_scalebio.errors import EXIT_USER_ERROR, UserError
+
+# Imported when used: `report` must not wait for Megatron.
+COMMANDS = {
+    "prepare": ("megatron_scalebio.data.prepare_cli", "tokenize JSON/JSONL into sources"),
+    "reweight": ("megatron_scalebio.train.reweight", "learn the mixture"),
+    "report": ("megatron_scalebio.report.html", "write the HTML report of a run"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="megatron-scalebio",
+        description="Learns data mixtures for large-model training by bilevel optimization.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    asked = next((word for word in argv if word in COMMANDS), None)
+    for name, (module, help_text) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help_text, allow_abbrev=False)
+        if name == asked:
+            stage = importlib.import_module(module)
+            stage.add_arguments(sub)
+            sub.set_defaults(run=stage.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+            print(f"megatron-scalebio: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        logging.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

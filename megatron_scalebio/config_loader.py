@@ -1,0 +1,190 @@
+"""Fills `config.Config` from defaults < YAML file < command-line flags, and writes it back.
+
+Both ways in share one converter, so a flag and a YAML value are checked and refused alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_scalebio.config import SECTIONS, Config, SourceConfig, ValidationConfig
+from megatron_scalebio.errors import UserError
+
+
+def load_config(path: str | None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
+    """Reads a YAML file (None: defaults only) and lays section-wise overrides over it.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown key (with the nearest known one),
+            or a value of the wrong type.
+    """
+    tree = _read_yaml(path) if path else {}
+    where = path or "command line"
+    _check_keys(tree, SECTIONS, where)
+    sections = {}
+    for name, section in SECTIONS.items():
+        values = tree.get(name) or {}
+        if not isinstance(values, dict):
+            raise UserError(f"{values!r} is not a mapping", where=f"{where}: {name}")
+        cls = typing.get_type_hints(Config)[section.name]
+        merged = {**values, **(overrides or {}).get(name, {})}
+        sections[name] = _build(cls, merged, f"{where}: {name}")
+    return Config(**sections)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved configuration as YAML that `load_config` reads back unchanged."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    temporary.rename(path)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(error.strerror or str(error), where=path, mend="check --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "is not text"
+        raise UserError(f"not valid YAML: {problem}", where=f"{path}{line}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError("must be a mapping of sections", where=path, mend=", ".join(SECTIONS))
+    return tree
+
+
+def _check_keys(values: dict[str, Any], known: Iterable[str], where: str) -> None:
+    known = list(known)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"unknown key {key!r}", where=where, mend=mend)
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    _check_keys(values, hints, where)
+    converted = {k: _convert(v, hints[k], f"{where}.{k}") for k, v in values.items()}
+    for spec in fields(cls):
+        required = spec.default is MISSING and spec.default_factory is MISSING
+        if required and spec.name not in converted:
+            raise UserError(f"{spec.name} is missing", where=where)
+    return cls(**converted)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Checks one value against its type; ints pass for floats, '1e-4' (a YAML string) as float."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise UserError(
+                f"{value!r} is not a choice", where=where, mend=f"choose from {', '.join(args)}"
+            )
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise UserError(f"{value!r} is not a list", where=where)
+        return [_convert(item, args[0], f"{where}[{n}]") for n, item in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{value!r} is not a mapping", where=where)
+        return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    if is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{value!r} is not a mapping", where=where)
+        return _build(typing.cast(type, hint), value, where)
+    return _convert_scalar(value, hint, where)
+
+
+def _convert_scalar(value: Any, hint: type, where: str) -> Any:
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{value!r} is not of type {hint.__name__}", where=where)
+
+
+class _NamedPaths(argparse.Action):
+    """Collects `NAME=PATH` words into the dictionaries that YAML would have held."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        entries = []
+        for word in values:
+            name, equals, rest = word.partition("=")
+            if not equals or not name or not rest:
+                parser.error(f"argument {option}: {word!r} is not NAME=PATH")
+            entries.append({"name": name, "path": rest})
+        setattr(namespace, self.dest, entries)
+
+
+class _NamedWeights(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        weights = {}
+        for word in values:
+            name, _, number = word.rpartition("=")
+            try:
+                weights[name] = float(number)
+            except ValueError:
+                parser.error(f"argument {option}: {word!r} is not NAME=WEIGHT")
+        setattr(namespace, self.dest, weights)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag per configuration field, grouped by section; unset flags leave no trace."""
+    parser.add_argument("--config", help="YAML file with the sections " + ", ".join(SECTIONS))
+    for name, section in SECTIONS.items():
+        cls = typing.get_type_hints(Config)[section.name]
+        group = parser.add_argument_group(name)
+        hints = typing.get_type_hints(cls)
+        for spec in fields(cls):
+            flag = "--" + spec.name.replace("_", "-")
+            help_text = spec.metadata["help"].replace("%", "%%")
+            keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text}
+            keywords["dest"] = f"{name}.{spec.name}"
+            keywords.update(_flag_type(hints[spec.name]))
+            group.add_argument(flag, **keywords)
+
+
+def _flag_type(hint: Any) -> dict[str, Any]:
+    args = [a for a in typing.get_args(hint) if a is not type(None)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint, args = args[0], list(typing.get_args(args[0]))
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is typing.Literal:
+        return {"choices": args}
+    if args and args[0] in (SourceConfig, ValidationConfig):
+        return {"action": _NamedPaths, "nargs": "+", "metavar": "NAME=PATH"}
+    if typing.get_origin(hint) is dict:
+        return {"action": _NamedWeights, "nargs": "+", "metavar": "NAME=WEIGHT"}
+    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
+
+
+def config_from_args(args: argparse.Namespace) -> Config:
+    """The configuration that the parsed flags of `add_arguments` describe."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for dest, value in vars(args).items():
+        section, dot, key = dest.partition(".")
+        if dot:
+            overrides.setdefault(section, {})[key] = value
+    return load_config(getattr(args, "config", None), overrides)

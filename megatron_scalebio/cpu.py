@@ -1,0 +1,76 @@
+"""Lets Megatron-Core 0.16 run on CPU + gloo. The only file that knows it assumes CUDA.
+
+Megatron-Core asks for `torch.cuda.current_device()`, writes `device="cuda"` literally in factory
+calls, keeps CUDA random states and checks `tensor.type()` for "torch.cuda.". `adapt()` answers
+each of these for a machine without CUDA, and refuses to act where CUDA is present.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint")
+_adapted = False
+
+
+def adapt() -> None:
+    """Adapts torch once. Call before Megatron-Core builds anything."""
+    global _adapted
+    assert not torch.cuda.is_available(), "cpu.adapt() is for machines without CUDA"
+    if _adapted:
+        return
+    _adapted = True
+    _adapt_devices()
+    _adapt_random_states()
+
+
+def _adapt_devices() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    for name in ("synchronize", "set_device", "empty_cache"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.type = _cuda_type_names(tensor.type)
+    cuda.FloatTensor = torch.FloatTensor
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _cuda_type_names(type_of: Callable[..., Any]) -> Callable[..., Any]:
+    """The optimizers accept parameters by the type name 'torch.cuda.FloatTensor'."""
+
+    @functools.wraps(type_of)
+    def name_or_cast(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_of(self, *args, **kwargs)
+        if isinstance(answer, str) and not answer.startswith("torch.cuda."):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    return name_or_cast
+
+
+def _adapt_random_states() -> None:
+    """Megatron's CUDA generators become torch's one CPU generator."""
+    cuda: Any = torch.cuda
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

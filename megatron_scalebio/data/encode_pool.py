@@ -1,0 +1,219 @@
+"""Tokenizing batches of records, in this process or in several, in order.
+
+Workers are spawned, not forked: a fork of a process that has threads (tokenizers, progress bar)
+can deadlock. At most a few batches a worker are under way, so a slow writer holds the reader back.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_scalebio.data.dialogue import ExampleEncoder
+from megatron_scalebio.data.formats import Dialogue, Text, parse_record
+from megatron_scalebio.data.records import Record
+from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_scalebio.errors import UserError
+
+_BATCHES_A_WORKER = 3
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What a worker needs; the fields are those of ``PrepareConfig``.
+
+    ``max_tokens`` is the longest example in tokens (``seq_length`` + 1), or None for no limit.
+    """
+
+    tokenizer: str
+    chat_template: str | None = None
+    train_on_prompt: bool = False
+    append_eod: bool = True
+    max_tokens: int | None = None
+    too_long: str | None = None
+    text_key: str = "text"
+
+
+class Batch(NamedTuple):
+    """Records of one file; ``bytes_done`` of the source had been read behind the last one."""
+
+    path: str
+    format: str
+    records: list[Record]
+    bytes_done: int
+
+
+class EncodedBatch(NamedTuple):
+    """Examples laid end to end.
+
+    tokens: int32 [sum(lengths)]; mask: uint8 of the same shape, 1 = to be predicted;
+    dropped: records by reason; truncated: records that lost their tail.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    lengths: list[int]
+    dropped: dict[str, int]
+    truncated: int
+
+
+class EncodePool:
+    """Encodes batches with ``workers`` processes; with one, in this process."""
+
+    def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer, workers: int) -> None:
+        self._settings = settings
+        self._workers = workers
+        self._encoder = _encoder(settings, tokenizer)
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> EncodePool:
+        if self._workers > 1:
+            self._pool = ProcessPoolExecutor(
+                self._workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(self._settings,),
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, EncodedBatch]]:
+        """Each batch with its encoding, in order."""
+        if self._pool is None:
+            for batch in batches:
+                yield batch, encode_batch(batch, self._encoder, self._settings)
+            return
+        under_way: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
+        try:
+            for batch in batches:
+                under_way.append((batch, self._pool.submit(_encode_in_worker, batch)))
+                if len(under_way) >= _BATCHES_A_WORKER * self._workers:
+                    done, future = under_way.popleft()
+                    yield done, future.result()
+            while under_way:
+                done, future = under_way.popleft()
+                yield done, future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process died, perhaps for lack of memory",
+                where="--workers",
+                mend="use fewer",
+            ) from error
+
+
+def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings) -> EncodedBatch:
+    """Parses, tokenizes and cuts the records of a batch."""
+    tokens: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    dropped: Counter[str] = Counter()
+    truncated = 0
+    for line, value in batch.records:
+        where = f"{batch.path}:{line}"
+        example = parse_record(value, batch.format, where, settings.text_key)
+        if _is_empty(example):
+            dropped["empty"] += 1
+            continue
+        ids, mask = encoder.encode(example, where)
+        if not ids:
+            dropped["no_target"] += 1
+            continue
+        how = settings.too_long or ("split" if isinstance(example, Text) else "truncate")
+        pieces = cut(
+            np.asarray(ids, np.int32), np.asarray(mask, np.uint8), settings.max_tokens, how
+        )
+        if not pieces:
+            dropped["too_long"] += 1
+            continue
+        truncated += how == "truncate" and len(pieces[0][0]) < len(ids)
+        tokens += [piece for piece, _ in pieces]
+        masks += [piece for _, piece in pieces]
+    return EncodedBatch(
+        np.concatenate([np.empty(0, np.int32), *tokens]),
+        np.concatenate([np.empty(0, np.uint8), *masks]),
+        [len(piece) for piece in tokens],
+        dict(dropped),
+        truncated,
+    )
+
+
+def cut(
+    ids: np.ndarray, mask: np.ndarray, max_tokens: int | None, how: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Cuts an example to pieces of at most ``max_tokens``, each with a target as its last token.
+
+    Args:
+        ids: int32 [tokens]. mask: uint8 [tokens]; its first entry is 0.
+        how: ``truncate`` keeps the head, ``drop`` nothing, ``split`` all. Pieces of a split
+            overlap by one token: it is a target at the end of one, context at the head of the next.
+    """
+    if max_tokens is None or len(ids) <= max_tokens:
+        return [(ids, mask)]
+    if how == "drop":
+        return []
+    stop = 1 if how == "truncate" else len(ids) - 1
+    pieces = []
+    for start in range(0, stop, max_tokens - 1):
+        piece = mask[start : start + max_tokens].copy()
+        piece[0] = 0
+        targets = np.flatnonzero(piece)
+        if len(targets):
+            end = targets[-1] + 1
+            pieces.append((ids[start : start + end], piece[:end]))
+    return pieces
+
+
+def _is_empty(example: Text | Dialogue) -> bool:
+    if isinstance(example, Text):
+        return not example.text.strip()
+    return not any(content.strip() for _, content in example.messages)
+
+
+def _encoder(settings: EncodeSettings, tokenizer: Tokenizer) -> ExampleEncoder:
+    return ExampleEncoder(
+        tokenizer,
+        train_on_prompt=settings.train_on_prompt,
+        append_eod=settings.append_eod,
+    )
+
+
+_worker: tuple[ExampleEncoder, EncodeSettings] | None = None
+
+
+def _start_worker(settings: EncodeSettings) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    tokenizer = load_tokenizer(settings.tokenizer, chat_template=settings.chat_template)
+    _worker = (_encoder(settings, tokenizer), settings)
+
+
+def _exit_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """Ends this worker when its parent is killed; it would wait for work for ever."""
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(batch: Batch) -> EncodedBatch:
+    assert _worker is not None
+    return encode_batch(batch, *_worker)

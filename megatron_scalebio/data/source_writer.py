@@ -1,0 +1,153 @@
+"""Writes prepared sources, so that only complete ones are ever seen under their names.
+
+<out>/<name>/tokens.bin|.idx     Megatron IndexedDataset: sequence = document = example
+<out>/<name>/loss_mask.bin|.idx  the same shape in uint8; 1 = this token is to be predicted
+<out>/<name>/source.json         what is in them and where it came from; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from megatron_scalebio.errors import UserError
+
+FORMAT_VERSION = 1
+SOURCE_FILE = "source.json"
+TOKENS = "tokens"
+LOSS_MASK = "loss_mask"
+
+
+class SourceWriter:
+    """Appends examples to one source directory. Memory: 8 bytes an example for its index."""
+
+    def __init__(self, directory: Path, vocab_size: int) -> None:
+        with warnings.catch_warnings():
+            # Megatron warns at import that Transformer Engine and Apex are absent; neither
+            # matters for writing an index.
+            warnings.simplefilter("ignore")
+            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        directory.mkdir(parents=True)
+        self._directory = directory
+        self._builders: dict[str, Any] = {}
+        self._digests = {}
+        for part, dtype in ((TOKENS, DType.optimal_dtype(vocab_size)), (LOSS_MASK, np.uint8)):
+            builder = IndexedDatasetBuilder(str(directory / f"{part}.bin"), dtype=dtype)
+            builder.sequence_lengths = array("i")  # a list would take 36 bytes an example
+            self._builders[part] = builder
+            self._digests[part] = hashlib.sha256()
+        self._digests["lengths"] = hashlib.sha256()
+        self.examples = 0
+        self.tokens = 0
+        self.target_tokens = 0
+
+    def add(self, tokens: np.ndarray, mask: np.ndarray, lengths: Sequence[int]) -> None:
+        """Appends examples laid end to end: tokens [sum(lengths)], mask of the same shape."""
+        assert len(tokens) == len(mask) == sum(lengths)
+        for part, values in ((TOKENS, tokens), (LOSS_MASK, mask)):
+            self._builders[part].add_document(values, lengths)
+            self._digests[part].update(values.tobytes())
+        self._digests["lengths"].update(np.asarray(lengths, dtype=np.int32).tobytes())
+        self.examples += len(lengths)
+        self.tokens += len(tokens)
+        self.target_tokens += int(mask.sum())
+
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Writes the indices and ``source.json``; returns what it holds.
+
+        The fingerprint is that of the examples and the tokenizer, not of paths or options.
+        """
+        for part, builder in self._builders.items():
+            # One document an example; add_document counted one a call.
+            builder.document_indices = range(self.examples + 1)
+            builder.finalize(str(self._directory / f"{part}.idx"))
+        fingerprint = hashlib.sha256(facts["tokenizer"]["fingerprint"].encode())
+        for digest in self._digests.values():
+            fingerprint.update(digest.digest())
+        source = {
+            "format_version": FORMAT_VERSION,
+            "name": facts["name"],
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "target_tokens": self.target_tokens,
+            **facts,
+            "fingerprint": fingerprint.hexdigest(),
+        }
+        text = json.dumps(source, indent=2, ensure_ascii=False) + "\n"
+        (self._directory / SOURCE_FILE).write_text(text, encoding="utf-8")
+        return source
+
+    def abandon(self) -> None:
+        """Closes the open files of a source that will not be finished."""
+        for builder in self._builders.values():
+            builder.data_file.close()
+
+
+class Staging:
+    """A hidden directory inside ``out`` whose entries are renamed into ``out`` all at the end.
+
+    As a context manager it removes itself, and ``out`` too if it was made for nothing.
+    """
+
+    def __init__(self, out: Path, names: Sequence[str], *, overwrite: bool) -> None:
+        self.out = out
+        self.names = list(names)
+        for name in self.names:
+            self._check_target(out / name, overwrite)
+
+    def __enter__(self) -> Staging:
+        self._made_out = not self.out.exists()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.directory = Path(tempfile.mkdtemp(prefix=".prepare-", dir=self.out))
+        return self
+
+    def path(self, name: str) -> Path:
+        return self.directory / "new" / name
+
+    def commit(self) -> None:
+        """Moves every entry to its place; what stood there goes away with the staging."""
+        old = self.directory / "old"
+        old.mkdir()
+        for name in self.names:
+            target = self.out / name
+            if target.exists():
+                os.rename(target, old / name)
+            os.rename(self.path(name), target)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+        if error is not None and self._made_out and not any(self.out.iterdir()):
+            self.out.rmdir()
+
+    @staticmethod
+    def _check_target(target: Path, overwrite: bool) -> None:
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            return
+        if not overwrite:
+            raise UserError(
+                "exists and is not empty", where=str(target), mend="--overwrite replaces it"
+            )
+        if target.is_dir() and not (target / SOURCE_FILE).exists():
+            # It may be the directory of the raw data.
+            raise UserError(
+                f"is no prepared source (it has no {SOURCE_FILE}), so --overwrite leaves it alone",
+                where=str(target),
+                mend="choose another --out or source name",
+            )

@@ -1,0 +1,231 @@
+"""Opens the data that a configuration names: prepared example sets and packed Megatron prefixes.
+
+    FOLDER with source.json       one example per sequence, with a loss mask   (from `prepare`)
+    PREFIX of a .bin/.idx pair    documents packed to seq_length by Megatron's GPTDataset
+
+Both give `len()`, `length(index)` in input tokens, and `example(index)` → (tokens, targets), two
+arrays of one more than the input length: token ids, and 1 where a token is a target.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
+from megatron_scalebio.errors import UserError
+
+Example = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]
+
+
+class Source(Protocol):
+    """A data source or validation set."""
+
+    name: str
+    prefix: str  # path prefix of its .bin/.idx, as Megatron-LM's --data-path takes it
+    tokens: int
+    fingerprint: str  # changes when the data does
+    tokenizer: dict[str, Any] | None  # of prepared sets: type, model, vocab_size, fingerprint
+
+    def __len__(self) -> int: ...
+    def length(self, index: int) -> int: ...
+    def example(self, index: int) -> Example: ...
+
+
+class ExampleSource:
+    """A prepared folder: one example per sequence."""
+
+    def __init__(self, name: str, folder: Path, seq_length: int) -> None:
+        self.name, self.prefix = name, str(folder / "tokens")
+        description = _read_description(folder / "source.json")
+        self.tokenizer = description["tokenizer"]
+        self.fingerprint, self.tokens = description["fingerprint"], description["tokens"]
+        self._tokens = _open_indexed(folder / "tokens")
+        self._mask = _open_indexed(folder / "loss_mask")
+        self._lengths = self._tokens.sequence_lengths
+        if len(self._lengths) != len(self._mask.sequence_lengths):
+            raise UserError(
+                f"tokens has {len(self._lengths)} sequences, loss_mask has "
+                f"{len(self._mask.sequence_lengths)}",
+                where=str(folder),
+                mend="run prepare again",
+            )
+        if len(self._lengths) == 0:
+            raise UserError("holds no example", where=str(folder), mend="drop it or refill it")
+        longest = int(self._lengths.max()) - 1
+        if longest > seq_length:
+            raise UserError(
+                f"holds an example of {longest} tokens, above seq_length {seq_length}",
+                where=str(folder),
+                mend=f"prepare it with --seq-length {seq_length}, or raise data.seq_length",
+            )
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def length(self, index: int) -> int:
+        return int(self._lengths[index]) - 1
+
+    def example(self, index: int) -> Example:
+        return self._tokens[index].astype(np.int64), self._mask[index].astype(np.uint8)
+
+
+class PackedSource:
+    """A Megatron `.bin/.idx` prefix: documents run together and cut to seq_length."""
+
+    tokenizer: dict[str, Any] | None = None
+
+    def __init__(self, name: str, prefix: str, config: Config, cache: Path) -> None:
+        self.name, self.prefix = name, prefix
+        indexed = _open_indexed(Path(prefix))
+        self.tokens = int(indexed.sequence_lengths.sum())
+        self.fingerprint = f"{self.tokens}-{len(indexed)}-{Path(prefix + '.bin').stat().st_size}"
+        self._length = config.data.seq_length
+        if self.tokens <= self._length:
+            raise UserError(
+                f"holds {self.tokens} tokens, not one sequence of {self._length}",
+                where=prefix,
+                mend="lower data.seq_length or drop the source",
+            )
+        settings = GPTDatasetConfig(
+            random_seed=config.train.seed,
+            sequence_length=self._length,
+            blend=([prefix], None),
+            split="1,0,0",
+            path_to_cache=str(cache),
+            tokenizer=_Vocabulary(),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        documents = np.arange(len(indexed.document_indices) - 1, dtype=np.int32)
+        self._dataset = GPTDataset(indexed, prefix, documents, None, Split.train, settings)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def length(self, index: int) -> int:
+        return self._length
+
+    def example(self, index: int) -> Example:
+        item = self._dataset[index]
+        tokens = np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
+        targets = np.append(0, item["loss_mask"].numpy())
+        return tokens.astype(np.int64), targets.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What GPTDataset asks of a tokenizer when nothing is masked or reset at document ends."""
+
+    eod: int = -1
+    pad: int = -1
+    vocab_size: None = None
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        return {"class": "none"}
+
+
+def open_sources(
+    entries: Sequence[SourceConfig | ValidationConfig], config: Config, cache: Path
+) -> list[Source]:
+    """Opens every named source.
+
+    Args:
+        cache: folder for the sample indices that Megatron builds of packed prefixes.
+
+    Raises:
+        UserError: naming the path that is missing, damaged, empty or too long.
+    """
+    return [_open(entry.name, entry.path, config, cache) for entry in entries]
+
+
+def _open(name: str, path: str, config: Config, cache: Path) -> Source:
+    if (Path(path) / "source.json").is_file():
+        return ExampleSource(name, Path(path), config.data.seq_length)
+    if Path(path + ".idx").is_file() and Path(path + ".bin").is_file():
+        return PackedSource(name, path, config, cache)
+    raise UserError(
+        f"source {name!r} is neither a prepared folder nor a .bin/.idx prefix",
+        where=path,
+        mend="run `megatron-scalebio prepare`, or correct the path",
+    )
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"unreadable: {error}", where=str(path), mend="run prepare again") from None
+    missing = {"fingerprint", "tokens", "tokenizer"} - set(description)
+    if missing:
+        raise UserError(f"lacks {sorted(missing)[0]!r}", where=str(path), mend="run prepare again")
+    return description
+
+
+def _open_indexed(prefix: Path) -> IndexedDataset:
+    """Opens a `.bin/.idx` pair after checking that the .bin holds all that the .idx lists."""
+    for suffix in (".idx", ".bin"):
+        if not Path(f"{prefix}{suffix}").is_file():
+            raise UserError("no such file", where=f"{prefix}{suffix}", mend="run prepare again")
+    try:
+        indexed = IndexedDataset(str(prefix))
+    except (AssertionError, ValueError, OSError, KeyError) as error:
+        raise UserError(
+            f"not a Megatron index: {error}", where=f"{prefix}.idx", mend="write it again"
+        ) from None
+    need = (
+        int(indexed.sequence_lengths.sum(dtype=np.int64)) * np.dtype(indexed.index.dtype).itemsize
+    )
+    have = Path(f"{prefix}.bin").stat().st_size
+    if have < need:
+        raise UserError(
+            f"truncated: {have} bytes of {need}", where=f"{prefix}.bin", mend="write it again"
+        )
+    return indexed
+
+
+def shared_vocab_size(sources: Sequence[Source], configured: int | None) -> int:
+    """Vocabulary size that all prepared sets agree on, or the configured one.
+
+    Raises:
+        UserError: if tokenizers differ, exceed the configured size, or nothing says a size.
+    """
+    told = [source for source in sources if source.tokenizer]
+    for source in told[1:]:
+        assert source.tokenizer and told[0].tokenizer
+        if source.tokenizer["fingerprint"] != told[0].tokenizer["fingerprint"]:
+            raise UserError(
+                f"source {source.name!r} was prepared with tokenizer "
+                f"{source.tokenizer['model']!r}, {told[0].name!r} with "
+                f"{told[0].tokenizer['model']!r}",
+                where=source.prefix,
+                mend="prepare all sources with one tokenizer",
+            )
+    size = told[0].tokenizer["vocab_size"] if told and told[0].tokenizer else None
+    if configured is not None:
+        if size is not None and size > configured:
+            raise UserError(
+                f"{configured} is below the tokenizer's {size} tokens",
+                where="model.vocab_size",
+                mend=f"set it to {size}, or prepare with the model's own tokenizer",
+            )
+        return configured
+    if size is None:
+        raise UserError(
+            "is not set, and packed prefixes do not tell it",
+            where="model.vocab_size",
+            mend="set it to the tokenizer's size",
+        )
+    return size

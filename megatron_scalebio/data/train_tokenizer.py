@@ -1,0 +1,88 @@
+"""Trains a SentencePiece BPE tokenizer for users who have none.
+
+Byte fallback and identity normalization make it lossless; it adds no leading space and knows
+<unk>, <s>, </s> (the end-of-document token) and <pad>.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megatron_scalebio.data.dialogue import plain_segments
+from megatron_scalebio.data.formats import Text, read_examples
+from megatron_scalebio.errors import UserError
+
+# SentencePiece holds its training text in memory, several times over.
+MAX_TEXT_BYTES = 16 << 20
+_SENTENCE_CHARS = 2000
+
+
+def train_sentencepiece(
+    files: Iterable[Path],
+    model_path: Path,
+    vocab_size: int,
+    *,
+    format_name: str = "auto",
+    text_key: str = "text",
+    max_text_bytes: int = MAX_TEXT_BYTES,
+) -> None:
+    """Trains on the texts of JSON/JSONL files and writes a ``.model`` file.
+
+    Of more than ``max_text_bytes`` of input every n-th record is taken, so that all files have
+    their share. The same input gives the same model.
+
+    Raises:
+        UserError: an input is at fault, or the vocabulary is too large for the text.
+    """
+    import sentencepiece
+
+    files = list(files)
+    stride = -(-sum(file.stat().st_size for file in files) // max_text_bytes)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(files, stride, format_name, text_key),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9999,
+            max_sentence_length=8 * _SENTENCE_CHARS,
+            num_threads=1,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"SentencePiece cannot train {vocab_size} pieces: {str(error).splitlines()[0]}",
+            where="--train-sentencepiece",
+            mend="choose another vocabulary size, or give more text",
+        ) from error
+    model_path.write_bytes(model.getvalue())
+
+
+def _sentences(
+    files: Iterable[Path], stride: int, format_name: str, text_key: str
+) -> Iterator[str]:
+    for file in files:
+        for number, example in enumerate(read_examples(file, format_name, text_key)):
+            if number % stride:
+                continue
+            # Dialogues with the built-in template's headings: they come in every example.
+            text = (
+                example.text
+                if isinstance(example, Text)
+                else "".join(segment.text for segment in plain_segments(example.messages))
+            )
+            for start in range(0, len(text), _SENTENCE_CHARS):
+                yield text[start : start + _SENTENCE_CHARS]

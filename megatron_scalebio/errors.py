@@ -1,0 +1,23 @@
+"""Errors that a user can cause. The CLI prints them as one line and exits with code 2."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_USER_ERROR = 2
+EXIT_SIGNALLED = 3  # stopped by SIGTERM or SIGUSR1 after saving
+
+
+class UserError(Exception):
+    """A mistake in input or configuration: what, where, and how to mend it, in one line.
+
+    Args:
+        message: what is wrong.
+        where: the file (with line) or configuration field it concerns.
+        mend: what the user can do about it.
+    """
+
+    def __init__(self, message: str, *, where: str = "", mend: str = "") -> None:
+        text = f"{where}: {message}" if where else message
+        if mend:
+            text = f"{text} ({mend})"
+        super().__init__(" ".join(text.split()))

@@ -1,0 +1,89 @@
+"""The two models of the bilevel problem, w and u, behind one module for Megatron's schedules.
+
+A bilevel step has three kinds of micro-batch (`Role`). `TwinModel` hands each to w or u by its
+role, so that all go through one `forward_backward_func` call: the pipeline fills and drains once.
+
+    schedule ──▶ TwinModel ──role──▶ w (Megatron DDP ▸ Float16Module ▸ GPTModel)
+                            └──────▶ u (the same)
+
+u starts as w and shares its storage parameter by parameter; a parameter gets its own storage when
+it first trains (copy on write), so u costs only the layers that were ever active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+
+
+class TwinModel(torch.nn.Module):
+    """One pipeline chunk of w and of u.
+
+    Carries the attributes that Megatron's schedules look up on a model. It is not registered as
+    their parent module: it is rebuilt with every LISA period and owns no parameter.
+    """
+
+    def __init__(self, w: DistributedDataParallel, u: DistributedDataParallel) -> None:
+        super().__init__()
+        gpt: Any = unwrap_model(w)
+        self.w, self.u = w, u
+        self.config: TransformerConfig = gpt.config
+        self.model_type = gpt.model_type
+        self.share_embeddings_and_output_weights = gpt.share_embeddings_and_output_weights
+        self.vp_stage = gpt.vp_stage
+        self._input: torch.Tensor | None = None
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        self._input = tensor
+
+    def set_is_first_microbatch(self) -> None:
+        """Both models refresh the FP8 copies of their weights (Transformer Engine)."""
+        for ddp in (self.w, self.u):
+            for module in (ddp.module, unwrap_model(ddp)):
+                if hasattr(module, "set_is_first_microbatch"):
+                    module.set_is_first_microbatch()
+
+    def forward(self, on_u: bool, *args: Any, **kwargs: Any) -> torch.Tensor:
+        ddp = self.u if on_u else self.w
+        gpt: Any = unwrap_model(ddp)
+        gpt.set_input_tensor(self._input)
+        return ddp(*args, **kwargs)
+
+
+def finalize_twin_grads(
+    model: list[TwinModel], num_tokens: torch.Tensor | None = None, **kwargs: Any
+) -> None:
+    """Reduces the gradients of w, then of u. Coefficients are global: no division by tokens."""
+    finalize_model_grads([twin.w for twin in model], None, **kwargs)
+    finalize_model_grads([twin.u for twin in model], None, **kwargs)
+
+
+def named_parameters(chunks: Iterable[torch.nn.Module]) -> Iterable[tuple[str, torch.nn.Parameter]]:
+    """(chunk-unique name, parameter) of GPT chunks, in an order that w and u share."""
+    for number, chunk in enumerate(chunks):
+        for name, parameter in unwrap_model(chunk).named_parameters():
+            yield f"{number}.{name}", parameter
+
+
+def share_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
+    """Makes u equal to w at no memory: each parameter of u views w's storage."""
+    for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
+        p_u.data = p_w.data
+
+
+def unshare_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
+    """Gives the trainable parameters of u storage of their own, where they still share w's."""
+    for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
+        if p_u.requires_grad and p_u.data_ptr() == p_w.data_ptr():
+            p_u.data = p_u.data.clone()
+
+
+def shared_names(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> set[str]:
+    """Names of the parameters in which u still shares w's storage."""
+    pairs = zip(named_parameters(w), named_parameters(u), strict=True)
+    return {name for (name, p_w), (_, p_u) in pairs if p_w.data_ptr() == p_u.data_ptr()}

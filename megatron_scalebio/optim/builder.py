@@ -1,0 +1,158 @@
+"""Megatron DDP and optimizers for one LISA period, built for its active layers and torn down.
+
+Megatron allocates gradient buffers, fp32 masters and Adam moments for the parameters that have
+`requires_grad` when they are built; building anew each period makes memory follow the active
+layers. `Period` holds what lives that long.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scalebio.config import Config
+from megatron_scalebio.model.twin import (
+    TwinModel,
+    finalize_twin_grads,
+    named_parameters,
+    unshare_storage,
+)
+
+# What DDP and the optimizers leave on parameters; each would keep a whole buffer alive.
+_LEFT_ON_PARAMETERS = ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad")
+
+
+class Period:
+    """DDP wrappers, twin chunks and the optimizers of w and u while one set of layers trains.
+
+    Args:
+        w, u: this rank's model chunks with requires_grad set for the period.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        megatron: TransformerConfig,
+        w: list[torch.nn.Module],
+        u: list[torch.nn.Module],
+    ) -> None:
+        unshare_storage(w, u)
+        self._models = (w, u)
+        self.ddp_w = [_wrap(config, megatron, chunk, n) for n, chunk in enumerate(w)]
+        self.ddp_u = [_wrap(config, megatron, chunk, n) for n, chunk in enumerate(u)]
+        self.twins = [TwinModel(a, b) for a, b in zip(self.ddp_w, self.ddp_u, strict=True)]
+        megatron.finalize_model_grads_func = finalize_twin_grads
+        self.optimizer_w = _optimizer(config, self.ddp_w)
+        self.optimizer_u = _optimizer(config, self.ddp_u)
+
+    def zero_grad(self) -> None:
+        for ddp in (*self.ddp_w, *self.ddp_u):
+            ddp.zero_grad_buffer()
+        self.optimizer_w.zero_grad()
+        self.optimizer_u.zero_grad()
+
+    @torch.no_grad()
+    def resync(self) -> None:
+        """Makes u equal to w again: weights, fp32 masters and Adam state."""
+        w, u = self._models
+        for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
+            if p_u.data_ptr() != p_w.data_ptr():
+                p_u.data.copy_(p_w.data)
+        parts = zip(
+            self.optimizer_w.chained_optimizers, self.optimizer_u.chained_optimizers, strict=True
+        )
+        for part_w, part_u in parts:
+            if not part_w.is_stub_optimizer:
+                _copy_adam(part_w.optimizer, part_u.optimizer)
+
+    def close(self) -> None:
+        """Takes the parameters out of the period's buffers, which can then be freed."""
+        for model in self._models:
+            for _, parameter in named_parameters(model):
+                for name in _LEFT_ON_PARAMETERS:
+                    if hasattr(parameter, name):
+                        delattr(parameter, name)
+                parameter.grad = None
+                if parameter.requires_grad:
+                    # With the distributed optimizer the weight is a view into a flat buffer.
+                    parameter.data = parameter.data.clone()
+        del self.twins, self.ddp_w, self.ddp_u, self.optimizer_w, self.optimizer_u
+
+
+def _wrap(
+    config: Config, megatron: TransformerConfig, chunk: torch.nn.Module, number: int
+) -> DistributedDataParallel:
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=False,
+    )
+    return DistributedDataParallel(megatron, settings, chunk, disable_bucketing=number > 0)
+
+
+def _optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    rates, parallel = config.optimizer, config.parallel
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=rates.lr,
+        min_lr=rates.min_lr,
+        weight_decay=rates.weight_decay,
+        adam_beta1=rates.adam_beta1,
+        adam_beta2=rates.adam_beta2,
+        adam_eps=rates.adam_eps,
+        clip_grad=rates.clip_grad,
+        bf16=parallel.bf16,
+        params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    return get_megatron_optimizer(settings, chunks)
+
+
+def _copy_adam(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
+    for group_s, group_t in zip(source.param_groups, target.param_groups, strict=True):
+        if "step" in group_s:  # Transformer Engine's and Apex's Adam
+            group_t["step"] = group_s["step"]
+        for p_s, p_t in zip(group_s["params"], group_t["params"], strict=True):
+            p_t.data.copy_(p_s.data)
+            for key, value in source.state.get(p_s, {}).items():
+                held = target.state[p_t].get(key)
+                if isinstance(held, torch.Tensor) and isinstance(value, torch.Tensor):
+                    held.copy_(value)
+                else:
+                    target.state[p_t][key] = copy.deepcopy(value)
+
+
+def set_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
+    """Sets the learning rate and the weight decay of every group (norms and biases: none)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+def _complete_adam_state() -> None:
+    """Mends a load of Megatron's DistributedOptimizer over torch's Adam.
+
+    torch's Adam keeps `step` with every parameter, Transformer Engine's and Apex's with the group.
+    `fully_reshardable` checkpoints follow the latter, and loading one into the former raises
+    KeyError('step'). `load_state_dict` has already set the step by then: it stays as it is.
+    """
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def with_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            tensors = {"step": state["step"], **tensors}
+        original(self, model_param, tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+
+
+_complete_adam_state()

@@ -1,0 +1,205 @@
+"""What a run shows in the terminal: a banner, its progress, and the result as a table.
+
+On a terminal the progress is a live bar; elsewhere (a SLURM log) a plain line every `log_interval`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from megatron_scalebio.report.summary import duration, percent, quantity
+from megatron_scalebio.report.svg import shorten
+
+ROWS_SHOWN = 15
+TOP_SHOWN = 3
+TOP_NAME_CHARS = 16
+LIVE_REFRESH_S = 0.25
+
+
+@dataclass
+class SourceLine:
+    """A source as the banner and the result table show it; shares are fractions of 1."""
+
+    name: str
+    examples: int
+    tokens: int
+    natural: float
+    initial: float
+
+
+class RunConsole:
+    """Terminal output of one run. For rank 0 alone.
+
+    Args:
+        sources: in the order of the records' "weights".
+        train_iters: steps of the whole run.
+        log_interval: steps between plain lines.
+        console: where to write [stderr].
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceLine],
+        train_iters: int,
+        log_interval: int = 10,
+        console: RichConsole | None = None,
+    ) -> None:
+        self.console = console or RichConsole(stderr=True, highlight=False)
+        self._sources = list(sources)
+        self._train_iters = train_iters
+        self._log_interval = log_interval
+        self._recent_s: deque[float] = deque(maxlen=50)
+        self._progress: Progress | None = None
+        self._drawn_at = -math.inf
+
+    def banner(self, facts: Mapping[str, object]) -> None:
+        """Shows the sources, then one line a fact (model, layout, steps, output ...)."""
+        table = _table("source", "examples", "tokens", "natural", "initial")
+        shown = sorted(self._sources, key=lambda source: -source.tokens)[:ROWS_SHOWN]
+        for source in shown:
+            table.add_row(
+                plain(source.name), f"{source.examples:,}", quantity(source.tokens),
+                percent(source.natural), percent(source.initial),
+            )  # fmt: skip
+        self.console.print(table)
+        self._note_hidden(len(self._sources) - len(shown))
+        width = max((len(name) for name in facts), default=0)
+        for name, value in facts.items():
+            self._print(Text(f"{name:<{width}}  ", style="dim"), plain(str(value)))
+
+    def start(self, step: int = 0) -> None:
+        """Begins the progress display, at the step that the run resumes from."""
+        if not self.console.is_terminal:
+            return
+        digits = 2 * len(str(self._train_iters)) + 1
+        self._progress = Progress(
+            BarColumn(bar_width=16, table_column=Column(min_width=10)),
+            TextColumn("{task.completed}/{task.total}", table_column=Column(min_width=digits)),
+            TextColumn("{task.fields[status]}", markup=False),
+            console=self.console,
+            auto_refresh=False,  # redrawn from `step`: no thread to take time from the training
+        )
+        self._progress.start()
+        self._progress.add_task("", total=self._train_iters, completed=step, status="")
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Shows one step, a record of metrics.jsonl: live, or as a line every `log_interval`."""
+        step = int(record["step"])
+        self._recent_s.append(float(record["step_time_s"]))
+        if record.get("skipped"):
+            self.warn(f"step {step} was not applied: {record['skipped']}")
+        if self._progress is not None:
+            now = time.monotonic()
+            if now - self._drawn_at < LIVE_REFRESH_S and step < self._train_iters:
+                return
+            self._drawn_at = now
+            task = self._progress.task_ids[0]
+            self._progress.update(task, completed=step, status=self._status(record))
+            self._progress.refresh()
+        elif step % self._log_interval == 0 or step == self._train_iters:
+            self._print(f"step {step}/{self._train_iters}  {self._status(record)}")
+
+    def warn(self, message: str) -> None:
+        """One line of warning, above the bar where there is one."""
+        self._print(Text("warning: ", style="yellow"), plain(message))
+
+    def stop(self) -> None:
+        """Ends the progress display; harmless if there is none."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def result(
+        self,
+        weights: Mapping[str, Any],
+        outputs: Mapping[str, Path],
+        known: Mapping[str, float] | None = None,
+    ) -> None:
+        """Shows the learned weights with their intervals, and where everything lies.
+
+        Args:
+            weights: the content of weights.json.
+            outputs: what each path is, e.g. {"report": Path("run/report.html")}.
+            known: the true mixture, where the configuration gives it.
+        """
+        self.stop()
+        confidence = f"{100 * float(weights.get('confidence', 0.95)):.0f}% interval"
+        table = _table(
+            "source", "weight", confidence, "initial", "natural", *(["known"] if known else [])
+        )
+        natural = {source.name: source.natural for source in self._sources}
+        ranked = sorted(weights["sources"], key=lambda entry: -entry["weight"])
+        for entry in ranked[:ROWS_SHOWN]:
+            name = entry["name"]
+            row: list[str | Text] = [
+                plain(name), percent(entry["weight"]),
+                f"{percent(entry['ci_low'])} – {percent(entry['ci_high'])}",
+                percent(entry["initial_weight"]), percent(natural.get(name)),
+            ]  # fmt: skip
+            if known:
+                row.append(percent(known.get(name, 0.0)))
+            table.add_row(*row)
+        self.console.print(table)
+        self._note_hidden(len(ranked) - ROWS_SHOWN)
+        if known:
+            distance = sum(abs(e["weight"] - known.get(e["name"], 0.0)) for e in ranked)
+            self._print(f"L1 distance from the known mixture: {distance:.3f}")
+        converged = bool(weights["converged"])
+        verdict = Text(
+            "converged" if converged else "not converged", style="green" if converged else "yellow"
+        )
+        self._print(verdict, plain(f": {weights.get('reason', '')}"))
+        width = max((len(name) for name in outputs), default=0)
+        for name, path in outputs.items():
+            self._print(Text(f"{name:<{width}}  ", style="dim"), plain(str(path)))
+
+    def _status(self, record: Mapping[str, Any]) -> str:
+        loss = record.get("validation_loss")
+        usual_s = median(self._recent_s)
+        left = duration(round(usual_s * (self._train_iters - int(record["step"]))))
+        # The weights come last: a narrow terminal cuts off the end.
+        parts = [
+            f"L1 {loss:.3f}" if loss is not None and math.isfinite(loss) else "L1 –",
+            f"ETA {left}",
+            f"{1000 * usual_s:.3g} ms/step",
+            self._top_weights(record["weights"]),
+        ]
+        return "  ".join(parts)
+
+    def _top_weights(self, weights: Sequence[float]) -> str:
+        top = sorted(range(len(weights)), key=lambda i: -weights[i])[:TOP_SHOWN]
+        names = [shorten(plain(self._sources[i].name).plain, TOP_NAME_CHARS) for i in top]
+        shares = [f"{100 * weights[i]:.0f}%" for i in top]
+        return ", ".join(f"{name} {share}" for name, share in zip(names, shares, strict=True))
+
+    def _note_hidden(self, count: int) -> None:
+        if count > 0:
+            self._print(Text(f"... and {count:,} more sources", style="dim"))
+
+    def _print(self, *parts: str | Text) -> None:
+        self.console.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def plain(text: str) -> Text:
+    """Text that the terminal shows and never obeys: no markup, no control characters."""
+    return Text("".join(c if c.isprintable() else "\ufffd" for c in text))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column(columns[0], max_width=40, overflow="ellipsis", no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

@@ -1,0 +1,143 @@
+"""metrics.jsonl as arrays over steps, read for the report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.report.metrics import decode_record
+
+STEP_FIELDS = (
+    "alpha", "lr_w", "lr_u", "lr_lambda", "validation_loss", "train_loss_w", "train_loss_u",
+    "grad_norm_w", "grad_norm_u", "grad_norm_lambda", "tokens", "tokens_per_second",
+    "step_time_s", "memory_bytes",
+)  # fmt: skip
+SOURCE_FIELDS = ("weights", "loss_w", "excess_loss")
+
+
+@dataclass
+class History:
+    """The steps of metrics.jsonl as arrays over T steps; NaN where a value is missing."""
+
+    steps: NDArray[np.int64]
+    scalars: dict[str, NDArray[np.float64]]  # STEP_FIELDS, each (T,)
+    per_source: dict[str, NDArray[np.float64]]  # SOURCE_FIELDS, each (T, S)
+    validation: NDArray[np.float64]  # (T, V)
+    phases: dict[str, NDArray[np.float64]]  # seconds by phase, each (T,)
+    skipped: list[tuple[int, str]]  # step and reason
+
+
+def read_history(
+    path: Path, sources: list[str], validation: list[str], notices: list[str]
+) -> History:
+    """Reads metrics.jsonl; a step that appears again replaces what came after it.
+
+    Args:
+        sources, validation: gain names, "source 0" ..., where the run names none.
+        notices: gains a sentence for a missing file and for torn lines.
+    """
+    rows: list[_Row] = []
+    torn: list[int] = []
+    if not path.exists():
+        notices.append(f"There is no {path.name} yet: no step has been recorded.")
+    else:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                record = decode_record(line)
+                if record is None:
+                    torn.append(number)
+                    continue
+                _invent_names(sources, "source", record.get("weights"))
+                _invent_names(validation, "validation set", record.get("validation_losses"))
+                row = _Row(record, len(sources), len(validation), f"{path}:{number}")
+                while rows and rows[-1].step >= row.step:
+                    rows.pop()
+                rows.append(row)
+    if torn:
+        lines = ", ".join(map(str, torn[:5])) + (", …" if len(torn) > 5 else "")
+        notices.append(
+            f"{path.name}: {len(torn)} unreadable line(s) left out (line {lines}), as a run that is "
+            "killed while it writes leaves behind; resuming drops them."
+        )
+    return _stack(rows, len(sources), len(validation))
+
+
+def _invent_names(names: list[str], kind: str, values: Any) -> None:
+    if not names and isinstance(values, list):
+        names.extend(f"{kind} {i}" for i in range(len(values)))
+
+
+class _Row:
+    """One step of metrics.jsonl, checked."""
+
+    def __init__(self, record: dict[str, Any], sources: int, validation: int, where: str) -> None:
+        self.step = int(record["step"])
+        self.scalars = np.array([_number(record.get(name)) for name in STEP_FIELDS])
+        self.per_source = [
+            _vector(record.get(name), sources, where, name) for name in SOURCE_FIELDS
+        ]
+        self.validation = _vector(
+            record.get("validation_losses"), validation, where, "validation_losses"
+        )
+        phases = record.get("time_s")
+        self.phases = {
+            str(phase): _number(seconds)
+            for phase, seconds in (phases.items() if isinstance(phases, dict) else ())
+        }
+        skipped = record.get("skipped")
+        self.skipped = str(skipped) if skipped else None
+
+
+def _stack(rows: list[_Row], sources: int, validation: int) -> History:
+    count = len(rows)
+    scalars = np.array([row.scalars for row in rows]).reshape(count, len(STEP_FIELDS))
+    phases = list(dict.fromkeys(phase for row in rows for phase in row.phases))
+    return History(
+        steps=np.array([row.step for row in rows], np.int64),
+        scalars={name: scalars[:, i] for i, name in enumerate(STEP_FIELDS)},
+        per_source={
+            name: np.array([row.per_source[i] for row in rows]).reshape(count, sources)
+            for i, name in enumerate(SOURCE_FIELDS)
+        },
+        validation=np.array([row.validation for row in rows]).reshape(count, validation),
+        phases={
+            phase: np.array([row.phases.get(phase, math.nan) for row in rows]) for phase in phases
+        },
+        skipped=[(row.step, row.skipped) for row in rows if row.skipped],
+    )
+
+
+def _number(value: Any) -> float:
+    """The number, or NaN for null, text and what else JSON may hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _vector(value: Any, length: int, where: str, name: str) -> NDArray[np.float64]:
+    if value is None:
+        return np.full(length, math.nan)
+    if not isinstance(value, list) or len(value) != length:
+        found = f"{len(value)} entries" if isinstance(value, list) else "no list"
+        raise UserError(
+            f"{name!r} has {found}, but run.json names {length}",
+            where=where,
+            mend="take both files from the same run",
+        )
+    return np.array([_number(item) for item in value])
+
+
+def number_or_none(value: Any) -> float | None:
+    """A finite number of a JSON or YAML file, or None for anything else."""
+    number = _number(value)
+    return None if math.isnan(number) else number

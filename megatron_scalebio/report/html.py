@@ -1,0 +1,114 @@
+"""`megatron-scalebio report RUN`: one self-contained HTML page about a run.
+
+Everything on the page comes from files that a user may have been handed, so jinja2 escapes all of
+it, and the page's own content policy lets no other script than page.js run and nothing load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from megatron_scalebio.errors import EXIT_OK, UserError
+from megatron_scalebio.report import summary
+from megatron_scalebio.report.charts import GREY_LINES, mixture_charts, training_charts
+from megatron_scalebio.report.load import Run, load_run
+from megatron_scalebio.report.svg import COLOURS
+
+ROWS_DRAWN = 20  # in the picture of the weights; the table holds all
+SKIPS_SHOWN = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="output folder of `reweight`, finished or not")
+    parser.add_argument("--output", metavar="FILE", help="page to write [RUN/report.html]")
+
+
+def run(args: argparse.Namespace) -> int:
+    print(write_report(args.run, args.output))
+    return EXIT_OK
+
+
+def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
+    """Writes the page, whole or not at all, and returns its path.
+
+    Args:
+        run_dir: a run folder, finished or not.
+        output: the file to write [run_dir/report.html].
+
+    Raises:
+        UserError: for a folder that is no run, a malformed file in it, or an unwritable output.
+    """
+    output = Path(output or Path(run_dir) / "report.html")
+    page = render_report(load_run(run_dir))
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.replace(output)
+    except OSError as error:
+        raise UserError(
+            f"can't write: {error.strerror or error}", where=str(output), mend="choose --output"
+        ) from None
+    return output
+
+
+def render_report(run: Run) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("megatron_scalebio", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = summary.percent
+    environment.filters["duration"] = summary.duration
+    environment.filters["quantity"] = summary.quantity
+    script = resources.files("megatron_scalebio.report").joinpath("page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = resources.files("megatron_scalebio.report").joinpath("page.css").read_text()
+    return environment.get_template("template.html.j2").render(
+        style=Markup(style), script=Markup(script), script_digest=digest, **_context(run)
+    )
+
+
+def _context(run: Run) -> dict[str, Any]:
+    rows = summary.source_rows(run)
+    colours = {row.name: i for i, row in enumerate(rows[:COLOURS])}
+    drawn = rows[:ROWS_DRAWN]
+    shares = [
+        v for row in drawn for v in (row.weight, row.high, row.initial, row.natural, row.known)
+    ]
+    return {
+        "run": run,
+        "verdict": summary.verdict(run),
+        "rows": rows,
+        "colours": colours,
+        "drawn": drawn,
+        "scale": _round_up(max((v for v in shares if v is not None), default=1.0)),
+        "rest": sum(row.weight for row in rows[ROWS_DRAWN:]),
+        "changes": summary.biggest_changes(rows),
+        "distance": summary.known_distance(rows),
+        "left_out": [row for row in rows if row.in_blend is False],
+        "validation": summary.start_and_end(run.history.scalars["validation_loss"]),
+        "cost": summary.cost(run),
+        "phases": summary.step_phases(run),
+        "skipped": run.history.skipped[:SKIPS_SHOWN],
+        "skipped_count": len(run.history.skipped),
+        "span": summary.smoothing_span(len(run.history.steps)),
+        "band": len(rows) - len(colours) > GREY_LINES,
+        "charts": mixture_charts(run, rows, colours) | training_charts(run),
+    }
+
+
+def _round_up(share: float) -> float:
+    """The end of the weights' axis: the next twentieth."""
+    return min(1.0, max(0.05, np.ceil(share * 20 - 1e-9) / 20))

@@ -1,0 +1,184 @@
+"""A run folder, read for its report: whatever is there, checked, with what is missing or torn noted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.report.history import History, number_or_none, read_history
+from megatron_scalebio.report.metrics import METRICS_FILE
+
+
+@dataclass
+class SourceWeight:
+    name: str
+    path: str
+    weight: float
+    examples: int | None = None
+    low: float | None = None
+    high: float | None = None
+    initial: float | None = None
+
+
+@dataclass
+class Weights:
+    step: int
+    converged: bool
+    reason: str
+    confidence: float
+    sources: list[SourceWeight]
+
+
+@dataclass
+class Run:
+    """Everything that the report shows, in the order of `sources` (S) and `validation` (V)."""
+
+    path: Path
+    sources: list[str]
+    validation: list[str]
+    history: History
+    weights: Weights | None
+    info: dict[str, Any]  # run.json
+    config: dict[str, Any]
+    config_text: str
+    command: str
+    blend: str
+    notices: list[str] = field(default_factory=list)
+
+    def setting(self, section: str, name: str) -> Any:
+        """A field of config.yaml, or None."""
+        values = self.config.get(section)
+        return values.get(name) if isinstance(values, dict) else None
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.info.get("ended"))
+
+    @property
+    def last_step(self) -> int:
+        return int(self.history.steps[-1]) if len(self.history.steps) else 0
+
+
+def load_run(path: Path | str) -> Run:
+    """Reads a run folder, finished or not.
+
+    Raises:
+        UserError: when it is no run folder, or a file of it is not what its name says.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError("no such folder", where=str(path), mend="give the output of `reweight`")
+    if not any((path / name).exists() for name in (METRICS_FILE, "run.json", "weights.json")):
+        raise UserError(
+            f"holds no {METRICS_FILE}, run.json or weights.json",
+            where=str(path),
+            mend="give the output folder of `reweight`, after its first step",
+        )
+    notices: list[str] = []
+    info = _read_json(path / "run.json", notices)
+    weights = _read_weights(path / "weights.json", notices)
+    config_text = _read_text(path / "config.yaml")
+    config = _parse_yaml(config_text, path / "config.yaml")
+    sources = _names(info, "sources", path / "run.json")
+    if not sources and weights:
+        sources = [source.name for source in weights.sources]
+    if weights and sources != [source.name for source in weights.sources]:
+        raise UserError(
+            "names other sources than run.json",
+            where=str(path / "weights.json"),
+            mend="take both files from the same run",
+        )
+    validation = _names(info, "validation", path / "run.json")
+    history = read_history(path / METRICS_FILE, sources, validation, notices)
+    return Run(
+        path=path, sources=sources, validation=validation, history=history, weights=weights,
+        info=info, config=config, config_text=config_text,
+        command=_read_text(path / "command.txt").strip(),
+        blend=_read_text(path / "blend.txt").strip(), notices=notices,
+    )  # fmt: skip
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise UserError(error.strerror or str(error), where=str(path)) from None
+
+
+def _read_json(path: Path, notices: list[str]) -> dict[str, Any]:
+    text = _read_text(path)
+    if not text:
+        notices.append(f"There is no {path.name} yet.")
+        return {}
+    try:
+        tree = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        problem = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise UserError(
+            f"not valid JSON: {problem}",
+            where=f"{path}{line}",
+            mend="mend the file, or move it away and resume the run",
+        ) from None
+    if not isinstance(tree, dict):
+        raise UserError("is not a JSON object", where=str(path), mend="restore it from the run")
+    return tree
+
+
+def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError("not valid YAML", where=f"{path}{line}", mend="mend the file") from None
+    return tree if isinstance(tree, dict) else {}
+
+
+def _names(info: dict[str, Any], key: str, path: Path) -> list[str]:
+    names = info.get(key, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{key!r} is not a list of names", where=str(path), mend="mend the file")
+    return list(names)
+
+
+def _read_weights(path: Path, notices: list[str]) -> Weights | None:
+    tree = _read_json(path, notices)
+    if not tree:
+        return None
+    entries = tree.get("sources")
+    if not isinstance(entries, list) or not entries:
+        raise UserError("has no list 'sources'", where=str(path), mend="restore it from the run")
+    return Weights(
+        step=int(number_or_none(tree.get("step")) or 0),
+        converged=tree.get("converged") is True,
+        reason=str(tree.get("reason") or ""),
+        confidence=number_or_none(tree.get("confidence")) or 0.95,
+        sources=[_source_weight(entry, f"{path}: sources[{i}]") for i, entry in enumerate(entries)],
+    )
+
+
+def _source_weight(entry: Any, where: str) -> SourceWeight:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise UserError("has no 'name'", where=where, mend="restore the file from the run")
+    weight = number_or_none(entry.get("weight"))
+    if weight is None or not 0 <= weight <= 1:
+        raise UserError(
+            f"'weight' is {entry.get('weight')!r}, not a number from 0 to 1",
+            where=where,
+            mend="restore the file from the run",
+        )
+    examples = number_or_none(entry.get("examples"))
+    return SourceWeight(
+        name=entry["name"], path=str(entry.get("path") or ""), weight=weight,
+        examples=None if examples is None else int(examples),
+        low=number_or_none(entry.get("ci_low")), high=number_or_none(entry.get("ci_high")),
+        initial=number_or_none(entry.get("initial_weight")),
+    )  # fmt: skip

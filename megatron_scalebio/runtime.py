@@ -1,0 +1,159 @@
+"""The process's place in the run: device, ranks, process groups, signals. A leaf of the imports.
+
+Starts alike under torchrun, under srun (one task per rank) and bare (one rank).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_scalebio import cpu
+from megatron_scalebio.config import Config, ParallelConfig
+from megatron_scalebio.errors import UserError
+
+
+def device() -> torch.device:
+    return torch.device(torch.cuda.current_device())
+
+
+def on_cuda() -> bool:
+    return device().type == "cuda"
+
+
+def world_size_from_environment() -> int:
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def start(config: Config) -> None:
+    """Joins the process group and builds Megatron's groups for TP, PP and DP.
+
+    Raises:
+        UserError: if the launcher's variables are incomplete.
+    """
+    parallel = config.parallel
+    if not torch.cuda.is_available():
+        cpu.adapt()
+    if not dist.is_initialized():
+        _join(parallel)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_chunks(config.model.num_layers),
+        )
+
+
+def _join(parallel: ParallelConfig) -> None:
+    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        torch.cuda.set_device(int(local_rank) % torch.cuda.device_count())
+    if "RANK" in os.environ:  # torchrun
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    world_size = world_size_from_environment()
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    _adopt_slurm_variables()
+    dist.init_process_group(backend, timeout=timeout)
+
+
+def _adopt_slurm_variables() -> None:
+    """Gives torch the rendezvous that SLURM's own variables describe."""
+    for ours, slurms in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")):
+        if slurms not in os.environ:
+            raise UserError("is not set", where=slurms, mend="start with srun or torchrun")
+        os.environ[ours] = os.environ[slurms]
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "")
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False
+        )
+        os.environ["MASTER_ADDR"] = (listed.stdout.split() or [socket.gethostname()])[0]
+    if "MASTER_PORT" not in os.environ:
+        job = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
+        os.environ["MASTER_PORT"] = str(20000 + job % 20000)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """Does something on rank 0 and gives its result, or the UserError it raised, to all ranks."""
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def dp_rank() -> int:
+    return parallel_state.get_data_parallel_rank()
+
+
+def dp_size() -> int:
+    return parallel_state.get_data_parallel_world_size()
+
+
+def reports_losses() -> bool:
+    """True on the one rank of each data-parallel replica that adds its losses to the sums."""
+    return (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+
+
+def allocated_bytes() -> int:
+    """Most memory allocated on this rank's GPU, or the most resident memory of its process."""
+    if on_cuda():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class StopSignals:
+    """Remembers SIGTERM and SIGUSR1, so that the loop can save after its step and exit 3."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = number

@@ -1,0 +1,94 @@
+"""The `reweight` loop: data → flush → finite check → updates → log → save.
+
+Read top to bottom; the mathematics is in `bilevel.objective`, the flush in `bilevel.step`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megatron_scalebio.bilevel import step as bilevel
+from megatron_scalebio.bilevel.objective import hypergradient
+from megatron_scalebio.bilevel.schedule import StepSettings
+from megatron_scalebio.optim.builder import Period, set_rate
+from megatron_scalebio.train.state import TrainState
+
+
+@dataclass
+class StepResult:
+    """What one step measured; `skipped` says why it was not applied."""
+
+    settings: StepSettings
+    losses: bilevel.Losses
+    probs_S: torch.Tensor
+    grad_norm_w: float = math.nan
+    grad_norm_u: float = math.nan
+    grad_norm_lambda: float = math.nan
+    skipped: str | None = None
+    time_s: dict[str, float] = field(default_factory=dict)
+
+
+class Stopwatch:
+    """Wall time of the phases of a step, in seconds."""
+
+    def __init__(self) -> None:
+        self.time_s: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.time_s[name] = self.time_s.get(name, 0.0) + time.perf_counter() - start
+
+
+def train_step(state: TrainState) -> StepResult:
+    """One bilevel step of all ranks; advances `state` unless something was not finite."""
+    watch = Stopwatch()
+    settings = state.schedule.at(state.step)
+    probs_S = state.mixture.probs_S
+    with watch.phase("data"):
+        train, valid, picks = state.data.next(probs_S)
+        shares_V = torch.from_numpy(state.data.shares_V)
+        inclusion_S = torch.from_numpy(picks.inclusion_S)
+        counts_S = torch.from_numpy(np.bincount(picks.group_B, minlength=len(probs_S)))
+        passes = bilevel.plan_passes(train, valid, probs_S, shares_V, settings.alpha)
+    with watch.phase("period"):
+        period = state.enter_period()
+        period.zero_grad()
+    with watch.phase("flush"):
+        records = bilevel.flush(period.twins, passes, state.config.train.micro_batch_size)
+        losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, len(shares_V))
+    result = StepResult(settings, losses, probs_S, time_s=watch.time_s)
+    with watch.phase("update"):
+        _update_models(state, period, result)
+    with watch.phase("mixture"):
+        if result.skipped is None:
+            excess_S = losses.w_S - losses.u_S
+            gradient_S = hypergradient(excess_S, probs_S, inclusion_S, settings.alpha)
+            result.grad_norm_lambda = state.mixture.step(gradient_S, settings.lr_lambda)
+    state.step += 1
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
+    return result
+
+
+def _update_models(state: TrainState, period: Period, result: StepResult) -> None:
+    """Steps w and u, both or neither."""
+    optimizer = state.config.optimizer
+    result.grad_norm_w = bilevel.prepare_gradients(period.optimizer_w, optimizer.clip_grad)
+    result.grad_norm_u = bilevel.prepare_gradients(period.optimizer_u, optimizer.clip_grad)
+    result.skipped = result.losses.culprit or None
+    for role, norm in (("w", result.grad_norm_w), ("u", result.grad_norm_u)):
+        if result.skipped is None and not math.isfinite(norm):
+            result.skipped = f"{role}: gradient norm is {norm}"
+    if result.skipped is None:
+        set_rate(period.optimizer_w, result.settings.lr_w, optimizer.weight_decay)
+        set_rate(period.optimizer_u, result.settings.lr_u, optimizer.weight_decay)
+        period.optimizer_w.step_with_ready_grads()
+        period.optimizer_u.step_with_ready_grads()

@@ -1,0 +1,200 @@
+"""What a run leaves behind: run.json, weights.json, the blend files and a record per step."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+
+import megatron_scalebio
+from megatron_scalebio import runtime
+from megatron_scalebio.bilevel.confidence import Estimate
+from megatron_scalebio.config import Config
+from megatron_scalebio.config_loader import save_config
+from megatron_scalebio.train.loop import StepResult
+from megatron_scalebio.train.state import TrainState
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def natural_shares(state: TrainState) -> list[float]:
+    """Each source's share of all training tokens."""
+    tokens = [source.tokens for source in state.data.sources]
+    return [count / sum(tokens) for count in tokens]
+
+
+def parameter_count(state: TrainState) -> int:
+    """Parameters of one model over all stages and TP ranks. A collective."""
+    count = 0
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    for chunk in state.w:
+        gpt = unwrap_model(chunk)
+        for parameter in gpt.parameters():
+            copy_of_first_stage = getattr(parameter, "shared", False)
+            split = getattr(parameter, "tensor_model_parallel", False)
+            if not copy_of_first_stage and (split or tp_rank == 0):
+                count += parameter.numel()
+    total = torch.tensor([count], dtype=torch.int64, device=runtime.device())
+    dist.all_reduce(total)
+    return int(total) // runtime.dp_size()
+
+
+def write_start(state: TrainState, folder: Path, parameters: int) -> dict[str, Any]:
+    """Writes config.yaml, command.txt and run.json; returns run.json's content."""
+    config = state.config
+    save_config(config, folder / "config.yaml")
+    write_text(folder / "command.txt", " ".join(sys.argv) + "\n")
+    run = {
+        "sources": [source.name for source in state.data.sources],
+        "validation": [source.name for source in state.data.validation],
+        "natural": natural_shares(state),
+        "world": {
+            "tp": parallel_state.get_tensor_model_parallel_world_size(),
+            "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+            "dp": runtime.dp_size(),
+            "vpp": config.parallel.virtual_chunks(config.model.num_layers) or 1,
+        },
+        "device": torch.cuda.get_device_name()
+        if runtime.on_cuda()
+        else f"cpu ({platform.machine()})",
+        "parameters": parameters,
+        "started": now(),
+        "ended": None,
+        "versions": {
+            "megatron_scalebio": megatron_scalebio.__version__,
+            "megatron-core": megatron.core.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    write_json(folder / "run.json", run)
+    return run
+
+
+def step_record(state: TrainState, result: StepResult, step_time_s: float) -> dict[str, Any]:
+    """One line of metrics.jsonl; lists follow the order of sources and validation sets."""
+    losses, settings, probs_S = result.losses, result.settings, result.probs_S
+    shares_V = torch.from_numpy(state.data.shares_V)
+    return {
+        "step": state.step,
+        "alpha": settings.alpha,
+        "outer_round": settings.outer_round,
+        "lr_w": settings.lr_w,
+        "lr_u": settings.lr_u,
+        "lr_lambda": settings.lr_lambda,
+        "validation_loss": float((shares_V * losses.validation_V).sum()),
+        "validation_losses": losses.validation_V.tolist(),
+        "train_loss_w": _mixed(probs_S, losses.w_S),
+        "train_loss_u": _mixed(probs_S, losses.u_S),
+        "weights": probs_S.tolist(),
+        "loss_w": losses.w_S.tolist(),
+        "loss_u": losses.u_S.tolist(),
+        "excess_loss": (losses.w_S - losses.u_S).tolist(),
+        "grad_norm_w": result.grad_norm_w,
+        "grad_norm_u": result.grad_norm_u,
+        "grad_norm_lambda": result.grad_norm_lambda,
+        "tokens": losses.tokens,
+        "tokens_per_second": losses.tokens / step_time_s,
+        "step_time_s": step_time_s,
+        "time_s": result.time_s,
+        "memory_bytes": runtime.allocated_bytes(),
+        "skipped": name_groups(result.skipped, state),
+        "active_layers": state.active_layers,
+    }
+
+
+def _mixed(probs_S: torch.Tensor, loss_S: torch.Tensor) -> float:
+    """Σ p_i ℓ_i over the sources of the batch, p made whole again where some are absent."""
+    present_S = ~loss_S.isnan()
+    mass = float(probs_S[present_S].sum())
+    return float((probs_S * loss_S)[present_S].sum()) / mass if mass else math.nan
+
+
+def name_groups(skipped: str | None, state: TrainState) -> str | None:
+    """Puts the name of a source or validation set in place of its number."""
+    if skipped is None:
+        return None
+    for kind, sets in (
+        ("source", state.data.sources),
+        ("validation set", state.data.validation),
+    ):
+        head, found, tail = skipped.partition(f"{kind} ")
+        if found:
+            number, _, rest = tail.partition(" ")
+            return f"{head}{kind} {sets[int(number)].name!r} {rest}"
+    return skipped
+
+
+def weights_content(state: TrainState, estimate: Estimate) -> dict[str, Any]:
+    sources = zip(
+        state.data.sources,
+        estimate.weight_S.tolist(),
+        estimate.low_S.tolist(),
+        estimate.high_S.tolist(),
+        state.mixture.initial_S.tolist(),
+        strict=True,
+    )
+    return {
+        "step": state.step,
+        "converged": estimate.converged,
+        "reason": estimate.reason,
+        "confidence": state.config.bilevel.confidence,
+        "sources": [
+            {
+                "name": source.name,
+                "path": source.prefix,
+                "examples": len(source),
+                "weight": weight,
+                "ci_low": low,
+                "ci_high": high,
+                "initial_weight": initial,
+            }
+            for source, weight, low, high, initial in sources
+        ],
+    }
+
+
+def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list[str]:
+    """Writes weights.json, blend.txt (Megatron's --data-path) and blend.json (per split).
+
+    Returns:
+        Names of the sources below `blend_floor`, which the blend leaves out: Megatron-LM's
+        dataset builder fails on weights that round to no sample.
+    """
+    write_json(folder / "weights.json", content)
+    kept = [e for e in content["sources"] if e["weight"] >= config.bilevel.blend_floor]
+    whole = sum(entry["weight"] for entry in kept)
+    words: list[str] = []
+    for entry in kept:
+        words += [f"{entry['weight'] / whole:.6f}", entry["path"]]
+    write_text(folder / "blend.txt", " ".join(words) + "\n")
+    validation: list[str] = []
+    for entry in config.data.validation:
+        prefix = Path(entry.path) / "tokens"
+        is_folder = prefix.with_suffix(".idx").is_file()
+        validation += [f"{entry.weight:.6f}", str(prefix if is_folder else entry.path)]
+    write_json(folder / "blend.json", {"train": words, "valid": validation, "test": validation})
+    return [e["name"] for e in content["sources"] if e["weight"] < config.bilevel.blend_floor]

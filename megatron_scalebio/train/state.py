@@ -1,0 +1,166 @@
+"""Everything a run holds between steps, built from its configuration and saved as one.
+
+TrainState ─ data    sources, validation sets, their samplers
+           ├ models  w and u chunks of this rank, and the period's DDP and optimizers
+           └ mixture λ with its trajectory
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_scalebio import runtime
+from megatron_scalebio.bilevel.mixture import Mixture
+from megatron_scalebio.bilevel.schedule import Schedule
+from megatron_scalebio.config import Config
+from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
+from megatron_scalebio.data.blend import BlendSampler, Picks
+from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
+from megatron_scalebio.model.init import initialize_weights
+from megatron_scalebio.model.provider import build_model, transformer_config
+from megatron_scalebio.model.twin import share_storage
+from megatron_scalebio.optim.builder import Period
+from megatron_scalebio.optim.lisa import active_layers, period_of, set_trainable
+
+
+class Data:
+    """Sources, validation sets and the samplers that draw from them."""
+
+    def __init__(self, config: Config, cache: Path) -> None:
+        self.config = config
+        # One rank writes the sample indices of packed sources, then the others read them.
+        if not runtime.is_main():
+            runtime.barrier()
+        self.sources: list[Source] = open_sources(config.data.sources, config, cache)
+        self.validation: list[Source] = open_sources(config.data.validation, config, cache)
+        if runtime.is_main():
+            runtime.barrier()
+        self.vocab_size = shared_vocab_size(
+            [*self.sources, *self.validation], config.model.vocab_size
+        )
+        weights = np.array([entry.weight for entry in config.data.validation])
+        self.shares_V = weights / weights.sum()
+        train, seed = config.train, config.train.seed
+        assert train.validation_batch_size is not None
+        self.sampler = BlendSampler(
+            [len(source) for source in self.sources],
+            train.global_batch_size,
+            seed,
+            config.bilevel.floor_share,
+        )
+        self.validation_sampler = BlendSampler(
+            [len(source) for source in self.validation],
+            train.validation_batch_size,
+            seed + 1,
+            floor_share=0.5,
+        )
+        tp = config.parallel.tensor_model_parallel_size
+        self.layout = BatchLayout(
+            micro_batch_size=train.micro_batch_size,
+            dp_rank=runtime.dp_rank(),
+            dp_size=runtime.dp_size(),
+            pad_multiple=max(8, tp),
+            seq_length=config.data.seq_length,
+            fixed_length=config.parallel.num_layers_per_virtual_pipeline_stage is not None,
+        )
+
+    def next(self, probs_S: torch.Tensor) -> tuple[list[MicroBatch], list[MicroBatch], Picks]:
+        """This rank's training and validation micro-batches, and the global training picks."""
+        picks = self.sampler.next(probs_S.numpy())
+        valid_picks = self.validation_sampler.next(self.shares_V)
+        mean = self.config.data.loss_mean
+        train = micro_batches(self.sources, picks, self.layout, mean)
+        valid = micro_batches(self.validation, valid_picks, self.layout, mean)
+        return train, valid, picks
+
+    def initial_weights(self) -> list[float]:
+        given = [entry.initial_weight for entry in self.config.data.sources]
+        return [1.0 if weight is None else weight for weight in given]
+
+
+class TrainState:
+    """The state of a `reweight` run on this rank."""
+
+    def __init__(self, config: Config, cache: Path) -> None:
+        self.config = config
+        self.step = 0
+        self.skipped_in_a_row = 0
+        self.data = Data(config, cache)
+        self.mixture = Mixture(self.data.initial_weights(), config.bilevel.mixture_optimizer)
+        self.schedule = Schedule(config)
+        self.megatron: TransformerConfig = transformer_config(config)
+        self.w = build_model(config, self.megatron, self.data.vocab_size)
+        self.u = build_model(config, self.megatron, self.data.vocab_size)
+        share_storage(self.w, self.u)
+        if config.model.pretrained_checkpoint is None:
+            initialize_weights(
+                self.w, config.train.seed, config.model.init_method_std, config.model.num_layers
+            )
+        self.period_number: int | None = None
+        self.period: Period | None = None
+        self.active_layers: list[int] | None = None
+
+    def enter_period(self) -> Period:
+        """The period of the current step; a new one is built when LISA draws new layers."""
+        number = period_of(self.step, self.config.lisa)
+        if self.period is None or number != self.period_number:
+            if self.period is not None:
+                self.leave_period()
+                if self.config.bilevel.resync_interval is not None:
+                    share_storage(self.w, self.u)
+            self._set_trainable(number)
+            self.period = Period(self.config, self.megatron, self.w, self.u)
+            self.period_number = number
+        elif self._resync_is_due():
+            self.period.resync()
+        return self.period
+
+    def _resync_is_due(self) -> bool:
+        """Without LISA; with it, every new period starts from u = w."""
+        interval = self.config.bilevel.resync_interval
+        if interval is None or self.config.lisa.lisa_layers is not None:
+            return False
+        return self.step % interval == 0
+
+    def leave_period(self) -> None:
+        if self.period is not None:
+            self.period.close()
+            self.period = None
+            gc.collect()  # DDP's hooks and buffers form cycles; their memory is wanted now
+
+    def _set_trainable(self, period: int) -> None:
+        config = self.config
+        self.active_layers = active_layers(
+            config.lisa,
+            config.model.num_layers,
+            config.parallel.pipeline_model_parallel_size,
+            config.parallel.virtual_chunks(config.model.num_layers) or 1,
+            period,
+            config.train.seed,
+        )
+        for chunks in (self.w, self.u):
+            set_trainable(chunks, self.active_layers, config.lisa)
+
+    def common_state(self) -> dict[str, Any]:
+        """What is equal on all ranks: step, λ, samplers."""
+        return {
+            "step": self.step,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "mixture": self.mixture.state_dict(),
+            "sampler": self.data.sampler.state_dict(),
+            "validation_sampler": self.data.validation_sampler.state_dict(),
+            "sources": [[source.name, source.fingerprint] for source in self.data.sources],
+        }
+
+    def load_common_state(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.mixture.load_state_dict(state["mixture"])
+        self.data.sampler.load_state_dict(state["sampler"])
+        self.data.validation_sampler.load_state_dict(state["validation_sampler"])

@@ -1,0 +1,41 @@
+"""Installs megatron_scalebio. requirements.txt pins what the Makefile installs and CI tests."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-scalebio",
+    version="0.1.0",
+    description="ScaleBiO on Megatron-Core: learn data mixtures by bilevel optimization",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["megatron_scalebio", "megatron_scalebio.*"]),
+    package_data={"megatron_scalebio": ["report/*.j2", "report/*.css", "report/*.js"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6,<2.14",  # 2.6: torch.load is weights_only by default
+        "megatron-core>=0.16.1,<0.17",  # the engine; newest for Python 3.10 and 3.11
+        "psutil>=5.9,<8",  # megatron-core's checkpoint writer needs it and does not declare it
+        "numpy>=1.26,<3",
+        "transformers>=4.48,<6",  # tokenizers and chat templates
+        "tokenizers>=0.21,<0.24",
+        "sentencepiece>=0.2,<0.3",
+        "tensorboard>=2.16,<3",
+        "rich>=13.7,<16",  # progress bars and tables
+        "jinja2>=3.1,<4",  # the report page
+        "PyYAML>=6,<7",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8,<10",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.9,<0.18",
+            "mypy>=1.14,<3",
+            "types-PyYAML",
+            "pre-commit>=4,<5",
+        ],
+        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    },
+    entry_points={"console_scripts": ["megatron-scalebio=megatron_scalebio.cli:main"]},
+)

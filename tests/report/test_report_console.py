@@ -1,0 +1,78 @@
+"""Terminal output: plain lines where there is no terminal, and nothing in a name is obeyed."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_scalebio.report.console import RunConsole, SourceLine, plain
+
+
+def make_console(names: list[str], *, terminal: bool) -> tuple[RunConsole, io.StringIO]:
+    out = io.StringIO()
+    share = 1 / len(names)
+    sources = [SourceLine(name, 100, 5000, share, share) for name in names]
+    console = Console(file=out, force_terminal=terminal, width=100, highlight=False)
+    return RunConsole(sources, train_iters=20, log_interval=10, console=console), out
+
+
+def show_run(console: RunConsole, run: Path) -> None:
+    console.banner({"layout": "TP 2 x PP 1", "output": run})
+    console.start()
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        console.step(json.loads(line))
+    weights = json.loads((run / "weights.json").read_text())
+    console.result(weights, {"report": run / "report.html"}, {"gpt4_alpaca": 1.0})
+
+
+def test_plain_lines_every_interval(make_run: Callable[..., Path]) -> None:
+    run = make_run(steps=20, train_iters=20)
+    console, out = make_console(
+        json.loads((run / "run.json").read_text())["sources"], terminal=False
+    )
+    show_run(console, run)
+    lines = out.getvalue().splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == ["10/20", "20/20"]
+    assert "L1 " in steps[0] and "ETA " in steps[0] and "gpt4_alpaca" in steps[0]
+    assert any("known" in line and "95% interval" in line for line in lines)
+    assert any(line.startswith("L1 distance from the known mixture") for line in lines)
+    assert any(line.split() == ["report", str(run / "report.html")] for line in lines)
+    assert "\x1b" not in out.getvalue()
+
+
+def test_progress_bar_on_a_terminal(make_run: Callable[..., Path]) -> None:
+    run = make_run(steps=20, train_iters=20)
+    console, out = make_console(
+        json.loads((run / "run.json").read_text())["sources"], terminal=True
+    )
+    show_run(console, run)
+    assert "20/20" in out.getvalue()
+    assert "step 10/20" not in out.getvalue()
+
+
+def test_skipped_step_is_a_warning(make_run: Callable[..., Path]) -> None:
+    run = make_run(steps=1)
+    record = json.loads((run / "metrics.jsonl").read_text())
+    console, out = make_console(["a"] * 5, terminal=False)
+    console.step(record | {"skipped": "w: source junk: loss is nan", "validation_loss": None})
+    assert "warning: step 1 was not applied: w: source junk: loss is nan" in out.getvalue()
+
+
+def test_names_are_shown_and_not_obeyed() -> None:
+    console, out = make_console(["[red]x[/red]", "\x1b[2Jcleared"], terminal=False)
+    console.banner({})
+    assert "[red]x[/red]" in out.getvalue()
+    assert "\x1b" not in out.getvalue()
+    assert plain("a\nb\x07").plain == "a\ufffdb\ufffd"
+
+
+def test_many_sources_are_cut_and_counted() -> None:
+    console, out = make_console([f"s{i}" for i in range(1000)], terminal=False)
+    console.banner({})
+    assert "and 985 more sources" in out.getvalue()
+    assert len(out.getvalue().splitlines()) < 25

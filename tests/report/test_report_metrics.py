@@ -1,0 +1,176 @@
+"""metrics.jsonl and TensorBoard: the tags, and that no step is ever lost or doubled."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic_run import simulate
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import crc32c as tensorboard_crc32c
+
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.report.event_file import crc32c
+from megatron_scalebio.report.metrics import MetricsLog, encode_record, read_records
+
+NAMES = ["a", "b", "c"]
+VALIDATION = ["gpt4_val", "code_val"]
+
+
+def records(steps: int, sources: int = 3) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    return simulate(np.full(sources, 1 / sources), steps, steps, rng)
+
+
+def open_log(path: Path, resume_step: int = 0, **options: Any) -> MetricsLog:
+    return MetricsLog(
+        path, NAMES, VALIDATION, global_batch_size=32, resume_step=resume_step, **options
+    )
+
+
+def scalars(path: Path) -> dict[str, list[tuple[int, float]]]:
+    accumulator = EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_carries_megatron_tags_and_ours(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    (record,) = records(1)
+    log.log({**record, "params_norm": 12.5})
+    log.close()
+    tags = scalars(tmp_path)
+    expected = {
+        "lm loss", "lm loss vs samples", "lm loss validation", "lm loss validation vs samples",
+        "lm loss validation-gpt4_val", "lm loss validation-code_val", "learning-rate",
+        "batch-size", "grad-norm", "params-norm", "iteration-time", "throughput",
+        "mem-allocated-bytes", "bilevel/L1", "bilevel/L2_w", "bilevel/L2_u", "bilevel/alpha",
+        "bilevel/grad_norm_u", "bilevel/grad_norm_lambda", "learning-rate-u",
+        "learning-rate-lambda", "time/flush", "mixture/weight/b", "mixture/excess_loss/b",
+        "mixture/loss_w/b", "mixture/loss_u/b",
+    }  # fmt: skip
+    assert expected <= set(tags)
+    assert tags["lm loss"] == [(1, pytest.approx(record["train_loss_w"]))]
+    assert tags["lm loss vs samples"] == [(32, pytest.approx(record["train_loss_w"]))]
+    assert tags["mixture/weight/b"] == [(1, pytest.approx(record["weights"][1]))]
+
+
+def test_resume_equals_never_stopping(tmp_path: Path) -> None:
+    steps = records(20)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    log = open_log(whole)
+    for record in steps:
+        log.log(record)
+    log.close()
+    log = open_log(broken)
+    for record in steps[:13]:
+        log.log(record)
+    with open(broken / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 14, "weights": [0.1')  # killed in the middle of a line
+    log = open_log(broken, resume_step=10)
+    for record in steps[10:]:
+        log.log(record)
+    log.close()
+    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    resumed = {tag: points for tag, points in scalars(broken).items()}
+    assert resumed == scalars(whole)
+
+
+def test_a_torn_event_file_does_not_hide_the_next(tmp_path: Path) -> None:
+    steps = records(4)
+    log = open_log(tmp_path)
+    for record in steps[:3]:
+        log.log(record)
+    log.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    os.truncate(events, events.stat().st_size - 7)
+    log = open_log(tmp_path, resume_step=2)
+    for record in steps[2:]:
+        log.log(record)
+    log.close()
+    assert [step for step, _ in scalars(tmp_path)["lm loss"]] == [1, 2, 3, 4]
+
+
+def test_a_new_run_in_an_old_folder_starts_from_nothing(tmp_path: Path) -> None:
+    for count in (5, 2):
+        log = open_log(tmp_path)
+        for record in records(count):
+            log.log(record)
+        log.close()
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [step for step, _ in scalars(tmp_path)["lm loss"]] == [1, 2]
+
+
+def test_nan_and_inf_are_null_and_stay_out_of_tensorboard(tmp_path: Path) -> None:
+    (record,) = records(1)
+    record |= {"train_loss_w": math.nan, "loss_w": [math.inf, None, 1.5], "skipped": "w: nan"}
+    log = open_log(tmp_path)
+    log.log(record)
+    log.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    read = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert read["train_loss_w"] is None
+    assert read["loss_w"] == [None, None, 1.5]
+    assert "lm loss" not in scalars(tmp_path)
+    assert "mixture/loss_w/a" not in scalars(tmp_path)
+
+
+def test_float32_values_survive_the_nine_digits() -> None:
+    values = np.random.default_rng(1).random(100, np.float32)
+    read = json.loads(encode_record({"step": 1, "weights": values.astype(float).tolist()}))
+    assert np.array_equal(np.array(read["weights"], np.float32), values)
+
+
+def test_per_source_scalars_of_many_sources_come_seldom_and_at_the_end(tmp_path: Path) -> None:
+    names = [f"source {i}" for i in range(1000)]
+    log = MetricsLog(tmp_path, names, VALIDATION, global_batch_size=32)
+    for record in records(45, 1000):
+        log.log(record)
+    log.close()
+    read = scalars(tmp_path)
+    assert [step for step, _ in read["mixture/weight/source 7"]] == [20, 40, 45]
+    assert len(read["lm loss"]) == 45
+
+
+def test_checksum_is_tensorboards() -> None:
+    assert crc32c(b"123456789") == 0xE3069283  # the check value of CRC-32C
+    for size in [*range(9), *range(509, 518), 1027, 5000]:
+        data = os.urandom(size)
+        assert crc32c(data) == tensorboard_crc32c(data)
+
+
+def test_a_disk_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl.*resumes from the last checkpoint"):
+        open_log(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log._file.close()
+    log._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with pytest.raises(UserError, match="No space left"):
+        log.log(records(1)[0])
+
+
+def test_logging_a_step_of_five_sources_costs_well_under_a_millisecond(tmp_path: Path) -> None:
+    names = [f"source {i}" for i in range(5)]
+    log = MetricsLog(tmp_path, names, VALIDATION, global_batch_size=32)
+    times = []
+    for record in records(200, 5):
+        began = time.perf_counter()
+        log.log(record)
+        times.append(time.perf_counter() - began)
+    log.close()
+    assert statistics.median(times) < 1e-3
