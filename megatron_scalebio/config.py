@@ -13,6 +13,9 @@ from typing import Any, Literal
 from megatron_scalebio.errors import UserError
 
 
+CONFIDENCE_LEVELS = (0.80, 0.90, 0.95, 0.98)
+
+
 def option(default: Any, help: str) -> Any:
     """A dataclass field with the help text that its command-line flag shows."""
     factory = {"default_factory": default} if callable(default) else {"default": default}
@@ -206,8 +209,8 @@ class OptimizerConfig:
 
     lr: float = option(3e-4, "peak learning rate of w")
     lr_u: float | None = option(None, "peak learning rate of u [lr]")
-    min_lr: float = option(0.0, "floor of the learning rates of w and u")
-    lr_decay_style: Literal["cosine", "linear", "constant"] = option("cosine", "decay of all rates")
+    min_lr: float | None = option(None, "floor of the learning rates of w and u [lr / 10]")
+    lr_decay_style: Literal["cosine", "linear", "constant"] = option("cosine", "decay of lr, lr_u")
     lr_warmup_fraction: float = option(0.03, "share of the steps spent warming up")
     weight_decay: float = option(0.0, "decoupled weight decay of w and u")
     adam_beta1: float = option(0.9, "first moment")
@@ -221,6 +224,8 @@ class OptimizerConfig:
         for name in ("lr_warmup_fraction", "adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise refuse(name, getattr(self, name), "is outside [0, 1)", "choose within")
+        if self.min_lr is None:
+            self.min_lr = self.lr / 10
         if self.min_lr > self.lr:
             raise refuse("min_lr", self.min_lr, f"is above lr {self.lr}", "lower min_lr")
 
@@ -235,15 +240,20 @@ class BilevelConfig:
     mixture_optimizer: Literal["eg", "adamw"] = option(
         "eg", "exponentiated gradient, or AdamW on the logits as published"
     )
-    lr_lambda: float = option(0.03, "learning rate of the mixture logits")
+    lr_lambda: float | None = option(
+        None, "learning rate of the mixture [0.1 for eg, 0.01 for adamw]"
+    )
+    lr_lambda_decay_style: Literal["constant", "cosine", "linear"] = option(
+        "constant", "decay of lr_lambda; intervals need it constant"
+    )
     resync_interval: int | None = option(
-        30, "steps between resets of u to w; with LISA every new draw resets (null: never)"
+        10, "steps between resets of u to w; with LISA every new draw resets (null: never)"
     )
     floor_share: float = option(
         0.25, "share of each batch dealt equally to all sources; the rest follows the mixture"
     )
-    average_fraction: float = option(0.2, "last share of the steps that the weights average over")
-    confidence: float = option(0.95, "level of the intervals (0.90, 0.95 or 0.99)")
+    average_fraction: float = option(0.5, "last share of the steps that the weights average over")
+    confidence: float = option(0.95, "level of the intervals: 0.80, 0.90, 0.95 or 0.98")
     tolerance: float = option(0.05, "widest half-interval that counts as converged")
     early_stop: bool = option(False, "stop once converged")
     blend_floor: float = option(1e-3, "weights below this are left out of the blend files")
@@ -258,8 +268,15 @@ class BilevelConfig:
                 raise refuse(name, getattr(self, name), "is outside (0, 1]", "choose within")
         if not 0 <= self.blend_floor < 0.5:
             raise refuse("blend_floor", self.blend_floor, "is outside [0, 0.5)", "choose within")
-        if self.confidence not in (0.9, 0.95, 0.99):
-            raise refuse("confidence", self.confidence, "has no table", "use 0.90, 0.95 or 0.99")
+        if self.confidence not in CONFIDENCE_LEVELS:
+            levels = ", ".join(str(level) for level in CONFIDENCE_LEVELS)
+            raise refuse("confidence", self.confidence, "has no critical value", f"use {levels}")
+        if self.resync_interval == 1:
+            raise refuse(
+                "resync_interval", 1, "leaves u no step to depart from w", "use 2 or more"
+            )
+        if self.lr_lambda is None:
+            self.lr_lambda = 0.1 if self.mixture_optimizer == "eg" else 0.01
 
 
 @dataclass

@@ -89,9 +89,14 @@ def _adopt_slurm_variables() -> None:
         os.environ["MASTER_PORT"] = str(20000 + job % 20000)
 
 
+def stop_model_parallel() -> None:
+    """Drops Megatron's groups, so that `start` can build those of another layout."""
+    parallel_state.destroy_model_parallel()
+
+
 def stop() -> None:
     if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
+        stop_model_parallel()
         dist.destroy_process_group()
 
 

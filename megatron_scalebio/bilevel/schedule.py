@@ -1,7 +1,8 @@
 """α and the three learning rates of a step, as functions of the step alone.
 
 α grows by `alpha_growth` (τ) from one outer round to the next and the rates shrink by it; within
-the run all three rates share Megatron-Core's warm-up and decay.
+the run they follow Megatron-Core's warm-up and decay. The mixture's rate is constant by default:
+its weights are averaged, and intervals are read off a trajectory that keeps moving.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Schedule:
     def __init__(self, config: Config) -> None:
         self.bilevel, self.iters = config.bilevel, config.train.train_iters
         rates = config.optimizer
+        self.style = rates.lr_decay_style
         self._scheduler = OptimizerParamScheduler(
             _Rates([]),
             init_lr=0.0,
@@ -49,16 +51,22 @@ class Schedule:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
-        self._groups = [
-            {"max_lr": rates.lr, "min_lr": rates.min_lr},
-            {"max_lr": rates.lr_u or rates.lr, "min_lr": rates.min_lr},
-            {"max_lr": self.bilevel.lr_lambda, "min_lr": 0.0},
+        self._models = [
+            {"max_lr": rate, "min_lr": rates.min_lr} for rate in (rates.lr, rates.lr_u or rates.lr)
         ]
+        self._mixture = {"max_lr": self.bilevel.lr_lambda, "min_lr": 0.0}
 
     def at(self, step: int) -> StepSettings:
         # The scheduler's rate at 0 is zero (or init_lr): a step uses the rate it ends with.
         self._scheduler.num_steps = step + 1
         outer_round = step * self.bilevel.outer_rounds // self.iters
         growth = self.bilevel.alpha_growth**outer_round
-        lr_w, lr_u, lr_lambda = (self._scheduler.get_lr(g) / growth for g in self._groups)
+        lr_w, lr_u = (self._rate(group, self.style) / growth for group in self._models)
+        lr_lambda = self._rate(self._mixture, self.bilevel.lr_lambda_decay_style) / growth
         return StepSettings(self.bilevel.alpha * growth, outer_round, lr_w, lr_u, lr_lambda)
+
+    def _rate(self, group: dict[str, Any], style: str) -> float:
+        if group is self._mixture and style == "constant":
+            return group["max_lr"]  # no warm-up: the first steps of λ are as good as any
+        self._scheduler.lr_decay_style = style
+        return self._scheduler.get_lr(group)

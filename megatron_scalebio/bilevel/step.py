@@ -72,9 +72,13 @@ def plan_passes(
 
 
 def flush(
-    twins: list[TwinModel], passes: list[Pass], micro_batch_size: int, forward_only: bool = False
+    twins: list[TwinModel], passes: list[Pass], micro_batch_size: int, **schedule: Any
 ) -> list[dict[str, Any]]:
-    """Runs all passes forward and backward; returns their loss records on the last stage."""
+    """Runs all passes forward and backward; returns their loss records on the last stage.
+
+    Args:
+        schedule: more arguments for Megatron's schedule, such as `forward_only`.
+    """
     iterators = [iter(passes) for _ in twins]
     longest = max(p.batch.tokens_BS.shape[1] for p in passes)
     return get_forward_backward_func()(
@@ -84,7 +88,7 @@ def flush(
         num_microbatches=len(passes),
         seq_length=longest,
         micro_batch_size=micro_batch_size,
-        forward_only=forward_only,
+        **schedule,
     )
 
 
@@ -112,10 +116,11 @@ def loss_func(
     batch = this.batch
     # A padded position may hold anything, NaN included: select, do not multiply.
     mask_BS = batch.mask_BS.to(loss_BS.device) > 0
-    sum_B = torch.where(mask_BS, loss_BS.float(), 0.0).sum(dim=1)
+    # In float64: the hypergradient is a small difference of these sums.
+    sum_B = torch.where(mask_BS, loss_BS.float(), 0.0).sum(dim=1, dtype=torch.float64)
     weight_B = this.weight_G[batch.group_B] * batch.coefficient_B
-    objective = (sum_B * weight_B.to(sum_B.device, sum_B.dtype)).sum()
-    part_B = sum_B.detach().double() * batch.coefficient_B.to(sum_B.device)
+    objective = (sum_B * weight_B.to(sum_B.device)).sum().float()
+    part_B = sum_B.detach() * batch.coefficient_B.to(sum_B.device)
     record = {"role": this.role, "group_B": batch.group_B, "part_B": part_B}
     return objective, torch.tensor(0, dtype=torch.int), record
 

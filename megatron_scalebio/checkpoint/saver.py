@@ -29,6 +29,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.provider import padded_vocab_size
 from megatron_scalebio.model.twin import named_parameters
+from megatron_scalebio.optim.builder import allocate_state
 from megatron_scalebio.optim.lisa import period_of
 from megatron_scalebio.train.state import TrainState
 
@@ -133,7 +134,10 @@ def _load(state: TrainState, source: Path) -> None:
     on_disk = dist_checkpointing.load_tensors_metadata(str(source / BILEVEL))
     _load_u(state, source / BILEVEL, set(on_disk))
     if period_of(state.step, state.config.lisa) == common["period"]:
+        _check_optimizer_kind(state.config, common["optimizer_kind"], source)
         period = state.enter_period()
+        for optimizer in (period.optimizer_w, period.optimizer_u):
+            allocate_state(optimizer)
         wanted = _optimizer_states(state, is_loading=True)
         loaded = dist_checkpointing.load(wanted, str(source / BILEVEL))
         period.optimizer_w.load_state_dict(loaded["optimizer_w"])
@@ -169,9 +173,29 @@ def _check_sources(state: TrainState, common: dict[str, Any], source: Path) -> N
         )
 
 
+def _optimizer_kind(config: Config) -> list[bool]:
+    return [config.parallel.use_distributed_optimizer, config.parallel.bf16]
+
+
+def _check_optimizer_kind(config: Config, saved: list[bool], source: Path) -> None:
+    """Megatron lays out the state of its optimizers differently, and masters exist in bf16 only."""
+    for name, ours, theirs in zip(
+        ("use_distributed_optimizer", "bf16"), _optimizer_kind(config), saved, strict=True
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"{ours} cannot resume a run saved with {theirs}",
+                where=f"parallel.{name}",
+                mend=f"set it to {theirs}, or start from {source} with --pretrained-checkpoint",
+            )
+
+
 def _model_state(chunks: list[torch.nn.Module], metadata: dict[str, Any] | None) -> dict[str, Any]:
     """Sharded state of a model: `model`, or `model0`, `model1`, … with virtual chunks."""
-    states = [unwrap_model(chunk).sharded_state_dict(metadata=metadata) for chunk in chunks]
+    # Megatron adds process groups to the metadata it is given: hand it a copy.
+    states = [
+        unwrap_model(chunk).sharded_state_dict(metadata=dict(metadata or {})) for chunk in chunks
+    ]
     if len(states) == 1:
         return {"model": states[0]}
     return {f"model{number}": part for number, part in enumerate(states)}
@@ -191,6 +215,7 @@ def _bilevel_state(state: TrainState) -> dict[str, Any]:
     whole = {
         "run": state.common_state(),
         "layout": _layout(),
+        "optimizer_kind": _optimizer_kind(state.config),
         "period": None,
         "rng": _random_state(),
         "u": _own_state_of_u(state),
@@ -275,7 +300,7 @@ def _optimizer_states(state: TrainState, is_loading: bool = False) -> dict[str, 
     ):
         model = _model_state(chunks, _PER_LAYER)
         result[name] = optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=_OPTIMIZER
+            model, is_loading=is_loading, metadata=dict(_OPTIMIZER)
         )
         add_prefix_for_sharding(result[name], f"{name}.")
     return result

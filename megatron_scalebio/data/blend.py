@@ -4,7 +4,8 @@ Every rank computes the same global batch without communication and takes its ow
 order of examples does not depend on the data-parallel size or the micro-batch size. The state is
 the step and one count per source.
 
-    counts   n_i of a batch of B: systematic sampling of B · ((1 − f) p_i + f / S), f = floor share
+    counts   n_i of a batch of B: systematic sampling of B · ((1 − f) p_i + f / S), f = floor share,
+             each source at least once where B ≥ S
     examples the next n_i of source i in a pseudo-random order, without replacement in an epoch
 """
 
@@ -33,6 +34,17 @@ class Picks:
     group_B: Ints
     index_B: Ints
     inclusion_S: Floats
+
+
+def expected_counts(probs_S: Floats, batch_size: int, floor_share: float) -> Floats:
+    """B · ((1 − f) p_i + f / S), raised to one seat each where the batch has that many."""
+    sources = len(probs_S)
+    share_S = (1 - floor_share) * probs_S + floor_share / sources
+    expected_S = batch_size * share_S / share_S.sum()
+    if batch_size < sources:
+        return expected_S
+    above_S = np.maximum(expected_S - 1, 0)
+    return 1 + above_S * ((batch_size - sources) / max(above_S.sum(), 1e-12))
 
 
 def systematic_counts(expected_S: Floats, offset: float) -> Ints:
@@ -65,8 +77,7 @@ class BlendSampler:
 
     def next(self, probs_S: Floats) -> Picks:
         """The next global batch under mixture p."""
-        share_S = (1 - self.floor_share) * probs_S + self.floor_share / len(probs_S)
-        expected_S = self.batch_size * share_S / share_S.sum()
+        expected_S = expected_counts(probs_S, self.batch_size, self.floor_share)
         offset = np.random.default_rng((self.seed, self.step)).random()
         counts_S = systematic_counts(expected_S, offset)
         group_B = np.repeat(np.arange(len(counts_S)), counts_S)
@@ -75,7 +86,7 @@ class BlendSampler:
         index_B = shuffled_index(position_B, self.sizes_S[group_B], group_B, self.seed)
         self.step += 1
         self.drawn_S += counts_S
-        return Picks(group_B, index_B, np.minimum(1.0, expected_S))
+        return Picks(group_B, index_B, np.minimum(1.0, expected_S + 1e-9))
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "drawn": self.drawn_S.tolist()}

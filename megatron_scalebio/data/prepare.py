@@ -28,7 +28,7 @@ TOO_LONG = ("truncate", "drop", "split")
 TOKENIZER_FILE = "tokenizer.model"
 _BATCH_BYTES = 1 << 18
 _BATCH_RECORDS = 1024
-_BYTES_A_WORKER = 8 << 20  # below this, starting a worker takes longer than it saves
+_BYTES_A_WORKER = 16 << 20  # below this, starting a worker takes longer than it saves
 
 
 @dataclass(frozen=True)

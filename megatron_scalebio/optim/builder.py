@@ -136,6 +136,16 @@ def set_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> No
         group["weight_decay"] = weight_decay * group["wd_mult"]
 
 
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Gives a fresh DistributedOptimizer the Adam state that loading writes into.
+
+    It reads the step from that state before it loads, which torch's Adam has after a step only.
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
+            part._init_optimizer_states_with_dummy_values()
+
+
 def _complete_adam_state() -> None:
     """Mends a load of Megatron's DistributedOptimizer over torch's Adam.
 

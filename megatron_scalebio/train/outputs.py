@@ -18,7 +18,7 @@ from megatron.core.utils import unwrap_model
 
 import megatron_scalebio
 from megatron_scalebio import runtime
-from megatron_scalebio.bilevel.confidence import Estimate
+from megatron_scalebio.bilevel.confidence import Verdict, WeightIntervals
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import save_config
 from megatron_scalebio.train.loop import StepResult
@@ -148,19 +148,21 @@ def name_groups(skipped: str | None, state: TrainState) -> str | None:
     return skipped
 
 
-def weights_content(state: TrainState, estimate: Estimate) -> dict[str, Any]:
+def weights_content(
+    state: TrainState, intervals: WeightIntervals, verdict: Verdict
+) -> dict[str, Any]:
     sources = zip(
         state.data.sources,
-        estimate.weight_S.tolist(),
-        estimate.low_S.tolist(),
-        estimate.high_S.tolist(),
+        intervals.weight_S.tolist(),
+        intervals.low_S.tolist(),
+        intervals.high_S.tolist(),
         state.mixture.initial_S.tolist(),
         strict=True,
     )
     return {
         "step": state.step,
-        "converged": estimate.converged,
-        "reason": estimate.reason,
+        "converged": verdict.converged,
+        "reason": verdict.reason,
         "confidence": state.config.bilevel.confidence,
         "sources": [
             {

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_scalebio import runtime
-from megatron_scalebio.bilevel.confidence import Estimate, estimate
+from megatron_scalebio.bilevel.confidence import Verdict, judge_convergence, weight_intervals
 from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import add_arguments, config_from_args
@@ -67,7 +67,7 @@ def reweight(state: TrainState, save_to: Path, reporter: Reporter | None) -> int
         if _any_rank(signals.received):
             code = EXIT_SIGNALLED
             break
-        if config.bilevel.early_stop and current_estimate(state).converged:
+        if config.bilevel.early_stop and verdict(state).converged:
             break
     if saved_at != state.step and state.skipped_in_a_row == 0:
         saver.save(state, save_to)
@@ -81,10 +81,16 @@ def _any_rank(flag: int) -> bool:
     return bool(seen)
 
 
-def current_estimate(state: TrainState) -> Estimate:
+def verdict(state: TrainState) -> Verdict:
+    """Whether the weights have converged by now, and why."""
     bilevel = state.config.bilevel
-    return estimate(
-        state.mixture.trajectory, bilevel.average_fraction, bilevel.confidence, bilevel.tolerance
+    return judge_convergence(
+        state.mixture.trajectory.tail(bilevel.average_fraction),
+        [source.name for source in state.data.sources],
+        block_length=state.mixture.trajectory.block_length,
+        tolerance=bilevel.tolerance,
+        confidence=bilevel.confidence,
+        constant_rate=bilevel.lr_lambda_decay_style == "constant",
     )
 
 
@@ -130,7 +136,10 @@ class Reporter:
         """Writes the weights and the report, and says where everything is."""
         state, folder = self.state, self.folder
         self.metrics.close()
-        content = outputs.weights_content(state, current_estimate(state))
+        bilevel = state.config.bilevel
+        blocks_BS = state.mixture.trajectory.tail(bilevel.average_fraction)
+        intervals = weight_intervals(blocks_BS, bilevel.confidence)
+        content = outputs.weights_content(state, intervals, verdict(state))
         left_out = outputs.write_weights(folder, content, state.config)
         self.run["ended"] = outputs.now()
         outputs.write_json(folder / "run.json", self.run)

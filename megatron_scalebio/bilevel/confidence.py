@@ -1,0 +1,277 @@
+"""How sure the learned weights are: the mixture's trajectory, confidence intervals, convergence.
+
+The reported weights are a Polyak-Ruppert average, p̄ = mean of p_t over the last half of the
+steps (``TAIL_FRACTION``), with the mixture's learning rate held constant. Noise in the
+hypergradient shows as the wandering of p_t, which is correlated over many steps. Random scaling
+turns that wandering into an interval without choosing a batch length or inverting a Hessian
+(Lee, Liao, Seo, Shin, "Fast and robust online inference with stochastic gradient descent via
+random scaling", AAAI 2022, arXiv:2106.03156):
+
+    V_i = (1/n²) Σ_{r=1..n} ( Σ_{k≤r} (p_{k,i} − p̄_i) )²         i: source, k: block of the tail
+    interval_i = p̄_i ± c · sqrt(V_i / n)                           c = 6.747 for 95 %
+
+(p̄_i − E p_i) / sqrt(V_i / n) tends to B(1) / sqrt(∫ (B(r) − r B(1))² dr), B Brownian motion,
+whose quantiles c were tabulated by Abadir and Paruolo (Econometrica 65, 1997, table II). The
+ratio is the same for steps and for blocks of steps, so the trajectory is kept as block means.
+
+Symbols: p_k → ``blocks_BS`` (B blocks, S sources), p̄ → ``weight_S``, V_i / n → ``variance_S``.
+
+What an interval does and does not say: it covers the spread over seeds (batches, initialisation)
+of the weights that this procedure settles at, once the tail is long against the mixture's memory.
+It is too narrow while the weights still travel, which ``judge_convergence`` looks for, and it says
+nothing if the mixture's learning rate decayed to zero: a frozen trajectory looks certain. It is
+conditional on the validation set: that another draw of that set would ask for other weights (a
+standard error of about sqrt(p (1 − p) / examples)) is not in it.
+
+Measured on a bigram-table problem with a known mixture, 120 seeds, α = 10, default settings:
+share of 95 % intervals over the sources in use which cover the truth / the mean over seeds, and
+share of the runs called converged with a weight that is off by more than the tolerance of 0.05
+
+    steps (tail is half)        200           400           1000
+    5 sources               0.86 / 0.85   0.95 / 0.96   0.98 / 0.99
+    20 sources              0.75 / 0.79   0.91 / 0.93   0.97 / 0.98
+    wrongly "converged"     0.25 (5 src)  0.05 (5 src)  0.00
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TAIL_FRACTION = 0.5  # share of the steps, from the end, that the reported weights average over
+MIN_TAIL_STEPS = 200  # a shorter tail cannot show convergence (see the table above)
+RESOLUTION = 0.01  # softmax never reaches 0: an estimate below this cannot be told from 0
+
+# Two-sided confidence → critical value of the random-scaling ratio (Abadir and Paruolo 1997).
+CRITICAL_VALUES = {0.80: 3.875, 0.90: 5.323, 0.95: 6.747, 0.98: 8.613}
+
+
+class TrajectoryBlocks:
+    """The trajectory of the mixture as at most ``capacity`` block means of equal length.
+
+    Every step enters one block. When ``capacity`` blocks are complete, neighbours are merged and
+    the block length doubles, so memory is bounded and the past is never thrown away:
+
+        length 1: [p1][p2][p3][p4]  →  length 2: [p1 p2][p3 p4][p5 ·
+
+    Sums are kept in float64 and divided when read, hence a merged mean is that of its steps up to
+    the rounding of a float64 sum.
+
+    Args:
+        num_sources: S.
+        capacity: largest number of complete blocks, even.
+    """
+
+    def __init__(self, num_sources: int, capacity: int = 512) -> None:
+        if num_sources < 1 or capacity < 2 or capacity % 2:
+            raise ValueError(
+                f"need num_sources >= 1 and an even capacity, not {num_sources} and {capacity}"
+            )
+        self.capacity = capacity
+        self.block_length = 1  # in steps
+        self.num_blocks = 0  # complete ones
+        self._sums_BS = torch.zeros(capacity, num_sources, dtype=torch.float64)
+        self._open_sum_S = torch.zeros(num_sources, dtype=torch.float64)
+        self._open_steps = 0
+
+    @property
+    def num_sources(self) -> int:
+        return self._sums_BS.shape[1]
+
+    @property
+    def steps(self) -> int:
+        """Steps appended so far, the open block's included."""
+        return self.num_blocks * self.block_length + self._open_steps
+
+    def append(self, probs_S: Tensor) -> None:
+        """Adds the mixture of one step.
+
+        Args:
+            probs_S: weights of the sources, shape ``[S]``, any float type or device.
+        """
+        assert probs_S.shape == self._open_sum_S.shape, (probs_S.shape, self._open_sum_S.shape)
+        self._open_sum_S += probs_S.detach().to("cpu", torch.float64)
+        self._open_steps += 1
+        if self._open_steps < self.block_length:
+            return
+        self._sums_BS[self.num_blocks] = self._open_sum_S
+        self.num_blocks += 1
+        self._open_sum_S.zero_()
+        self._open_steps = 0
+        if self.num_blocks == self.capacity:
+            self._merge_neighbours()
+
+    def _merge_neighbours(self) -> None:
+        half = self.capacity // 2
+        merged_BS = self._sums_BS[0::2] + self._sums_BS[1::2]
+        self._sums_BS.zero_()
+        self._sums_BS[:half] = merged_BS
+        self.num_blocks = half
+        self.block_length *= 2
+
+    def tail(self, fraction: float = TAIL_FRACTION) -> Tensor:
+        """Means of the complete blocks which lie wholly in the last ``fraction`` of the steps.
+
+        The open block (under 1 % of the steps) is left out, so that all blocks weigh alike.
+        Returns a float64 copy of shape ``[B, S]``, oldest first; B = 0 before the first step and
+        B >= 1 after it.
+        """
+        if not 0.0 < fraction <= 1.0:
+            raise ValueError(f"fraction must lie in (0, 1], not {fraction}")
+        complete_steps = self.num_blocks * self.block_length
+        count = max(1, math.floor(fraction * complete_steps / self.block_length + 1e-9))
+        first = max(0, self.num_blocks - count)
+        return self._sums_BS[first : self.num_blocks] / self.block_length
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors (shapes depend only on ``num_sources`` and ``capacity``) and integers."""
+        return {
+            "block_sums": self._sums_BS.clone(),
+            "open_sum": self._open_sum_S.clone(),
+            "num_blocks": self.num_blocks,
+            "block_length": self.block_length,
+            "open_steps": self._open_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores ``state_dict`` exactly. ValueError if it is of another number of sources."""
+        if state["block_sums"].shape != self._sums_BS.shape:
+            raise ValueError(
+                f"trajectory of shape {tuple(state['block_sums'].shape)} cannot be loaded into one "
+                f"of shape {tuple(self._sums_BS.shape)} (blocks, sources)"
+            )
+        self._sums_BS.copy_(state["block_sums"])
+        self._open_sum_S.copy_(state["open_sum"])
+        self.num_blocks = int(state["num_blocks"])
+        self.block_length = int(state["block_length"])
+        self._open_steps = int(state["open_steps"])
+
+
+@dataclass(frozen=True)
+class WeightIntervals:
+    """Weights with confidence intervals; float64 tensors of shape ``[S]``, in shares of 1."""
+
+    weight_S: Tensor  # tail average, sums to 1
+    low_S: Tensor  # clipped to [0, 1]
+    high_S: Tensor  # clipped to [0, 1]
+    half_width_S: Tensor  # before clipping
+    confidence: float
+
+
+def tail_average(blocks_BS: Tensor) -> Tensor:
+    """Average over blocks of equal length: ``[B, S]`` → ``[S]``, float64."""
+    assert blocks_BS.ndim == 2 and len(blocks_BS) > 0, blocks_BS.shape
+    return blocks_BS.to(torch.float64).mean(0)
+
+
+def random_scaling_half_width(blocks_BS: Tensor, confidence: float = 0.95) -> Tensor:
+    """Half-widths c · sqrt(V_i / n) of the module's formula, ``[B, S]`` → ``[S]``, float64.
+
+    One block says nothing about its own error: infinite. ValueError for a confidence without a
+    tabulated critical value.
+    """
+    if confidence not in CRITICAL_VALUES:
+        raise ValueError(f"confidence must be one of {sorted(CRITICAL_VALUES)}, not {confidence}")
+    num_blocks, num_sources = blocks_BS.shape
+    if num_blocks < 2:
+        return torch.full((num_sources,), math.inf, dtype=torch.float64)
+    deviation_BS = blocks_BS.to(torch.float64) - tail_average(blocks_BS)
+    variance_S = deviation_BS.cumsum(0).square().sum(0) / num_blocks**3
+    return CRITICAL_VALUES[confidence] * variance_S.sqrt()
+
+
+def weight_intervals(blocks_BS: Tensor, confidence: float = 0.95) -> WeightIntervals:
+    """Confidence intervals of the tail-averaged weights.
+
+    Args:
+        blocks_BS: tail of the trajectory, shape ``[B, S]``, B >= 1.
+        confidence: two-sided, per source (not simultaneous); a key of ``CRITICAL_VALUES``.
+
+    A weight whose truth is 0 is approached from above and never reached, so the lower end of an
+    estimate below ``RESOLUTION`` is 0.
+    """
+    weight_S = tail_average(blocks_BS)
+    half_width_S = random_scaling_half_width(blocks_BS, confidence)
+    low_S = (weight_S - half_width_S).clamp(0.0, 1.0)
+    low_S = torch.where(weight_S < RESOLUTION, torch.zeros_like(low_S), low_S)
+    high_S = (weight_S + half_width_S).clamp(0.0, 1.0)
+    return WeightIntervals(weight_S, low_S, high_S, half_width_S, confidence)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the weights may be called converged, and why, in one plain sentence."""
+
+    converged: bool
+    reason: str
+
+
+def judge_convergence(
+    blocks_BS: Tensor,
+    names: list[str] | None = None,
+    *,
+    block_length: int = 1,
+    tolerance: float = 0.05,
+    confidence: float = 0.95,
+    constant_rate: bool = True,
+) -> Verdict:
+    """Converged only if the tail is long enough, its intervals are tight and it does not drift.
+
+    Drift: the two halves of the tail differ by more than half the tolerance *and* by more than
+    their joint error (root sum of squares of the halves' own half-widths). The rule may be
+    evaluated after every step to stop early; as with any repeated look, the chance of one false
+    "converged" is then larger than that of a single look at the end.
+
+    Args:
+        blocks_BS: tail of the trajectory, shape ``[B, S]``.
+        names: of the sources, for the reason.
+        block_length: steps in a block (``TrajectoryBlocks.block_length``).
+        tolerance: largest acceptable half-width, a share of 1.
+        confidence: of the intervals.
+        constant_rate: whether the mixture's learning rate was constant over the tail; if it
+            decayed, stillness is no evidence and the verdict is never "converged".
+    """
+    num_blocks, num_sources = blocks_BS.shape
+    names = names or [f"source {i}" for i in range(num_sources)]
+    if not constant_rate:
+        return Verdict(
+            False,
+            "the mixture's learning rate decays over the averaged steps, so that the weights "
+            "standing still is no evidence",
+        )
+    tail_steps = num_blocks * block_length
+    if tail_steps < MIN_TAIL_STEPS:
+        return Verdict(
+            False, f"only {tail_steps} steps are averaged, at least {MIN_TAIL_STEPS} are needed"
+        )
+    half_width_S = random_scaling_half_width(blocks_BS, confidence)
+    widest = int(half_width_S.argmax())
+    if float(half_width_S[widest]) > tolerance:
+        return Verdict(
+            False,
+            f"the weight of {names[widest]} is known to ±{float(half_width_S[widest]):.3f} only, "
+            f"the tolerance is ±{tolerance:g}",
+        )
+    first_BS, second_BS = blocks_BS[: num_blocks // 2], blocks_BS[num_blocks // 2 :]
+    moved_S = (tail_average(second_BS) - tail_average(first_BS)).abs()
+    joint_error_S = torch.hypot(
+        random_scaling_half_width(first_BS, confidence),
+        random_scaling_half_width(second_BS, confidence),
+    )
+    excess_S = moved_S - joint_error_S.clamp(min=tolerance / 2)
+    worst = int(excess_S.argmax())
+    if float(excess_S[worst]) > 0:
+        return Verdict(
+            False,
+            f"the weight of {names[worst]} is still drifting: {float(moved_S[worst]):.3f} between "
+            "the halves of the averaged steps, more than their error",
+        )
+    return Verdict(
+        True,
+        f"every weight is known to ±{float(half_width_S[widest]):.3f} or better "
+        f"({confidence:.0%} confidence, tolerance ±{tolerance:g}) and none drifts",
+    )

@@ -1,0 +1,104 @@
+"""The bilevel step written naively from its definition: a plain Llama, one example at a time.
+
+Nothing here is shared with the package but the weights (by their Megatron names) and the examples.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+Weights = dict[str, torch.Tensor]
+
+
+def example_loss(
+    weights: Weights, shape: dict, tokens: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Summed cross-entropy of an unpadded example's target tokens."""
+    logits = _logits(weights, shape, tokens[:-1])
+    losses = F.cross_entropy(logits, tokens[1:], reduction="none")
+    return losses[targets[1:] > 0].sum()
+
+
+def _logits(weights: Weights, shape: dict, tokens: torch.Tensor) -> torch.Tensor:
+    x = weights["embedding.word_embeddings.weight"][tokens]
+    for layer in range(shape["layers"]):
+        block = {k: v[layer] for k, v in weights.items() if k.startswith("decoder.layers.")}
+        get = {k.removeprefix("decoder.layers."): v for k, v in block.items()}.__getitem__
+        h = _rms(x, get("self_attention.linear_qkv.layer_norm_weight"))
+        x = x + _attention(h, get, shape)
+        h = _rms(x, get("mlp.linear_fc1.layer_norm_weight"))
+        gate, up = (h @ get("mlp.linear_fc1.weight").T).chunk(2, dim=-1)
+        x = x + (F.silu(gate) * up) @ get("mlp.linear_fc2.weight").T
+    x = _rms(x, weights["decoder.final_layernorm.weight"])
+    head = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
+    return x @ head[: shape["vocab"]].T
+
+
+def _rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+
+def _attention(h: torch.Tensor, get, shape: dict) -> torch.Tensor:
+    length, heads, groups = len(h), shape["heads"], shape["groups"]
+    size = h.shape[1] // heads
+    # Megatron keeps the query heads of a group beside its key and value.
+    qkv = (h @ get("self_attention.linear_qkv.weight").T).view(
+        length, groups, heads // groups + 2, size
+    )
+    q = qkv[:, :, :-2].reshape(length, heads, size)
+    k = qkv[:, :, -2].repeat_interleave(heads // groups, dim=1)
+    v = qkv[:, :, -1].repeat_interleave(heads // groups, dim=1)
+    frequency = 10000.0 ** (-torch.arange(0, size, 2).float() / size)
+    angle = torch.outer(torch.arange(length).float(), frequency).repeat(1, 2)[:, None]
+
+    def turn(y):
+        rotated = torch.cat((-y[..., size // 2 :], y[..., : size // 2]), dim=-1)
+        return y * angle.cos() + rotated * angle.sin()
+
+    scores = torch.einsum("qhd,khd->hqk", turn(q), turn(k)) / math.sqrt(size)
+    past = torch.ones(length, length).tril().bool()
+    context = torch.einsum("hqk,khd->qhd", scores.masked_fill(~past, -math.inf).softmax(-1), v)
+    return context.reshape(length, -1) @ get("self_attention.linear_proj.weight").T
+
+
+def mean_losses(weights: Weights, shape: dict, groups: dict[int, list], mean: str) -> dict:
+    """ℓ_i of each group of (tokens, targets) examples."""
+    result = {}
+    for i, examples in groups.items():
+        sums = [example_loss(weights, shape, t, m) for t, m in examples]
+        counts = [(m[1:] > 0).sum() for _, m in examples]
+        if mean == "token":
+            result[i] = sum(sums) / sum(counts)
+        else:
+            result[i] = sum(s / c for s, c in zip(sums, counts, strict=True)) / len(sums)
+    return result
+
+
+def bilevel_gradients(
+    w: Weights, u: Weights, logits: torch.Tensor, train: dict, valid: dict, shares: list[float],
+    alpha: float, shape: dict, mean: str,
+) -> tuple[Weights, Weights, torch.Tensor, dict]:  # fmt: skip
+    """Gradients in w, u (each divided by its loss coefficients) and λ by autograd of the objective.
+
+    F = L1(w) + α (L2(λ, w) − L2(λ, u)); u ascends F, so its descent gradient is −∂F/∂u.
+    """
+    w = {k: v.clone().requires_grad_() for k, v in w.items()}
+    u = {k: v.clone().requires_grad_() for k, v in u.items()}
+    logits = logits.clone().requires_grad_()
+    p = torch.softmax(logits, 0)
+    loss_w, loss_u = (mean_losses(x, shape, train, mean) for x in (w, u))
+    validation = mean_losses(w, shape, valid, mean)
+    upper = sum(share * validation[v] for v, share in enumerate(shares))
+    lower = sum(p[i] * (loss_w[i] - loss_u[i]) for i in loss_w)
+    (upper + alpha * lower).backward()
+    grads_w = {k: v.grad / (1 + alpha) for k, v in w.items()}
+    grads_u = {k: -v.grad / alpha for k, v in u.items()}
+    losses = {
+        "w": [loss_w[i].item() for i in sorted(loss_w)],
+        "u": [loss_u[i].item() for i in sorted(loss_u)],
+        "validation": [validation[v].item() for v in sorted(validation)],
+    }
+    return grads_w, grads_u, logits.grad, losses

@@ -1,0 +1,354 @@
+"""One flush equals the naive step, and 20 steps are the same, under every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.distributed import naive
+from tests.distributed.harness import run_distributed
+from tests.markov import write_source
+
+pytestmark = pytest.mark.distributed
+
+VOCAB, SEQ, STEPS, WARM_STEPS = 61, 24, 20, 3
+MODEL = {
+    "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2,
+    "ffn_hidden_size": 48, "make_vocab_size_divisible_by": 16, "init_method_std": 0.1,
+}  # fmt: skip
+UNTIED = {"untie_embeddings_and_output_weights": True}
+
+# name: (ranks, parallel, model, lisa, data)
+Layout = tuple[int, dict, dict, dict, dict]
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+VPP = {**PP2, "num_layers_per_virtual_pipeline_stage": 1}
+DIST = {"use_distributed_optimizer": True}
+FULL = {"recompute_granularity": "full"}
+LISA = {"lisa_layers": 2, "lisa_interval": 4}
+FROZEN = {**LISA, "lisa_train_embedding": False, "lisa_train_norm": False}
+TOKEN = {"loss_mean": "token"}
+LAYOUTS: dict[str, Layout] = {
+    "one": (1, {}, {}, {}, {}),
+    "one-untied-token": (1, {}, UNTIED, {}, TOKEN),
+    "one-distributed-optimizer": (1, DIST, {}, {}, {}),
+    "one-lisa": (1, {}, {}, LISA, {}),
+    "one-lisa-frozen": (1, {}, {}, FROZEN, {}),
+    "one-lisa-frozen-recompute": (1, FULL, {}, FROZEN, {}),
+    "one-recompute-selective": (1, {"recompute_granularity": "selective"}, {}, {}, {}),
+    "tp2": (2, TP2, {}, {}, {}),
+    "tp2-untied-token": (2, TP2, UNTIED, {}, TOKEN),
+    "tp2-sequence-parallel": (2, {**TP2, "sequence_parallel": True}, {}, {}, {}),
+    "pp2": (2, PP2, {}, {}, {}),
+    "pp2-untied-recompute": (2, {**PP2, **FULL}, UNTIED, {}, {}),
+    "vpp": (2, VPP, {}, {}, {}),
+    "pp2-lisa": (2, PP2, {}, LISA, {}),
+    "dp2": (2, {}, {}, {}, {}),
+    "dp2-token": (2, {}, {}, {}, TOKEN),
+    "dp2-distributed-optimizer": (2, DIST, {}, {}, {}),
+    "dp2-distributed-optimizer-lisa": (2, DIST, {}, LISA, {}),
+    "tp2-pp2": (4, {**TP2, **PP2}, {}, {}, {}),
+    "vpp-dp2-distributed-optimizer": (4, {**VPP, **DIST}, {}, {}, {}),
+}
+
+
+def settings(problem: dict, name: str) -> dict:
+    _, parallel, model, lisa, data = LAYOUTS[name]
+    return {
+        "data": {
+            "seq_length": SEQ,
+            "sources": problem["sources"],
+            "validation": problem["validation"],
+            **data,
+        },
+        "model": {**MODEL, **model},
+        "parallel": parallel,
+        "optimizer": {"lr": 3e-3},
+        "lisa": lisa,
+        "bilevel": {"alpha": 7.0, "resync_interval": 5},
+        "train": {
+            "train_iters": STEPS, "micro_batch_size": 2, "global_batch_size": 12,
+            "validation_batch_size": 8,
+        },
+    }  # fmt: skip
+
+
+def write_problem(folder: Path) -> dict:
+    """Three sources and two validation sets of uneven lengths and masks."""
+    generator = np.random.default_rng(5)
+    entries: dict[str, list] = {"sources": [], "validation": []}
+    for kind, name, count in (
+        ("sources", "a", 17), ("sources", "b", 9), ("sources", "c", 30),
+        ("validation", "v", 20), ("validation", "x", 7),
+    ):  # fmt: skip
+        lengths = generator.integers(4, SEQ + 1, size=count)
+        rows = [generator.integers(0, VOCAB, size=n + 1) for n in lengths]
+        masks = [generator.random(n + 1) < 0.6 for n in lengths]
+        for mask in masks:
+            mask[-1] = True
+        path = write_source(folder, name, rows, masks, vocab_size=VOCAB)
+        entries[kind].append({"name": name, "path": path})
+    entries["validation"][0]["weight"] = 3.0
+    return entries
+
+
+def start_of(name: str) -> str:
+    """The start point that fits a layout's model and optimizer."""
+    if "untied" in name:
+        return "one-untied-token"
+    return "one-distributed-optimizer" if "distributed" in name else "one"
+
+
+def on_ranks(problem: dict, names: list[str], folder: str) -> None:
+    """For each layout: the gradients of one flush from a shared start, and 20 steps."""
+    from megatron_scalebio import runtime
+
+    for name in names:
+        config = load(problem, name)
+        runtime.start(config)
+        one_flush(problem, name, Path(folder))
+        twenty_steps(config, name, Path(folder))
+        runtime.stop_model_parallel()
+
+
+def load(problem: dict, name: str):
+    from megatron_scalebio.config_loader import load_config
+
+    config = load_config(None, settings(problem, name))
+    config.validate(LAYOUTS[name][0])
+    return config
+
+
+def start_point(problem: dict, folder: str) -> None:
+    """One rank trains a few steps, so that w ≠ u and p is not uniform, and saves."""
+    from megatron_scalebio import runtime
+    from megatron_scalebio.checkpoint import saver
+    from megatron_scalebio.train.loop import train_step
+    from megatron_scalebio.train.state import TrainState
+
+    for name in ("one", "one-untied-token", "one-distributed-optimizer"):
+        config = load(problem, name)
+        runtime.start(config)
+        state = TrainState(config, Path(folder) / "cache")
+        state.mixture.logits_S += torch.tensor([0.4, -0.3, 0.1])
+        for _ in range(WARM_STEPS):
+            train_step(state)
+        saver.save(state, Path(folder) / f"start-{name}")
+        dump_naive(state, Path(folder) / f"naive-{name}.pt")
+        runtime.stop_model_parallel()
+
+
+def dump_naive(state, path: Path) -> None:
+    """What the naive step needs: weights by Megatron name, and the next batch example by example."""
+    picks = state.data.sampler.next(state.mixture.probs_S.numpy())
+    valid = state.data.validation_sampler.next(state.data.shares_V)
+
+    def examples(sources, chosen):
+        groups: dict[int, list] = {}
+        for g, i in zip(chosen.group_B, chosen.index_B, strict=True):
+            tokens, targets = sources[g].example(i)
+            groups.setdefault(int(g), []).append((torch.tensor(tokens), torch.tensor(targets)))
+        return groups
+
+    content = {
+        "w": global_tensors(state.w, lambda p: p.data),
+        "u": global_tensors(state.u, lambda p: p.data),
+        "logits": state.mixture.logits_S.detach(),
+        "train": examples(state.data.sources, picks),
+        "valid": examples(state.data.validation, valid),
+        "shares": state.data.shares_V.tolist(),
+        "mean": state.config.data.loss_mean,
+    }
+    torch.save(content, path)
+
+
+@torch.no_grad()
+def global_tensors(chunks, of) -> dict[str, torch.Tensor]:
+    """This rank's shards in tensors of global shape, zero elsewhere, by Megatron name.
+
+    Layers are stacked on a leading axis. `of(parameter)` gives what to collect, None to skip.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.utils import unwrap_model
+
+    result: dict[str, torch.Tensor] = {}
+    for chunk in chunks:
+        gpt = unwrap_model(chunk)
+        kept = {p: p.data for p in gpt.parameters()}
+        for p in kept:
+            value = of(p)
+            p.data = torch.full_like(p.data, float("nan")) if value is None else value
+        sharded = gpt.sharded_state_dict()
+        apply_factories(sharded)
+        for entry in nested_values(sharded):
+            if isinstance(entry, ShardedTensor) and not entry.data.isnan().all():
+                whole = result.setdefault(entry.key, torch.zeros(entry.global_shape))
+                where = tuple(
+                    slice(o, o + n)
+                    for o, n in zip(
+                        entry.global_offset,
+                        (1,) * entry.prepend_axis_num + tuple(entry.data.shape),
+                        strict=True,
+                    )
+                )
+                whole[where] = entry.data.view(whole[where].shape)
+        for p, data in kept.items():
+            p.data = data
+    return result
+
+
+def one_flush(problem: dict, name: str, folder: Path) -> None:
+    from megatron.core import parallel_state
+
+    from megatron_scalebio.bilevel import step as bilevel
+    from megatron_scalebio.bilevel.objective import hypergradient, logits_gradient
+    from megatron_scalebio.checkpoint import saver
+    from megatron_scalebio.train.state import TrainState
+
+    config = load(problem, name)
+    state = TrainState(config, folder / "cache")
+    saver.load_latest(state, folder / f"start-{start_of(name)}")
+    probs = state.mixture.probs_S
+    train, valid, picks = state.data.next(probs)
+    shares = torch.from_numpy(state.data.shares_V)
+    alpha = config.bilevel.alpha
+    passes = bilevel.plan_passes(train, valid, probs, shares, alpha)
+    period = state.enter_period()
+    period.zero_grad()
+    # The distributed optimizer would leave each rank its shard of the sums: ask for all.
+    records = bilevel.flush(period.twins, passes, 2, force_all_reduce=True)
+    inclusion = torch.from_numpy(picks.inclusion_S)
+    counts = torch.bincount(torch.from_numpy(picks.group_B), minlength=3)
+    losses = bilevel.reduce_losses(records, passes, inclusion, counts, 2)
+    g = hypergradient(losses.w_S - losses.u_S, probs, inclusion, alpha)
+
+    def gradient(p):
+        return p.main_grad.clone() if p.requires_grad else None
+
+    if parallel_state.get_data_parallel_rank() == 0:
+        content = {
+            "w": global_tensors(state.w, gradient),
+            "u": global_tensors(state.u, gradient),
+            "lambda": logits_gradient(g, probs),
+            "losses": {
+                "w": losses.w_S.tolist(),
+                "u": losses.u_S.tolist(),
+                "validation": losses.validation_V.tolist(),
+            },
+            "active": state.active_layers,
+        }
+        torch.save(content, folder / f"flush-{name}-{torch.distributed.get_rank()}.pt")
+    state.leave_period()
+
+
+def twenty_steps(config, name: str, folder: Path) -> None:
+    from megatron.core import parallel_state
+
+    from megatron_scalebio.train.loop import train_step
+    from megatron_scalebio.train.state import TrainState
+
+    state = TrainState(config, folder / "cache")
+    trace = []
+    for _ in range(STEPS):
+        result = train_step(state)
+        assert result.skipped is None, (name, state.step, result.skipped)
+        losses = result.losses
+        trace.append(
+            torch.cat([losses.w_S, losses.u_S, losses.validation_V, state.mixture.probs_S])
+        )
+    if parallel_state.get_data_parallel_rank() == 0:
+        content = {"trace": torch.stack(trace), "w": global_tensors(state.w, lambda p: p.data)}
+        torch.save(content, folder / f"steps-{name}-{torch.distributed.get_rank()}.pt")
+    state.leave_period()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    problem = write_problem(folder / "data")
+    run_distributed(start_point, 1, problem, str(folder))
+    for world_size in (1, 2, 4):
+        names = [n for n, layout in LAYOUTS.items() if layout[0] == world_size]
+        run_distributed(on_ranks, world_size, problem, names, str(folder))
+    return folder
+
+
+def assembled(folder: Path, kind: str, name: str) -> list[dict]:
+    paths = sorted(folder.glob(f"{kind}-{name}-[0-9].pt"))
+    return [torch.load(path, weights_only=True) for path in paths]
+
+
+def merged(parts: list[dict], field: str) -> dict[str, torch.Tensor]:
+    """Global tensors from the ranks' shards; what several ranks hold must agree."""
+    whole: dict[str, torch.Tensor] = {}
+    for part in parts:
+        for key, value in part[field].items():
+            if key not in whole:
+                whole[key] = value.clone()
+                continue
+            both = (whole[key] != 0) & (value != 0)
+            torch.testing.assert_close(whole[key][both], value[both], rtol=1e-5, atol=1e-7)
+            whole[key] = torch.where(whole[key] != 0, whole[key], value)
+    return whole
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm().clamp_min(1e-12))
+
+
+def trim(tensor: torch.Tensor) -> torch.Tensor:
+    """Cuts the padded vocabulary, whose size depends on TP."""
+    return tensor[:VOCAB] if tensor.shape[0] in (64, 96, 128) else tensor
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_flush_equals_naive_autograd(results: Path, name: str) -> None:
+    inputs = torch.load(results / f"naive-{start_of(name)}.pt", weights_only=True)
+    mean = LAYOUTS[name][4].get("loss_mean", "sample")
+    shape = {"layers": 4, "heads": 4, "groups": 2, "vocab": VOCAB}
+    weights = ({k: v.double() for k, v in inputs[role].items()} for role in ("w", "u"))
+    want_w, want_u, want_logits, want_losses = naive.bilevel_gradients(
+        *weights, inputs["logits"], inputs["train"], inputs["valid"],
+        inputs["shares"], 7.0, shape, mean,
+    )  # fmt: skip
+    parts = assembled(results, "flush", name)
+    assert parts
+    for kind, want in (("w", want_w), ("u", want_u)):
+        got = merged(parts, kind)
+        frozen = "lisa-frozen" in name
+        expected = {k for k in want if k.startswith("decoder.layers.")} if frozen else set(want)
+        assert set(got) == expected
+        for key, value in got.items():
+            reference = want[key]
+            if key.startswith("decoder.layers.") and parts[0]["active"] is not None:
+                active = parts[0]["active"]
+                assert all(value[n].eq(0).all() for n in range(4) if n not in active)
+                value, reference = value[active], reference[active]
+            assert relative(trim(value), trim(reference)) <= 1e-5, (kind, key)
+    assert relative(parts[0]["lambda"], want_logits) <= 1e-5, (parts[0]["lambda"], want_logits)
+    for kind, values in want_losses.items():
+        np.testing.assert_allclose(parts[0]["losses"][kind], values, rtol=1e-6)
+
+
+SAME = {
+    "one": [
+        "one-recompute-selective", "tp2", "tp2-sequence-parallel", "pp2", "vpp", "dp2",
+        "dp2-distributed-optimizer", "tp2-pp2", "vpp-dp2-distributed-optimizer",
+    ],
+    "one-lisa-frozen": ["one-lisa-frozen-recompute"],
+    "one-untied-token": ["tp2-untied-token"],
+    "one-lisa": ["dp2-distributed-optimizer-lisa"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), [(a, b) for a, bs in SAME.items() for b in bs])
+def test_twenty_steps_do_not_depend_on_the_layout(results: Path, one: str, other: str) -> None:
+    a, b = assembled(results, "steps", one), assembled(results, "steps", other)
+    torch.testing.assert_close(a[0]["trace"], b[0]["trace"], rtol=0, atol=1e-4)
+    weights_a, weights_b = merged(a, "w"), merged(b, "w")
+    for key, value in weights_a.items():
+        torch.testing.assert_close(
+            trim(weights_b[key]), trim(value), rtol=0, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+        )
