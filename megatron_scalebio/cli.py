@@ -1,4 +1,4 @@
-"""The `megatron-scalebio` command: one subcommand a stage, one line and exit code 2 for mistakes."""
+"""The `megatron-scalebio` command: a subcommand a stage; one line and exit code 2 for mistakes."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from megatron_scalebio.errors import UserError
 
-
 CONFIDENCE_LEVELS = (0.80, 0.90, 0.95, 0.98)
 
 
@@ -272,9 +271,7 @@ class BilevelConfig:
             levels = ", ".join(str(level) for level in CONFIDENCE_LEVELS)
             raise refuse("confidence", self.confidence, "has no critical value", f"use {levels}")
         if self.resync_interval == 1:
-            raise refuse(
-                "resync_interval", 1, "leaves u no step to depart from w", "use 2 or more"
-            )
+            raise refuse("resync_interval", 1, "leaves u no step to depart from w", "use 2 or more")
         if self.lr_lambda is None:
             self.lr_lambda = 0.1 if self.mixture_optimizer == "eg" else 0.01
 
@@ -412,7 +409,7 @@ class Config:
             raise refuse(
                 "train.global_batch_size", self.train.global_batch_size,
                 f"gives {passes} micro-batches a step, which the interleaved pipeline needs "
-                f"divisible by its {pp} stages", "change global_batch_size or validation_batch_size",
+                f"divisible by its {pp} stages", "change it or validation_batch_size",
             )  # fmt: skip
 
 

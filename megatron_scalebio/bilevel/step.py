@@ -109,7 +109,7 @@ def forward_step(passes: Iterator[Pass], twin: TwinModel) -> tuple[torch.Tensor,
 def loss_func(
     this: Pass, loss_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Σ over sequences of (group weight · coefficient · summed token loss): a part of the objective.
+    """Σ over sequences of group weight · coefficient · summed token loss: part of the objective.
 
     The third return is the record: each sequence's part of its group's mean loss.
     """

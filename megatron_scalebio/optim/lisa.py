@@ -1,4 +1,4 @@
-"""LISA's draw of active layers, stratified over pipeline chunks (Pan et al. 2024, arXiv 2403.17919).
+"""LISA's draw of active layers (Pan et al. 2024, arXiv 2403.17919), level over pipeline chunks.
 
 The layers of a period are a function of (seed, period) alone: every rank knows the whole draw
 without communication, and w and u train the same layers. Each pipeline chunk gets its equal share,

@@ -57,7 +57,12 @@ class EventFile:
 def _encode(data: bytes) -> bytes:
     length = struct.pack("<Q", len(data))
     return b"".join(
-        (length, struct.pack("<I", _mask(crc32c(length))), data, struct.pack("<I", _mask(crc32c(data))))
+        (
+            length,
+            struct.pack("<I", _mask(crc32c(length))),
+            data,
+            struct.pack("<I", _mask(crc32c(data))),
+        )
     )  # fmt: skip
 
 

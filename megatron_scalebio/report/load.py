@@ -1,4 +1,4 @@
-"""A run folder, read for its report: whatever is there, checked, with what is missing or torn noted."""
+"""A run folder, read for its report: what is there, checked; what is missing or torn, noted."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The record of a run, one object a step: `metrics.jsonl`, and the same numbers in TensorBoard.
 
-`metrics.jsonl` is the record; TensorBoard is a view of it. Both are cut back to the checkpoint's step
+`metrics.jsonl` is the record, TensorBoard a view of it. Both are cut back to the checkpoint's step
 when a run resumes, so that no step appears twice.
 """
 

@@ -59,7 +59,9 @@ def source_rows(run: Run) -> list[SourceRow]:
             SourceRow(
                 name=source.name, weight=source.weight, low=source.low, high=source.high,
                 initial=source.initial, natural=_share(natural, i, len(run.sources)),
-                known=number_or_none(known.get(source.name, 0.0)) if isinstance(known, dict) else None,
+                known=(
+                    number_or_none(known.get(source.name, 0.0)) if isinstance(known, dict) else None
+                ),
                 excess=excess[i], loss=loss[i], examples=source.examples,
                 in_blend=source.path in blend_paths if blend_paths and source.path else None,
             )

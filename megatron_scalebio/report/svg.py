@@ -152,7 +152,8 @@ def _axes(chart: Chart, x: Scale, y: Scale, ticks: list[float], right: float) ->
     for tick in ticks:
         kind = "axis" if tick == 0 else "grid"
         parts.append(
-            f'<line class="{kind}" x1="{_LEFT}" x2="{right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+            f'<line class="{kind}" x1="{_LEFT}" x2="{right}" '
+            f'y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
             f'<text class="tick" x="{_LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">'
             f"{format_value(tick, chart.kind)}</text>"
         )

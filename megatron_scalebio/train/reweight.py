@@ -163,7 +163,8 @@ def _facts(config: Config, run: dict, step: int) -> dict[str, object]:
     model, world, bilevel = config.model, run["world"], config.bilevel
     lisa = config.lisa
     facts: dict[str, object] = {
-        "model": f"{model.num_layers} layers x {model.hidden_size}, {run['parameters']:,} parameters",
+        "model": f"{model.num_layers} layers x {model.hidden_size}, "
+        f"{run['parameters']:,} parameters",
         "layout": f"TP {world['tp']} x PP {world['pp']} x VPP {world['vpp']} x DP {world['dp']} "
         f"on {run['device']}, {'bf16' if config.parallel.bf16 else 'fp32'}",
         "steps": f"{config.train.train_iters} of {config.train.global_batch_size} training and "

@@ -206,8 +206,15 @@ def test_stopped_run_leaves_nothing_that_looks_complete(
     )
     (tmp_path / "main.py").write_text(code)
     process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "main.py"), *arguments, "--tokenizer", str(sentence_piece)]
-        + ["--workers", "2"],
+        [
+            sys.executable,
+            str(tmp_path / "main.py"),
+            *arguments,
+            "--tokenizer",
+            str(sentence_piece),
+            "--workers",
+            "2",
+        ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
@@ -321,9 +328,9 @@ def test_train_sentencepiece(tmp_path: Path, corpus: list[str]) -> None:
     tokenizer = load_tokenizer(outs[0] / "tokenizer.model")
     for text in ("é中😀\n\n\tindent  and  spaces ", *corpus):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    with pytest.raises(UserError, match="tokenizer.model: exists"):
+    with pytest.raises(UserError, match=r"tokenizer.model: exists"):
         prepare(PrepareConfig(outs[0], (SourceInput("b", (source,)),), train_sentencepiece=900))
-    with pytest.raises(UserError, match="--train-sentencepiece: .* another vocabulary size"):
+    with pytest.raises(UserError, match=r"--train-sentencepiece: .* another vocabulary size"):
         prepare(
             PrepareConfig(tmp_path / "c", (SourceInput("b", (source,)),), train_sentencepiece=10**6)
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from tests.distributed import naive
 from tests.distributed.harness import run_distributed
 from tests.markov import write_source
@@ -140,7 +141,7 @@ def start_point(problem: dict, folder: str) -> None:
 
 
 def dump_naive(state, path: Path) -> None:
-    """What the naive step needs: weights by Megatron name, and the next batch example by example."""
+    """What the naive step needs: weights by Megatron name, the next batch by example."""
     picks = state.data.sampler.next(state.mixture.probs_S.numpy())
     valid = state.data.validation_sampler.next(state.data.shares_V)
 
@@ -350,5 +351,9 @@ def test_twenty_steps_do_not_depend_on_the_layout(results: Path, one: str, other
     weights_a, weights_b = merged(a, "w"), merged(b, "w")
     for key, value in weights_a.items():
         torch.testing.assert_close(
-            trim(weights_b[key]), trim(value), rtol=0, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
+            trim(weights_b[key]),
+            trim(value),
+            rtol=0,
+            atol=1e-4,
+            msg=lambda m, key=key: f"{key}: {m}",
         )

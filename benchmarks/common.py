@@ -1,0 +1,83 @@
+"""What the benchmarks share: building a run in this process, tables, result files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for `tests.markov`
+warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+
+import torch  # noqa: E402
+
+from megatron_scalebio import runtime  # noqa: E402
+from megatron_scalebio.bilevel.confidence import weight_intervals  # noqa: E402
+from megatron_scalebio.config_loader import load_config  # noqa: E402
+from megatron_scalebio.train.loop import train_step  # noqa: E402
+from megatron_scalebio.train.reweight import verdict  # noqa: E402
+from megatron_scalebio.train.state import TrainState  # noqa: E402
+
+# The mixture as the method was published: AdamW on λ under a cosine, u never reset, equal counts.
+PUBLISHED = {
+    "mixture_optimizer": "adamw",
+    "lr_lambda": 0.01,
+    "lr_lambda_decay_style": "cosine",
+    "resync_interval": None,
+    "floor_share": 1.0,
+}
+
+
+def build(settings: dict[str, dict[str, Any]], cache: Path) -> TrainState:
+    """The state of a run, on the ranks that the launcher started (one if there is none)."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    config = load_config(None, settings)
+    config.validate(runtime.world_size_from_environment())
+    runtime.start(config)
+    return TrainState(config, cache)
+
+
+def learn(state: TrainState, trace_every: int = 0) -> dict[str, Any]:
+    """Runs all steps; the weights, their intervals, the verdict and the mixture's trajectory."""
+    trace = []
+    while state.step < state.config.train.train_iters:
+        if trace_every and state.step % trace_every == 0:
+            trace.append(state.mixture.probs_S.tolist())
+        result = train_step(state)
+        assert result.skipped is None, result.skipped
+    bilevel = state.config.bilevel
+    intervals = weight_intervals(
+        state.mixture.trajectory.tail(bilevel.average_fraction), bilevel.confidence
+    )
+    judged = verdict(state)
+    return {
+        "weights": intervals.weight_S.tolist(),
+        "low": intervals.low_S.tolist(),
+        "high": intervals.high_S.tolist(),
+        "last": state.mixture.probs_S.tolist(),
+        "converged": judged.converged,
+        "reason": judged.reason,
+        "trajectory": trace,
+    }
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table, columns padded to one width."""
+    cells = [list(head), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[n]) for line in cells) for n in range(len(head))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |"
+             for r in cells]  # fmt: skip
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines)
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
