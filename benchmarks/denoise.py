@@ -43,7 +43,7 @@ def settings(prepared: Path, seed: int, args: Any) -> dict[str, dict]:
             "sources": [entry("alpaca"), entry("gpt4")],
             "validation": [entry("validation")],
         },
-        "model": {"num_layers": 6, "hidden_size": 256, "num_attention_heads": 8},
+        "model": {"num_layers": 6, "hidden_size": 256, "num_attention_heads": 4},
         "parallel": {"bf16": args.bf16},
         "optimizer": {"lr": args.lr},
         "bilevel": PUBLISHED if args.published else {},
@@ -63,7 +63,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-3, help="of w and u")
-    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--published", action="store_true", help="AdamW on λ, as published")
     parser.add_argument("--json", type=Path, help="write every run here")

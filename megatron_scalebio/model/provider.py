@@ -80,7 +80,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         moe_token_dispatcher_type="alltoall",  # unused here; the default refuses variable lengths
         # Coefficients already divide by global counts; Megatron must not divide again.
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
+        # A sent tensor's storage is freed once the send is under way. NCCL's stream order makes
+        # that safe; gloo would still be reading it.
+        deallocate_pipeline_outputs=runtime.on_cuda(),
         # Interleaved stages 0 and 1 of two are each other's next and previous: batched sends
         # between them would be matched in the wrong order.
         overlap_p2p_comm=parallel.num_layers_per_virtual_pipeline_stage is not None,

@@ -1,0 +1,255 @@
+"""What a bilevel step costs, in plain Megatron-Core training steps of as many micro-batches.
+
+    plain     3m micro-batches through one model, one Adam step                (the unit)
+    bilevel   m of u on train, m of w on train, m of w on validation, two Adam steps, λ
+    lisa      the same with 2 of 12 layers active
+    host      sampling, reduction of losses, λ, log lines: what is not Megatron
+    sources   1,000 sources against 5, same tokens, logging included
+    pipeline  one flush against three flushes on two pipeline stages (starts two ranks)
+
+The contestants take turns within one process, so that a busy machine slows all of them alike; the
+figure is the median of the ratios of neighbours. With one process, CPU time is given beside wall
+time: other people's processes stretch it less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from common import build, table, write_json
+from plain import PlainTraining
+
+from megatron_scalebio.bilevel import step as bilevel
+from megatron_scalebio.bilevel.objective import Role
+from megatron_scalebio.train import loop, outputs
+from megatron_scalebio.train.loop import train_step
+from megatron_scalebio.train.reweight import Reporter
+from megatron_scalebio.train.state import TrainState
+from tests.distributed.harness import run_distributed
+from tests.markov import VOCAB, write_source
+
+BARS = {"bilevel": 1.08, "lisa": 0.80, "host": 0.02, "sources": 1.03, "pipeline": 1.0}
+Seconds = tuple[float, float]  # wall, CPU
+
+
+def write_data(folder: Path, sources: int, seq_length: int) -> dict[str, Any]:
+    """Random tokens: the cost does not depend on what they say."""
+    draw = np.random.default_rng(1).integers
+    each = max(4, 400 // sources)
+
+    def entry(name: str, examples: int) -> dict[str, str]:
+        rows = list(draw(VOCAB, size=(examples, seq_length + 1)))
+        return {"name": name, "path": write_source(folder, name, rows)}
+
+    return {
+        "seq_length": seq_length,
+        "sources": [entry(f"s{n}", each) for n in range(sources)],
+        "validation": [entry("validation", 400)],
+    }
+
+
+def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
+    batch = args.micro_batches * args.micro_batch_size
+    return {
+        "data": data,
+        "model": {
+            "num_layers": args.layers,
+            "hidden_size": args.hidden,
+            "num_attention_heads": args.hidden // 64,
+        },
+        "logging": {"log_interval": 10**6},
+        "train": {
+            "train_iters": 1000,
+            "global_batch_size": batch,
+            "micro_batch_size": args.micro_batch_size,
+        },
+        **sections,
+    }
+
+
+def timed(work: Callable[[], Any]) -> Seconds:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def interleave(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Seconds]]:
+    """Each in turn, `rounds` times, after one turn to warm up."""
+    for work in contestants.values():
+        work()
+    times: dict[str, list[Seconds]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, work in contestants.items():
+            times[name].append(timed(work))
+    return times
+
+
+def ratio(times: dict[str, list[Seconds]], name: str, unit: str) -> dict[str, float]:
+    pairs = list(zip(times[name], times[unit], strict=True))
+    return {
+        "wall": median(a[0] / b[0] for a, b in pairs),
+        "cpu": median(a[1] / b[1] for a, b in pairs),
+        "unit_seconds": median(b[0] for _, b in pairs),
+    }
+
+
+def against_plain(folder: Path, args: Any) -> dict[str, dict[str, float]]:
+    """Bilevel steps with and without LISA in units of a plain step."""
+    data = write_data(folder / "five", 5, args.seq_length)
+    twin = build(settings(data, args), folder)
+    lisa = build(settings(data, args, lisa={"lisa_layers": 2, "lisa_interval": 1000}), folder)
+    train, valid, _ = twin.data.next(twin.mixture.probs_S)
+    plain = PlainTraining(twin.config, twin.data.vocab_size, train + train + valid)
+    times = interleave(
+        {
+            "plain": plain.step,
+            "bilevel": lambda: train_step(twin),
+            "lisa": lambda: train_step(lisa),
+        },
+        args.rounds,
+    )
+    return {name: ratio(times, name, "plain") for name in ("bilevel", "lisa")}
+
+
+class Logged:
+    """A run with its metrics, TensorBoard and console, as `reweight` has them."""
+
+    def __init__(self, state: TrainState, folder: Path) -> None:
+        self.state = state
+        self.reporter = Reporter(state, folder, outputs.parameter_count(state), [])
+        self.log_s = 0.0
+
+    def step(self) -> None:
+        start = time.perf_counter()
+        result = train_step(self.state)
+        done = time.perf_counter()
+        self.reporter.step(result, done - start)
+        self.log_s = time.perf_counter() - done
+        self.time_s = result.time_s
+
+    def close(self) -> None:
+        self.reporter.metrics.close()
+
+
+def host_share(folder: Path, args: Any) -> dict[str, dict[str, float]]:
+    """The host's seconds in a step over all its seconds: medians of the parts and of the share."""
+    data = write_data(folder / "host", 5, args.seq_length)
+    run = Logged(build(settings(data, args), folder), folder / "host-run")
+    reduction: list[float] = []
+    untimed = bilevel.reduce_losses
+
+    def reduce_losses(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        losses = untimed(*arguments)
+        reduction.append(time.perf_counter() - start)
+        return losses
+
+    loop.bilevel.reduce_losses = reduce_losses
+    parts: dict[str, list[float]] = {}
+    for _ in range(args.rounds + 1):
+        wall, _ = timed(run.step)
+        host = {"data": run.time_s["data"], "losses": reduction[-1],
+                "mixture": run.time_s["mixture"], "log": run.log_s}  # fmt: skip
+        host["wall"] = sum(host.values()) / wall
+        for name, value in host.items():
+            parts.setdefault(name, []).append(value)
+    loop.bilevel.reduce_losses = untimed
+    run.close()
+    return {"host": {name: median(values[1:]) for name, values in parts.items()}}
+
+
+def many_sources(folder: Path, args: Any) -> dict[str, dict[str, float]]:
+    """A logged step with 1,000 sources in units of one with 5."""
+    runs = {}
+    for sources in (5, 1000):
+        data = write_data(folder / f"sources-{sources}", sources, args.seq_length)
+        state = build(settings(data, args), folder)
+        runs[sources] = Logged(state, folder / f"run-{sources}")
+    times = interleave({"5": runs[5].step, "1000": runs[1000].step}, args.rounds)
+    for run in runs.values():
+        run.close()
+    return {"sources": {**ratio(times, "1000", "5"), "log": runs[1000].log_s,
+                        "data": runs[1000].time_s["data"]}}  # fmt: skip
+
+
+def pipeline_rank(folder: str, data: dict, args: Any) -> None:
+    """One of two pipeline stages: one flush and three flushes of the same passes in turns."""
+    parallel = {"pipeline_model_parallel_size": 2}
+    state = build(settings(data, args, parallel=parallel), Path(folder))
+    probs_S = state.mixture.probs_S
+    train, valid, _ = state.data.next(probs_S)
+    import torch
+
+    passes = bilevel.plan_passes(train, valid, probs_S, torch.ones(1).double(), 10.0)
+    by_role = [[p for p in passes if p.role is role] for role in Role]
+    period = state.enter_period()
+
+    def one() -> None:
+        period.zero_grad()
+        bilevel.flush(period.twins, passes, args.micro_batch_size)
+
+    def three() -> None:
+        period.zero_grad()
+        for those in by_role:
+            bilevel.flush(period.twins, those, args.micro_batch_size)
+
+    times = interleave({"one": one, "three": three}, args.rounds)
+    if torch.distributed.get_rank() == 1:
+        write_json(Path(folder) / "pipeline.json", ratio(times, "one", "three"))
+
+
+def pipeline(folder: Path, args: Any) -> dict[str, dict[str, float]]:
+    import json
+
+    data = write_data(folder / "pipeline", 5, args.seq_length)
+    few = argparse.Namespace(**{**vars(args), "micro_batches": 2})
+    run_distributed(pipeline_rank, 2, str(folder), data, few)
+    return {"pipeline": json.loads((folder / "pipeline.json").read_text())}
+
+
+PARTS = {
+    "plain": against_plain,
+    "host": host_share,
+    "sources": many_sources,
+    "pipeline": pipeline,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--seq-length", type=int, default=128)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--micro-batches", type=int, default=4, help="m, a third of a step's")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    found: dict[str, dict[str, float]] = {}
+    for part in args.parts:
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+            found.update(PARTS[part](Path(folder), args))
+        write_json(args.json, found)
+    rows = [
+        [name, f"{figures['wall']:.3f}", f"{figures['cpu']:.3f}" if "cpu" in figures else "",
+         BARS[name], ", ".join(f"{k} {v:.4g}" for k, v in figures.items()
+                               if k not in ("wall", "cpu"))]
+        for name, figures in found.items()
+    ]  # fmt: skip
+    print(table(["what", "wall", "CPU", "bar", "seconds"], rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""LISA's memory, counted exactly: every tensor that the twin, its DDP and its optimizers hold.
+
+Storages are counted once, whoever views them. "Training state" is what exists because a parameter
+trains: gradient buffers, fp32 masters, Adam moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.harness import run_distributed
+from tests.markov import VOCAB, write_source
+
+pytestmark = pytest.mark.distributed
+
+LAYERS, ACTIVE, PERIODS = 12, 2, 20
+# Adam's step counters, buffers padded for the distributed optimizer.
+SLACK = 0.02
+
+
+def load(folder: Path, lisa: bool, bf16: bool, distributed: bool):
+    from megatron_scalebio import runtime
+    from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.train.state import TrainState
+
+    names = ("a", "b", "validation")
+    entries = [{"name": name, "path": str(folder / name)} for name in names]
+    settings = {
+        "data": {"seq_length": 8, "sources": entries[:2], "validation": entries[2:]},
+        "model": {"num_layers": LAYERS, "hidden_size": 32, "num_attention_heads": 2},
+        "parallel": {"bf16": bf16, "use_distributed_optimizer": distributed},
+        "lisa": {"lisa_layers": ACTIVE, "lisa_interval": 2} if lisa else {},
+        "train": {"micro_batch_size": 2, "global_batch_size": 2},
+    }
+    config = load_config(None, settings)
+    config.validate(torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+    runtime.start(config)
+    return TrainState(config, folder / "cache")
+
+
+def total_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind tensors, each storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages.pop(0, None)
+    return sum(storages.values())
+
+
+def weights(state) -> list[torch.Tensor]:
+    return [p.data for model in (state.w, state.u) for chunk in model for p in chunk.parameters()]
+
+
+def training_state(state) -> list[torch.Tensor]:
+    """Gradient buffers, masters and Adam moments of w and u, without the weights themselves."""
+    period = state.period
+    tensors = []
+    for ddp in (*period.ddp_w, *period.ddp_u):
+        for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
+            tensors.append(buffer.grad_data)
+    for optimizer in (period.optimizer_w, period.optimizer_u):
+        for part in optimizer.chained_optimizers:
+            if part.is_stub_optimizer:
+                continue
+            for group in part.optimizer.param_groups:
+                tensors += group["params"]
+            for moments in part.optimizer.state.values():
+                tensors += [m for m in moments.values() if isinstance(m, torch.Tensor)]
+    held = {t.untyped_storage().data_ptr() for t in weights(state)}
+    return [t for t in tensors if t.untyped_storage().data_ptr() not in held]
+
+
+def trainable(state) -> int:
+    """Trainable parameters of w."""
+    return sum(p.numel() for chunk in state.w for p in chunk.parameters() if p.requires_grad)
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors alive in this process, after a collection."""
+    import gc
+
+    gc.collect()
+    return total_bytes(o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
+
+
+def memory_follows_the_active_layers(folder: str, bf16: bool, distributed: bool) -> None:
+    from megatron_scalebio.train.loop import train_step
+
+    full = load(Path(folder), False, bf16, distributed)
+    train_step(full)
+    one_model = total_bytes(p.data for chunk in full.w for p in chunk.parameters())
+    full_bytes, full_count = total_bytes(training_state(full)), trainable(full)
+    full.leave_period()
+
+    state = load(Path(folder), True, bf16, distributed)
+    assert total_bytes(weights(state)) == one_model, "u takes memory before it trains"
+    ratio, alive = [], []
+    for _ in range(PERIODS):
+        for _ in range(2):
+            train_step(state)
+        ratio.append(total_bytes(training_state(state)) / full_bytes)
+        share = trainable(state) / full_count
+        assert share < 0.5
+        assert abs(ratio[-1] / share - 1) < SLACK, (ratio[-1], share)
+        untouched_layers_are_shared(state)
+        alive.append(live_bytes())
+    assert max(ratio) < 1.001 * min(ratio)
+    assert max(alive[1:]) <= 1.01 * alive[0], alive
+
+
+def untouched_layers_are_shared(state) -> None:
+    """What does not train in u is w's own storage, except what trained in an earlier period."""
+    for chunk_w, chunk_u in zip(state.w, state.u, strict=True):
+        for p_w, p_u in zip(chunk_w.parameters(), chunk_u.parameters(), strict=True):
+            assert p_w.requires_grad == p_u.requires_grad
+            assert (p_w.data_ptr() == p_u.data_ptr()) == (not p_w.requires_grad)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lisa-memory")
+    for name in ("a", "b", "validation"):
+        rows = np.random.default_rng(3).integers(VOCAB, size=(20, 9))
+        write_source(folder, name, list(rows))
+    return folder
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["", "distributed-optimizer"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_lisa_memory_follows_the_active_layers(folder: Path, bf16: bool, distributed: bool) -> None:
+    run_distributed(memory_follows_the_active_layers, 1, str(folder), bf16, distributed)
