@@ -87,7 +87,9 @@ def main() -> int:
     tenth = args.steps // 10
     head = ["seed", "GPT-4 weight", "95 % interval", f"every {tenth} steps", "last"]
     print(table(head, [row(run) for run in runs]))
-    print(f"Public code, same data, batch and number of steps: {PUBLIC_CODE[0]} to {PUBLIC_CODE[1]}")
+    print(
+        f"Public code, same data, batch and number of steps: {PUBLIC_CODE[0]} to {PUBLIC_CODE[1]}"
+    )
     return 0
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 from megatron_scalebio import __version__
 from megatron_scalebio.errors import EXIT_USER_ERROR, UserError
@@ -20,9 +22,30 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses in one line, where argparse would print the usage of a hundred flags first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, mend=f"see {self.prog} --help")
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    try:
+        args = _parse(argv)
+        return args.run_stage(args)
+    except UserError as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+            print(f"megatron-scalebio: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        logging.shutdown()
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(
         prog="megatron-scalebio",
         description="Learns data mixtures for large-model training by bilevel optimization.",
         allow_abbrev=False,
@@ -36,18 +59,18 @@ def main(argv: list[str] | None = None) -> int:
         if name == asked:
             stage = importlib.import_module(module)
             stage.add_arguments(sub)
-            sub.set_defaults(run=stage.run)
-    args = parser.parse_args(argv)
-    try:
-        return args.run(args)
-    except UserError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-            print(f"megatron-scalebio: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        logging.shutdown()
+            sub.set_defaults(run_stage=stage.run)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        actions = commands.choices[args.command]._actions
+        known = [flag for action in actions for flag in action.option_strings]
+        raise UserError(f"unknown argument {unknown[0]!r}", mend=_nearest(unknown[0], known))
+    return args
+
+
+def _nearest(flag: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(flag.partition("=")[0], known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "see --help"
 
 
 if __name__ == "__main__":

@@ -35,6 +35,12 @@ def require_positive(section: Any, *names: str, or_zero: bool = False) -> None:
             raise refuse(name, value, f"must be {bound}", f"set {name} {bound}")
 
 
+def require_within_one(section: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(section, name) < 1:
+            raise refuse(name, getattr(section, name), "is outside [0, 1)", "choose within")
+
+
 @dataclass
 class SourceConfig:
     """One data source: a prepared folder, or a Megatron `.bin/.idx` prefix."""
@@ -77,12 +83,12 @@ class DataConfig:
             names = [entry.name for entry in entries]
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise refuse(f"data.{kind}", twice[0], "names two entries", "rename one of them")
+                raise refuse(kind, twice[0], "names two entries", "rename one of them")
         given = [source.initial_weight is not None for source in self.sources]
         if any(given) and not all(given):
             missing = self.sources[given.index(False)].name
             raise refuse(
-                "data.sources",
+                "sources",
                 missing,
                 "has no initial_weight, others have",
                 "give every source one, or none for a uniform start",
@@ -90,7 +96,7 @@ class DataConfig:
         unknown = sorted(set(self.known_weights or {}) - {source.name for source in self.sources})
         if unknown:
             raise refuse(
-                "data.known_weights", unknown[0], "is not a source", "use the names in data.sources"
+                "known_weights", unknown[0], "is not a source", "use the names in data.sources"
             )
 
 
@@ -129,7 +135,10 @@ class ModelConfig:
             "kv_channels", "ffn_hidden_size", "max_position_embeddings", "vocab_size",
             "make_vocab_size_divisible_by", "norm_epsilon", "init_method_std",
         )  # fmt: skip
-        require_positive(self, "hidden_dropout", "attention_dropout", or_zero=True)
+        require_positive(self, "rotary_base")
+        require_within_one(self, "hidden_dropout", "attention_dropout")
+        if not 0 < self.rotary_percent <= 1:
+            raise refuse("rotary_percent", self.rotary_percent, "is outside (0, 1]", "use 1")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
             raise refuse(
                 "hidden_size", self.hidden_size,
@@ -141,6 +150,13 @@ class ModelConfig:
                 "num_query_groups", self.num_query_groups,
                 f"does not divide num_attention_heads {self.num_attention_heads}",
                 "choose a divisor",
+            )  # fmt: skip
+        turned = int((self.kv_channels or self.hidden_size // self.num_attention_heads)
+                     * self.rotary_percent)  # fmt: skip
+        if self.position_embedding_type == "rope" and (turned % 2 or not turned):
+            raise refuse(
+                "kv_channels", self.kv_channels, f"makes rope turn {turned} channels of a head",
+                "choose an even number, two or more",
             )  # fmt: skip
 
 
@@ -220,9 +236,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require_positive(self, "lr", "lr_u", "adam_eps")
         require_positive(self, "min_lr", "weight_decay", "clip_grad", or_zero=True)
-        for name in ("lr_warmup_fraction", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise refuse(name, getattr(self, name), "is outside [0, 1)", "choose within")
+        require_within_one(self, "lr_warmup_fraction", "adam_beta1", "adam_beta2")
         if self.min_lr is None:
             self.min_lr = self.lr / 10
         if self.min_lr > self.lr:
@@ -307,6 +321,8 @@ class TrainConfig:
             "skip_limit",
         )  # fmt: skip
         require_positive(self, "seed", or_zero=True)
+        if self.seed >= 2**32:
+            raise refuse("seed", self.seed, "does not fit 32 bits", "choose a smaller one")
         self.validation_batch_size = self.validation_batch_size or self.global_batch_size
 
 
@@ -391,12 +407,36 @@ class Config:
                 "parallel.pipeline_model_parallel_size", pp,
                 f"does not divide num_layers {model.num_layers}", "choose a divisor",
             )  # fmt: skip
-        parallel.virtual_chunks(model.num_layers)
+        if model.ffn_hidden_size and model.ffn_hidden_size % tp:
+            raise refuse(
+                "model.ffn_hidden_size", model.ffn_hidden_size,
+                f"is not divisible by TP {tp}", "choose a multiple",
+            )  # fmt: skip
+        self._validate_lengths(tp)
+        per_chunk = model.num_layers // pp // (parallel.virtual_chunks(model.num_layers) or 1)
+        if (parallel.recompute_num_layers or 0) > per_chunk:
+            raise refuse(
+                "parallel.recompute_num_layers", parallel.recompute_num_layers,
+                f"is above the {per_chunk} layers of a pipeline stage or chunk", "lower it",
+            )  # fmt: skip
         lisa = self.lisa.lisa_layers
         if lisa is not None and lisa > model.num_layers:
             raise refuse(
                 "lisa.lisa_layers", lisa, f"is above num_layers {model.num_layers}", "lower it"
             )
+
+    def _validate_lengths(self, tp: int) -> None:
+        length, positions = self.data.seq_length, self.model.max_position_embeddings
+        if self.parallel.sequence_parallel and length % tp:
+            raise refuse(
+                "data.seq_length", length, f"is not divisible by TP {tp}, which sequence_parallel "
+                "needs", "choose a multiple",
+            )  # fmt: skip
+        if positions is not None and positions < length:
+            raise refuse(
+                "model.max_position_embeddings", positions, f"is below data.seq_length {length}",
+                "raise it or lower seq_length",
+            )  # fmt: skip
 
     def _validate_flush(self, dp: int) -> None:
         pp = self.parallel.pipeline_model_parallel_size

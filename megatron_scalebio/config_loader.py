@@ -41,11 +41,9 @@ def load_config(path: str | None, overrides: dict[str, dict[str, Any]] | None = 
     return Config(**sections)
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved configuration as YAML that `load_config` reads back unchanged."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
-    temporary.rename(path)
+def config_text(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back unchanged."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -82,7 +80,10 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
         required = spec.default is MISSING and spec.default_factory is MISSING
         if required and spec.name not in converted:
             raise UserError(f"{spec.name} is missing", where=where)
-    return cls(**converted)
+    try:
+        return cls(**converted)
+    except UserError as error:
+        raise UserError(f"{where}.{error}") from None
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

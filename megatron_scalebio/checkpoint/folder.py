@@ -13,6 +13,9 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +23,35 @@ from megatron_scalebio.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BILEVEL = "bilevel"
-_METADATA_MODULES = {
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-    "torch.distributed.checkpoint.planner",
-}
 _METADATA_NAMES = {
-    ("torch", "Size"),
+    *(
+        (f"torch.distributed.checkpoint.{module}", name)
+        for module, names in {
+            "filesystem": ("_StorageInfo",),
+            "planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+            "metadata": (
+                "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
+                "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+            ),
+        }.items()
+        for name in names
+    ),
     ("torch.serialization", "_get_layout"),
-    *(("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "uint8", "int64")),
-}
+    *(
+        ("torch", name)
+        for name in (
+            "Size", "float32", "bfloat16", "float16", "float64", "uint8", "int8", "int16", "int32",
+            "int64", "bool", "float8_e4m3fn", "float8_e5m2",
+        )
+    ),
+}  # fmt: skip
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads `.metadata` of a distributed checkpoint; refuses all but its own plain classes."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _METADATA_NAMES or (module in _METADATA_MODULES and "." not in name):
+        if (module, name) in _METADATA_NAMES:
             return super().find_class(module, name)
         raise UserError(
             f"refers to {module}.{name}, which a checkpoint may not run",
@@ -59,18 +74,42 @@ def steps_on_disk(save: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
+def make_empty(folder: Path) -> None:
+    """Makes a folder, empty even if an earlier run left something there. UserError if it cannot."""
+    with _disk_errors_named(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+
 def commit(save: Path, step: int, keep_last: int) -> None:
-    """Gives a whole checkpoint its name, points the tracker to it, drops the oldest ones."""
+    """Gives a whole checkpoint its name, points the tracker to it, drops the oldest ones.
+
+    Raises:
+        UserError: if the disk refuses.
+    """
     final = iteration_folder(save, step)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary_folder(save, step).rename(final)
-    tracker = save / (TRACKER + ".tmp")
-    tracker.write_text(str(step))
-    tracker.rename(save / TRACKER)
+    with _disk_errors_named(final):
+        if final.exists():
+            shutil.rmtree(final)
+        temporary_folder(save, step).rename(final)
+        tracker = save / (TRACKER + ".tmp")
+        tracker.write_text(str(step))
+        tracker.rename(save / TRACKER)
     for old in steps_on_disk(save)[:-keep_last]:
         if old != step:
             shutil.rmtree(iteration_folder(save, old), ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write: {error.strerror or error}",
+            where=str(path),
+            mend="choose a folder on a disk with room",
+        ) from None
 
 
 def newest_whole(save: Path) -> tuple[int | None, list[str]]:
@@ -98,14 +137,37 @@ def damage(folder: Path) -> str:
     for name in ("metadata.json", "common.pt", ".metadata"):
         if not (folder / name).is_file():
             return f"{folder}: lacks {name}"
+    problem = _damage_of_common(folder / "common.pt")
+    if problem:
+        return problem
     try:
         with (folder / ".metadata").open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
+            storage = _MetadataUnpickler(stream).load().storage_data.values()
+            ends = [
+                (folder / info.relative_path, int(info.offset + info.length)) for info in storage
+            ]
+    except UserError as error:
+        raise UserError(f"{folder}/{error}") from None
+    except _UNPICKLING_ERRORS as error:
         return f"{folder}/.metadata: unreadable ({error})"
-    for info in metadata.storage_data.values():
-        path = folder / info.relative_path
+    for path, end in ends:
         size = path.stat().st_size if path.is_file() else -1
-        if size < info.offset + info.length:
+        if size < end:
             return f"{path}: " + ("missing" if size < 0 else f"cut short at {size} bytes")
     return ""
+
+
+# What a pickle of damaged bytes may raise.
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError,
+    ImportError, OverflowError, MemoryError, RecursionError, OSError,
+)  # fmt: skip
+
+
+def _damage_of_common(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
+        return f"{path}: unreadable ({error})"
+    return f"{path}: {broken} is damaged" if broken else ""

@@ -7,13 +7,14 @@ w is saved as Megatron-LM saves a model (keys without `module.`, `common.pt` wit
 from __future__ import annotations
 
 import argparse
+import pickle
 import shutil
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
@@ -21,6 +22,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.safe_globals import register_safe_globals
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import folder as folders
@@ -42,6 +44,21 @@ _OPTIMIZER = {
 }
 
 
+# What Megatron and torch raise where a disk or a file fails them.
+_CHECKPOINT_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    dist_checkpointing.core.CheckpointingException,
+    CheckpointException,  # of all ranks at once; not an Exception
+)
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 def save(state: TrainState, folder: Path) -> None:
     """Writes a checkpoint of the current step and commits it.
 
@@ -49,47 +66,41 @@ def save(state: TrainState, folder: Path) -> None:
         UserError: if the disk refuses; the previous checkpoint is untouched.
     """
     temporary = folders.temporary_folder(folder, state.step)
-    if runtime.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    runtime.barrier()
-    problem = ""
+    mend = "free space; the last checkpoint is intact and the run resumes from it"
+    runtime.on_main(lambda: folders.make_empty(temporary))
     try:
         dist_checkpointing.save(_w_state(state), str(temporary))
-        if runtime.is_main():
-            (temporary / BILEVEL).mkdir()
-        runtime.barrier()
+        runtime.on_main(lambda: folders.make_empty(temporary / BILEVEL))
         dist_checkpointing.save(_bilevel_state(state), str(temporary / BILEVEL))
-    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
-        problem = str(error).strip().splitlines()[-1]
-    problem = _first_problem(problem)
-    if problem:
+    except _CHECKPOINT_ERRORS as error:
+        # No collective from here on: where one rank alone failed, the others are still inside one
+        # of Megatron's, and get an error of their own when this rank ends.
         if runtime.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"could not save step {state.step}: {problem}",
-            where=str(folder),
-            mend="free space; the last checkpoint is intact and the run resumes from it",
-        )
-    if runtime.is_main():
-        folders.commit(folder, state.step, state.config.checkpoint.keep_last)
-    runtime.barrier()
+            f"could not save step {state.step}: {_last_line(error)}", where=str(folder), mend=mend
+        ) from None
+    keep_last = state.config.checkpoint.keep_last
+    runtime.on_main(lambda: folders.commit(folder, state.step, keep_last))
 
 
-def load_latest(state: TrainState, folder: Path) -> list[str]:
+def load_latest(state: TrainState, folder: Path, required: bool = False) -> list[str]:
     """Resumes from the newest whole checkpoint under `folder`, if there is one.
 
     Returns:
         One warning for each damaged checkpoint that was passed over.
 
     Raises:
-        UserError: if all are damaged, or the checkpoint is of other sources or another model.
+        UserError: if all are damaged, or the checkpoint is of other sources or another model, or
+            there is none although one is required.
     """
     step, problems = runtime.on_main(lambda: folders.newest_whole(folder))
     if step is None and problems:
         raise UserError(
             "no whole checkpoint", where=problems[0], mend="restore one, or start in a new folder"
         )
+    if step is None and required:
+        raise UserError("no checkpoint here", where=f"checkpoint.load: {folder}", mend="correct it")
     if step is not None:
         _load(state, folders.iteration_folder(folder, step))
     return problems
@@ -107,14 +118,19 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
         raise UserError(problem, where="model.pretrained_checkpoint", mend="fetch it again")
     wanted = _model_state(chunks, None)
     _check_shapes(wanted, source)
-    _load_models(chunks, wanted, source)
+    with _damage_named(source):
+        _load_models(chunks, wanted, source)
 
 
 def _resolve(path: Path) -> Path:
     tracker = path / folders.TRACKER
     if tracker.is_file():
-        step = tracker.read_text().strip()
-        return path / step if step == "release" else folders.iteration_folder(path, int(step))
+        step = tracker.read_text(errors="replace").strip()
+        if step == "release":
+            return path / step
+        if not step.isdecimal():
+            raise UserError(f"{step[:40]!r} is no step", where=str(tracker), mend="write it again")
+        return folders.iteration_folder(path, int(step))
     if (path / "metadata.json").is_file():
         return path
     raise UserError(
@@ -126,7 +142,12 @@ def _resolve(path: Path) -> Path:
 
 def _load(state: TrainState, source: Path) -> None:
     register_safe_globals()
-    common = _read_common(source / BILEVEL)
+    with _damage_named(source):
+        _load_whole(state, source)
+
+
+def _load_whole(state: TrainState, source: Path) -> None:
+    common = torch.load(source / BILEVEL / "common.pt", map_location="cpu", weights_only=True)
     _check_sources(state, common, source)
     _check_shapes(_model_state(state.w, None), source)
     state.load_common_state(common["run"])
@@ -146,12 +167,16 @@ def _load(state: TrainState, source: Path) -> None:
         _load_random_state(source / BILEVEL)
 
 
-def _read_common(source: Path) -> dict[str, Any]:
+@contextmanager
+def _damage_named(source: Path) -> Iterator[None]:
+    """Turns what Megatron and torch raise over a damaged checkpoint into one line."""
     try:
-        return torch.load(source / "common.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        yield
+    except _CHECKPOINT_ERRORS as error:
         raise UserError(
-            f"unreadable: {error}", where=str(source / "common.pt"), mend="remove this checkpoint"
+            f"could not load: {_last_line(error)}",
+            where=str(source),
+            mend="if it is damaged, remove it to go on from the checkpoint before",
         ) from None
 
 
@@ -335,13 +360,6 @@ def _load_random_state(source: Path) -> None:
     torch.set_rng_state(loaded["torch"])
     torch.cuda.set_rng_state(loaded["device"])
     get_cuda_rng_tracker().set_states(loaded["tracker"])
-
-
-def _first_problem(problem: str) -> str:
-    """A problem of any rank, known to all of them."""
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((p for p in problems if p), "")
 
 
 def megatron_args(config: Config, vocab_size: int) -> argparse.Namespace:

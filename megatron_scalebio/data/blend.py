@@ -55,7 +55,8 @@ def systematic_counts(expected_S: Floats, offset: float) -> Ints:
     edges = np.cumsum(expected_S)
     edges[-1] = round(edges[-1])
     # Sums such as 5 × 6.4 miss whole numbers by rounding; a mark must not fall in that gap.
-    marks = np.floor(np.round(edges - offset, 9)) + 1
+    # (Nor on an edge: an offset that rounds to zero would put one mark too many into the batch.)
+    marks = np.floor(np.round(edges - max(offset, 1e-8), 9)) + 1
     return np.diff(marks, prepend=0.0).astype(np.int64)
 
 

@@ -10,7 +10,8 @@ arrays of one more than the input length: token ids, and 1 where a token is a ta
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import _INDEX_HEADER as INDEX_MAGIC
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
@@ -33,6 +35,7 @@ class Source(Protocol):
     name: str
     prefix: str  # path prefix of its .bin/.idx, as Megatron-LM's --data-path takes it
     tokens: int
+    largest_id: int  # among the first tokens
     fingerprint: str  # changes when the data does
     tokenizer: dict[str, Any] | None  # of prepared sets: type, model, vocab_size, fingerprint
 
@@ -52,15 +55,13 @@ class ExampleSource:
         self._tokens = _open_indexed(folder / "tokens")
         self._mask = _open_indexed(folder / "loss_mask")
         self._lengths = self._tokens.sequence_lengths
-        if len(self._lengths) != len(self._mask.sequence_lengths):
+        self.largest_id = _largest_id(self.prefix, self._tokens)
+        if not np.array_equal(self._lengths, self._mask.sequence_lengths):
             raise UserError(
-                f"tokens has {len(self._lengths)} sequences, loss_mask has "
-                f"{len(self._mask.sequence_lengths)}",
+                "tokens and loss_mask differ in their sequences",
                 where=str(folder),
                 mend="run prepare again",
             )
-        if len(self._lengths) == 0:
-            raise UserError("holds no example", where=str(folder), mend="drop it or refill it")
         longest = int(self._lengths.max()) - 1
         if longest > seq_length:
             raise UserError(
@@ -89,6 +90,7 @@ class PackedSource:
         indexed = _open_indexed(Path(prefix))
         self.tokens = int(indexed.sequence_lengths.sum())
         self.fingerprint = f"{self.tokens}-{len(indexed)}-{Path(prefix + '.bin').stat().st_size}"
+        self.largest_id = _largest_id(prefix, indexed)
         self._length = config.data.seq_length
         if self.tokens <= self._length:
             raise UserError(
@@ -164,14 +166,29 @@ def _open(name: str, path: str, config: Config, cache: Path) -> Source:
 
 
 def _read_description(path: Path) -> dict[str, Any]:
+    def refuse(problem: str) -> UserError:
+        return UserError(problem, where=str(path), mend="run prepare again")
+
     try:
         description = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"unreadable: {error}", where=str(path), mend="run prepare again") from None
-    missing = {"fingerprint", "tokens", "tokenizer"} - set(description)
-    if missing:
-        raise UserError(f"lacks {sorted(missing)[0]!r}", where=str(path), mend="run prepare again")
+    except (OSError, ValueError, RecursionError) as error:
+        raise refuse(f"unreadable: {error}") from None
+    if not isinstance(description, dict):
+        raise refuse("is not a JSON object")
+    _check_fields(description, {"fingerprint": str, "tokens": int, "tokenizer": dict}, refuse)
+    kinds = {"fingerprint": str, "vocab_size": int, "model": str}
+    _check_fields(description["tokenizer"], kinds, refuse)
     return description
+
+
+def _check_fields(
+    values: dict[str, Any], kinds: dict[str, type], refuse: Callable[[str], UserError]
+) -> None:
+    for name, kind in kinds.items():
+        if name not in values:
+            raise refuse(f"lacks {name!r}")
+        if not isinstance(values[name], kind):
+            raise refuse(f"{name!r} is {values[name]!r}, not of type {kind.__name__}")
 
 
 def _open_indexed(prefix: Path) -> IndexedDataset:
@@ -179,21 +196,47 @@ def _open_indexed(prefix: Path) -> IndexedDataset:
     for suffix in (".idx", ".bin"):
         if not Path(f"{prefix}{suffix}").is_file():
             raise UserError("no such file", where=f"{prefix}{suffix}", mend="run prepare again")
-    try:
-        indexed = IndexedDataset(str(prefix))
-    except (AssertionError, ValueError, OSError, KeyError) as error:
-        raise UserError(
-            f"not a Megatron index: {error}", where=f"{prefix}.idx", mend="write it again"
-        ) from None
-    need = (
-        int(indexed.sequence_lengths.sum(dtype=np.int64)) * np.dtype(indexed.index.dtype).itemsize
-    )
-    have = Path(f"{prefix}.bin").stat().st_size
+    # First: IndexedDataset maps both files unseen, and breaks in its destructor if it cannot.
+    need, have = _bytes_listed(Path(f"{prefix}.idx")), Path(f"{prefix}.bin").stat().st_size
     if have < need:
         raise UserError(
             f"truncated: {have} bytes of {need}", where=f"{prefix}.bin", mend="write it again"
         )
-    return indexed
+    return IndexedDataset(str(prefix))
+
+
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of token, sequences, documents
+
+
+def _bytes_listed(path: Path) -> int:
+    """Size that the .bin of a Megatron .idx must have, in bytes.
+
+    header | length of each sequence, int32 | its offset in .bin, int64 | documents, int64
+    """
+    content = path.open("rb").read(_HEADER.size)
+    broken = UserError("not a whole Megatron index", where=str(path), mend="write it again")
+    if len(content) < _HEADER.size:
+        raise broken
+    magic, version, code, sequences, documents = _HEADER.unpack(content)
+    whole = _HEADER.size + 12 * sequences + 8 * documents
+    codes = {dtype.value for dtype in DType}
+    if magic != INDEX_MAGIC or version != 1 or code not in codes or path.stat().st_size < whole:
+        raise broken
+    if sequences == 0:
+        raise UserError("holds no sequence", where=str(path), mend="drop it or refill it")
+    lengths = np.memmap(path, np.int32, "r", _HEADER.size, (sequences,))
+    offsets = np.memmap(path, np.int64, "r", _HEADER.size + 4 * sequences, (sequences,))
+    if lengths.min() < 0 or offsets.min() < 0:
+        raise broken
+    return int((offsets + lengths * np.int64(DType.size(DType.dtype_from_code(code)))).max())
+
+
+IDS_LOOKED_AT = 65536
+
+
+def _largest_id(prefix: str, indexed: IndexedDataset) -> int:
+    """Largest token id at the head of a .bin: tells a wrong vocabulary, not every wrong token."""
+    return int(np.fromfile(f"{prefix}.bin", indexed.index.dtype, IDS_LOOKED_AT).max(initial=0))
 
 
 def shared_vocab_size(sources: Sequence[Source], configured: int | None) -> int:
@@ -214,18 +257,25 @@ def shared_vocab_size(sources: Sequence[Source], configured: int | None) -> int:
                 mend="prepare all sources with one tokenizer",
             )
     size = told[0].tokenizer["vocab_size"] if told and told[0].tokenizer else None
-    if configured is not None:
-        if size is not None and size > configured:
-            raise UserError(
-                f"{configured} is below the tokenizer's {size} tokens",
-                where="model.vocab_size",
-                mend=f"set it to {size}, or prepare with the model's own tokenizer",
-            )
-        return configured
+    if configured is not None and size is not None and size > configured:
+        raise UserError(
+            f"{configured} is below the tokenizer's {size} tokens",
+            where="model.vocab_size",
+            mend=f"set it to {size}, or prepare with the model's own tokenizer",
+        )
+    size = configured or size
     if size is None:
         raise UserError(
             "is not set, and packed prefixes do not tell it",
             where="model.vocab_size",
             mend="set it to the tokenizer's size",
         )
+    for source in sources:
+        if source.largest_id >= size:
+            raise UserError(
+                f"source {source.name!r} holds token {source.largest_id}, the vocabulary ends at "
+                f"{size - 1}",
+                where=source.prefix,
+                mend="set model.vocab_size to the size of the tokenizer it was made with",
+            )
     return size

@@ -101,6 +101,7 @@ def _context(run: Run) -> dict[str, Any]:
         "validation": summary.start_and_end(run.history.scalars["validation_loss"]),
         "cost": summary.cost(run),
         "phases": summary.step_phases(run),
+        "averaged": summary.percent(run.setting("bilevel", "average_fraction") or 0.5),
         "skipped": run.history.skipped[:SKIPS_SHOWN],
         "skipped_count": len(run.history.skipped),
         "span": summary.smoothing_span(len(run.history.steps)),

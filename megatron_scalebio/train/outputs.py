@@ -7,6 +7,9 @@ import json
 import math
 import platform
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ import megatron_scalebio
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.confidence import Verdict, WeightIntervals
 from megatron_scalebio.config import Config
-from megatron_scalebio.config_loader import save_config
+from megatron_scalebio.config_loader import config_text
+from megatron_scalebio.errors import UserError
 from megatron_scalebio.train.loop import StepResult
 from megatron_scalebio.train.state import TrainState
 
@@ -28,8 +32,43 @@ from megatron_scalebio.train.state import TrainState
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step, so that a reader never sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
+    with _disk_errors_named(path):
+        temporary.write_text(text)
+        temporary.rename(path)
+
+
+@contextmanager
+def _disk_errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"can't write: {error.strerror or error}",
+            where=str(path),
+            mend="choose a folder on a disk with room, that you may write to",
+        ) from None
+
+
+def prepare_folders(folder: Path, save_to: Path, names: list[str]) -> None:
+    """Makes the output and the checkpoint folder, before anything costs time.
+
+    Raises:
+        UserError: if one can't be written, or the output holds a run of other sources.
+    """
+    for path in (folder, save_to):
+        with _disk_errors_named(path):
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+    try:
+        earlier = json.loads((folder / "run.json").read_text())["sources"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if earlier != names:
+        raise UserError(
+            f"holds a run of sources {earlier}, not {names}",
+            where=str(folder),
+            mend="choose a new train.output, or the same data.sources in the same order",
+        )
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -65,7 +104,7 @@ def parameter_count(state: TrainState) -> int:
 def write_start(state: TrainState, folder: Path, parameters: int) -> dict[str, Any]:
     """Writes config.yaml, command.txt and run.json; returns run.json's content."""
     config = state.config
-    save_config(config, folder / "config.yaml")
+    write_text(folder / "config.yaml", config_text(config))
     write_text(folder / "command.txt", " ".join(sys.argv) + "\n")
     run = {
         "sources": [source.name for source in state.data.sources],
@@ -183,11 +222,12 @@ def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list
     """Writes weights.json, blend.txt (Megatron's --data-path) and blend.json (per split).
 
     Returns:
-        Names of the sources below `blend_floor`, which the blend leaves out: Megatron-LM's
+        Names of the sources below the floor, which the blend leaves out: Megatron-LM's
         dataset builder fails on weights that round to no sample.
     """
     write_json(folder / "weights.json", content)
-    kept = [e for e in content["sources"] if e["weight"] >= config.bilevel.blend_floor]
+    floor = blend_floor(config)
+    kept = [e for e in content["sources"] if e["weight"] >= floor]
     whole = sum(entry["weight"] for entry in kept)
     words: list[str] = []
     for entry in kept:
@@ -199,4 +239,9 @@ def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list
         is_folder = prefix.with_suffix(".idx").is_file()
         validation += [f"{entry.weight:.6f}", str(prefix if is_folder else entry.path)]
     write_json(folder / "blend.json", {"train": words, "valid": validation, "test": validation})
-    return [e["name"] for e in content["sources"] if e["weight"] < config.bilevel.blend_floor]
+    return [e["name"] for e in content["sources"] if e["weight"] < floor]
+
+
+def blend_floor(config: Config) -> float:
+    """`blend_floor`, or a tenth of a uniform weight where that is less: many sources all stay."""
+    return min(config.bilevel.blend_floor, 0.1 / len(config.data.sources))

@@ -28,43 +28,50 @@ __all__ = ["add_arguments", "run"]
 def run(args: argparse.Namespace) -> int:
     config = config_from_args(args)
     config.validate(runtime.world_size_from_environment())
+    signals = runtime.StopSignals()
     runtime.start(config)
     folder = Path(config.train.output)
-    state = TrainState(config, folder / "cache")
     save_to = Path(config.checkpoint.save or folder / "checkpoints")
+    names = [source.name for source in config.data.sources]
+    runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, names))
+    state = TrainState(config, folder / "cache")
     if config.model.pretrained_checkpoint:
         saver.load_pretrained(state.w, Path(config.model.pretrained_checkpoint))
-    warnings = saver.load_latest(state, Path(config.checkpoint.load or save_to))
+    load_from = Path(config.checkpoint.load or save_to)
+    warnings = saver.load_latest(state, load_from, required=load_from != save_to)
     parameters = outputs.parameter_count(state)
-    reporter = Reporter(state, folder, parameters, warnings) if runtime.is_main() else None
-    code = reweight(state, save_to, reporter)
+    reporters: list[Reporter] = []
+    runtime.on_main(lambda: reporters.append(Reporter(state, folder, parameters, warnings)))
+    reporter = reporters[0] if reporters else None
+    try:
+        code = reweight(state, save_to, reporter, signals)
+    finally:
+        if reporter:
+            reporter.close()
     if reporter:
         reporter.finish()
     return code
 
 
-def reweight(state: TrainState, save_to: Path, reporter: Reporter | None) -> int:
+def reweight(
+    state: TrainState, save_to: Path, reporter: Reporter | None, signals: runtime.StopSignals
+) -> int:
     """Steps until the end, convergence (if asked) or a signal; saves on the way. Exit code."""
-    config, signals = state.config, runtime.StopSignals()
-    interval = config.checkpoint.save_interval
+    config, interval = state.config, state.config.checkpoint.save_interval
     saved_at = state.step
     code = EXIT_OK
     while state.step < config.train.train_iters:
         start = time.perf_counter()
         result = train_step(state)
-        if reporter:
-            reporter.step(result, time.perf_counter() - start)
+        problem = reporter.step(result, time.perf_counter() - start) if reporter else None
         if interval and state.step % interval == 0 and not result.skipped:
             saver.save(state, save_to)
             saved_at = state.step
-        if state.skipped_in_a_row >= config.train.skip_limit:
-            raise UserError(
-                f"{state.skipped_in_a_row} steps in a row were not finite: "
-                f"{outputs.name_groups(result.skipped, state)}",
-                where=f"step {state.step}",
-                mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
-            )
-        if _any_rank(signals.received):
+        _refuse_skips(state, result)
+        signalled, failed = _any_rank(signals.received, problem is not None)
+        if failed:
+            raise problem or UserError("rank 0 could not write its log")
+        if signalled:
             code = EXIT_SIGNALLED
             break
         if config.bilevel.early_stop and verdict(state).converged:
@@ -74,11 +81,24 @@ def reweight(state: TrainState, save_to: Path, reporter: Reporter | None) -> int
     return code
 
 
-def _any_rank(flag: int) -> bool:
-    """True on all ranks once any has received a signal. Ranks stop after the same step."""
-    seen = torch.tensor([float(flag != 0)], device=runtime.device())
+def _refuse_skips(state: TrainState, result: StepResult) -> None:
+    """Ends a run whose steps keep being not finite, or of which none was by its end."""
+    train, applied = state.config.train, state.mixture.steps
+    over = state.step == train.train_iters and applied == 0
+    if result.skipped and (over or state.skipped_in_a_row >= train.skip_limit):
+        raise UserError(
+            f"{state.skipped_in_a_row} steps in a row were not finite: "
+            f"{outputs.name_groups(result.skipped, state)}",
+            where=f"step {state.step}",
+            mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
+        )
+
+
+def _any_rank(*flags: int) -> list[bool]:
+    """Which flags are set on any rank. All ranks then stop after the same step."""
+    seen = torch.tensor([float(flag != 0) for flag in flags], device=runtime.device())
     dist.all_reduce(seen)
-    return bool(seen)
+    return [bool(flag) for flag in seen]
 
 
 def verdict(state: TrainState) -> Verdict:
@@ -124,13 +144,22 @@ class Reporter:
             self.console.warn(f"passed over a damaged checkpoint: {warning}")
         self.console.start(state.step)
 
-    def step(self, result: StepResult, step_time_s: float) -> None:
+    def step(self, result: StepResult, step_time_s: float) -> UserError | None:
+        """Logs a step. Gives a disk's refusal back: all ranks have to stop at it together."""
         start = time.perf_counter()
         record = outputs.step_record(self.state, result, step_time_s)
-        self.metrics.log(record)
+        try:
+            self.metrics.log(record)
+        except UserError as error:
+            return error
         self.console.step(record)
         # Shown with the next step: a line can't hold the time of its own writing.
         result.time_s["log"] = time.perf_counter() - start
+        return None
+
+    def close(self) -> None:
+        """Leaves the terminal in order, whatever ended the run."""
+        self.console.stop()
 
     def finish(self) -> None:
         """Writes the weights and the report, and says where everything is."""
@@ -155,7 +184,7 @@ class Reporter:
             state.config.data.known_weights,
         )
         if left_out:
-            floor = state.config.bilevel.blend_floor
+            floor = outputs.blend_floor(state.config)
             self.console.warn(f"below {floor:g}, left out of the blend: {', '.join(left_out)}")
 
 

@@ -34,13 +34,12 @@ class Data:
 
     def __init__(self, config: Config, cache: Path) -> None:
         self.config = config
+        self.sources: list[Source] = []
+        self.validation: list[Source] = []
         # One rank writes the sample indices of packed sources, then the others read them.
+        runtime.on_main(lambda: self._open(cache))
         if not runtime.is_main():
-            runtime.barrier()
-        self.sources: list[Source] = open_sources(config.data.sources, config, cache)
-        self.validation: list[Source] = open_sources(config.data.validation, config, cache)
-        if runtime.is_main():
-            runtime.barrier()
+            self._open(cache)
         self.vocab_size = shared_vocab_size(
             [*self.sources, *self.validation], config.model.vocab_size
         )
@@ -69,6 +68,11 @@ class Data:
             seq_length=config.data.seq_length,
             fixed_length=config.parallel.num_layers_per_virtual_pipeline_stage is not None,
         )
+
+    def _open(self, cache: Path) -> None:
+        data = self.config.data
+        self.sources = open_sources(data.sources, self.config, cache)
+        self.validation = open_sources(data.validation, self.config, cache)
 
     def next(self, probs_S: torch.Tensor) -> tuple[list[MicroBatch], list[MicroBatch], Picks]:
         """This rank's training and validation micro-batches, and the global training picks."""

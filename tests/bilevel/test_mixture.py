@@ -1,0 +1,130 @@
+"""λ's two ways to step: what must not move, what must move where, and exact resume."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+import torch
+
+from megatron_scalebio.bilevel.mixture import LEAST_SHARE, Mixture
+from megatron_scalebio.bilevel.objective import logits_gradient, mixture_probs
+
+KINDS = ["eg", "adamw"]
+
+
+def noise(steps: int, sources: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(steps, sources, generator=generator, dtype=torch.float64)
+
+
+def centred(g_S: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+    return g_S - (mixture.probs_S * g_S).sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_weights_are_normalised(kind: str) -> None:
+    mixture = Mixture([1, 3], kind)
+    torch.testing.assert_close(mixture.probs_S, torch.tensor([0.25, 0.75], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_hypergradient_moves_nothing(kind: str) -> None:
+    mixture = Mixture([1.0, 2.0, 5.0], kind)
+    before = mixture.probs_S
+    for _ in range(20):
+        assert mixture.step(torch.zeros(3, dtype=torch.float64), 0.1) == 0.0
+    torch.testing.assert_close(mixture.probs_S, before, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_source_of_all_weight_never_moves(kind: str) -> None:
+    mixture = Mixture([1.0], kind)
+    for g_S in noise(50, 1):
+        mixture.step(centred(g_S, mixture), 0.1)
+    assert mixture.probs_S.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_favours_the_source_with_the_least_excess_loss(kind: str) -> None:
+    mixture = Mixture([1.0, 1.0, 1.0], kind)
+    g_S = torch.tensor([0.4, -0.5, 0.1], dtype=torch.float64)
+    norm = mixture.step(g_S, 0.1)
+    uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
+    assert norm == pytest.approx(float(logits_gradient(g_S, uniform).norm()))
+    assert mixture.probs_S[1] > mixture.probs_S[2] > mixture.probs_S[0]
+
+
+def test_exponentiated_gradient_moves_logits_by_the_hypergradient_in_its_usual_size() -> None:
+    mixture = Mixture([1.0, 1.0], "eg")
+    g_S = torch.tensor([0.3, -0.3], dtype=torch.float64)
+    mixture.step(g_S, 0.1)
+    # Its usual size is 0.3 after one step, so the logits part by 2 · 0.1.
+    log_ratio = float(mixture.probs_S[1].log() - mixture.probs_S[0].log())
+    assert log_ratio == pytest.approx(0.2)
+
+
+def test_exponentiated_gradient_does_not_see_the_scale_of_the_loss() -> None:
+    small, large = Mixture([1.0] * 4, "eg"), Mixture([1.0] * 4, "eg")
+    for g_S in noise(30, 4):
+        small.step(centred(g_S, small), 0.1)
+        large.step(centred(1000 * g_S, large), 0.1)
+    torch.testing.assert_close(small.probs_S, large.probs_S)
+
+
+def test_copies_of_one_source_stay_uniform() -> None:
+    """Noise around no difference must average out, over seeds and sources."""
+    sources, seeds, steps = 4, 24, 200
+    tails = []
+    for seed in range(seeds):
+        mixture = Mixture([1.0] * sources, "eg")
+        for g_S in noise(steps, sources, seed):
+            mixture.step(centred(g_S, mixture), 0.02)
+        tails.append(mixture.trajectory.tail(0.5).mean(0))
+    weights = torch.stack(tails)
+    error_S = weights.std(0) / math.sqrt(seeds)
+    assert ((weights.mean(0) - 1 / sources).abs() <= 4 * error_S).all(), (weights.mean(0), error_S)
+
+
+def test_a_lost_source_can_come_back() -> None:
+    mixture = Mixture([1.0, 1.0], "eg")
+    for _ in range(500):
+        mixture.step(centred(torch.tensor([1.0, 0.0], dtype=torch.float64), mixture), 1.0)
+    assert mixture.probs_S[0] == pytest.approx(LEAST_SHARE / 2, rel=1e-3)
+    mixture = Mixture([LEAST_SHARE, 1.0], "eg")
+    for _ in range(200):
+        mixture.step(centred(torch.tensor([-1.0, 0.0], dtype=torch.float64), mixture), 0.1)
+    assert mixture.probs_S[0] > 0.9
+
+
+def test_adamw_is_torch_adamw_on_the_logits() -> None:
+    mixture = Mixture([1.0, 2.0, 3.0], "adamw")
+    logits_S = torch.tensor([1 / 6, 2 / 6, 3 / 6], dtype=torch.float64).log().requires_grad_()
+    reference = torch.optim.AdamW([logits_S], lr=0.01, weight_decay=0.0)
+    for g_S in noise(10, 3):
+        logits_S.grad = logits_gradient(g_S, mixture_probs(logits_S.detach()))
+        mixture.step(g_S, 0.01)
+        reference.step()
+    assert torch.equal(mixture.probs_S, mixture_probs(logits_S.detach()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", [0, 1, 17])
+def test_resume_is_exact(kind: str, cut: int) -> None:
+    path = noise(40, 3)
+    whole = Mixture([1.0, 2.0, 3.0], kind)
+    resumed = Mixture([1.0, 1.0, 1.0], kind)
+    for number, g_S in enumerate(path):
+        if number == cut:
+            # As a checkpoint holds it: torch.load of plain types only.
+            file = io.BytesIO()
+            torch.save(whole.state_dict(), file)
+            file.seek(0)
+            resumed.load_state_dict(torch.load(file, weights_only=True))
+        whole.step(g_S, 0.05)
+        if number >= cut:
+            resumed.step(g_S, 0.05)
+    assert torch.equal(whole.probs_S, resumed.probs_S)
+    assert torch.equal(whole.initial_S, resumed.initial_S)
+    assert torch.equal(whole.trajectory.tail(1.0), resumed.trajectory.tail(1.0))

@@ -1,0 +1,96 @@
+"""The hypergradient: its zeros, its invariances, and its expectation where batches miss sources."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_scalebio.bilevel.objective import (
+    Role,
+    hypergradient,
+    logits_gradient,
+    mixture_probs,
+    role_scale,
+)
+
+LOSSES = st.lists(st.floats(-5, 5), min_size=2, max_size=6)
+
+
+def everywhere(count: int) -> torch.Tensor:
+    return torch.ones(count, dtype=torch.float64)
+
+
+def tensor(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@given(LOSSES, st.floats(0.1, 1000))
+@settings(deadline=None)
+def test_u_equal_to_w_gives_no_hypergradient(losses: list[float], alpha: float) -> None:
+    loss_S = tensor(losses)
+    probs_S = mixture_probs(loss_S)
+    g_S = hypergradient(loss_S - loss_S, probs_S, everywhere(len(losses)), alpha)
+    assert torch.equal(g_S, torch.zeros_like(g_S))
+    assert torch.equal(logits_gradient(g_S, probs_S), torch.zeros_like(g_S))
+
+
+@given(LOSSES, st.floats(-10, 10))
+@settings(deadline=None)
+def test_a_constant_on_every_excess_loss_changes_nothing(losses: list[float], shift: float) -> None:
+    excess_S = tensor(losses)
+    probs_S = mixture_probs(-excess_S)
+    plain = hypergradient(excess_S, probs_S, everywhere(len(losses)), 7.0)
+    shifted = hypergradient(excess_S + shift, probs_S, everywhere(len(losses)), 7.0)
+    torch.testing.assert_close(plain, shifted, rtol=0, atol=1e-9)
+
+
+def test_a_missing_source_stays_where_it_is_and_does_not_move_the_others() -> None:
+    excess_S, probs_S = tensor([0.3, math.nan, -0.1]), tensor([0.5, 0.2, 0.3])
+    g_S = hypergradient(excess_S, probs_S, everywhere(3), 2.0)
+    assert g_S[1] == 0
+    without = hypergradient(excess_S[[0, 2]], probs_S[[0, 2]] / 0.8, everywhere(2), 2.0)
+    torch.testing.assert_close(g_S[[0, 2]], without)
+
+
+def test_gradient_of_the_logits_is_that_of_autograd() -> None:
+    logits_S = tensor([0.2, -1.0, 0.7]).requires_grad_()
+    excess_S = tensor([0.4, -0.2, 0.1])
+    alpha = 10.0
+    (alpha * (mixture_probs(logits_S) * excess_S).sum()).backward()
+    probs_S = mixture_probs(logits_S.detach())
+    got = logits_gradient(hypergradient(excess_S, probs_S, everywhere(3), alpha), probs_S)
+    torch.testing.assert_close(got, logits_S.grad)
+
+
+def test_equal_excess_losses_are_a_fixed_point_whichever_sources_are_missing() -> None:
+    excess_S = tensor([0.4, math.nan, 0.4, math.nan, 0.4])
+    g_S = hypergradient(excess_S, tensor([0.1, 0.2, 0.3, 0.2, 0.2]), 0.5 * everywhere(5), 3.0)
+    torch.testing.assert_close(g_S, torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_batches_that_miss_sources_point_the_right_way_on_average() -> None:
+    """Centring over those present shrinks a step a little, as ratio estimates do."""
+    generator = np.random.default_rng(0)
+    excess_S, probs_S = tensor([0.5, -0.3, 0.2, 0.0, -0.6, 0.1]), tensor([1 / 6] * 6)
+    inclusion_S = tensor([0.9, 0.5, 0.7, 0.6, 0.8, 0.5])
+    total_S, draws = torch.zeros(6, dtype=torch.float64), 4000
+    present = torch.from_numpy(generator.random((draws, 6))) < inclusion_S
+    for row in present[present.any(1)]:
+        seen_S = torch.where(row, excess_S, torch.full_like(excess_S, math.nan))
+        total_S += hypergradient(seen_S, probs_S, inclusion_S, 1.0)
+    exact_S = hypergradient(excess_S, probs_S, everywhere(6), 1.0)
+    assert torch.nn.functional.cosine_similarity(total_S, exact_S, dim=0) > 0.95
+
+
+@pytest.mark.parametrize("alpha", [1e-9, 1.0, 100.0])
+def test_scales_add_up_to_one(alpha: float) -> None:
+    assert role_scale(Role.TRAIN_U, alpha) == 1.0
+    whole = role_scale(Role.TRAIN_W, alpha) + role_scale(Role.VALID_W, alpha)
+    assert whole == pytest.approx(1.0)
+    # α → 0 is plain training of w on the validation set, α → ∞ on the mixture.
+    assert role_scale(Role.TRAIN_W, alpha) == pytest.approx(alpha / (1 + alpha))

@@ -1,0 +1,145 @@
+"""Micro-batches: one global batch however it is cut, coefficients that divide once, padding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_scalebio.data.batch import BatchLayout, MicroBatch, mean_coefficients, micro_batches
+from megatron_scalebio.data.blend import BlendSampler, Picks
+
+SEQ = 20
+
+
+class ToySource:
+    """Sequences of uneven lengths; the first token of each tells source and example."""
+
+    def __init__(self, number: int, examples: int) -> None:
+        generator = np.random.default_rng(number)
+        self.tokens_of, self.targets_of = [], []
+        for index in range(examples):
+            length = int(generator.integers(2, SEQ + 2))
+            tokens = generator.integers(1, 50, size=length)
+            tokens[0] = 100 * (number + 1) + index
+            targets = (generator.random(length) < 0.6).astype(np.uint8)
+            targets[-1] = 1
+            self.tokens_of.append(tokens)
+            self.targets_of.append(targets)
+
+    def __len__(self) -> int:
+        return len(self.tokens_of)
+
+    def length(self, index: int) -> int:
+        return len(self.tokens_of[index]) - 1
+
+    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.tokens_of[index], self.targets_of[index]
+
+
+SOURCES = [ToySource(0, 9), ToySource(1, 17), ToySource(2, 5)]
+LAYOUT = BatchLayout(micro_batch_size=2, dp_rank=0, dp_size=1, pad_multiple=8, seq_length=SEQ)
+# (micro-batch size, data-parallel size) that cut a global batch of 24
+CUTS = [(24, 1), (1, 1), (2, 1), (3, 2), (2, 4), (4, 3)]
+
+
+def picks(step: int = 0) -> Picks:
+    sampler = BlendSampler([len(source) for source in SOURCES], 24, 7, 0.25)
+    for _ in range(step):
+        sampler.next(np.array([0.2, 0.5, 0.3]))
+    return sampler.next(np.array([0.2, 0.5, 0.3]))
+
+
+def cut(micro: int, dp: int, mean: str = "sample", **options: object) -> list[MicroBatch]:
+    """All ranks' micro-batches."""
+    layouts = [
+        replace(LAYOUT, micro_batch_size=micro, dp_size=dp, dp_rank=rank, **options)  # type: ignore[arg-type]
+        for rank in range(dp)
+    ]
+    return [batch for layout in layouts for batch in micro_batches(SOURCES, picks(), layout, mean)]
+
+
+@pytest.mark.parametrize(("micro", "dp"), CUTS)
+def test_every_cut_holds_the_same_examples_with_the_same_coefficients(micro: int, dp: int) -> None:
+    def content(batches: list[MicroBatch]) -> list[tuple]:
+        return sorted(
+            (int(b.tokens_BS[i, 0]), int(b.group_B[i]), float(b.coefficient_B[i]))
+            for b in batches
+            for i in range(len(b.group_B))
+        )
+
+    batches = cut(micro, dp)
+    assert len(batches) == 24 // micro
+    assert all(batch.tokens_BS.shape[0] == micro for batch in batches)
+    assert content(batches) == content(cut(24, 1))
+    assert sum(batch.tokens for batch in batches) == sum(b.tokens for b in cut(24, 1))
+
+
+@pytest.mark.parametrize("mean", ["sample", "token"])
+@pytest.mark.parametrize(("micro", "dp"), CUTS)
+def test_coefficients_of_a_source_add_up_to_one_over_all_ranks(
+    micro: int, dp: int, mean: str
+) -> None:
+    """Each target token weighs its coefficient; a loss of one everywhere has a mean of one."""
+    total_S = torch.zeros(3, dtype=torch.float64)
+    for batch in cut(micro, dp, mean):
+        whole_B = batch.coefficient_B * batch.mask_BS.sum(1)
+        total_S.index_add_(0, batch.group_B, whole_B.double())
+    torch.testing.assert_close(total_S, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mean", ["sample", "token"])
+def test_losses_are_the_mean_that_was_asked_for(mean: str) -> None:
+    """Against a loop over examples, with the loss of a token its own id."""
+    chosen, got_S = picks(), torch.zeros(3, dtype=torch.float64)
+    for batch in cut(2, 2, mean):
+        sum_B = (batch.labels_BS * batch.mask_BS).sum(1).double()
+        got_S.index_add_(0, batch.group_B, batch.coefficient_B * sum_B)
+    for group in range(3):
+        means, sums, counts = [], 0.0, 0
+        for index in chosen.index_B[chosen.group_B == group]:
+            tokens, targets = SOURCES[group].example(int(index))
+            values = tokens[1:][targets[1:] == 1]
+            means.append(values.mean())
+            sums, counts = sums + values.sum(), counts + len(values)
+        want = np.mean(means) if mean == "sample" else sums / counts
+        assert float(got_S[group]) == pytest.approx(want)
+
+
+def test_absent_sources_are_corrected_by_their_inclusion() -> None:
+    group_B, targets_B = np.array([0, 0, 2]), np.array([4, 2, 5])
+    got = mean_coefficients(group_B, targets_B, np.array([1.0, 0.3, 0.5]), "sample")
+    np.testing.assert_allclose(got, [1 / 8, 1 / 4, 1 / 5 / 0.5])
+    got = mean_coefficients(group_B, targets_B, np.array([1.0, 0.3, 0.5]), "token")
+    np.testing.assert_allclose(got, [1 / 6, 1 / 6, 1 / 5 / 0.5])
+
+
+@pytest.mark.parametrize(("micro", "dp"), CUTS)
+def test_padding_is_short_and_never_a_target(micro: int, dp: int) -> None:
+    by_token = {int(s.tokens_of[i][0]): s.tokens_of[i] for s in SOURCES for i in range(len(s))}
+    for batch in cut(micro, dp):
+        longest = 0
+        for line in range(micro):
+            tokens = by_token[int(batch.tokens_BS[line, 0])]
+            length = len(tokens) - 1
+            longest = max(longest, length)
+            assert batch.tokens_BS[line, :length].tolist() == tokens[:-1].tolist()
+            assert batch.labels_BS[line, :length].tolist() == tokens[1:].tolist()
+            assert not batch.mask_BS[line, length:].any()
+        width = batch.tokens_BS.shape[1]
+        assert width == min(-(-longest // 8) * 8, SEQ)
+        assert batch.positions_BS.shape == batch.labels_BS.shape == batch.mask_BS.shape
+
+
+def test_like_lengths_share_a_micro_batch() -> None:
+    lengths = [sorted((b.mask_BS * 0 + 1).sum(1).tolist()) for b in cut(4, 1)]
+    assert lengths == sorted(lengths)
+    # The n-th micro-batches of the ranks run side by side: as long as each other, about.
+    widths = np.array([batch.tokens_BS.shape[1] for batch in cut(2, 4)]).reshape(4, -1)
+    assert (widths.max(0) - widths.min(0) <= 8).all()
+
+
+def test_interleaved_pipelines_get_one_length() -> None:
+    assert {b.tokens_BS.shape[1] for b in cut(2, 2, fixed_length=True)} == {SEQ}

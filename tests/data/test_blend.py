@@ -1,0 +1,154 @@
+"""The blend sampler: counts, epochs, inclusion, independence of the layout, and its small state."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_scalebio.data.blend import (
+    BlendSampler,
+    expected_counts,
+    shuffled_index,
+    systematic_counts,
+)
+
+WEIGHTS = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=12).filter(lambda w: sum(w) > 0.01)
+SHARES = st.floats(0.01, 1.0)
+
+
+def probabilities(weights: list[float]) -> np.ndarray:
+    return np.array(weights) / sum(weights)
+
+
+@given(WEIGHTS, st.integers(1, 200), SHARES)
+@settings(deadline=None)
+def test_expected_counts_fill_the_batch_and_seat_everyone(
+    weights: list[float], batch: int, share: float
+) -> None:
+    expected_S = expected_counts(probabilities(weights), batch, share)
+    assert expected_S.sum() == pytest.approx(batch)
+    floor = 1.0 if batch >= len(weights) else batch * share / len(weights)
+    assert (expected_S >= floor - 1e-9).all()
+    order = np.argsort(weights, kind="stable")
+    assert (np.diff(expected_S[order]) >= -1e-9).all(), "a heavier source gets no fewer seats"
+
+
+@given(st.integers(1, 12), st.integers(1, 200))
+@settings(deadline=None)
+def test_a_floor_of_one_deals_all_sources_the_same(sources: int, batch: int) -> None:
+    weights = [1.0] + [0.0] * (sources - 1)
+    expected_S = expected_counts(probabilities(weights), batch, 1.0)
+    np.testing.assert_allclose(expected_S, batch / sources)
+
+
+@given(WEIGHTS, st.integers(1, 200), SHARES, st.floats(0, 1, exclude_max=True))
+@settings(max_examples=200, deadline=None)
+def test_counts_add_up_and_round_each_expectation(
+    weights: list[float], batch: int, share: float, offset: float
+) -> None:
+    expected_S = expected_counts(probabilities(weights), batch, share)
+    counts_S = systematic_counts(expected_S, offset)
+    assert counts_S.sum() == batch
+    assert (np.abs(counts_S - expected_S) < 1 + 1e-6).all()
+    if batch >= len(weights):
+        assert (counts_S >= 1).all()
+
+
+def test_counts_have_the_expectation_they_should() -> None:
+    expected_S = expected_counts(np.array([0.62, 0.3, 0.08]), 16, 0.25)
+    offsets = (np.arange(2000) + 0.5) / 2000
+    mean_S = np.mean([systematic_counts(expected_S, offset) for offset in offsets], axis=0)
+    np.testing.assert_allclose(mean_S, expected_S, atol=1e-3)
+
+
+@given(st.integers(1, 500), st.integers(0, 2**32 - 1), st.integers(0, 40))
+@settings(max_examples=100, deadline=None)
+def test_each_epoch_of_a_source_is_a_permutation(size: int, seed: int, group: int) -> None:
+    def epoch(number: int) -> np.ndarray:
+        position = np.arange(size) + number * size
+        return shuffled_index(position, np.full(size, size), np.full(size, group), seed)
+
+    first, second = epoch(0), epoch(1)
+    assert sorted(first) == sorted(second) == list(range(size))
+    if size > 20:
+        assert not np.array_equal(first, second)
+        assert not np.array_equal(first, np.arange(size))
+
+
+def test_batches_go_through_a_source_before_they_repeat() -> None:
+    sizes = [7, 20, 1]
+    sampler = BlendSampler(sizes, 6, seed=3, floor_share=0.5)
+    seen: list[list[int]] = [[], [], []]
+    for _ in range(60):
+        picks = sampler.next(np.array([0.5, 0.3, 0.2]))
+        assert len(picks.group_B) == 6 and set(picks.group_B) == {0, 1, 2}
+        assert list(picks.group_B) == sorted(picks.group_B)
+        for group, index in zip(picks.group_B, picks.index_B, strict=True):
+            seen[group].append(int(index))
+    for group, size in enumerate(sizes):
+        for start in range(0, len(seen[group]) - size + 1, size):
+            assert sorted(seen[group][start : start + size]) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [20, 100])
+def test_shuffle_is_even(size: int) -> None:
+    """Every example is as often in every place, by chi-square over the epochs.
+
+    (Below some 16 examples the network's few bits show: places are uneven by 8 %, which only
+    matters to the order within an epoch.)
+    """
+    epochs = 2000
+    position = np.arange(size * epochs)
+    index = shuffled_index(position, np.full_like(position, size), np.zeros_like(position), 11)
+    table = np.zeros((size, size))
+    np.add.at(table, (position % size, index), 1)
+    expected, freedom = epochs / size, (size - 1) ** 2
+    chi_square = float(((table - expected) ** 2 / expected).sum())
+    assert (chi_square - freedom) / np.sqrt(2 * freedom) < 5, chi_square
+
+
+def test_a_batch_smaller_than_the_sources_includes_each_as_often_as_it_says() -> None:
+    sources, batch, steps = 9, 4, 4000
+    probs_S = probabilities([8, 4, 2, 1, 1, 1, 1, 1, 1])
+    values_S = np.linspace(-1, 2, sources)
+    sampler = BlendSampler([50] * sources, batch, seed=5, floor_share=0.3)
+    present_S, estimate = np.zeros(sources), 0.0
+    for _ in range(steps):
+        picks = sampler.next(probs_S)
+        here = np.unique(picks.group_B)
+        present_S[here] += 1 / steps
+        # Horvitz-Thompson: Σ p_i v_i from the sources that are there.
+        estimate += (probs_S * values_S / picks.inclusion_S)[here].sum() / steps
+    inclusion_S = picks.inclusion_S
+    sigma_S = np.sqrt(inclusion_S * (1 - inclusion_S) / steps)
+    assert (np.abs(present_S - inclusion_S) <= 4 * sigma_S + 1e-6).all()
+    assert estimate == pytest.approx((probs_S * values_S).sum(), abs=0.03)
+
+
+def test_order_is_a_function_of_the_seed() -> None:
+    def run(seed: int) -> list[int]:
+        sampler = BlendSampler([30, 40], 8, seed, 0.25)
+        return [int(i) for _ in range(5) for i in sampler.next(np.array([0.5, 0.5])).index_B]
+
+    assert run(1) == run(1) != run(2)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 13])
+def test_resume_is_exact_and_the_state_is_a_few_integers(cut: int) -> None:
+    generator = np.random.default_rng(0)
+    mixtures = generator.dirichlet([1, 1, 1], size=30)
+    whole, resumed = (BlendSampler([9, 5, 70], 7, 4, 0.25) for _ in range(2))
+    for number, probs_S in enumerate(mixtures):
+        if number == cut:
+            state = whole.state_dict()
+            assert set(state) == {"step", "drawn"} and len(state["drawn"]) == 3
+            resumed.load_state_dict(json.loads(json.dumps(state)))
+        expected = whole.next(probs_S)
+        if number >= cut:
+            got = resumed.next(probs_S)
+            assert np.array_equal(got.group_B, expected.group_B)
+            assert np.array_equal(got.index_B, expected.index_B)

@@ -1,0 +1,71 @@
+"""LISA's draws: the right number, level over stages, each layer equally often, repeatable."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_scalebio.config import LisaConfig
+from megatron_scalebio.optim.lisa import active_layers, period_of
+
+# (active, layers, stages, virtual chunks per stage)
+CASES = [(2, 12, 1, 1), (2, 12, 2, 1), (3, 12, 2, 1), (1, 8, 4, 1), (5, 16, 2, 2), (3, 24, 4, 3)]
+
+
+def draw(active: int, layers: int, stages: int, virtual: int, period: int, seed: int = 1) -> list:
+    drawn = active_layers(LisaConfig(lisa_layers=active), layers, stages, virtual, period, seed)
+    assert drawn is not None
+    return drawn
+
+
+def stage_of(layer: int, layers: int, stages: int, virtual: int) -> int:
+    """Interleaved pipelines deal blocks of layers to the stages in turn."""
+    return layer // (layers // (stages * virtual)) % stages
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.data())
+@settings(deadline=None)
+def test_a_draw_is_a_level_sample_of_the_layers(
+    stages: int, virtual: int, per_chunk: int, data: st.DataObject
+) -> None:
+    layers = stages * virtual * per_chunk
+    active = data.draw(st.integers(1, layers))
+    drawn = draw(active, layers, stages, virtual, data.draw(st.integers(0, 10**6)))
+    assert drawn == sorted(set(drawn)) and len(drawn) == active
+    assert drawn[0] >= 0 and drawn[-1] < layers
+    per_stage = Counter(stage_of(layer, layers, stages, virtual) for layer in drawn)
+    counts = [per_stage[stage] for stage in range(stages)]
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_layer_is_drawn_equally_often(case: tuple[int, int, int, int]) -> None:
+    active, layers, *_ = case
+    periods = 1000
+    drawn = Counter(n for period in range(periods) for n in draw(*case, period))
+    share = active / layers
+    sigma = math.sqrt(periods * share * (1 - share))
+    for layer in range(layers):
+        # Stratified draws vary less than independent ones: 3 sigma of the latter is generous.
+        assert abs(drawn[layer] - periods * share) <= 3 * sigma, (layer, drawn)
+
+
+def test_draws_repeat_by_seed_and_differ_between_periods_and_seeds() -> None:
+    case = (3, 12, 2, 1)
+    assert [draw(*case, p) for p in range(50)] == [draw(*case, p) for p in range(50)]
+    assert len({tuple(draw(*case, p)) for p in range(50)}) > 10
+    assert [draw(*case, p, seed=2) for p in range(50)] != [draw(*case, p) for p in range(50)]
+
+
+def test_all_layers_without_lisa() -> None:
+    assert active_layers(LisaConfig(), 12, 2, 1, 5, 1) is None
+    assert [period_of(step, LisaConfig()) for step in (0, 7, 10**6)] == [0, 0, 0]
+
+
+def test_periods_are_as_long_as_the_interval() -> None:
+    config = LisaConfig(lisa_layers=1, lisa_interval=20)
+    assert [period_of(step, config) for step in (0, 19, 20, 39, 40)] == [0, 0, 1, 1, 2]

@@ -1,0 +1,103 @@
+"""Imports point one way: config → data → model → bilevel, optim → checkpoint, train → cli."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "megatron_scalebio"
+
+# What each part of the package may import from the package, besides itself.
+LEAVES = {"errors", "__init__"}
+BELOW = {
+    "errors": set(),
+    "__init__": set(),
+    "cpu": set(),
+    "config": LEAVES,
+    "config_loader": {"config"},
+    "runtime": {"config", "cpu"},
+    "report": set(),
+    "data": {"config", "config_loader"},
+    "model": {"config", "runtime"},
+    "optim": {"config", "model", "runtime"},
+    "bilevel": {"config", "data", "model", "runtime"},
+    "checkpoint": {"config", "data", "model", "optim", "bilevel", "runtime", "train.state"},
+    "train": {
+        "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
+        "runtime",
+    },
+    "cli": set(),  # stages are imported by name, when they are asked for
+    "__main__": {"cli"},
+}  # fmt: skip
+# What the rest of the train package is to `checkpoint`: it must not be imported there.
+STATE = "train.state"
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports anywhere, without the package's name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {n if exists(n) else str(node.module) for n in whole}
+    own = {n.removeprefix("megatron_scalebio").lstrip(".") for n in found if is_own(n)}
+    return {name or "__init__" for name in own}
+
+
+def is_own(name: str) -> bool:
+    return name == "megatron_scalebio" or name.startswith("megatron_scalebio.")
+
+
+def exists(name: str) -> bool:
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return is_own(name) and (path.is_dir() or path.with_suffix(".py").is_file())
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_module_imports_only_what_lies_below_it(path: Path) -> None:
+    part = name_of(path).split(".")[0]
+    allowed = BELOW[part] | LEAVES | {part}
+    for name in imported(path):
+        assert name.split(".")[0] in allowed or name in allowed, f"{name_of(path)} imports {name}"
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    graph = {name_of(path): imported(path) for path in modules()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " → ".join([*above, name])
+        if name in done:
+            return
+        for below in graph.get(name, set()):
+            visit(below, (*above, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("part", ["errors", "config", "config_loader", "cli", "report"])
+def test_light_parts_do_not_load_megatron(part: str) -> None:
+    """`report` and a wrong option must not wait for torch and Megatron."""
+    heavy = ("torch", "megatron", "transformers")
+    folder = PACKAGE / part
+    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{part}.py"]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not {n.split(".")[0] for n in names} & set(heavy), path
