@@ -22,10 +22,9 @@ from megatron_scalebio.model.provider import build_model, transformer_config
 
 
 class PlainTraining:
-    """Trains one model of the same shape on given micro-batches, the same ones each step."""
+    """Trains one model of the same shape on micro-batches that it is given."""
 
-    def __init__(self, config: Config, vocab_size: int, batches: list[MicroBatch]) -> None:
-        self.batches = batches
+    def __init__(self, config: Config, vocab_size: int) -> None:
         self.micro_batch_size = config.train.micro_batch_size
         megatron = transformer_config(config)
         [chunk] = build_model(config, megatron, vocab_size)
@@ -45,15 +44,15 @@ class PlainTraining:
         )
         self.optimizer = get_megatron_optimizer(settings, [self.ddp])
 
-    def step(self) -> None:
+    def step(self, batches: list[MicroBatch]) -> None:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=iter(self.batches),
+            data_iterator=iter(batches),
             model=[self.ddp],
-            num_microbatches=len(self.batches),
-            seq_length=self.batches[0].tokens_BS.shape[1],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens_BS.shape[1],
             micro_batch_size=self.micro_batch_size,
         )
         self.optimizer.step()

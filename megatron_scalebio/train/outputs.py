@@ -25,6 +25,7 @@ from megatron_scalebio.bilevel.confidence import Verdict, WeightIntervals
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.report.metrics import METRICS_FILE
 from megatron_scalebio.train.loop import StepResult
 from megatron_scalebio.train.state import TrainState
 
@@ -59,6 +60,9 @@ def prepare_folders(folder: Path, save_to: Path, names: list[str]) -> None:
         with _disk_errors_named(path):
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
+    metrics = folder / METRICS_FILE
+    if not metrics.is_file() or metrics.stat().st_size == 0:
+        return
     try:
         earlier = json.loads((folder / "run.json").read_text())["sources"]
     except (OSError, ValueError, KeyError, TypeError):

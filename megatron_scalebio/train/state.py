@@ -110,14 +110,17 @@ class TrainState:
         self.period: Period | None = None
         self.active_layers: list[int] | None = None
 
-    def enter_period(self) -> Period:
-        """The period of the current step; a new one is built when LISA draws new layers."""
+    def enter_period(self, resuming: bool = False) -> Period:
+        """The period of the current step; a new one is built when LISA draws new layers.
+
+        Args:
+            resuming: the period is gone on with: u, just loaded, is not reset to w.
+        """
         number = period_of(self.step, self.config.lisa)
         if self.period is None or number != self.period_number:
-            if self.period is not None:
-                self.leave_period()
-                if self.config.bilevel.resync_interval is not None:
-                    share_storage(self.w, self.u)
+            self.leave_period()
+            if self.config.bilevel.resync_interval is not None and not resuming:
+                share_storage(self.w, self.u)
             self._set_trainable(number)
             self.period = Period(self.config, self.megatron, self.w, self.u)
             self.period_number = number

@@ -1,0 +1,46 @@
+"""The arguments of a run under Megatron-LM's names, which its loaders look for in `common.pt`."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from megatron_scalebio.config import Config
+from megatron_scalebio.model.provider import padded_vocab_size
+
+
+def megatron_args(config: Config, vocab_size: int) -> argparse.Namespace:
+    """The arguments that Megatron-LM and its converters look for in `common.pt`."""
+    model, parallel = config.model, config.parallel
+    return argparse.Namespace(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        group_query_attention=model.num_query_groups is not None,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        seq_length=config.data.seq_length,
+        max_position_embeddings=model.max_position_embeddings or config.data.seq_length,
+        position_embedding_type=model.position_embedding_type,
+        rotary_base=model.rotary_base,
+        rotary_percent=model.rotary_percent,
+        normalization=model.normalization,
+        norm_epsilon=model.norm_epsilon,
+        swiglu=model.swiglu,
+        add_bias_linear=model.add_bias_linear,
+        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
+        padded_vocab_size=padded_vocab_size(config, vocab_size),
+        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        bf16=parallel.bf16,
+        params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.train.seed,
+        dist_ckpt_format="torch_dist",
+        use_dist_ckpt=True,
+    )

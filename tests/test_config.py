@@ -1,0 +1,181 @@
+"""The configuration: defaults < file < flags, round trip, and what is refused by name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_scalebio.config import Config
+from megatron_scalebio.config_loader import (
+    add_arguments,
+    config_from_args,
+    config_text,
+    load_config,
+)
+from megatron_scalebio.errors import UserError
+
+DATA = {
+    "sources": [{"name": "a", "path": "x/a"}, {"name": "b", "path": "x/b"}],
+    "validation": [{"name": "v", "path": "x/v"}],
+}
+
+
+def from_flags(*words: str) -> Config:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return config_from_args(parser.parse_args(words))
+
+
+def written(tmp_path: Path, tree: object) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+    return str(path)
+
+
+def test_flags_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = written(tmp_path, {"train": {"seed": 5, "train_iters": 7}, "optimizer": {"lr": "1e-4"}})
+    config = from_flags("--config", path, "--train-iters", "9", "--bf16", "--no-swiglu")
+    assert (config.train.seed, config.train.train_iters) == (5, 9)
+    assert config.optimizer.lr == 1e-4
+    assert config.parallel.bf16 and not config.model.swiglu
+    assert config.train.global_batch_size == Config().train.global_batch_size
+
+
+def test_named_paths_on_the_command_line() -> None:
+    config = from_flags(
+        "--sources", "a=x/a", "b=y=z", "--validation", "v=w", "--known-weights", "a=0.25", "b=0.75"
+    )
+    assert [(s.name, s.path) for s in config.data.sources] == [("a", "x/a"), ("b", "y=z")]
+    assert config.data.known_weights == {"a": 0.25, "b": 0.75}
+
+
+def test_resolved_configuration_reads_back_unchanged(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, {"data": DATA, "lisa": {"lisa_layers": 2}}))
+    again = load_config(written(tmp_path, config_text(config)))
+    assert again == config
+    assert again.optimizer.min_lr == again.optimizer.lr / 10
+
+
+def test_every_option_has_a_flag_of_its_own_and_help() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert "--tensor-model-parallel-size" in parser.format_help()
+    assert all(action.help for action in parser._actions)
+
+
+# (section, field, value, words of the answer)
+REFUSED = [
+    ("optimizer", "lr", -1e-3, "lr: -0.001 must be above 0"),
+    ("optimizer", "lr", 0, "lr: 0.0 must be above 0"),
+    ("optimizer", "lr", float("nan"), "lr: nan must be above 0"),
+    ("optimizer", "lr_u", 0, "lr_u: 0.0 must be above 0"),
+    ("optimizer", "lr", "fast", "'fast' is not of type float"),
+    ("optimizer", "lr", True, "True is not of type float"),
+    ("optimizer", "min_lr", 1.0, "min_lr: 1.0 is above lr"),
+    ("optimizer", "adam_beta1", 1.0, "adam_beta1: 1.0 is outside [0, 1)"),
+    ("optimizer", "lrr", 1.0, "unknown key 'lrr' (did you mean lr?)"),
+    ("optimizer", "lr_decay_style", "cosin", "choose from cosine, linear, constant"),
+    ("bilevel", "lr_lambda", -1, "lr_lambda: -1.0 must be above 0"),
+    ("bilevel", "alpha", 0, "alpha: 0.0 must be above 0"),
+    ("bilevel", "floor_share", 0, "floor_share: 0.0 is outside (0, 1]"),
+    ("bilevel", "confidence", 0.93, "confidence: 0.93 has no critical value"),
+    ("bilevel", "resync_interval", 1, "resync_interval: 1 leaves u no step"),
+    ("train", "train_iters", 1.5, "1.5 is not of type int"),
+    ("train", "train_iters", 0, "train_iters: 0 must be above 0"),
+    ("train", "seed", 2**40, "seed: 1099511627776 does not fit"),
+    ("train", "output", None, "None is not of type str"),
+    ("train", "global_batchsize", 8, "did you mean global_batch_size?"),
+    ("model", "hidden_size", 30, "hidden_size: 30 is not divisible by num_attention_heads 4"),
+    ("model", "num_query_groups", 3, "num_query_groups: 3 does not divide"),
+    ("model", "kv_channels", 7, "kv_channels: 7 makes rope turn 7 channels"),
+    ("model", "rotary_percent", 0, "rotary_percent: 0.0 is outside (0, 1]"),
+    ("model", "hidden_dropout", 1, "hidden_dropout: 1.0 is outside [0, 1)"),
+    ("parallel", "sequence_parallel", True, "sequence_parallel: True needs tensor parallelism"),
+    ("parallel", "num_layers_per_virtual_pipeline_stage", 1, "needs pipeline parallelism"),
+    ("lisa", "lisa_layers", -2, "lisa_layers: -2 must be above 0"),
+    ("checkpoint", "keep_last", 0, "keep_last: 0 must be above 0"),
+    ("data", "seq_length", 0, "seq_length: 0 must be above 0"),
+    ("data", "sources", "abc", "'abc' is not a list"),
+    ("data", "sources", [{"name": "a"}], "data.sources[0]: path is missing"),
+    ("data", "sources", [{"name": "a", "path": "p", "initial_weight": -1}],
+     "data.sources[0].initial_weight: -1.0 must be above 0"),
+    ("data", "sources", 2 * [{"name": "a", "path": "p"}], "data.sources: 'a' names two entries"),
+    ("data", "known_weights", {"z": 1}, "data.known_weights: 'z' is not a source"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "field", "value", "words"), REFUSED)
+def test_refused_by_file_section_field_and_value(
+    tmp_path: Path, section: str, field: str, value: object, words: str
+) -> None:
+    path = written(tmp_path, {section: {field: value}})
+    with pytest.raises(UserError) as refusal:
+        load_config(path)
+    said = str(refusal.value)
+    assert words in said and said.startswith(f"{path}: {section}"), said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trian: {}", "unknown key 'trian' (did you mean train?)"),
+        ("train: 3", "3 is not a mapping"),
+        ("- train", "must be a mapping of sections"),
+        ("train: {seed: 1", "not valid YAML"),
+        ("train: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("\x00", "not valid YAML"),
+    ],
+)
+def test_malformed_files_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        load_config(written(tmp_path, text))
+    assert words in str(refusal.value) and "run.yaml" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, "")) == Config()
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such file"):
+        load_config(str(tmp_path / "nowhere.yaml"))
+
+
+# (sections over DATA, ranks, words of the answer)
+DISAGREEING = [
+    ({"data": {"sources": DATA["sources"][:1]}}, 1, "at least two sources"),
+    ({"data": {"validation": []}}, 1, "data.validation: [] is empty"),
+    ({"parallel": {"tensor_model_parallel_size": 4}}, 2, "world size: 2 is not divisible by TP 4"),
+    ({"parallel": {"tensor_model_parallel_size": 3}}, 3, "3 does not divide the 4 attention heads"),
+    ({"parallel": {"pipeline_model_parallel_size": 3}}, 3, "does not divide num_layers 4"),
+    ({"train": {"micro_batch_size": 5}}, 1, "global_batch_size: 32 is not divisible"),
+    ({"train": {"validation_batch_size": 6}}, 2, "validation_batch_size: 6 is not divisible"),
+    ({"lisa": {"lisa_layers": 5}}, 1, "lisa.lisa_layers: 5 is above num_layers 4"),
+    ({"parallel": {"recompute_granularity": "full", "recompute_num_layers": 5}}, 1,
+     "recompute_num_layers: 5 is above the 4 layers"),
+    ({"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+      "data": {"seq_length": 17}}, 2, "data.seq_length: 17 is not divisible by TP 2"),
+    ({"model": {"max_position_embeddings": 8}}, 1, "8 is below data.seq_length 1024"),
+    ({"model": {"ffn_hidden_size": 33}, "parallel": {"tensor_model_parallel_size": 2}}, 2,
+     "ffn_hidden_size: 33 is not divisible by TP 2"),
+    ({"parallel": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 2}},
+     2, "does not split 4 layers over 2 stages"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sections", "ranks", "words"), DISAGREEING)
+def test_fields_that_disagree_are_refused(sections: dict, ranks: int, words: str) -> None:
+    config = load_config(None, {**sections, "data": {**DATA, **sections.get("data", {})}})
+    with pytest.raises(UserError) as refusal:
+        config.validate(ranks)
+    assert words in str(refusal.value), refusal.value
+    assert str(refusal.value).endswith(")"), "says how to mend it"
+
+
+def test_fields_that_agree_pass() -> None:
+    load_config(None, {"data": DATA}).validate(1)
+    load_config(None, {"data": DATA, "parallel": {"tensor_model_parallel_size": 2}}).validate(8)
