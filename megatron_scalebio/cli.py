@@ -52,7 +52,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    _quieten()
     asked = next((word for word in argv if word in COMMANDS), None)
     for name, (module, help_text) in COMMANDS.items():
         sub = commands.add_parser(name, help=help_text, allow_abbrev=False)
@@ -66,6 +66,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         known = [flag for action in actions for flag in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]!r}", mend=_nearest(unknown[0], known))
     return args
+
+
+def _quieten() -> None:
+    """Leaves out what Megatron and torch tell their developers, and errors they raise as well."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\.")
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
 
 
 def _nearest(flag: str, known: list[str]) -> str:

@@ -6,6 +6,7 @@ w is saved as Megatron-LM saves a model (keys without `module.`, `common.pt` wit
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
