@@ -106,6 +106,7 @@ def ratio(times: dict[str, list[Seconds]], name: str, unit: str) -> dict[str, fl
     return {
         "wall": median(a[0] / b[0] for a, b in pairs),
         "cpu": median(a[1] / b[1] for a, b in pairs),
+        "least_cpu": min(a[1] for a, _ in pairs) / min(b[1] for _, b in pairs),
         "unit_seconds": median(b[0] for _, b in pairs),
     }
 

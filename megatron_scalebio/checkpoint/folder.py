@@ -74,6 +74,13 @@ def steps_on_disk(save: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
+def begin(save: Path, step: int) -> None:
+    """Makes the temporary folder of a step, and drops what saves that were cut off left behind."""
+    for left in save.glob("iter_*.incomplete"):
+        shutil.rmtree(left, ignore_errors=True)
+    make_empty(temporary_folder(save, step))
+
+
 def make_empty(folder: Path) -> None:
     """Makes a folder, empty even if an earlier run left something there. UserError if it cannot."""
     with _disk_errors_named(folder):

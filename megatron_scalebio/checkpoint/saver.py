@@ -67,7 +67,7 @@ def save(state: TrainState, folder: Path) -> None:
     """
     temporary = folders.temporary_folder(folder, state.step)
     mend = "free space; the last checkpoint is intact and the run resumes from it"
-    runtime.on_main(lambda: folders.make_empty(temporary))
+    runtime.on_main(lambda: folders.begin(folder, state.step))
     try:
         dist_checkpointing.save(w_state(state), str(temporary))
         runtime.on_main(lambda: folders.make_empty(temporary / BILEVEL))

@@ -61,6 +61,18 @@ def test_commit_never_drops_what_it_has_just_written(tmp_path: Path) -> None:
     assert 20 in folders.steps_on_disk(tmp_path)
 
 
+def test_a_save_clears_away_those_that_were_cut_off(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 1)
+    write_checkpoint(tmp_path, 2, folders.temporary_folder)
+    write_checkpoint(tmp_path, 3, folders.temporary_folder)
+    folders.begin(tmp_path, 3)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "iter_0000001",
+        "iter_0000003.incomplete",
+    ]
+    assert not list(folders.temporary_folder(tmp_path, 3).iterdir())
+
+
 DAMAGE = {
     "no metadata.json": lambda part: (part / "metadata.json").unlink(),
     "no common.pt": lambda part: (part / "common.pt").unlink(),

@@ -1,0 +1,203 @@
+"""Resume equals never stopping: after kill -9, under LISA, in bf16, and under another layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.commands import command, metrics, note, noted, start_command, write_config
+from tests.distributed.harness import run_distributed
+from tests.markov import write_problem
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+STEPS, SAVED, KEPT = 16, 3, 2
+TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
+LISA = ["--lisa-layers", 1, "--lisa-interval", 4]
+DIST = ["--use-distributed-optimizer"]
+DROPOUT = ["--hidden-dropout", 0.1, "--attention-dropout", 0.1]
+
+# Killed while they run, and started again with the same words: name: (ranks, flags)
+KILLED: dict[str, tuple[int, list]] = {
+    "plain": (1, DROPOUT),
+    "lisa": (1, LISA),
+    "pp2-lisa": (2, [*PP2, *LISA]),
+}
+# Resumed from step 6 of a run, in a new folder: name: (ranks, flags)
+RESUMED: dict[str, tuple[int, list]] = {
+    "adamw on the mixture": (1, ["--mixture-optimizer", "adamw", "--loss-mean", "token"]),
+    "bf16 dist": (1, ["--bf16", *DIST, *LISA, "--no-lisa-train-embedding"]),
+    "bf16 dist dp2": (2, ["--bf16", *DIST]),
+    "pp2 dropout": (2, [*PP2, *DROPOUT]),
+    "tp2": (2, TP2),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    sources, validation = write_problem(
+        folder / "data", [0.5, 0.3, 0.2], 0, length=17, examples=30, validation=40
+    )
+    write_config(
+        folder / "x.yaml", sources, validation,
+        train={"train_iters": STEPS}, bilevel={"resync_interval": 5},
+        checkpoint={"save_interval": SAVED, "keep_last": KEPT},
+    )  # fmt: skip
+    for name, (ranks, flags) in KILLED.items():
+        kill_on_the_way(folder, name, ranks, flags)
+    for ranks in (2, 1):
+        run_distributed(on_ranks, ranks, str(folder))
+    return folder
+
+
+def words(folder: Path, output: str, flags: list) -> list:
+    return ["reweight", "--config", folder / "x.yaml", "--output", folder / output, *flags]
+
+
+def kill_on_the_way(folder: Path, name: str, ranks: int, flags: list) -> None:
+    """kill -9 of all ranks at a step drawn at random, wherever in that step they are."""
+    step = random.Random(name).randint(SAVED + 2, STEPS - 3)
+    process = start_command(*words(folder, f"{name}-killed", flags), ranks=ranks)
+    log = folder / f"{name}-killed" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 180
+        while not log.exists() or log.read_bytes().count(b"\n") < step:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.005)
+    finally:
+        kill_session(process)
+    reached = log.read_bytes().count(b"\n")
+    assert reached < STEPS, "it was over before it was killed"
+    shutil.copy(log, folder / f"{name}-left.jsonl")
+
+
+def kill_session(process: subprocess.Popen[str]) -> None:
+    """torchrun starts each rank in the launcher's session, under a process group of its own."""
+    for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdecimal()):
+        try:
+            if os.getsid(pid) == process.pid:
+                os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.communicate()
+
+
+def on_ranks(folder_name: str) -> None:
+    """Whole runs; killed runs started again; runs resumed from their step 6."""
+    folder = Path(folder_name)
+    dist.init_process_group("gloo")
+    here = dist.get_world_size()
+    for name, (ranks, flags) in KILLED.items():
+        if ranks == here:
+            run(folder, f"{name}-whole", flags)
+            run(folder, f"{name}-killed", flags)
+    for name, (ranks, flags) in RESUMED.items():
+        if ranks == here:
+            run(folder, f"{name}-whole", [*flags, "--keep-last", 9])
+            resume(folder, name, f"{name}-resumed", flags)
+    if here == 2:
+        resume(folder, "tp2", "tp2-on-pp2", PP2)
+    else:
+        resume(folder, "tp2", "tp2-on-one", [])
+        resume(folder, "bf16 dist dp2", "dp2-on-one", ["--bf16", *DIST])
+
+
+def run(folder: Path, output: str, flags: list) -> None:
+    note(folder / "noted", output, command(*words(folder, output, flags)))
+
+
+def resume(folder: Path, name: str, output: str, flags: list) -> None:
+    load = folder / f"{output}-from"
+    if dist.get_rank() == 0:
+        step = Path("checkpoints") / "iter_0000006"
+        shutil.copytree(folder / f"{name}-whole" / step, load / step.name)
+    dist.barrier()
+    run(folder, output, [*flags, "--load", load])
+
+
+def ended_well(runs: Path, name: str) -> str:
+    code, said = noted(runs / "noted", name)
+    assert code == 0, said
+    return said
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_killed_and_started_again_equals_never_stopping(runs: Path, name: str) -> None:
+    ended_well(runs, f"{name}-whole")
+    said = ended_well(runs, f"{name}-killed")
+    assert "resumed" in said and "from step " in said
+    whole, killed = (metrics(runs / f"{name}-{kind}") for kind in ("whole", "killed"))
+    assert [record["step"] for record in whole] == list(range(1, STEPS + 1))
+    assert killed == whole
+    left = [json.loads(line) for line in (runs / f"{name}-left.jsonl").read_text().splitlines()]
+    assert len(left) > int(said.partition("from step ")[2].split()[0]), "some steps were redone"
+    for file in ("weights.json", "blend.txt", "blend.json"):
+        contents = [(runs / f"{name}-{kind}" / file).read_text() for kind in ("whole", "killed")]
+        assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_from_a_checkpoint_equals_never_stopping(runs: Path, name: str) -> None:
+    ended_well(runs, f"{name}-whole")
+    assert "from step 6" in ended_well(runs, f"{name}-resumed")
+    assert metrics(runs / f"{name}-resumed") == metrics(runs / f"{name}-whole")[6:]
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "tolerance"),
+    [
+        ("tp2", "tp2-on-pp2", 1e-4),
+        ("tp2", "tp2-on-one", 1e-4),
+        ("bf16 dist dp2", "dp2-on-one", 5e-2),
+    ],
+)
+def test_resumes_under_another_layout(runs: Path, name: str, other: str, tolerance: float) -> None:
+    assert "from step 6" in ended_well(runs, other)
+    for got, want in zip(metrics(runs / other), metrics(runs / f"{name}-whole")[6:], strict=True):
+        for field in ("weights", "loss_w", "loss_u", "validation_losses"):
+            assert got[field] == pytest.approx(want[field], abs=tolerance), (got["step"], field)
+
+
+def test_last_checkpoints_are_kept(runs: Path) -> None:
+    for kind in ("whole", "killed"):
+        save = runs / f"lisa-{kind}" / "checkpoints"
+        assert sorted(path.name for path in save.iterdir()) == [
+            "iter_0000015",
+            "iter_0000016",
+            "latest_checkpointed_iteration.txt",
+        ]
+        assert (save / "latest_checkpointed_iteration.txt").read_text() == "16"
+
+
+def test_outputs_are_what_others_read(runs: Path) -> None:
+    """weights.json adds up to one; Megatron's own parser reads the blend."""
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    run = runs / "plain-whole"
+    content = json.loads((run / "weights.json").read_text())
+    weights = {entry["path"]: entry["weight"] for entry in content["sources"]}
+    assert sum(weights.values()) == pytest.approx(1, abs=1e-12)
+    assert content["step"] == STEPS and content["converged"] is False
+    for entry in content["sources"]:
+        assert 0 <= entry["ci_low"] <= entry["weight"] <= entry["ci_high"] <= 1
+        assert entry["initial_weight"] == pytest.approx(1 / 3) and entry["examples"] == 30
+    blended = get_blend_from_list((run / "blend.txt").read_text().split())
+    assert blended is not None and blended[1] is not None
+    prefixes, shares = blended
+    assert dict(zip(prefixes, shares, strict=True)) == pytest.approx(weights, abs=1e-5)
+    assert all(Path(f"{prefix}.idx").is_file() for prefix in prefixes)
+    splits = json.loads((run / "blend.json").read_text())
+    assert splits["train"] == (run / "blend.txt").read_text().split()
+    assert set(splits) == {"train", "valid", "test"}
+    prefixes, _ = get_blend_from_list(splits["valid"])
+    assert all(Path(f"{prefix}.bin").is_file() for prefix in prefixes)
+    assert (run / "report.html").stat().st_size > 1000
