@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -74,20 +74,17 @@ def kill_on_the_way(folder: Path, name: str, ranks: int, flags: list) -> None:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.005)
     finally:
-        kill_session(process)
+        kill_all(process)
     reached = log.read_bytes().count(b"\n")
     assert reached < STEPS, "it was over before it was killed"
     shutil.copy(log, folder / f"{name}-left.jsonl")
 
 
-def kill_session(process: subprocess.Popen[str]) -> None:
-    """torchrun starts each rank in the launcher's session, under a process group of its own."""
-    for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdecimal()):
-        try:
-            if os.getsid(pid) == process.pid:
-                os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """The launcher, its ranks and what they started."""
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     process.communicate()
 
 
