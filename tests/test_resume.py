@@ -19,24 +19,23 @@ from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-STEPS, SAVED, KEPT = 16, 3, 2
+STEPS, SAVED, KEPT = 12, 3, 2
 TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
 LISA = ["--lisa-layers", 1, "--lisa-interval", 4]
-DIST = ["--use-distributed-optimizer"]
+BF16 = ["--bf16", "--use-distributed-optimizer"]
 DROPOUT = ["--hidden-dropout", 0.1, "--attention-dropout", 0.1]
 
 # Killed while they run, and started again with the same words: name: (ranks, flags)
 KILLED: dict[str, tuple[int, list]] = {
     "plain": (1, DROPOUT),
     "lisa": (1, LISA),
-    "pp2-lisa": (2, [*PP2, *LISA]),
+    "pp2-lisa": (2, [*PP2, *LISA, *DROPOUT]),
 }
-# Resumed from step 6 of a run, in a new folder: name: (ranks, flags)
+# Resumed from step 6 of a shorter run, in a new folder: name: (ranks, flags)
+SHORT = ["--train-iters", 9, "--save-interval", 6]
 RESUMED: dict[str, tuple[int, list]] = {
-    "adamw on the mixture": (1, ["--mixture-optimizer", "adamw", "--loss-mean", "token"]),
-    "bf16 dist": (1, ["--bf16", *DIST, *LISA, "--no-lisa-train-embedding"]),
-    "bf16 dist dp2": (2, ["--bf16", *DIST]),
-    "pp2 dropout": (2, [*PP2, *DROPOUT]),
+    "bf16 lisa adamw": (1, [*BF16, *LISA, "--mixture-optimizer", "adamw", "--loss-mean", "token"]),
+    "bf16 dp2": (2, BF16),
     "tp2": (2, TP2),
 }
 
@@ -99,13 +98,12 @@ def on_ranks(folder_name: str) -> None:
             run(folder, f"{name}-killed", flags)
     for name, (ranks, flags) in RESUMED.items():
         if ranks == here:
-            run(folder, f"{name}-whole", [*flags, "--keep-last", 9])
+            run(folder, f"{name}-whole", [*flags, *SHORT])
             resume(folder, name, f"{name}-resumed", flags)
     if here == 2:
         resume(folder, "tp2", "tp2-on-pp2", PP2)
     else:
         resume(folder, "tp2", "tp2-on-one", [])
-        resume(folder, "bf16 dist dp2", "dp2-on-one", ["--bf16", *DIST])
 
 
 def run(folder: Path, output: str, flags: list) -> None:
@@ -118,7 +116,7 @@ def resume(folder: Path, name: str, output: str, flags: list) -> None:
         step = Path("checkpoints") / "iter_0000006"
         shutil.copytree(folder / f"{name}-whole" / step, load / step.name)
     dist.barrier()
-    run(folder, output, [*flags, "--load", load])
+    run(folder, output, [*flags, *SHORT, "--load", load])
 
 
 def ended_well(runs: Path, name: str) -> str:
@@ -149,30 +147,23 @@ def test_resumed_from_a_checkpoint_equals_never_stopping(runs: Path, name: str) 
     assert metrics(runs / f"{name}-resumed") == metrics(runs / f"{name}-whole")[6:]
 
 
-@pytest.mark.parametrize(
-    ("name", "other", "tolerance"),
-    [
-        ("tp2", "tp2-on-pp2", 1e-4),
-        ("tp2", "tp2-on-one", 1e-4),
-        ("bf16 dist dp2", "dp2-on-one", 5e-2),
-    ],
-)
-def test_resumes_under_another_layout(runs: Path, name: str, other: str, tolerance: float) -> None:
+@pytest.mark.parametrize("other", ["tp2-on-pp2", "tp2-on-one"])
+def test_resumes_under_another_layout(runs: Path, other: str) -> None:
     assert "from step 6" in ended_well(runs, other)
-    for got, want in zip(metrics(runs / other), metrics(runs / f"{name}-whole")[6:], strict=True):
+    for got, want in zip(metrics(runs / other), metrics(runs / "tp2-whole")[6:], strict=True):
         for field in ("weights", "loss_w", "loss_u", "validation_losses"):
-            assert got[field] == pytest.approx(want[field], abs=tolerance), (got["step"], field)
+            assert got[field] == pytest.approx(want[field], abs=1e-4), (got["step"], field)
 
 
 def test_last_checkpoints_are_kept(runs: Path) -> None:
     for kind in ("whole", "killed"):
         save = runs / f"lisa-{kind}" / "checkpoints"
         assert sorted(path.name for path in save.iterdir()) == [
-            "iter_0000015",
-            "iter_0000016",
+            "iter_0000009",
+            "iter_0000012",
             "latest_checkpointed_iteration.txt",
         ]
-        assert (save / "latest_checkpointed_iteration.txt").read_text() == "16"
+        assert (save / "latest_checkpointed_iteration.txt").read_text() == "12"
 
 
 def test_outputs_are_what_others_read(runs: Path) -> None:

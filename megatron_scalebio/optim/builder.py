@@ -159,6 +159,8 @@ def _complete_adam_state() -> None:
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
         if "step" in state:
+            # load_state_dict has given all parameters one tensor, which each would count up.
+            state["step"] = state["step"].clone()
             tensors = {"step": state["step"], **tensors}
         original(self, model_param, tensors)
 
