@@ -16,8 +16,21 @@ from typing import Any
 
 import yaml
 
-from megatron_scalebio.config import SECTIONS, Config, SourceConfig, ValidationConfig
+from megatron_scalebio.config import (
+    SECTIONS,
+    Config,
+    ModelConfig,
+    SourceConfig,
+    ValidationConfig,
+)
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.families import read_family
+
+# Options of the model section that are not the architecture's.
+_FREE_WITH_HF = {
+    "hf", "make_vocab_size_divisible_by", "init_method_std", "hidden_dropout",
+    "attention_dropout", "transformer_impl", "pretrained_checkpoint",
+}  # fmt: skip
 
 
 def load_config(path: str | None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
@@ -30,14 +43,18 @@ def load_config(path: str | None, overrides: dict[str, dict[str, Any]] | None = 
     tree = _read_yaml(path) if path else {}
     where = path or "command line"
     _check_keys(tree, SECTIONS, where)
-    sections = {}
+    sections: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         values = tree.get(name) or {}
         if not isinstance(values, dict):
             raise UserError(f"{values!r} is not a mapping", where=f"{where}: {name}")
         cls = typing.get_type_hints(Config)[section.name]
         merged = {**values, **(overrides or {}).get(name, {})}
-        sections[name] = _build(cls, merged, f"{where}: {name}")
+        section_where = f"{where}: {name}"
+        if cls is ModelConfig and merged.get("hf"):
+            sections[name] = _model_from_hf(merged, section_where)
+        else:
+            sections[name] = _build(cls, merged, section_where)
     return Config(**sections)
 
 
@@ -84,6 +101,23 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
         return cls(**converted)
     except UserError as error:
         raise UserError(f"{where}.{error}") from None
+
+
+def _model_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
+    """The model of a Hugging Face folder; values given beside it must not say otherwise."""
+    _, architecture = read_family(values["hf"])
+    free = {key: value for key, value in values.items() if key in _FREE_WITH_HF}
+    model = _build(ModelConfig, {**architecture, **free}, where)
+    given = _build(ModelConfig, values, where)
+    for key in values.keys() - free.keys():
+        ours, theirs = getattr(given, key), getattr(model, key)
+        if ours != theirs:
+            raise UserError(
+                f"{ours!r} is not {theirs!r}, as in {values['hf']}",
+                where=f"{where}.{key}",
+                mend=f"remove {key}",
+            )
+    return model
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -158,6 +192,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(name)
         hints = typing.get_type_hints(cls)
         for spec in fields(cls):
+            if spec.name == "rope_scaling":  # several values: in YAML only
+                continue
             flag = "--" + spec.name.replace("_", "-")
             help_text = spec.metadata["help"].replace("%", "%%")
             keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text}

@@ -144,11 +144,6 @@ def test_killed_and_started_again_equals_never_stopping(runs: Path, name: str) -
 def test_resumed_from_a_checkpoint_equals_never_stopping(runs: Path, name: str) -> None:
     ended_well(runs, f"{name}-whole")
     assert "from step 6" in ended_well(runs, f"{name}-resumed")
-    if (
-        name == "bf16 dist dp2"
-        and metrics(runs / f"{name}-resumed") != metrics(runs / f"{name}-whole")[6:]
-    ):
-        pytest.xfail("the mend of the shared Adam step (optim/builder.py) is not confirmed yet")
     assert metrics(runs / f"{name}-resumed") == metrics(runs / f"{name}-whole")[6:]
 
 

@@ -1,27 +1,31 @@
 """Causal core attention by torch's scaled_dot_product_attention.
 
-Megatron-Core's local DotProductAttention builds the sequence² score matrix; this one does not. It
-serves the CPU, and CUDA without Transformer Engine. Sequences are padded on the right, so the
-causal mask alone keeps padding out of every real position.
+Megatron-Core's local DotProductAttention builds the sequence² score matrix; this one does not,
+except where scores are soft-capped (Gemma 2). It serves the CPU, and CUDA without Transformer
+Engine. Sequences are padded on the right, so the causal mask alone keeps padding out of every real
+position.
+
+Legend: S sequence, B batch, N query heads of this rank, G key/value heads, D head size.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 
 
 class SdpaAttention(MegatronModule):
-    """softmax(q kᵀ / √d) v over the past, for grouped queries too.
-
-    Legend: S sequence, B batch, N query heads of this rank, G key/value heads, D head size.
-    """
+    """softmax(q kᵀ · scale) v over the past, or over a sliding window of it."""
 
     def __init__(
         self,
@@ -37,6 +41,13 @@ class SdpaAttention(MegatronModule):
         assert attn_mask_type is AttnMaskType.causal
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
+        self.window: int | None = None  # tokens that a position sees, itself included
+        if is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, max(1, layer_number)
+        ):
+            assert config.window_size is not None
+            self.window = config.window_size[0] + 1
 
     def forward(
         self,
@@ -49,21 +60,46 @@ class SdpaAttention(MegatronModule):
         """Returns the context, S × B × (N·D)."""
         assert attention_mask is None, "the causal mask is implied"
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        with (
-            tensor_parallel.get_cuda_rng_tracker().fork()
-            if self._drops()
-            else contextlib.nullcontext()
-        ):
-            context_BNSD = torch.nn.functional.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                dropout_p=self.dropout if self._drops() else 0.0,
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=query.size(1) != key.size(1),
-            )
+        attend = self._fused if self.softcap is None else self._soft_capped
+        drops = self.training and self.dropout > 0
+        fork = tensor_parallel.get_cuda_rng_tracker().fork
+        with fork() if drops else contextlib.nullcontext():
+            context_BNSD = attend(query, key, value, self.dropout if drops else 0.0)
         return context_BNSD.permute(2, 0, 1, 3).flatten(2)
 
-    def _drops(self) -> bool:
-        return self.training and self.dropout > 0
+    def _fused(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        length = query.size(2)
+        windowed = self.window is not None and self.window < length
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=_visible_SS(length, self.window, query.device) if windowed else None,
+            dropout_p=dropout,
+            is_causal=not windowed,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+
+    def _soft_capped(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float
+    ) -> torch.Tensor:
+        assert self.softcap is not None
+        repeats = query.size(1) // key.size(1)
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        scale = self.softmax_scale or 1 / math.sqrt(query.size(-1))
+        scores = query @ key.transpose(2, 3) * scale
+        scores = self.softcap * torch.tanh(scores / self.softcap)
+        visible = _visible_SS(query.size(2), self.window, query.device)
+        scores = scores.masked_fill(~visible, -math.inf)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        return F.dropout(weights, dropout) @ value
+
+
+@lru_cache(maxsize=16)
+def _visible_SS(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Which position (row) sees which (column): the past, or the last `window` of it."""
+    past = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return past if window is None else past.triu(1 - window)

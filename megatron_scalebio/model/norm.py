@@ -2,12 +2,14 @@
 
 Megatron-Core's WrappedTorchNorm refuses sequence parallelism because torch's norms do not mark
 their weights: each TP rank sees a part of the sequence, so their gradients must be summed over TP,
-which finalize_model_grads does for weights that carry the mark.
+which finalize_model_grads does for weights that carry the mark. It also refuses weights centred on
+zero (Gemma).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -17,8 +19,40 @@ class LocalNorm:
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object
     ) -> torch.nn.Module:
-        kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
-        norm = kinds[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+        norm = _KINDS[config.normalization, config.layernorm_zero_centered_gamma](
+            hidden_size, eps=eps, dtype=config.params_dtype
+        )
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class _ZeroCentredRMSNorm(torch.nn.RMSNorm):
+    """x / rms(x) · (1 + weight), in float32 up to the last rounding, as Gemma defines it."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(
+            x.dtype
+        )
+
+
+class _ZeroCentredLayerNorm(torch.nn.LayerNorm):
+    """(x − mean) / deviation · (1 + weight) + bias."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
+
+
+_KINDS = {
+    ("RMSNorm", False): torch.nn.RMSNorm,
+    ("RMSNorm", True): _ZeroCentredRMSNorm,
+    ("LayerNorm", False): torch.nn.LayerNorm,
+    ("LayerNorm", True): _ZeroCentredLayerNorm,
+}

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
+from megatron_scalebio.config.model import ModelConfig, RopeScaling
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.model.attention import SdpaAttention
-from megatron_scalebio.model.norm import LocalNorm
+from megatron_scalebio.model.layers import ModelSettings, block_spec
 
 try:
     import transformer_engine  # noqa: F401
@@ -46,11 +41,11 @@ def uses_transformer_engine(config: Config) -> bool:
     return asked != "local" and HAVE_TRANSFORMER_ENGINE and runtime.on_cuda()
 
 
-def transformer_config(config: Config) -> TransformerConfig:
+def transformer_config(config: Config) -> ModelSettings:
     """Megatron-Core's configuration of the model, its parallelism and its numerics."""
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if parallel.bf16 else torch.float32
-    return TransformerConfig(
+    return ModelSettings(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -59,9 +54,19 @@ def transformer_config(config: Config) -> TransformerConfig:
         ffn_hidden_size=model.ffn_hidden_size or default_ffn_hidden_size(config),
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=model.swiglu,
-        activation_func=torch.nn.functional.silu if model.swiglu else torch.nn.functional.gelu,
+        layernorm_zero_centered_gamma=model.apply_layernorm_1p,
+        qk_layernorm=model.qk_layernorm,
+        post_norms=model.post_norms,
+        parallel_residual=model.parallel_residual,
+        gated_linear_unit=model.swiglu or model.activation == "geglu_tanh",
+        activation_func=_activation(model),
         add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        # Megatron counts the tokens to the left of a position.
+        window_size=None if model.window_size is None else (model.window_size - 1, 0),
+        window_attn_skip_freq=model.window_attn_skip_freq,
+        softmax_scale=model.softmax_scale,
+        attn_logit_softcapping=model.attn_logit_softcapping,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -93,7 +98,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
         use_cpu_initialization=not runtime.on_cuda(),
-        bias_activation_fusion=runtime.on_cuda() and (model.swiglu or model.add_bias_linear),
+        # The fused GELU is always the tanh approximation.
+        bias_activation_fusion=runtime.on_cuda() and model.swiglu,
         bias_dropout_fusion=runtime.on_cuda(),
         masked_softmax_fusion=False,
     )
@@ -103,10 +109,22 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def _activation(model: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    if model.swiglu:
+        return F.silu
+    return F.gelu if model.activation == "gelu" else gelu_tanh
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation (`gelu_new`, `gelu_pytorch_tanh`)."""
+    return F.gelu(x, approximate="tanh")
+
+
 def default_ffn_hidden_size(config: Config) -> int:
     """4 × hidden, or 8/3 × hidden for a gated MLP: equal parameters, rounded up to 64."""
-    hidden = config.model.hidden_size
-    return math.ceil(hidden * 8 / 3 / 64) * 64 if config.model.swiglu else 4 * hidden
+    model = config.model
+    gated = model.swiglu or model.activation == "geglu_tanh"
+    return math.ceil(model.hidden_size * 8 / 3 / 64) * 64 if gated else 4 * model.hidden_size
 
 
 def padded_vocab_size(config: Config, vocab_size: int) -> int:
@@ -117,9 +135,7 @@ def padded_vocab_size(config: Config, vocab_size: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
-def build_model(
-    config: Config, megatron: TransformerConfig, vocab_size: int
-) -> list[torch.nn.Module]:
+def build_model(config: Config, megatron: ModelSettings, vocab_size: int) -> list[torch.nn.Module]:
     """This rank's model chunks (one, or one per virtual pipeline chunk), in their dtype.
 
     Args:
@@ -131,19 +147,21 @@ def build_model(
     chunks = []
     for vp_stage in range(virtual or 1):
         stage = vp_stage if virtual else None
-        chunk = _build_chunk(config, megatron, vocab_size, stage)
+        chunk = build_chunk(config, megatron, vocab_size, stage)
         chunk.to(runtime.device())
         chunks.append(Float16Module(megatron, chunk) if config.parallel.bf16 else chunk)
     return chunks
 
 
-def _build_chunk(
-    config: Config, megatron: TransformerConfig, vocab_size: int, vp_stage: int | None
+def build_chunk(
+    config: Config, megatron: ModelSettings, vocab_size: int, vp_stage: int | None
 ) -> GPTModel:
+    """One chunk of this rank, where torch's default device says (`meta`: shapes alone)."""
     model = config.model
+    layers = get_num_layers_to_build(megatron, vp_stage=vp_stage)
     gpt = GPTModel(
         config=megatron,
-        transformer_layer_spec=_block_spec(config, megatron, vp_stage),
+        transformer_layer_spec=block_spec(megatron, layers, uses_transformer_engine(config)),
         vocab_size=padded_vocab_size(config, vocab_size),
         max_sequence_length=model.max_position_embeddings or config.data.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -155,11 +173,47 @@ def _build_chunk(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
-    if gpt.post_process:
-        gpt.output_layer.register_forward_hook(partial(_mask_padded_vocab, vocab_size))
-    if gpt.pre_process and megatron.recompute_granularity == "full":
-        gpt.embedding.register_forward_hook(_require_grad)
+    if model.rope_scaling and model.position_embedding_type == "rope":
+        _scale_rope(gpt.rotary_pos_emb, model.rope_scaling)
+    _hook_ends(gpt, model, vocab_size)
     return gpt
+
+
+def _scale_rope(rope: RotaryEmbedding, scaling: RopeScaling) -> None:
+    if scaling.rope_type == "linear":
+        rope.inv_freq = rope.inv_freq / scaling.factor
+    else:
+        rope.inv_freq = rope._apply_scaling(
+            rope.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position_embeddings,
+        )
+
+
+def _hook_ends(gpt: GPTModel, model: ModelConfig, vocab_size: int) -> None:
+    """What Megatron-Core has no option for at the embedding and at the logits."""
+    if gpt.pre_process:
+        if model.scale_embedding:
+            gpt.embedding.register_forward_hook(partial(_scale, math.sqrt(model.hidden_size)))
+        if gpt.config.recompute_granularity == "full":
+            gpt.embedding.register_forward_hook(_require_grad)
+    if gpt.post_process:
+        if model.final_logit_softcapping is not None:
+            gpt.output_layer.register_forward_hook(
+                partial(_soft_cap, model.final_logit_softcapping)
+            )
+        gpt.output_layer.register_forward_hook(partial(_mask_padded_vocab, vocab_size))
+
+
+def _scale(factor: float, embedding: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * torch.tensor(factor, dtype=output.dtype)  # rounded first, as Gemma does
+
+
+def _soft_cap(cap: float, layer: Any, inputs: Any, output: Any) -> Any:
+    logits, *rest = output
+    return (cap * torch.tanh(logits / cap), *rest)
 
 
 def _mask_padded_vocab(vocab_size: int, layer: Any, inputs: Any, output: Any) -> None:
@@ -179,16 +233,3 @@ def _require_grad(embedding: Any, inputs: Any, output: torch.Tensor) -> None:
     """
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()
-
-
-def _block_spec(
-    config: Config, megatron: TransformerConfig, vp_stage: int | None
-) -> TransformerBlockSubmodules:
-    if uses_transformer_engine(config):
-        return get_gpt_layer_with_transformer_engine_spec()
-    layer = get_gpt_layer_local_spec(normalization=config.model.normalization)
-    layer.submodules.input_layernorm = LocalNorm
-    layer.submodules.pre_mlp_layernorm = LocalNorm
-    layer.submodules.self_attention.submodules.core_attention = SdpaAttention
-    count = get_num_layers_to_build(megatron, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=LocalNorm)

@@ -1,0 +1,136 @@
+"""Every option of a run, in typed sections that refuse bad values by field, value and mend.
+
+Parallelism, batch, tokenizer, checkpoint and logging options carry Megatron-LM's flag names.
+`config_loader` fills these classes from defaults < YAML file < command-line flags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from megatron_scalebio.config.checks import refuse
+from megatron_scalebio.config.data import DataConfig, SourceConfig, ValidationConfig
+from megatron_scalebio.config.model import ModelConfig
+from megatron_scalebio.config.parallel import ParallelConfig
+from megatron_scalebio.config.training import (
+    BilevelConfig,
+    CheckpointConfig,
+    LisaConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "SECTIONS", "BilevelConfig", "CheckpointConfig", "Config", "DataConfig", "LisaConfig",
+    "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "SourceConfig",
+    "TrainConfig", "ValidationConfig",
+]  # fmt: skip
+
+
+@dataclass
+class Config:
+    """A whole run: the sections of the YAML file."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    bilevel: BilevelConfig = field(default_factory=BilevelConfig)
+    lisa: LisaConfig = field(default_factory=LisaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def validate(self, world_size: int) -> None:
+        """Checks what several fields and the number of ranks decide together.
+
+        Raises:
+            UserError: naming the field, its value and the mend.
+        """
+        if len(self.data.sources) < 2:
+            raise refuse(
+                "data.sources", [source.name for source in self.data.sources],
+                "a mixture needs at least two sources", "add sources",
+            )  # fmt: skip
+        if not self.data.validation:
+            raise refuse("data.validation", [], "is empty", "name the validation set you aim at")
+        self._validate_layout(world_size)
+        dp = world_size // self.parallel.model_parallel_size
+        for name in ("global_batch_size", "validation_batch_size"):
+            per_pass = self.train.micro_batch_size * dp
+            if getattr(self.train, name) % per_pass:
+                raise refuse(
+                    f"train.{name}", getattr(self.train, name),
+                    f"is not divisible by micro_batch_size {self.train.micro_batch_size} x "
+                    f"data-parallel size {dp}", f"use a multiple of {per_pass}",
+                )  # fmt: skip
+        self._validate_flush(dp)
+
+    def _validate_layout(self, world_size: int) -> None:
+        parallel, model = self.parallel, self.model
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        if world_size % parallel.model_parallel_size:
+            raise refuse(
+                "world size", world_size, f"is not divisible by TP {tp} x PP {pp}",
+                "start a multiple of TP x PP ranks, or lower them",
+            )  # fmt: skip
+        if model.num_attention_heads % tp or (model.num_query_groups or tp) % tp:
+            raise refuse(
+                "parallel.tensor_model_parallel_size", tp,
+                f"does not divide the {model.num_attention_heads} attention heads and "
+                f"{model.num_query_groups or model.num_attention_heads} query groups",
+                "choose a divisor of both",
+            )  # fmt: skip
+        if model.num_layers % pp:
+            raise refuse(
+                "parallel.pipeline_model_parallel_size", pp,
+                f"does not divide num_layers {model.num_layers}", "choose a divisor",
+            )  # fmt: skip
+        if model.ffn_hidden_size and model.ffn_hidden_size % tp:
+            raise refuse(
+                "model.ffn_hidden_size", model.ffn_hidden_size,
+                f"is not divisible by TP {tp}", "choose a multiple",
+            )  # fmt: skip
+        self._validate_lengths(tp)
+        per_chunk = model.num_layers // pp // (parallel.virtual_chunks(model.num_layers) or 1)
+        if (parallel.recompute_num_layers or 0) > per_chunk:
+            raise refuse(
+                "parallel.recompute_num_layers", parallel.recompute_num_layers,
+                f"is above the {per_chunk} layers of a pipeline stage or chunk", "lower it",
+            )  # fmt: skip
+        lisa = self.lisa.lisa_layers
+        if lisa is not None and lisa > model.num_layers:
+            raise refuse(
+                "lisa.lisa_layers", lisa, f"is above num_layers {model.num_layers}", "lower it"
+            )
+
+    def _validate_lengths(self, tp: int) -> None:
+        length, positions = self.data.seq_length, self.model.max_position_embeddings
+        if self.parallel.sequence_parallel and length % tp:
+            raise refuse(
+                "data.seq_length", length, f"is not divisible by TP {tp}, which sequence_parallel "
+                "needs", "choose a multiple",
+            )  # fmt: skip
+        if positions is not None and positions < length:
+            raise refuse(
+                "model.max_position_embeddings", positions, f"is below data.seq_length {length}",
+                "raise it or lower seq_length",
+            )  # fmt: skip
+
+    def _validate_flush(self, dp: int) -> None:
+        pp = self.parallel.pipeline_model_parallel_size
+        if self.parallel.num_layers_per_virtual_pipeline_stage is None:
+            return
+        per_pass = self.train.micro_batch_size * dp
+        assert self.train.validation_batch_size is not None
+        passes = (2 * self.train.global_batch_size + self.train.validation_batch_size) // per_pass
+        if passes % pp:
+            raise refuse(
+                "train.global_batch_size", self.train.global_batch_size,
+                f"gives {passes} micro-batches a step, which the interleaved pipeline needs "
+                f"divisible by its {pp} stages", "change it or validation_batch_size",
+            )  # fmt: skip
+
+
+SECTIONS = {section.name: section for section in fields(Config)}

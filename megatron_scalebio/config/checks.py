@@ -1,0 +1,35 @@
+"""What the sections are made of: options with help text, and refusals by field, value and mend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import field
+from typing import Any
+
+from megatron_scalebio.errors import UserError
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the help text that its command-line flag shows."""
+    factory = {"default_factory": default} if callable(default) else {"default": default}
+    return field(metadata={"help": help}, **factory)
+
+
+def refuse(field_name: str, value: object, problem: str, mend: str) -> UserError:
+    return UserError(f"{value!r} {problem}", where=field_name, mend=mend)
+
+
+def require_positive(section: Any, *names: str, or_zero: bool = False) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is None:
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and not or_zero):
+            bound = "at least 0" if or_zero else "above 0"
+            raise refuse(name, value, f"must be {bound}", f"set {name} {bound}")
+
+
+def require_within_one(section: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(section, name) < 1:
+            raise refuse(name, getattr(section, name), "is outside [0, 1)", "choose within")

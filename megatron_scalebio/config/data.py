@@ -1,0 +1,67 @@
+"""Sources, validation sets and sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_scalebio.config.checks import option, refuse, require_positive
+
+
+@dataclass
+class SourceConfig:
+    """One data source: a prepared folder, or a Megatron `.bin/.idx` prefix."""
+
+    name: str
+    path: str
+    initial_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "initial_weight")
+
+
+@dataclass
+class ValidationConfig:
+    """One validation set; L1 is the weighted mean of their losses."""
+
+    name: str
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "weight")
+
+
+@dataclass
+class DataConfig:
+    sources: list[SourceConfig] = option(list, "training sources, NAME=PATH ...")
+    validation: list[ValidationConfig] = option(list, "validation sets, NAME=PATH ...")
+    seq_length: int = option(1024, "tokens of model input per sequence")
+    loss_mean: Literal["sample", "token"] = option(
+        "sample", "mean over examples of their token means, or over all target tokens"
+    )
+    known_weights: dict[str, float] | None = option(
+        None, "true mixture where it is known, NAME=WEIGHT ...: shown beside the learned one"
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "seq_length")
+        for kind, entries in (("sources", self.sources), ("validation", self.validation)):
+            names = [entry.name for entry in entries]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise refuse(kind, twice[0], "names two entries", "rename one of them")
+        given = [source.initial_weight is not None for source in self.sources]
+        if any(given) and not all(given):
+            missing = self.sources[given.index(False)].name
+            raise refuse(
+                "sources",
+                missing,
+                "has no initial_weight, others have",
+                "give every source one, or none for a uniform start",
+            )
+        unknown = sorted(set(self.known_weights or {}) - {source.name for source in self.sources})
+        if unknown:
+            raise refuse(
+                "known_weights", unknown[0], "is not a source", "use the names in data.sources"
+            )

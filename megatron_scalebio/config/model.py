@@ -1,0 +1,121 @@
+"""The model: architecture by Megatron-LM's names, and where its weights come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_scalebio.config.checks import option, refuse, require_positive, require_within_one
+
+
+@dataclass
+class RopeScaling:
+    """How rope's frequencies are stretched beyond the length that a model was first trained on."""
+
+    rope_type: Literal["llama3", "linear"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "factor", "low_freq_factor", "high_freq_factor",
+            "original_max_position_embeddings",
+        )  # fmt: skip
+
+
+@dataclass
+class ModelConfig:
+    """A GPT model by Megatron-LM's flag names; the defaults are Llama-shaped."""
+
+    hf: str | None = option(
+        None, "Hugging Face folder: its config.json gives the architecture, w starts from it"
+    )
+    num_layers: int = option(4, "transformer layers")
+    hidden_size: int = option(128, "width of the residual stream")
+    num_attention_heads: int = option(4, "attention heads")
+    num_query_groups: int | None = option(None, "key/value heads (grouped-query attention)")
+    kv_channels: int | None = option(None, "size of one head [hidden_size / heads]")
+    ffn_hidden_size: int | None = option(None, "width of the MLP [8/3 or 4 x hidden_size]")
+    max_position_embeddings: int | None = option(None, "longest sequence [seq_length]")
+    position_embedding_type: Literal["rope", "learned_absolute"] = option("rope", "position code")
+    rotary_base: int = option(10000, "base period of rope")
+    rotary_percent: float = option(1.0, "share of a head that rope turns")
+    rope_scaling: RopeScaling | None = option(None, "long-context scaling of rope")
+    normalization: Literal["RMSNorm", "LayerNorm"] = option("RMSNorm", "normalization")
+    norm_epsilon: float = option(1e-5, "added to the variance in normalization")
+    apply_layernorm_1p: bool = option(False, "norms multiply by 1 + weight")
+    post_norms: bool = option(False, "normalize what attention and MLP give, too (Gemma 2)")
+    qk_layernorm: bool = option(False, "normalize the queries and keys of each head (Qwen 3)")
+    parallel_residual: bool = option(False, "attention and MLP read the same input (GPT-NeoX)")
+    swiglu: bool = option(True, "gated SiLU in the MLP, else `activation`")
+    activation: Literal["gelu", "gelu_tanh", "geglu_tanh"] = option(
+        "gelu", "MLP without swiglu: exact GELU, its tanh approximation, or gated by the latter"
+    )
+    add_bias_linear: bool = option(False, "biases in linear layers")
+    add_qkv_bias: bool = option(False, "biases in the QKV projection (Qwen 2)")
+    window_size: int | None = option(
+        None, "sliding window: tokens that a position sees, itself included"
+    )
+    window_attn_skip_freq: int | None = option(
+        None, "every N-th layer sees all tokens in spite of window_size"
+    )
+    softmax_scale: float | None = option(None, "factor of attention scores [1/sqrt(kv_channels)]")
+    attn_logit_softcapping: float | None = option(None, "attention scores s become c tanh(s/c)")
+    final_logit_softcapping: float | None = option(None, "output logits z become c tanh(z/c)")
+    scale_embedding: bool = option(False, "multiply embeddings by sqrt(hidden_size) (Gemma)")
+    untie_embeddings_and_output_weights: bool = option(False, "separate output head")
+    vocab_size: int | None = option(None, "vocabulary [from the prepared sources]")
+    make_vocab_size_divisible_by: int = option(128, "pad the vocabulary, times the TP size")
+    init_method_std: float = option(0.02, "standard deviation of the initial weights")
+    hidden_dropout: float = option(0.0, "dropout on the residual stream")
+    attention_dropout: float = option(0.0, "dropout on attention probabilities")
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
+        "auto", "layer implementation [transformer_engine where CUDA has it]"
+    )
+    pretrained_checkpoint: str | None = option(None, "Megatron checkpoint that w starts from")
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups",
+            "kv_channels", "ffn_hidden_size", "max_position_embeddings", "vocab_size",
+            "make_vocab_size_divisible_by", "norm_epsilon", "init_method_std", "rotary_base",
+            "window_size", "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping",
+        )  # fmt: skip
+        if self.window_attn_skip_freq is not None and (
+            self.window_attn_skip_freq < 2 or self.window_size is None
+        ):
+            raise refuse(
+                "window_attn_skip_freq", self.window_attn_skip_freq,
+                "needs a window_size and two or more", "set window_size, or drop it",
+            )  # fmt: skip
+        if self.post_norms and self.add_bias_linear:
+            raise refuse("post_norms", True, "does not go with add_bias_linear", "drop one of them")
+        if self.hf and self.pretrained_checkpoint:
+            raise refuse(
+                "pretrained_checkpoint", self.pretrained_checkpoint,
+                "and hf both name weights to start from", "drop one of them",
+            )  # fmt: skip
+        require_within_one(self, "hidden_dropout", "attention_dropout")
+        if not 0 < self.rotary_percent <= 1:
+            raise refuse("rotary_percent", self.rotary_percent, "is outside (0, 1]", "use 1")
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise refuse(
+                "hidden_size", self.hidden_size,
+                f"is not divisible by num_attention_heads {self.num_attention_heads}",
+                "change one of them or set kv_channels",
+            )  # fmt: skip
+        if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
+            raise refuse(
+                "num_query_groups", self.num_query_groups,
+                f"does not divide num_attention_heads {self.num_attention_heads}",
+                "choose a divisor",
+            )  # fmt: skip
+        turned = int((self.kv_channels or self.hidden_size // self.num_attention_heads)
+                     * self.rotary_percent)  # fmt: skip
+        if self.position_embedding_type == "rope" and (turned % 2 or not turned):
+            raise refuse(
+                "kv_channels", self.kv_channels, f"makes rope turn {turned} channels of a head",
+                "choose an even number, two or more",
+            )  # fmt: skip

@@ -1,0 +1,66 @@
+"""Layout over ranks, numerics and recompute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_scalebio.config.checks import option, refuse, require_positive
+
+
+@dataclass
+class ParallelConfig:
+    tensor_model_parallel_size: int = option(1, "ranks that share each layer (TP)")
+    pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)")
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "layers per virtual chunk: interleaved pipeline (VPP)"
+    )
+    sequence_parallel: bool = option(False, "split norms along the sequence over TP")
+    use_distributed_optimizer: bool = option(False, "shard optimizer state over DP (ZeRO-1)")
+    bf16: bool = option(False, "bfloat16 weights with fp32 masters and gradient sums")
+    recompute_granularity: Literal["full", "selective"] | None = option(
+        None, "recompute activations in the backward pass"
+    )
+    recompute_method: Literal["uniform", "block"] | None = option(None, "with full recompute")
+    recompute_num_layers: int | None = option(None, "with full recompute")
+    distributed_timeout_minutes: int = option(10, "how long a collective may wait")
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "tensor_model_parallel_size", "pipeline_model_parallel_size",
+            "num_layers_per_virtual_pipeline_stage", "recompute_num_layers",
+            "distributed_timeout_minutes",
+        )  # fmt: skip
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise refuse(
+                "sequence_parallel", True, "needs tensor parallelism",
+                "raise tensor_model_parallel_size or drop it",
+            )  # fmt: skip
+        if self.num_layers_per_virtual_pipeline_stage and self.pipeline_model_parallel_size == 1:
+            raise refuse(
+                "num_layers_per_virtual_pipeline_stage",
+                self.num_layers_per_virtual_pipeline_stage,
+                "needs pipeline parallelism",
+                "raise pipeline_model_parallel_size or drop it",
+            )
+        if self.recompute_granularity == "full":
+            self.recompute_method = self.recompute_method or "uniform"
+            self.recompute_num_layers = self.recompute_num_layers or 1
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    def virtual_chunks(self, num_layers: int) -> int | None:
+        """Virtual pipeline chunks per rank, or None without interleaving."""
+        per_chunk = self.num_layers_per_virtual_pipeline_stage
+        if per_chunk is None:
+            return None
+        per_stage, rest = divmod(num_layers, self.pipeline_model_parallel_size)
+        if rest or per_stage % per_chunk or per_stage == per_chunk:
+            raise refuse(
+                "num_layers_per_virtual_pipeline_stage", per_chunk,
+                f"does not split {num_layers} layers over {self.pipeline_model_parallel_size} "
+                "stages into two or more equal chunks each", "choose a smaller divisor",
+            )  # fmt: skip
+        return per_stage // per_chunk

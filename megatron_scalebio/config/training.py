@@ -1,0 +1,140 @@
+"""Optimizer, bilevel problem, LISA, steps, checkpoints and logging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_scalebio.config.checks import option, refuse, require_positive, require_within_one
+
+CONFIDENCE_LEVELS = (0.80, 0.90, 0.95, 0.98)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW for w and u, and the schedule that w, u and the mixture share."""
+
+    lr: float = option(3e-4, "peak learning rate of w")
+    lr_u: float | None = option(None, "peak learning rate of u [lr]")
+    min_lr: float | None = option(None, "floor of the learning rates of w and u [lr / 10]")
+    lr_decay_style: Literal["cosine", "linear", "constant"] = option("cosine", "decay of lr, lr_u")
+    lr_warmup_fraction: float = option(0.03, "share of the steps spent warming up")
+    weight_decay: float = option(0.0, "decoupled weight decay of w and u")
+    adam_beta1: float = option(0.9, "first moment")
+    adam_beta2: float = option(0.95, "second moment")
+    adam_eps: float = option(1e-8, "added to the root of the second moment")
+    clip_grad: float = option(1.0, "clip the gradient norms of w and of u (0: off)")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lr", "lr_u", "adam_eps")
+        require_positive(self, "min_lr", "weight_decay", "clip_grad", or_zero=True)
+        require_within_one(self, "lr_warmup_fraction", "adam_beta1", "adam_beta2")
+        if self.min_lr is None:
+            self.min_lr = self.lr / 10
+        if self.min_lr > self.lr:
+            raise refuse("min_lr", self.min_lr, f"is above lr {self.lr}", "lower min_lr")
+
+
+@dataclass
+class BilevelConfig:
+    """The bilevel problem and how its mixture is stepped (DESIGN: `bilevel/objective.py`)."""
+
+    alpha: float = option(10.0, "penalty on the lower level's suboptimality")
+    alpha_growth: float = option(1.0, "alpha times this each outer round; rates divided by it")
+    outer_rounds: int = option(1, "rounds of the alpha schedule")
+    mixture_optimizer: Literal["eg", "adamw"] = option(
+        "eg", "exponentiated gradient, or AdamW on the logits as published"
+    )
+    lr_lambda: float | None = option(
+        None, "learning rate of the mixture [0.1 for eg, 0.01 for adamw]"
+    )
+    lr_lambda_decay_style: Literal["constant", "cosine", "linear"] = option(
+        "constant", "decay of lr_lambda; intervals need it constant"
+    )
+    resync_interval: int | None = option(
+        10, "steps between resets of u to w; with LISA every new draw resets (null: never)"
+    )
+    floor_share: float = option(
+        0.25, "share of each batch dealt equally to all sources; the rest follows the mixture"
+    )
+    average_fraction: float = option(0.5, "last share of the steps that the weights average over")
+    confidence: float = option(0.95, "level of the intervals: 0.80, 0.90, 0.95 or 0.98")
+    tolerance: float = option(0.05, "widest half-interval that counts as converged")
+    early_stop: bool = option(False, "stop once converged")
+    blend_floor: float = option(1e-3, "weights below this are left out of the blend files")
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "alpha", "alpha_growth", "outer_rounds", "lr_lambda", "tolerance",
+            "resync_interval",
+        )  # fmt: skip
+        for name in ("floor_share", "average_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise refuse(name, getattr(self, name), "is outside (0, 1]", "choose within")
+        if not 0 <= self.blend_floor < 0.5:
+            raise refuse("blend_floor", self.blend_floor, "is outside [0, 0.5)", "choose within")
+        if self.confidence not in CONFIDENCE_LEVELS:
+            levels = ", ".join(str(level) for level in CONFIDENCE_LEVELS)
+            raise refuse("confidence", self.confidence, "has no critical value", f"use {levels}")
+        if self.resync_interval == 1:
+            raise refuse("resync_interval", 1, "leaves u no step to depart from w", "use 2 or more")
+        if self.lr_lambda is None:
+            self.lr_lambda = 0.1 if self.mixture_optimizer == "eg" else 0.01
+
+
+@dataclass
+class LisaConfig:
+    """Layerwise importance sampled AdamW: few layers train at a time, redrawn each interval."""
+
+    lisa_layers: int | None = option(None, "active layers over the whole model [all: LISA off]")
+    lisa_interval: int = option(20, "steps between draws")
+    lisa_train_embedding: bool = option(True, "train the embedding and the output head")
+    lisa_train_norm: bool = option(True, "train the final norm")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "lisa_layers", "lisa_interval")
+
+
+@dataclass
+class TrainConfig:
+    output: str = option("run", "folder that receives everything")
+    train_iters: int = option(600, "steps")
+    micro_batch_size: int = option(4, "sequences per forward pass")
+    global_batch_size: int = option(32, "training sequences per step")
+    validation_batch_size: int | None = option(
+        None, "validation sequences per step [global_batch_size]"
+    )
+    seed: int = option(1234, "seed of everything random")
+    skip_limit: int = option(5, "stop after this many steps in a row with NaN or Inf")
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "train_iters", "micro_batch_size", "global_batch_size", "validation_batch_size",
+            "skip_limit",
+        )  # fmt: skip
+        require_positive(self, "seed", or_zero=True)
+        if self.seed >= 2**32:
+            raise refuse("seed", self.seed, "does not fit 32 bits", "choose a smaller one")
+        self.validation_batch_size = self.validation_batch_size or self.global_batch_size
+
+
+@dataclass
+class CheckpointConfig:
+    save: str | None = option(None, "checkpoint folder [OUTPUT/checkpoints]")
+    load: str | None = option(None, "checkpoint folder to resume from [save]")
+    save_interval: int = option(100, "steps between checkpoints (0: only at the end)")
+    keep_last: int = option(2, "checkpoints kept")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "save_interval", or_zero=True)
+        require_positive(self, "keep_last")
+
+
+@dataclass
+class LoggingConfig:
+    log_interval: int = option(10, "steps between console lines")
+    tensorboard_dir: str | None = option(None, "TensorBoard folder [OUTPUT/tensorboard]")
+    tensorboard_log_interval: int = option(1, "steps between TensorBoard points")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "log_interval", "tensorboard_log_interval")

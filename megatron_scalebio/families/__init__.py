@@ -1,0 +1,83 @@
+"""The Hugging Face model families that can be read and written, found by architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.families import gemma2, gpt, llama
+from megatron_scalebio.families.base import Family, HfConfig, TensorMap
+
+__all__ = ["FAMILIES", "Family", "TensorMap", "read_family"]
+
+FAMILIES = {
+    name: family
+    for family in (*gpt.FAMILIES, *llama.FAMILIES, *gemma2.FAMILIES)
+    for name in family.architectures
+}
+
+
+def read_family(hf: str | Path) -> tuple[Family, dict[str, Any]]:
+    """The family of a Hugging Face folder (or GGUF file), and its fields of ModelConfig.
+
+    Raises:
+        UserError: naming the file, and the architecture or option that is not supported.
+    """
+    config = _read_config(Path(hf))
+    architecture = (config.take("architectures") or ["nothing"])[0]
+    family = FAMILIES.get(architecture)
+    if family is None:
+        raise UserError(
+            f"architectures: {architecture!r} is not supported",
+            where=config.where,
+            mend=f"supported: {', '.join(sorted(FAMILIES))}",
+        )
+    if config.values.get("quantization_config"):
+        raise config.refuse("quantization_config", "convert it to plain weights first")
+    fields = family.model(config)
+    config.refuse_rest()
+    return family, fields
+
+
+def _read_config(hf: Path) -> HfConfig:
+    gguf = hf.name if hf.suffix == ".gguf" else None
+    folder = hf.parent if gguf else hf
+    where = hf if gguf else folder / "config.json"
+    try:
+        if not gguf:
+            json.loads(where.read_text())
+        elif not hf.is_file():
+            raise FileNotFoundError(2, "No such file", str(hf))
+    except OSError as error:
+        raise UserError(
+            error.strerror or str(error), where=str(where), mend="point to a Hugging Face folder"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"not valid JSON: {error}", where=str(where), mend="fetch it again"
+        ) from None
+    from transformers import AutoConfig  # takes a second
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, gguf_file=gguf, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"transformers can't read it: {line}", where=str(where),
+            mend=f"supported: {', '.join(sorted(FAMILIES))}",
+        ) from None  # fmt: skip
+    values = config.to_dict()
+    if gguf and not values.get("architectures"):
+        values["architectures"] = [_ARCHITECTURE_OF.get(values["model_type"], "unknown")]
+    return HfConfig(values, type(config)().to_dict(), str(where))
+
+
+# A GGUF file names the model type alone.
+_ARCHITECTURE_OF = {
+    "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "gemma2": "Gemma2ForCausalLM",
+}  # fmt: skip

@@ -1,0 +1,113 @@
+"""Llama 2 and 3, and what shares its layers: Yi, SmolLM2, Mistral, Qwen 2, 2.5 and 3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_scalebio.families.base import Family, HfConfig, TensorMap, rope, sliding_window
+
+_LAYER = "decoder.layers.{}."
+_HF_LAYER = "model.layers.{}."
+
+
+def _qkv(kind: str, **keywords: Any) -> TensorMap:
+    parts = tuple(f"{_HF_LAYER}self_attn.{p}_proj.{kind}" for p in "qkv")
+    return TensorMap(f"{_LAYER}self_attention.linear_qkv.{kind}", parts, "qkv", **keywords)
+
+
+# The layer names that all families with Llama's MLP and RMSNorm share.
+COMMON = (
+    TensorMap("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocab=True),
+    TensorMap(
+        f"{_LAYER}self_attention.linear_qkv.layer_norm_weight",
+        (f"{_HF_LAYER}input_layernorm.weight",),
+    ),
+    _qkv("weight"),
+    TensorMap(
+        f"{_LAYER}self_attention.linear_proj.weight", (f"{_HF_LAYER}self_attn.o_proj.weight",)
+    ),
+    TensorMap(
+        f"{_LAYER}mlp.linear_fc1.weight",
+        (f"{_HF_LAYER}mlp.gate_proj.weight", f"{_HF_LAYER}mlp.up_proj.weight"),
+        "stack_rows",
+    ),
+    TensorMap(f"{_LAYER}mlp.linear_fc2.weight", (f"{_HF_LAYER}mlp.down_proj.weight",)),
+    TensorMap("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    TensorMap(
+        "output_layer.weight",
+        ("lm_head.weight",),
+        vocab=True,
+        when="untie_embeddings_and_output_weights",
+    ),
+)
+TENSORS = (
+    *COMMON,
+    TensorMap(
+        f"{_LAYER}mlp.linear_fc1.layer_norm_weight",
+        (f"{_HF_LAYER}post_attention_layernorm.weight",),
+    ),
+    _qkv("bias", when="add_qkv_bias"),
+    *(
+        TensorMap(
+            f"{_LAYER}self_attention.{p}_layernorm.weight",
+            (f"{_HF_LAYER}self_attn.{p}_norm.weight",),
+            when="qk_layernorm",
+        )
+        for p in "qk"
+    ),
+)
+
+
+def common_fields(config: HfConfig) -> dict[str, Any]:
+    """The fields whose keys all these families share."""
+    heads, hidden = config.take("num_attention_heads"), config.take("hidden_size")
+    return {
+        "num_layers": config.take("num_hidden_layers"),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": config.take("num_key_value_heads"),
+        "kv_channels": config.take("head_dim") or hidden // heads,
+        "ffn_hidden_size": config.take("intermediate_size"),
+        "max_position_embeddings": config.take("max_position_embeddings"),
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.take("rms_norm_eps"),
+        "untie_embeddings_and_output_weights": not config.take("tie_word_embeddings"),
+        "vocab_size": config.take("vocab_size"),
+        **rope(config),
+    }
+
+
+def _llama(config: HfConfig) -> dict[str, Any]:
+    config.require("hidden_act", "silu")
+    config.require("attention_bias", False)
+    config.require("mlp_bias", False)
+    return {**common_fields(config), "swiglu": True}
+
+
+def _mistral(config: HfConfig) -> dict[str, Any]:
+    config.require("hidden_act", "silu")
+    return {**common_fields(config), "swiglu": True, **sliding_window(config)}
+
+
+def _qwen2(config: HfConfig) -> dict[str, Any]:
+    config.require("hidden_act", "silu")
+    config.take("use_sliding_window"), config.take("max_window_layers")  # both in layer_types
+    return {
+        **common_fields(config),
+        "swiglu": True,
+        "add_qkv_bias": True,
+        **sliding_window(config),
+    }
+
+
+def _qwen3(config: HfConfig) -> dict[str, Any]:
+    config.require("attention_bias", False)
+    return {**_qwen2(config), "add_qkv_bias": False, "qk_layernorm": True}
+
+
+FAMILIES = (
+    Family(("LlamaForCausalLM",), _llama, TENSORS),
+    Family(("MistralForCausalLM",), _mistral, TENSORS),
+    Family(("Qwen2ForCausalLM",), _qwen2, TENSORS),
+    Family(("Qwen3ForCausalLM",), _qwen3, TENSORS),
+)

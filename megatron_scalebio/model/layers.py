@@ -1,0 +1,104 @@
+"""The layers of every supported family, as Megatron-Core layer specs.
+
+Two implementations: `local`, Megatron-Core's own modules with this package's attention and norm
+(CPU, or CUDA without Transformer Engine), and Transformer Engine's. Both write the same checkpoint
+names. What Megatron-Core has no option for is added here: a norm after each block (Gemma 2), and
+attention and MLP in parallel (GPT-NeoX).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_scalebio.model.attention import SdpaAttention
+from megatron_scalebio.model.norm import LocalNorm
+
+
+@dataclass
+class ModelSettings(TransformerConfig):
+    """Megatron-Core's configuration and the options that it does not have."""
+
+    post_norms: bool = False
+    parallel_residual: bool = False
+    attn_logit_softcapping: float | None = None
+
+
+def block_spec(
+    config: ModelSettings, layers: int, transformer_engine: bool
+) -> TransformerBlockSubmodules:
+    """The spec of a stage or chunk of `layers` transformer layers."""
+    if transformer_engine:
+        layer, norm = _transformer_engine_layer(config)
+    else:
+        layer, norm = _local_layer(config), LocalNorm
+    if config.parallel_residual:
+        layer.module = ParallelResidualLayer
+    if config.post_norms:
+        attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
+        linear = attention.submodules.linear_proj
+        attention.submodules.linear_proj = mlp.submodules.linear_fc2 = _with_post_norm(linear, norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def _local_layer(config: ModelSettings) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        normalization=config.normalization, qk_layernorm=config.qk_layernorm
+    )
+    layer.submodules.input_layernorm = LocalNorm
+    layer.submodules.pre_mlp_layernorm = LocalNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SdpaAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = LocalNorm
+    return layer
+
+
+def _transformer_engine_layer(config: ModelSettings) -> tuple[ModuleSpec, Any]:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    if config.attn_logit_softcapping is not None:  # Transformer Engine 2.11 has no such option
+        layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+    return layer, TENorm
+
+
+def _with_post_norm(linear: type, norm: Any) -> type:
+    """A row-parallel linear layer whose output is normalized before it joins the residual."""
+
+    class PostNormLinear(linear):
+        def __init__(
+            self, input_size: int, output_size: int, *, config: TransformerConfig, **keywords: Any
+        ) -> None:
+            super().__init__(input_size, output_size, config=config, **keywords)
+            self.post_layernorm = norm(config, output_size, eps=config.layernorm_epsilon)
+
+        def forward(self, *inputs: Any, **keywords: Any) -> tuple[torch.Tensor, None]:
+            output, _ = super().forward(*inputs, **keywords)
+            return self.post_layernorm(output), None
+
+    assert linear is not RowParallelLinear or norm is LocalNorm
+    return PostNormLinear
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """x + Attention(norm₁(x)) + MLP(norm₂(x)): both blocks read the layer's input."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, **keywords: Any
+    ) -> tuple[torch.Tensor, Any]:
+        keywords.pop("dynamic_inference_decode_only", None)
+        after_attention, context = self._forward_attention(hidden_states, *args, **keywords)
+        mlp_output = self.mlp(self._forward_pre_mlp_layernorm(hidden_states))
+        return self._forward_post_mlp(mlp_output, after_attention), context
