@@ -84,8 +84,8 @@ def variances(
         losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, len(shares_V))
         g = hypergradient(losses.w_S - losses.u_S, probs_S, inclusion_S, alpha)
         spread["lambda"].add(logits_gradient(g, probs_S))
-        spread["w"].add(period.ddp_w[0].buffers[0].grad_data)
-        spread["u"].add(period.ddp_u[0].buffers[0].grad_data)
+        spread["w"].add(period.ddp["w"][0].buffers[0].grad_data)
+        spread["u"].add(period.ddp["u"][0].buffers[0].grad_data)
     return {name: one.variance() for name, one in spread.items()}
 
 

@@ -17,7 +17,10 @@ from megatron_scalebio.errors import EXIT_USER_ERROR, UserError
 # Imported when used: `report` must not wait for Megatron.
 COMMANDS = {
     "prepare": ("megatron_scalebio.data.prepare_cli", "tokenize JSON/JSONL into sources"),
+    "convert": ("megatron_scalebio.convert.command", "Hugging Face checkpoints in and out"),
     "reweight": ("megatron_scalebio.train.reweight", "learn the mixture"),
+    "sample": ("megatron_scalebio.data.sample_cli", "draw a training set in learned proportions"),
+    "train": ("megatron_scalebio.train.finetune", "train on a sample or a weighted mixture"),
     "report": ("megatron_scalebio.report.html", "write the HTML report of a run"),
 }
 
@@ -72,6 +75,8 @@ def _quieten() -> None:
     """Leaves out what Megatron and torch tell their developers, and errors they raise as well."""
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\.")
+    # Processes that Megatron spawns to write checkpoints import it anew.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
 
 

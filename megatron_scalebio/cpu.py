@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint")
 _adapted = False
@@ -33,6 +34,8 @@ def _adapt_devices() -> None:
     cuda.current_device = lambda: torch.device("cpu")
     for name in ("synchronize", "set_device", "empty_cache"):
         setattr(cuda, name, lambda *args, **kwargs: None)
+    # `with torch.device(...)` knows factories by identity: it must learn them before they change.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor

@@ -127,6 +127,13 @@ def on_main(work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def any_rank(*flags: int) -> list[bool]:
+    """Which flags are set on any rank. All ranks then stop after the same step."""
+    seen = torch.tensor([float(flag != 0) for flag in flags], device=device())
+    dist.all_reduce(seen)
+    return [bool(flag) for flag in seen]
+
+
 def dp_rank() -> int:
     return parallel_state.get_data_parallel_rank()
 

@@ -25,9 +25,14 @@ BELOW = {
     "optim": {"config", "model", "runtime"},
     "bilevel": {"config", "data", "model", "runtime"},
     "checkpoint": {"config", "data", "model", "optim", "bilevel", "runtime", "train.state"},
+    "convert": {"config", "config_loader", "families", "checkpoint", "model", "runtime"},
+    "evaluate": {"config", "data"},
+    "plan": {
+        "config", "config_loader", "cpu", "families", "data", "model", "optim", "bilevel", "runtime",
+    },
     "train": {
         "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
-        "runtime",
+        "runtime", "convert",
     },
     "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},

@@ -42,7 +42,7 @@ from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.twin import named_parameters
 from megatron_scalebio.optim.builder import allocate_state
 from megatron_scalebio.optim.lisa import period_of
-from megatron_scalebio.train.state import TrainState
+from megatron_scalebio.train.state import RunState
 
 # What Megatron and torch raise where a disk or a file fails them.
 _CHECKPOINT_ERRORS = (
@@ -59,8 +59,11 @@ def _last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def save(state: TrainState, folder: Path) -> None:
+def save(state: RunState, folder: Path, keep_last: int | None = None) -> None:
     """Writes a checkpoint of the current step and commits it.
+
+    Args:
+        keep_last: checkpoints that stay in the folder [checkpoint.keep_last].
 
     Raises:
         UserError: if the disk refuses; the previous checkpoint is untouched.
@@ -80,15 +83,15 @@ def save(state: TrainState, folder: Path) -> None:
         raise UserError(
             f"could not save step {state.step}: {_last_line(error)}", where=str(folder), mend=mend
         ) from None
-    keep_last = state.config.checkpoint.keep_last
-    runtime.on_main(lambda: folders.commit(folder, state.step, keep_last))
+    kept = keep_last or state.config.checkpoint.keep_last
+    runtime.on_main(lambda: folders.commit(folder, state.step, kept))
 
 
-def load_latest(state: TrainState, folder: Path, required: bool = False) -> list[str]:
+def load_latest(state: RunState, folder: Path, required: bool = False) -> tuple[bool, list[str]]:
     """Resumes from the newest whole checkpoint under `folder`, if there is one.
 
     Returns:
-        One warning for each damaged checkpoint that was passed over.
+        Whether there was one; a warning for each damaged checkpoint that was passed over.
 
     Raises:
         UserError: if all are damaged, or the checkpoint is of other sources or another model, or
@@ -103,7 +106,7 @@ def load_latest(state: TrainState, folder: Path, required: bool = False) -> list
         raise UserError("no checkpoint here", where=f"checkpoint.load: {folder}", mend="correct it")
     if step is not None:
         _load(state, folders.iteration_folder(folder, step))
-    return problems
+    return step is not None, problems
 
 
 def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
@@ -140,29 +143,30 @@ def _resolve(path: Path) -> Path:
     )
 
 
-def _load(state: TrainState, source: Path) -> None:
+def _load(state: RunState, source: Path) -> None:
     register_safe_globals()
     with _reading(source):
         _load_whole(state, source)
 
 
-def _load_whole(state: TrainState, source: Path) -> None:
+def _load_whole(state: RunState, source: Path) -> None:
     common = torch.load(source / BILEVEL / "common.pt", map_location="cpu", weights_only=True)
     _check_sources(state, common, source)
     _check_shapes(model_state(state.w, None), source)
     state.load_common_state(common["run"])
     _load_models(state.w, model_state(state.w, None), source)
-    on_disk = dist_checkpointing.load_tensors_metadata(str(source / BILEVEL))
-    _load_u(state, source / BILEVEL, set(on_disk))
+    if "u" in state.models:
+        on_disk = dist_checkpointing.load_tensors_metadata(str(source / BILEVEL))
+        _load_u(state, source / BILEVEL, set(on_disk))
     if period_of(state.step, state.config.lisa) == common["period"]:
         _check_optimizer_kind(state.config, common["optimizer_kind"], source)
         period = state.enter_period(resuming=True)
-        for optimizer in (period.optimizer_w, period.optimizer_u):
+        for optimizer in period.optimizers.values():
             allocate_state(optimizer)
         wanted = optimizer_states(state, is_loading=True)
         loaded = dist_checkpointing.load(wanted, str(source / BILEVEL))
-        period.optimizer_w.load_state_dict(loaded["optimizer_w"])
-        period.optimizer_u.load_state_dict(loaded["optimizer_u"])
+        for name, optimizer in period.optimizers.items():
+            optimizer.load_state_dict(loaded[f"optimizer_{name}"])
     if common["layout"] == layout():
         _load_random_state(source / BILEVEL)
 
@@ -190,7 +194,13 @@ def _reading(source: Path) -> Iterator[None]:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
-def _check_sources(state: TrainState, common: dict[str, Any], source: Path) -> None:
+def _check_sources(state: RunState, common: dict[str, Any], source: Path) -> None:
+    stage = common["run"].get("stage", "reweight")
+    if stage != state.stage:
+        raise UserError(
+            f"was saved by `{stage}`, which `{state.stage}` can't go on with", where=str(source),
+            mend="choose a new train.output, or start from it with --pretrained-checkpoint",
+        )  # fmt: skip
     ours = state.common_state()["sources"]
     theirs = common["run"]["sources"]
     if [name for name, _ in ours] != [name for name, _ in theirs]:
@@ -221,21 +231,22 @@ def _check_optimizer_kind(config: Config, saved: list[bool], source: Path) -> No
             )
 
 
-def _load_u(state: TrainState, source: Path, on_disk: set[str]) -> None:
+def _load_u(state: RunState, source: Path, on_disk: set[str]) -> None:
     """Gives u its own storage for what the checkpoint holds of it, and loads that."""
-    wanted = model_state(state.u, PER_LAYER)
+    u = state.models["u"]
+    wanted = model_state(u, PER_LAYER)
     held = {
         chunk: {k: v for k, v in tensors.items() if f"u.{getattr(v, 'key', '')}" in on_disk}
         for chunk, tensors in wanted.items()
     }
     own = {entry.data.data_ptr() for tensors in held.values() for entry in tensors.values()}
-    for _, parameter in named_parameters(state.u):
+    for _, parameter in named_parameters(u):
         if parameter.data_ptr() in own:
             parameter.data = parameter.data.clone()
-    wanted = model_state(state.u, PER_LAYER)
+    wanted = model_state(u, PER_LAYER)
     held = {chunk: {k: tensors[k] for k in held[chunk]} for chunk, tensors in wanted.items()}
     add_prefix_for_sharding(held, "u.")
-    _load_models(state.u, held, source, strict=False)
+    _load_models(u, held, source, strict=False)
 
 
 def _load_models(

@@ -20,7 +20,7 @@ from megatron_scalebio.checkpoint.megatron_args import megatron_args
 from megatron_scalebio.config import Config
 from megatron_scalebio.model.twin import named_parameters
 from megatron_scalebio.optim.lisa import period_of
-from megatron_scalebio.train.state import TrainState
+from megatron_scalebio.train.state import RunState
 
 # One key per layer: layers of u, and optimizer state under LISA, exist for some layers only.
 PER_LAYER = {"non_homogeneous_layers": True}
@@ -31,7 +31,7 @@ _OPTIMIZER = {
 }
 
 
-def w_state(state: TrainState) -> dict[str, Any]:
+def w_state(state: RunState) -> dict[str, Any]:
     return {
         **model_state(state.w, None),
         "args": megatron_args(state.config, state.data.vocab_size),
@@ -41,15 +41,16 @@ def w_state(state: TrainState) -> dict[str, Any]:
     }
 
 
-def bilevel_state(state: TrainState) -> dict[str, Any]:
+def bilevel_state(state: RunState) -> dict[str, Any]:
     whole = {
         "run": state.common_state(),
         "layout": layout(),
         "optimizer_kind": optimizer_kind(state.config),
         "period": None,
         "rng": random_state(),
-        "u": _own_state_of_u(state),
     }
+    if "u" in state.models:
+        whole["u"] = _own_state_of_u(state)
     if state.period_number == period_of(state.step, state.config.lisa):
         whole["period"] = state.period_number
         whole.update(optimizer_states(state))
@@ -67,16 +68,16 @@ def model_state(chunks: list[torch.nn.Module], metadata: dict[str, Any] | None) 
     return {f"model{number}": part for number, part in enumerate(states)}
 
 
-def _own_state_of_u(state: TrainState) -> dict[str, Any]:
+def _own_state_of_u(state: RunState) -> dict[str, Any]:
     """Sharded state of the parameters in which u has storage of its own."""
     shared = {
         p_u.data_ptr()
         for (_, p_w), (_, p_u) in zip(
-            named_parameters(state.w), named_parameters(state.u), strict=True
+            named_parameters(state.w), named_parameters(state.models["u"]), strict=True
         )
         if p_w.data_ptr() == p_u.data_ptr()
     }
-    whole = model_state(state.u, PER_LAYER)
+    whole = model_state(state.models["u"], PER_LAYER)
     own = {
         chunk: {k: v for k, v in tensors.items() if not _is_among(v, shared)}
         for chunk, tensors in whole.items()
@@ -90,18 +91,16 @@ def _is_among(entry: Any, pointers: set[int]) -> bool:
     return not isinstance(data, torch.Tensor) or data.data_ptr() in pointers
 
 
-def optimizer_states(state: TrainState, is_loading: bool = False) -> dict[str, Any]:
+def optimizer_states(state: RunState, is_loading: bool = False) -> dict[str, Any]:
     assert state.period is not None
     result = {}
-    for name, chunks, optimizer in (
-        ("optimizer_w", state.w, state.period.optimizer_w),
-        ("optimizer_u", state.u, state.period.optimizer_u),
-    ):
-        model = model_state(chunks, PER_LAYER)
-        result[name] = optimizer.sharded_state_dict(
+    for name, optimizer in state.period.optimizers.items():
+        model = model_state(state.models[name], PER_LAYER)
+        key = f"optimizer_{name}"
+        result[key] = optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=dict(_OPTIMIZER)
         )
-        add_prefix_for_sharding(result[name], f"{name}.")
+        add_prefix_for_sharding(result[key], f"{key}.")
     return result
 
 

@@ -43,7 +43,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def validate(self, world_size: int) -> None:
-        """Checks what several fields and the number of ranks decide together.
+        """Checks what several fields and the number of ranks decide together, for `reweight`.
 
         Raises:
             UserError: naming the field, its value and the mend.
@@ -55,19 +55,36 @@ class Config:
             )  # fmt: skip
         if not self.data.validation:
             raise refuse("data.validation", [], "is empty", "name the validation set you aim at")
-        self._validate_layout(world_size)
-        dp = world_size // self.parallel.model_parallel_size
-        for name in ("global_batch_size", "validation_batch_size"):
-            per_pass = self.train.micro_batch_size * dp
+        train = self.train
+        assert train.validation_batch_size is not None
+        self._validate_batches(
+            world_size, "global_batch_size", "validation_batch_size",
+            sequences=2 * train.global_batch_size + train.validation_batch_size,
+        )  # fmt: skip
+
+    def validate_training(self, world_size: int) -> None:
+        """The same for `train`, whose steps have training sequences alone."""
+        if not self.data.sources:
+            raise refuse("data.sources", [], "is empty", "name what to train on")
+        self._validate_batches(
+            world_size, "global_batch_size", sequences=self.train.global_batch_size
+        )
+
+    def _validate_batches(self, world_size: int, *names: str, sequences: int) -> None:
+        self.validate_layout(world_size)
+        per_pass = self.train.micro_batch_size * (world_size // self.parallel.model_parallel_size)
+        for name in names:
             if getattr(self.train, name) % per_pass:
                 raise refuse(
                     f"train.{name}", getattr(self.train, name),
                     f"is not divisible by micro_batch_size {self.train.micro_batch_size} x "
-                    f"data-parallel size {dp}", f"use a multiple of {per_pass}",
+                    f"data-parallel size {world_size // self.parallel.model_parallel_size}",
+                    f"use a multiple of {per_pass}",
                 )  # fmt: skip
-        self._validate_flush(dp)
+        self._validate_flush(sequences // per_pass)
 
-    def _validate_layout(self, world_size: int) -> None:
+    def validate_layout(self, world_size: int) -> None:
+        """What every stage that builds the model needs."""
         parallel, model = self.parallel, self.model
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         if world_size % parallel.model_parallel_size:
@@ -118,14 +135,9 @@ class Config:
                 "raise it or lower seq_length",
             )  # fmt: skip
 
-    def _validate_flush(self, dp: int) -> None:
+    def _validate_flush(self, passes: int) -> None:
         pp = self.parallel.pipeline_model_parallel_size
-        if self.parallel.num_layers_per_virtual_pipeline_stage is None:
-            return
-        per_pass = self.train.micro_batch_size * dp
-        assert self.train.validation_batch_size is not None
-        passes = (2 * self.train.global_batch_size + self.train.validation_batch_size) // per_pass
-        if passes % pp:
+        if self.parallel.num_layers_per_virtual_pipeline_stage is not None and passes % pp:
             raise refuse(
                 "train.global_batch_size", self.train.global_batch_size,
                 f"gives {passes} micro-batches a step, which the interleaved pipeline needs "

@@ -36,6 +36,12 @@ class ValidationConfig:
 class DataConfig:
     sources: list[SourceConfig] = option(list, "training sources, NAME=PATH ...")
     validation: list[ValidationConfig] = option(list, "validation sets, NAME=PATH ...")
+    test: list[ValidationConfig] = option(
+        list, "test sets, NAME=PATH ...: `train` and `evaluate` report their loss, nothing else"
+    )
+    weights: str | None = option(
+        None, "weights.json of a `reweight` run: the initial weights of the sources, by name"
+    )
     seq_length: int = option(1024, "tokens of model input per sequence")
     loss_mean: Literal["sample", "token"] = option(
         "sample", "mean over examples of their token means, or over all target tokens"
@@ -46,7 +52,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "seq_length")
-        for kind, entries in (("sources", self.sources), ("validation", self.validation)):
+        for kind, entries in (
+            ("sources", self.sources), ("validation", self.validation), ("test", self.test),
+        ):  # fmt: skip
             names = [entry.name for entry in entries]
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
@@ -59,6 +67,10 @@ class DataConfig:
                 missing,
                 "has no initial_weight, others have",
                 "give every source one, or none for a uniform start",
+            )
+        if self.weights and any(given):
+            raise refuse(
+                "weights", self.weights, "and initial_weight both give weights", "drop one of them"
             )
         unknown = sorted(set(self.known_weights or {}) - {source.name for source in self.sources})
         if unknown:

@@ -104,15 +104,19 @@ class TrainConfig:
     validation_batch_size: int | None = option(
         None, "validation sequences per step [global_batch_size]"
     )
+    eval_interval: int = option(
+        100, "`train`: steps between losses on the validation sets (0: only at the end)"
+    )
+    eval_examples: int | None = option(None, "`train`: examples of a set at such a time [all]")
     seed: int = option(1234, "seed of everything random")
     skip_limit: int = option(5, "stop after this many steps in a row with NaN or Inf")
 
     def __post_init__(self) -> None:
         require_positive(
             self, "train_iters", "micro_batch_size", "global_batch_size", "validation_batch_size",
-            "skip_limit",
+            "skip_limit", "eval_examples",
         )  # fmt: skip
-        require_positive(self, "seed", or_zero=True)
+        require_positive(self, "seed", "eval_interval", or_zero=True)
         if self.seed >= 2**32:
             raise refuse("seed", self.seed, "does not fit 32 bits", "choose a smaller one")
         self.validation_batch_size = self.validation_batch_size or self.global_batch_size

@@ -22,7 +22,7 @@ from megatron.core.utils import unwrap_model
 
 
 class TwinModel(torch.nn.Module):
-    """One pipeline chunk of w and of u.
+    """One pipeline chunk of w and of u (or of w alone, which is then both).
 
     Carries the attributes that Megatron's schedules look up on a model. It is not registered as
     their parent module: it is rebuilt with every LISA period and owns no parameter.
@@ -60,7 +60,8 @@ def finalize_twin_grads(
 ) -> None:
     """Reduces the gradients of w, then of u. Coefficients are global: no division by tokens."""
     finalize_model_grads([twin.w for twin in model], None, **kwargs)
-    finalize_model_grads([twin.u for twin in model], None, **kwargs)
+    if model[0].u is not model[0].w:
+        finalize_model_grads([twin.u for twin in model], None, **kwargs)
 
 
 def named_parameters(chunks: Iterable[torch.nn.Module]) -> Iterable[tuple[str, torch.nn.Parameter]]:

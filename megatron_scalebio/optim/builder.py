@@ -33,7 +33,8 @@ class Period:
     """DDP wrappers, twin chunks and the optimizers of w and u while one set of layers trains.
 
     Args:
-        w, u: this rank's model chunks with requires_grad set for the period.
+        w, u: this rank's model chunks with requires_grad set for the period; without u, w trains
+            alone.
     """
 
     def __init__(
@@ -41,32 +42,38 @@ class Period:
         config: Config,
         megatron: TransformerConfig,
         w: list[torch.nn.Module],
-        u: list[torch.nn.Module],
+        u: list[torch.nn.Module] | None = None,
     ) -> None:
-        unshare_storage(w, u)
-        self._models = (w, u)
-        self.ddp_w = [_wrap(config, megatron, chunk, n) for n, chunk in enumerate(w)]
-        self.ddp_u = [_wrap(config, megatron, chunk, n) for n, chunk in enumerate(u)]
-        self.twins = [TwinModel(a, b) for a, b in zip(self.ddp_w, self.ddp_u, strict=True)]
+        self._models = {"w": w}
+        if u is not None:
+            unshare_storage(w, u)
+            self._models["u"] = u
+        self.ddp = {
+            name: [_wrap(config, megatron, chunk, n) for n, chunk in enumerate(model)]
+            for name, model in self._models.items()
+        }
+        sides = zip(self.ddp["w"], self.ddp.get("u", self.ddp["w"]), strict=True)
+        self.twins = [TwinModel(ddp_w, ddp_u) for ddp_w, ddp_u in sides]
         megatron.finalize_model_grads_func = finalize_twin_grads
-        self.optimizer_w = _optimizer(config, self.ddp_w)
-        self.optimizer_u = _optimizer(config, self.ddp_u)
+        self.optimizers = {name: _optimizer(config, ddp) for name, ddp in self.ddp.items()}
 
     def zero_grad(self) -> None:
-        for ddp in (*self.ddp_w, *self.ddp_u):
-            ddp.zero_grad_buffer()
-        self.optimizer_w.zero_grad()
-        self.optimizer_u.zero_grad()
+        for name, optimizer in self.optimizers.items():
+            for ddp in self.ddp[name]:
+                ddp.zero_grad_buffer()
+            optimizer.zero_grad()
 
     @torch.no_grad()
     def resync(self) -> None:
         """Makes u equal to w again: weights, fp32 masters and Adam state."""
-        w, u = self._models
+        w, u = self._models["w"], self._models["u"]
         for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
             if p_u.data_ptr() != p_w.data_ptr():
                 p_u.data.copy_(p_w.data)
         parts = zip(
-            self.optimizer_w.chained_optimizers, self.optimizer_u.chained_optimizers, strict=True
+            self.optimizers["w"].chained_optimizers,
+            self.optimizers["u"].chained_optimizers,
+            strict=True,
         )
         for part_w, part_u in parts:
             if not part_w.is_stub_optimizer:
@@ -74,7 +81,7 @@ class Period:
 
     def close(self) -> None:
         """Takes the parameters out of the period's buffers, which can then be freed."""
-        for model in self._models:
+        for model in self._models.values():
             for _, parameter in named_parameters(model):
                 for name in _LEFT_ON_PARAMETERS:
                     if hasattr(parameter, name):
@@ -83,7 +90,7 @@ class Period:
                 if parameter.requires_grad:
                     # With the distributed optimizer the weight is a view into a flat buffer.
                     parameter.data = parameter.data.clone()
-        del self.twins, self.ddp_w, self.ddp_u, self.optimizer_w, self.optimizer_u
+        del self.twins, self.ddp, self.optimizers
 
 
 def _wrap(

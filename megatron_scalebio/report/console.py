@@ -161,6 +161,24 @@ class RunConsole:
             "converged" if converged else "not converged", style="green" if converged else "yellow"
         )
         self._print(verdict, plain(f": {weights.get('reason', '')}"))
+        self.places(outputs)
+
+    def note(self, line: str) -> None:
+        """One line that stays, above the bar where there is one."""
+        self._print(plain(line))
+
+    def losses(self, sets: Sequence[Mapping[str, Any]]) -> None:
+        """Shows held-out losses, `HeldOutLoss.as_dict` of each set."""
+        table = _table("held-out set", "examples", "loss", "per token", "perplexity")
+        for entry in sets:
+            table.add_row(
+                plain(entry["name"]), f"{entry['examples']:,}", f"{entry['sample_mean']:.4f}",
+                f"{entry['token_mean']:.4f}", f"{entry['perplexity']:.5g}",
+            )  # fmt: skip
+        self.console.print(table)
+
+    def places(self, outputs: Mapping[str, Path]) -> None:
+        """One line for each thing that was written."""
         width = max((len(name) for name in outputs), default=0)
         for name, path in outputs.items():
             self._print(Text(f"{name:<{width}}  ", style="dim"), plain(str(path)))
@@ -169,14 +187,12 @@ class RunConsole:
         loss = record.get("validation_loss")
         usual_s = median(self._recent_s)
         left = duration(round(usual_s * (self._train_iters - int(record["step"]))))
+        parts = [f"ETA {left}", f"{1000 * usual_s:.3g} ms/step"]
+        if "weights" not in record:
+            return "  ".join([f"loss {record['train_loss_w']:.4f}", *parts])
         # The weights come last: a narrow terminal cuts off the end.
-        parts = [
-            f"L1 {loss:.3f}" if loss is not None and math.isfinite(loss) else "L1 –",
-            f"ETA {left}",
-            f"{1000 * usual_s:.3g} ms/step",
-            self._top_weights(record["weights"]),
-        ]
-        return "  ".join(parts)
+        first = f"L1 {loss:.3f}" if loss is not None and math.isfinite(loss) else "L1 –"
+        return "  ".join([first, *parts, self._top_weights(record["weights"])])
 
     def _top_weights(self, weights: Sequence[float]) -> str:
         top = sorted(range(len(weights)), key=lambda i: -weights[i])[:TOP_SHOWN]

@@ -81,14 +81,14 @@ def train_step(state: TrainState) -> StepResult:
 def _update_models(state: TrainState, period: Period, result: StepResult) -> None:
     """Steps w and u, both or neither."""
     optimizer = state.config.optimizer
-    result.grad_norm_w = bilevel.prepare_gradients(period.optimizer_w, optimizer.clip_grad)
-    result.grad_norm_u = bilevel.prepare_gradients(period.optimizer_u, optimizer.clip_grad)
+    result.grad_norm_w = bilevel.prepare_gradients(period.optimizers["w"], optimizer.clip_grad)
+    result.grad_norm_u = bilevel.prepare_gradients(period.optimizers["u"], optimizer.clip_grad)
     result.skipped = result.losses.culprit or None
     for role, norm in (("w", result.grad_norm_w), ("u", result.grad_norm_u)):
         if result.skipped is None and not math.isfinite(norm):
             result.skipped = f"{role}: gradient norm is {norm}"
     if result.skipped is None:
-        set_rate(period.optimizer_w, result.settings.lr_w, optimizer.weight_decay)
-        set_rate(period.optimizer_u, result.settings.lr_u, optimizer.weight_decay)
-        period.optimizer_w.step_with_ready_grads()
-        period.optimizer_u.step_with_ready_grads()
+        set_rate(period.optimizers["w"], result.settings.lr_w, optimizer.weight_decay)
+        set_rate(period.optimizers["u"], result.settings.lr_u, optimizer.weight_decay)
+        period.optimizers["w"].step_with_ready_grads()
+        period.optimizers["u"].step_with_ready_grads()

@@ -27,7 +27,7 @@ from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.report.metrics import METRICS_FILE
 from megatron_scalebio.train.loop import StepResult
-from megatron_scalebio.train.state import TrainState
+from megatron_scalebio.train.state import RunState, TrainState
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,13 +83,13 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def natural_shares(state: TrainState) -> list[float]:
+def natural_shares(state: RunState) -> list[float]:
     """Each source's share of all training tokens."""
     tokens = [source.tokens for source in state.data.sources]
     return [count / sum(tokens) for count in tokens]
 
 
-def parameter_count(state: TrainState) -> int:
+def parameter_count(state: RunState) -> int:
     """Parameters of one model over all stages and TP ranks. A collective."""
     count = 0
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -105,12 +105,13 @@ def parameter_count(state: TrainState) -> int:
     return int(total) // runtime.dp_size()
 
 
-def write_start(state: TrainState, folder: Path, parameters: int) -> dict[str, Any]:
+def write_start(state: RunState, folder: Path, parameters: int) -> dict[str, Any]:
     """Writes config.yaml, command.txt and run.json; returns run.json's content."""
     config = state.config
     write_text(folder / "config.yaml", config_text(config))
     write_text(folder / "command.txt", " ".join(sys.argv) + "\n")
     run = {
+        "stage": state.stage,
         "sources": [source.name for source in state.data.sources],
         "validation": [source.name for source in state.data.validation],
         "natural": natural_shares(state),
@@ -150,8 +151,8 @@ def step_record(state: TrainState, result: StepResult, step_time_s: float) -> di
         "lr_lambda": settings.lr_lambda,
         "validation_loss": float((shares_V * losses.validation_V).sum()),
         "validation_losses": losses.validation_V.tolist(),
-        "train_loss_w": _mixed(probs_S, losses.w_S),
-        "train_loss_u": _mixed(probs_S, losses.u_S),
+        "train_loss_w": mixed(probs_S, losses.w_S),
+        "train_loss_u": mixed(probs_S, losses.u_S),
         "weights": probs_S.tolist(),
         "loss_w": losses.w_S.tolist(),
         "loss_u": losses.u_S.tolist(),
@@ -169,14 +170,14 @@ def step_record(state: TrainState, result: StepResult, step_time_s: float) -> di
     }
 
 
-def _mixed(probs_S: torch.Tensor, loss_S: torch.Tensor) -> float:
+def mixed(probs_S: torch.Tensor, loss_S: torch.Tensor) -> float:
     """Σ p_i ℓ_i over the sources of the batch, p made whole again where some are absent."""
     present_S = ~loss_S.isnan()
     mass = float(probs_S[present_S].sum())
     return float((probs_S * loss_S)[present_S].sum()) / mass if mass else math.nan
 
 
-def name_groups(skipped: str | None, state: TrainState) -> str | None:
+def name_groups(skipped: str | None, state: RunState) -> str | None:
     """Puts the name of a source or validation set in place of its number."""
     if skipped is None:
         return None
@@ -249,3 +250,21 @@ def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list
 def blend_floor(config: Config) -> float:
     """`blend_floor`, or a tenth of a uniform weight where that is less: many sources all stay."""
     return min(config.bilevel.blend_floor, 0.1 / len(config.data.sources))
+
+
+def run_facts(config: Config, run: dict[str, Any], step: int) -> dict[str, object]:
+    """What the banner of a run says besides its sources."""
+    model, world, lisa = config.model, run["world"], config.lisa
+    facts: dict[str, object] = {
+        "model": f"{model.num_layers} layers x {model.hidden_size}, "
+        f"{run['parameters']:,} parameters" + (f", from {model.hf}" if model.hf else ""),
+        "layout": f"TP {world['tp']} x PP {world['pp']} x VPP {world['vpp']} x DP {world['dp']} "
+        f"on {run['device']}, {'bf16' if config.parallel.bf16 else 'fp32'}",
+        "steps": f"{config.train.train_iters} of {config.train.global_batch_size} sequences",
+        "output": config.train.output,
+    }
+    if lisa.lisa_layers is not None:
+        facts["lisa"] = f"{lisa.lisa_layers} layers, redrawn every {lisa.lisa_interval} steps"
+    if step:
+        facts["resumed"] = f"from step {step}"
+    return facts

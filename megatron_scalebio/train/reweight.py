@@ -6,9 +6,6 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.confidence import Verdict, judge_convergence, weight_intervals
 from megatron_scalebio.checkpoint import saver
@@ -20,6 +17,7 @@ from megatron_scalebio.report.html import write_report
 from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.loop import StepResult, train_step
+from megatron_scalebio.train.start import resume_or_start
 from megatron_scalebio.train.state import TrainState
 
 __all__ = ["add_arguments", "run"]
@@ -35,10 +33,7 @@ def run(args: argparse.Namespace) -> int:
     names = [source.name for source in config.data.sources]
     runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, names))
     state = TrainState(config, folder / "cache")
-    if config.model.pretrained_checkpoint:
-        saver.load_pretrained(state.w, Path(config.model.pretrained_checkpoint))
-    load_from = Path(config.checkpoint.load or save_to)
-    warnings = saver.load_latest(state, load_from, required=load_from != save_to)
+    warnings = resume_or_start(state, folder, save_to)
     parameters = outputs.parameter_count(state)
     reporters: list[Reporter] = []
     runtime.on_main(lambda: reporters.append(Reporter(state, folder, parameters, warnings)))
@@ -68,7 +63,7 @@ def reweight(
             saver.save(state, save_to)
             saved_at = state.step
         _refuse_skips(state, result)
-        signalled, failed = _any_rank(signals.received, problem is not None)
+        signalled, failed = runtime.any_rank(signals.received, problem is not None)
         if failed:
             raise problem or UserError("rank 0 could not write its log")
         if signalled:
@@ -92,13 +87,6 @@ def _refuse_skips(state: TrainState, result: StepResult) -> None:
             where=f"step {state.step}",
             mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
         )
-
-
-def _any_rank(*flags: int) -> list[bool]:
-    """Which flags are set on any rank. All ranks then stop after the same step."""
-    seen = torch.tensor([float(flag != 0) for flag in flags], device=runtime.device())
-    dist.all_reduce(seen)
-    return [bool(flag) for flag in seen]
 
 
 def verdict(state: TrainState) -> Verdict:
@@ -189,20 +177,10 @@ class Reporter:
 
 
 def _facts(config: Config, run: dict, step: int) -> dict[str, object]:
-    model, world, bilevel = config.model, run["world"], config.bilevel
-    lisa = config.lisa
-    facts: dict[str, object] = {
-        "model": f"{model.num_layers} layers x {model.hidden_size}, "
-        f"{run['parameters']:,} parameters",
-        "layout": f"TP {world['tp']} x PP {world['pp']} x VPP {world['vpp']} x DP {world['dp']} "
-        f"on {run['device']}, {'bf16' if config.parallel.bf16 else 'fp32'}",
-        "steps": f"{config.train.train_iters} of {config.train.global_batch_size} training and "
-        f"{config.train.validation_batch_size} validation sequences",
+    train, bilevel = config.train, config.bilevel
+    return {
+        **outputs.run_facts(config, run, step),
+        "steps": f"{train.train_iters} of {train.global_batch_size} training and "
+        f"{train.validation_batch_size} validation sequences",
         "mixture": f"{bilevel.mixture_optimizer} lr {bilevel.lr_lambda:g}, alpha {bilevel.alpha:g}",
-        "output": config.train.output,
     }
-    if lisa.lisa_layers is not None:
-        facts["lisa"] = f"{lisa.lisa_layers} layers, redrawn every {lisa.lisa_interval} steps"
-    if step:
-        facts["resumed"] = f"from step {step}"
-    return facts

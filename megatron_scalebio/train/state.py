@@ -1,8 +1,8 @@
 """Everything a run holds between steps, built from its configuration and saved as one.
 
-TrainState ─ data    sources, validation sets, their samplers
-           ├ models  w and u chunks of this rank, and the period's DDP and optimizers
-           └ mixture λ with its trajectory
+RunState   ─ data    sources, validation sets, their samplers
+           └ models  w (and u) chunks of this rank, and the period's DDP and optimizers
+TrainState ─ mixture λ with its trajectory: what `reweight` has besides
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.mixture import Mixture
@@ -21,7 +20,9 @@ from megatron_scalebio.bilevel.schedule import Schedule
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
 from megatron_scalebio.data.blend import BlendSampler, Picks
+from megatron_scalebio.data.sample_inputs import read_weights
 from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
+from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.init import initialize_weights
 from megatron_scalebio.model.provider import build_model, transformer_config
 from megatron_scalebio.model.twin import share_storage
@@ -36,15 +37,16 @@ class Data:
         self.config = config
         self.sources: list[Source] = []
         self.validation: list[Source] = []
+        self.test: list[Source] = []
         # One rank writes the sample indices of packed sources, then the others read them.
         runtime.on_main(lambda: self._open(cache))
         if not runtime.is_main():
             self._open(cache)
         self.vocab_size = shared_vocab_size(
-            [*self.sources, *self.validation], config.model.vocab_size
+            [*self.sources, *self.validation, *self.test], config.model.vocab_size
         )
         weights = np.array([entry.weight for entry in config.data.validation])
-        self.shares_V = weights / weights.sum()
+        self.shares_V = weights / weights.sum() if len(weights) else weights
         train, seed = config.train, config.train.seed
         assert train.validation_batch_size is not None
         self.sampler = BlendSampler(
@@ -73,6 +75,7 @@ class Data:
         data = self.config.data
         self.sources = open_sources(data.sources, self.config, cache)
         self.validation = open_sources(data.validation, self.config, cache)
+        self.test = open_sources(data.test, self.config, cache)
 
     def next(self, probs_S: torch.Tensor) -> tuple[list[MicroBatch], list[MicroBatch], Picks]:
         """This rank's training and validation micro-batches, and the global training picks."""
@@ -84,25 +87,50 @@ class Data:
         return train, valid, picks
 
     def initial_weights(self) -> list[float]:
-        given = [entry.initial_weight for entry in self.config.data.sources]
-        return [1.0 if weight is None else weight for weight in given]
+        """The configured weights of the sources, not normalised; equal where none are given."""
+        data = self.config.data
+        if data.weights:
+            return weights_by_name(Path(data.weights), [source.name for source in self.sources])
+        return [1.0 if s.initial_weight is None else s.initial_weight for s in data.sources]
 
 
-class TrainState:
-    """The state of a `reweight` run on this rank."""
+def weights_by_name(path: Path, names: list[str]) -> list[float]:
+    """The weights of the named sources in a run's weights.json (or in its folder).
 
-    def __init__(self, config: Config, cache: Path) -> None:
-        self.config = config
+    Raises:
+        UserError: if it is of other sources.
+    """
+    weights = read_weights(path / "weights.json" if path.is_dir() else path)
+    if set(weights) != set(names):
+        raise UserError(
+            f"holds weights of {sorted(weights)}, data.sources are {sorted(names)}",
+            where=str(path), mend="give the weights that were learned for these sources",
+        )  # fmt: skip
+    return [weights[name][0] for name in names]
+
+
+class RunState:
+    """The state of a run on this rank: w, and u where the stage trains both.
+
+    Args:
+        stage: the command; a checkpoint resumes under the same alone.
+        cache: folder for the sample indices of packed sources.
+    """
+
+    def __init__(self, config: Config, stage: str, cache: Path, with_u: bool) -> None:
+        self.config, self.stage = config, stage
         self.step = 0
         self.skipped_in_a_row = 0
         self.data = Data(config, cache)
-        self.mixture = Mixture(self.data.initial_weights(), config.bilevel.mixture_optimizer)
         self.schedule = Schedule(config)
-        self.megatron: TransformerConfig = transformer_config(config)
+        self.megatron = transformer_config(config)
         self.w = build_model(config, self.megatron, self.data.vocab_size)
-        self.u = build_model(config, self.megatron, self.data.vocab_size)
-        share_storage(self.w, self.u)
-        if config.model.pretrained_checkpoint is None:
+        self.models = {"w": self.w}
+        if with_u:
+            self.u = build_model(config, self.megatron, self.data.vocab_size)
+            self.models["u"] = self.u
+            share_storage(self.w, self.u)
+        if not (config.model.pretrained_checkpoint or config.model.hf):
             initialize_weights(
                 self.w, config.train.seed, config.model.init_method_std, config.model.num_layers
             )
@@ -119,10 +147,11 @@ class TrainState:
         number = period_of(self.step, self.config.lisa)
         if self.period is None or number != self.period_number:
             self.leave_period()
-            if self.config.bilevel.resync_interval is not None and not resuming:
-                share_storage(self.w, self.u)
+            resync = self.config.bilevel.resync_interval is not None and not resuming
+            if "u" in self.models and resync:
+                share_storage(self.w, self.models["u"])
             self._set_trainable(number)
-            self.period = Period(self.config, self.megatron, self.w, self.u)
+            self.period = Period(self.config, self.megatron, **self.models)
             self.period_number = number
         elif self._resync_is_due():
             self.period.resync()
@@ -131,7 +160,7 @@ class TrainState:
     def _resync_is_due(self) -> bool:
         """Without LISA; with it, every new period starts from u = w."""
         interval = self.config.bilevel.resync_interval
-        if interval is None or self.config.lisa.lisa_layers is not None:
+        if "u" not in self.models or interval is None or self.config.lisa.lisa_layers is not None:
             return False
         return self.step % interval == 0
 
@@ -151,15 +180,15 @@ class TrainState:
             period,
             config.train.seed,
         )
-        for chunks in (self.w, self.u):
+        for chunks in self.models.values():
             set_trainable(chunks, self.active_layers, config.lisa)
 
     def common_state(self) -> dict[str, Any]:
-        """What is equal on all ranks: step, λ, samplers."""
+        """What is equal on all ranks: step and samplers."""
         return {
+            "stage": self.stage,
             "step": self.step,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "mixture": self.mixture.state_dict(),
             "sampler": self.data.sampler.state_dict(),
             "validation_sampler": self.data.validation_sampler.state_dict(),
             "sources": [[source.name, source.fingerprint] for source in self.data.sources],
@@ -168,6 +197,20 @@ class TrainState:
     def load_common_state(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.mixture.load_state_dict(state["mixture"])
         self.data.sampler.load_state_dict(state["sampler"])
         self.data.validation_sampler.load_state_dict(state["validation_sampler"])
+
+
+class TrainState(RunState):
+    """The state of a `reweight` run on this rank."""
+
+    def __init__(self, config: Config, cache: Path) -> None:
+        super().__init__(config, "reweight", cache, with_u=True)
+        self.mixture = Mixture(self.data.initial_weights(), config.bilevel.mixture_optimizer)
+
+    def common_state(self) -> dict[str, Any]:
+        return {**super().common_state(), "mixture": self.mixture.state_dict()}
+
+    def load_common_state(self, state: dict[str, Any]) -> None:
+        super().load_common_state(state)
+        self.mixture.load_state_dict(state["mixture"])

@@ -58,10 +58,10 @@ def training_state(state) -> list[torch.Tensor]:
     """Gradient buffers, masters and Adam moments of w and u, without the weights themselves."""
     period = state.period
     tensors = []
-    for ddp in (*period.ddp_w, *period.ddp_u):
+    for ddp in (*period.ddp["w"], *period.ddp["u"]):
         for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
             tensors.append(buffer.grad_data)
-    for optimizer in (period.optimizer_w, period.optimizer_u):
+    for optimizer in period.optimizers.values():
         for part in optimizer.chained_optimizers:
             if part.is_stub_optimizer:
                 continue

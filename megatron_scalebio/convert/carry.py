@@ -1,0 +1,74 @@
+"""What is carried from the reference folder as it is: configuration, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from megatron_scalebio.errors import UserError
+
+# Weights in any format; an index names them; code is not carried.
+_LEFT_OUT = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot",
+    ".npz", ".npy", ".distcp", ".tflite", ".py", ".pyc", ".so", ".lock",
+}  # fmt: skip
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_TEMPLATES = "additional_chat_templates"
+
+
+def files_to_carry(reference: Path) -> list[Path]:
+    """The files of a Hugging Face folder that are not weights or code, relative to it.
+
+    Raises:
+        UserError: if it has no tokenizer, or a file that links out of the folder.
+    """
+    if not reference.is_dir():
+        raise UserError("is no folder", where=str(reference), mend="point to a Hugging Face folder")
+    names = [
+        path.relative_to(reference)
+        for path in sorted([*reference.iterdir(), *(reference / _TEMPLATES).glob("*")])
+        if path.suffix not in _LEFT_OUT
+        and not path.name.endswith(".index.json")
+        and not path.name.startswith(".")
+        and not path.is_dir()
+    ]
+    if not any(str(name) in _TOKENIZERS for name in names):
+        raise UserError(
+            f"holds no tokenizer ({', '.join(_TOKENIZERS)})", where=str(reference),
+            mend="add the tokenizer's files, without which the export can't be used",
+        )  # fmt: skip
+    for name in names:
+        _refuse_foreign(reference, reference / name)
+    return names
+
+
+def carry(reference: Path, names: list[Path], save: Path, dtype: torch.dtype | None) -> None:
+    """Copies the files.
+
+    Args:
+        dtype: what config.json is to say, if that is not what it says.
+    """
+    for name in names:
+        (save / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(reference / name, save / name)
+    if dtype is not None:
+        path = save / "config.json"
+        config = json.loads(path.read_text())
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(dtype).removeprefix("torch.")
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _refuse_foreign(reference: Path, path: Path) -> None:
+    """A link may lead within the folder, or to the blobs of the hub's cache that it is part of."""
+    target, folder = path.resolve(), reference.resolve()
+    roots = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    if not target.is_file():
+        raise UserError("is a broken link, or no file", where=str(path), mend="fetch it again")
+    if not any(target.is_relative_to(root) for root in roots):
+        raise UserError(
+            f"links out of the folder, to {target}", where=str(path), mend="copy the file there"
+        )

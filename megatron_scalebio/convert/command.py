@@ -1,0 +1,156 @@
+"""The subcommand ``convert``: arguments, progress and the closing line.
+
+convert import --hf DIR --save CKPT                          Hugging Face → Megatron
+convert export --load CKPT --hf-reference DIR --save DIR     Megatron → Hugging Face
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+
+_LINE_EVERY_S = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds ``import`` and ``export`` with their options."""
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    add = directions.add_parser(
+        "import", help="Hugging Face to Megatron", allow_abbrev=False
+    ).add_argument
+    add("--hf", required=True, metavar="DIR", help="Hugging Face folder (safetensors or .bin), or "
+        "a GGUF file, which is held in memory as a whole")  # fmt: skip
+    add("--save", required=True, metavar="CKPT", help="new folder for the checkpoint")
+    add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N",
+        help="pad the vocabulary to a multiple of this, times the TP size")  # fmt: skip
+    add("--tensor-model-parallel-size", type=int, default=1, metavar="N",
+        help="TP size to pad the vocabulary for; nothing else depends on it")  # fmt: skip
+    add("--verify", action="store_true", help="compare the models' outputs layer by layer")
+    add = directions.add_parser(
+        "export", help="Megatron to Hugging Face", allow_abbrev=False
+    ).add_argument
+    add("--load", required=True, metavar="CKPT",
+        help="checkpoint folder, or a run's `checkpoints`")  # fmt: skip
+    add("--hf-reference", required=True, metavar="DIR", help="Hugging Face folder of the model: "
+        "its config, tokenizer and scheme of files are carried")  # fmt: skip
+    add("--save", required=True, metavar="DIR", help="new folder for the Hugging Face model")
+    add("--which", choices=("w", "u"), default="w", help="model of a bilevel run")
+    add("--dtype", choices=("checkpoint", "float32", "bfloat16"),
+        help="of the weights [as in the reference]")  # fmt: skip
+    add("--verify", action="store_true", help="compare the models' outputs layer by layer")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts as the arguments say; returns an exit code.
+
+    Raises:
+        UserError: naming the file and the tensor or option at fault.
+    """
+    is_main = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    console = Console(stderr=True, quiet=not is_main)
+    if args.verify and int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
+        raise UserError("runs in one process", where="--verify", mend="start it without a launcher")
+    begin = time.monotonic()
+    try:
+        with _sigterm_interrupts(), _display(console, args.direction) as on_progress:
+            _convert(args, on_progress)
+    except KeyboardInterrupt:
+        console.print("convert: stopped; nothing was written")
+        return EXIT_SIGNALLED
+    console.print(f"convert: {args.save} in {time.monotonic() - begin:.0f} s", highlight=False)
+    if args.verify:
+        _verify(args, console)
+    return EXIT_OK
+
+
+def _convert(args: argparse.Namespace, on_progress: Callable[[int, int], None]) -> None:
+    if args.direction == "import":
+        from megatron_scalebio.convert.importer import import_checkpoint
+
+        for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"):
+            if getattr(args, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{getattr(args, name)} is below 1", where=flag)
+        import_checkpoint(
+            Path(args.hf),
+            Path(args.save),
+            make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            on_progress=on_progress,
+        )
+    else:
+        from megatron_scalebio.convert.exporter import export_checkpoint
+
+        export_checkpoint(
+            Path(args.load),
+            Path(args.hf_reference),
+            Path(args.save),
+            which=args.which,
+            dtype=args.dtype,
+            on_progress=on_progress,
+        )
+
+
+def _verify(args: argparse.Namespace, console: Console) -> None:
+    from megatron_scalebio.convert.verify import verify
+
+    is_import = args.direction == "import"
+    hf, load = (args.hf, args.save) if is_import else (args.save, args.load)
+    steps = verify(Path(hf), Path(load), "w" if is_import else args.which)
+    for step in steps:
+        console.print(f"  {step.name:<12} differs by {step.difference:.1e}", highlight=False)
+    console.print("convert: verified, no layer departs from transformers", highlight=False)
+
+
+@contextmanager
+def _display(console: Console, direction: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; in logs, a line at most every few seconds."""
+    if not console.is_terminal:
+        shown = [time.monotonic()]
+
+        def line(done: int, total: int) -> None:
+            if time.monotonic() - shown[0] > _LINE_EVERY_S:
+                shown[0] = time.monotonic()
+                console.print(f"convert: {direction} {100 * done / total:.0f} %", highlight=False)
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+        TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(direction, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Lets SIGTERM (a scheduler's) clean up like Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,167 @@
+"""Reads tensors of a Megatron `torch_dist` checkpoint, saved under any layout, one at a time."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_scalebio.checkpoint.folder import BILEVEL, TRACKER, damage, iteration_folder
+from megatron_scalebio.convert.table import Whole
+from megatron_scalebio.errors import UserError
+
+# Where a model's tensors are, beside those of optimizers and random states.
+_MODEL = ("embedding.", "decoder.", "output_layer.", "encoder.", "mtp.")
+_READ_ERRORS = (RuntimeError, OSError, EOFError, pickle.UnpicklingError, AssertionError, ValueError)
+
+
+class MegatronFolder:
+    """One checkpoint folder.
+
+    Args:
+        folder: with `.metadata`.
+        prefix: what the names begin with (`u.` in a bilevel run's own part).
+
+    Raises:
+        UserError: if a file is missing or cut short.
+    """
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        problem = damage(folder)  # reads the metadata without running what it may name
+        if problem:
+            raise UserError(problem, mend="the checkpoint is not whole: use another")
+        self.folder = folder
+        self._prefix = prefix
+        self._reader = FileSystemReader(folder)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._held = {
+            name.removeprefix(prefix): entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def holds(self, whole: Whole) -> bool:
+        return self._key(whole) is not None
+
+    def shape(self, whole: Whole) -> tuple[int, ...]:
+        """Its global shape; of a layer's tensor, without the axis of layers.
+
+        Raises:
+            UserError: if the checkpoint has another number of layers.
+        """
+        key, size = self._key_and_size(whole)
+        if key != whole.stacked_key or whole.layer is None:
+            return size
+        if not size or size[0] != whole.layers:
+            raise UserError(
+                f"{key} has {size[0] if size else 0} layers, the reference {whole.layers}",
+                where=str(self.folder), mend="use the model that the checkpoint came from",
+            )  # fmt: skip
+        return size[1:]
+
+    def dtype(self, whole: Whole) -> torch.dtype:
+        return self._held[self._key_and_size(whole)[0]].properties.dtype
+
+    def unknown(self, wholes: list[Whole]) -> list[str]:
+        """Names of model tensors that are none of these."""
+        known = {key for whole in wholes for key in (whole.stacked_key, whole.layer_key)}
+        return [key for key in self._held if key.startswith(_MODEL) and key not in known]
+
+    def read(self, whole: Whole, rows: int) -> Tensor:
+        """The first rows of a tensor (all but a padded vocabulary has no more).
+
+        Raises:
+            UserError: if its bytes are damaged.
+        """
+        key, size = self._key_and_size(whole)
+        stacked = key == whole.stacked_key and whole.layer is not None
+        size = (rows, *(size[2:] if stacked else size[1:]))
+        offset = (0,) * len(size)
+        if stacked:
+            assert whole.layer is not None
+            size, offset = (1, *size), (whole.layer, *offset)
+        region = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
+        out = torch.empty(size, dtype=self._held[key].properties.dtype)
+        items = create_read_items_for_chunk_list(self._prefix + key, self._held[key], [region])
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(out)).wait()
+        except _READ_ERRORS as error:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"could not read {self._prefix + key}: {line}", where=str(self.folder),
+                mend="the checkpoint is damaged: use another",
+            ) from None  # fmt: skip
+        return out[0] if stacked else out
+
+    def _key(self, whole: Whole) -> str | None:
+        for key in (whole.stacked_key, whole.layer_key):
+            if key in self._held:
+                return key
+        return None
+
+    def _key_and_size(self, whole: Whole) -> tuple[str, tuple[int, ...]]:
+        key = self._key(whole)
+        assert key is not None, "ask `holds` first"
+        return key, tuple(self._held[key].size)
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, out: Tensor) -> None:
+        super().__init__()
+        self._out = out
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        place = tuple(
+            slice(offset, offset + length)
+            for offset, length in zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        )
+        return self._out[place]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """What was read has been copied to its place already."""
+
+
+def find_checkpoint(load: Path) -> Path:
+    """The folder that holds a checkpoint's tensors.
+
+    Args:
+        load: that folder, or one with a tracker file (a run's `checkpoints`).
+
+    Raises:
+        UserError: if there is none.
+    """
+    tracker = load / TRACKER
+    if tracker.is_file():
+        step = tracker.read_text(errors="replace").strip()
+        if step != "release" and not step.isdecimal():
+            raise UserError(f"{step[:40]!r} is no step", where=str(tracker), mend="write it again")
+        return load / step if step == "release" else iteration_folder(load, int(step))
+    if (load / "metadata.json").is_file():
+        return load
+    raise UserError(
+        "is no Megatron checkpoint", where=str(load), mend=f"point to a folder with {TRACKER}"
+    )
+
+
+def open_u(folder: Path) -> MegatronFolder:
+    """What u has of its own beside a bilevel run's checkpoint; the rest of it equals w.
+
+    Raises:
+        UserError: if the checkpoint is not of a bilevel run.
+    """
+    if not (folder / BILEVEL).is_dir():
+        raise UserError(
+            "holds no u: it is not the checkpoint of a bilevel run", where=str(folder),
+            mend="leave out --which, to export w",
+        )  # fmt: skip
+    return MegatronFolder(folder / BILEVEL, "u.")

@@ -1,0 +1,49 @@
+"""The shape of each of Megatron's tensors, from the model's configuration."""
+
+from __future__ import annotations
+
+from megatron_scalebio.config import ModelConfig
+from megatron_scalebio.convert.rules import Heads
+
+LAYER = "decoder.layers.{}."
+
+
+def heads_of(model: ModelConfig) -> Heads:
+    """The sizes of the model's attention."""
+    attention = model.num_attention_heads
+    channels = model.kv_channels or model.hidden_size // attention
+    return Heads(attention, model.num_query_groups or attention, channels)
+
+
+def megatron_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
+    """The shape of one tensor over all TP ranks, before the vocabulary is padded.
+
+    Args:
+        name: as in a family's table, with `{}` for the layer.
+    """
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    assert ffn is not None and model.vocab_size is not None, "a family sets both"
+    heads = heads_of(model)
+    gated = model.swiglu or model.activation == "geglu_tanh"
+    fc1 = 2 * ffn if gated else ffn
+    vocab = (model.vocab_size, hidden)
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.word_embeddings.weight": vocab,
+        "embedding.position_embeddings.weight": (model.max_position_embeddings or 0, hidden),
+        "output_layer.weight": vocab,
+        "self_attention.linear_qkv.weight": (sum(heads.rows), hidden),
+        "self_attention.linear_qkv.bias": (sum(heads.rows),),
+        "self_attention.linear_proj.weight": (hidden, heads.rows[0]),
+        "self_attention.linear_proj.bias": (hidden,),
+        "self_attention.q_layernorm.weight": (heads.channels,),
+        "self_attention.k_layernorm.weight": (heads.channels,),
+        "mlp.linear_fc1.weight": (fc1, hidden),
+        "mlp.linear_fc1.bias": (fc1,),
+        "mlp.linear_fc2.weight": (hidden, ffn),
+        "mlp.linear_fc2.bias": (hidden,),
+    }
+    shape = shapes.get(name.removeprefix(LAYER))
+    if shape is None:
+        assert "norm" in name, f"convert.shapes does not know {name}"
+        return (hidden,)
+    return shape

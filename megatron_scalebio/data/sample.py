@@ -1,0 +1,159 @@
+"""Draws a training sample in the learned proportions from the sources of a mixture.
+
+    locate ─▶ scan every row (count, contamination) ─▶ plan ─▶ encode the drawn ─▶ write
+                                                        ▲             │
+                                                        └─ rows that give no example ─┘
+
+The plan is a pure function of weights, usable rows and seed (`sample_plan`). A row that turns out
+to give no example is marked and the plan made again, until every drawn row is good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from typing import Any
+
+import numpy as np
+
+from megatron_scalebio.data.prepare import Progress
+from megatron_scalebio.data.sample_config import SampleConfig
+from megatron_scalebio.data.sample_manifest import Drawn, manifest
+from megatron_scalebio.data.sample_plan import Floats, Ints, allocate, draw_rows
+from megatron_scalebio.data.sample_rows import RawRows
+from megatron_scalebio.data.sample_setup import OpenSource, Setup, open_setup
+from megatron_scalebio.data.sample_spool import Spool
+from megatron_scalebio.data.sample_writer import Facts, write_manifest, write_sample
+from megatron_scalebio.data.source_writer import Staging
+from megatron_scalebio.errors import UserError
+
+_PROBE_ROWS = 256
+OnProgress = Callable[[str, Progress], None]  # called with what is done, and how far it is
+
+
+def sample(
+    config: SampleConfig, on_progress: OnProgress = lambda what, progress: None
+) -> list[dict[str, Any]]:
+    """Draws and writes; returns the manifest of every folder written.
+
+    All folders appear at the end, or none does.
+
+    Raises:
+        UserError: an input or option is at fault, nothing usable is left, or the disk is full.
+    """
+    parent, names = config.folders
+    try:
+        with Staging(parent, names, overwrite=config.overwrite) as staging, ExitStack() as stack:
+            setup = open_setup(config, stack)
+            for source in setup.sources:
+                source.statuses = source.rows.scan(
+                    setup.index, setup.words, lambda progress: on_progress("reading", progress)
+                )
+            spool = stack.enter_context(closing(Spool(staging.directory / "spool")))
+            drawn_S = _draw(config, setup.sources, spool, on_progress)
+            groups = [[drawn] for drawn in drawn_S] if config.per_source else [drawn_S]
+            manifests = []
+            for name, group in zip(names, groups, strict=True):
+                facts = _facts(name, setup, group)
+                taken = [(setup.sources.index(d.source), d.rows) for d in group if len(d.rows)]
+                directory, final = staging.path(name), parent / name
+                written = write_sample(directory, final, facts, taken, spool, config.seed)
+                manifests.append(manifest(config, setup, group, written))
+                write_manifest(directory, manifests[-1])
+            staging.commit()
+            return manifests
+    except OSError as error:
+        place = error.filename or config.out
+        raise UserError(f"{error.strerror or error}", where=str(place)) from error
+
+
+def _draw(
+    config: SampleConfig, sources: list[OpenSource], spool: Spool, on_progress: OnProgress
+) -> list[Drawn]:
+    """The rows of every source, all of them in the spool."""
+    per_row_S = np.ones(len(sources))
+    if config.num_samples is not None:
+        per_row_S = np.array(
+            [_examples_per_row(config, sources, k, spool, on_progress) for k in range(len(sources))]
+        )
+    while True:
+        usable_S = np.array([source.usable for source in sources], np.int64)
+        asked_S, counts_S = _counts(config, usable_S, per_row_S)
+        rows_S = [
+            draw_rows(source.entry.name, source.statuses == 0, int(count), config.seed)
+            for source, count in zip(sources, counts_S, strict=True)
+        ]
+        good = [_encode(sources, k, np.unique(rows), spool, on_progress)
+                for k, rows in enumerate(rows_S)]  # fmt: skip
+        if all(good):
+            break
+    return [
+        Drawn(source, int(asked), float(per_row), rows, _examples(spool, k, rows))
+        for k, (source, asked, per_row, rows) in enumerate(
+            zip(sources, asked_S, per_row_S, rows_S, strict=True)
+        )
+    ]
+
+
+def _counts(config: SampleConfig, usable_S: Ints, per_row_S: Floats) -> tuple[Ints, Ints]:
+    """Rows asked of each source, and rows it will give."""
+    if config.per_source is not None:
+        asked_S = np.full(len(usable_S), config.per_source)
+        return asked_S, np.minimum(asked_S, usable_S)
+    assert config.num_samples is not None
+    total = config.num_samples
+    shares_S = np.array([source.weight for source in config.sources]) / per_row_S
+    asked_S = allocate(shares_S, np.full(len(usable_S), total), total)
+    return asked_S, allocate(shares_S, config.max_epochs * usable_S, total)
+
+
+def _examples_per_row(
+    config: SampleConfig, sources: list[OpenSource], k: int, spool: Spool, on_progress: OnProgress
+) -> float:
+    """Known for token ids; for raw records measured on the first rows of the drawing order."""
+    known = sources[k].rows.examples_per_row()
+    if known is not None or not config.sources[k].weight:
+        return known or 1.0
+    count = min(_PROBE_ROWS, sources[k].usable)
+    rows = draw_rows(sources[k].entry.name, sources[k].statuses == 0, count, config.seed)
+    _encode(sources, k, rows, spool, on_progress)
+    good = rows[sources[k].statuses[rows] == 0]
+    return _examples(spool, k, good) / len(good) if len(good) else 1.0
+
+
+def _encode(
+    sources: list[OpenSource], k: int, rows: Ints, spool: Spool, on_progress: OnProgress
+) -> bool:
+    """Puts rows of a source into the spool; false if one gives no example, and is now marked."""
+    source, good = sources[k], True
+    new = np.array([row for row in rows.tolist() if (k, row) not in spool], np.int64)
+    name = source.entry.name
+    for done, row in enumerate(source.rows.fetch(new)):
+        on_progress("drawing", Progress(name, done, len(new), done))
+        if row.status:
+            source.statuses[row.number], good = row.status, False
+            continue
+        spool.add(k, name, row)
+        source.truncated += row.truncated
+    on_progress("drawing", Progress(name, len(new), len(new), len(new), finished=True))
+    return good
+
+
+def _examples(spool: Spool, k: int, rows: Ints) -> int:
+    return sum(spool.pieces(k, row) for row in rows.tolist())
+
+
+def _facts(name: str, setup: Setup, group: list[Drawn]) -> Facts:
+    """Raises :class:`UserError` if nothing was drawn."""
+    if not any(len(drawn.rows) for drawn in group):
+        names = ", ".join(drawn.source.entry.name for drawn in group)
+        raise UserError(
+            "no usable row is left",
+            where=f"source {names}",
+            mend="are the excluded sets the sources themselves, or all answers empty?",
+        )
+    formats: dict[str, None] = {}
+    for drawn in group:
+        formats |= drawn.source.rows.formats if isinstance(drawn.source.rows, RawRows) else {}
+    truncated = sum(drawn.source.truncated for drawn in group)
+    return Facts(name, ",".join(formats), setup.seq_length, setup.described, setup.dtype, truncated)

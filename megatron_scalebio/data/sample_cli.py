@@ -1,0 +1,264 @@
+"""The subcommand ``sample``: arguments, progress and the closing table."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from megatron_scalebio.data.formats import FORMATS
+from megatron_scalebio.data.prepare import TOO_LONG, Progress
+from megatron_scalebio.data.prepare_cli import _NAME, _sigterm_interrupts
+from megatron_scalebio.data.sample import OnProgress, sample
+from megatron_scalebio.data.sample_config import SampleConfig, WeightedSource
+from megatron_scalebio.data.sample_inputs import (
+    WEIGHTS_FILE,
+    locate,
+    parse_weights,
+    read_weights,
+    validation_of_run,
+)
+from megatron_scalebio.data.sample_writer import MANIFEST_FILE
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+
+_LINE_EVERY_S = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``sample``."""
+    add = parser.add_argument
+    add("--weights", nargs="+", default=[], metavar="RUN|NAME=WEIGHT", help="folder of a reweight "
+        "run or its weights.json; or NAME=WEIGHT for every source (with --input)")  # fmt: skip
+    add("--input", action="append", default=[], metavar="NAME=PATH[,PATH]", help="where a source's "
+        "rows are: JSON/JSONL files, a prepared folder, or a Megatron .bin/.idx prefix; repeat "
+        "(default: what weights.json names)")  # fmt: skip
+    add("--out", required=True, metavar="DIR", help="receives the sample; with --per-source, one "
+        "folder a source")  # fmt: skip
+    add("--num-samples", type=int, metavar="N", help="rows in all, dealt by weight")
+    add("--per-source", type=int, metavar="N", help="N rows of each source, none twice")
+    add("--exclude", action="append", default=[], metavar="[NAME=]PATH", help="validation or test "
+        "set whose examples must not be drawn; repeat (the run's own validation sets always "
+        "are)")  # fmt: skip
+    add("--ngram", type=int, default=13, metavar="N", help="words in a row shared with an excluded "
+        "example that make a row a repetition")  # fmt: skip
+    add("--max-epochs", type=int, default=4, metavar="N", help="the most times that a row is taken;"
+        " what is left goes to the other sources in proportion")  # fmt: skip
+    add("--seed", type=int, default=1234)
+    add("--from-tokens", action="store_true", help="draw prepared examples, not raw records (always"
+        " so where a source has token ids alone); there is no sample.jsonl then")  # fmt: skip
+    add("--tokenizer", metavar="PATH", help="default: that of the prepared sources")
+    add("--seq-length", type=int, metavar="TOKENS", help="default: that of the prepared sources")
+    add("--format", default="auto", metavar="NAME", help=f"auto, {', '.join(FORMATS)}")
+    add("--text-key", default="text", metavar="FIELD", help="field of the text (format text)")
+    add("--too-long", metavar="HOW", help=f"{', '.join(TOO_LONG)}, as in prepare")
+    add("--train-on-prompt", action="store_true", help="as in prepare")
+    add("--chat-template", metavar="plain|FILE", help="as in prepare")
+    add("--workers", type=int, default=1, metavar="N", help="processes that tokenize")
+    add("--overwrite", action="store_true", help="replace an earlier sample")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws the sample that the arguments describe; returns an exit code.
+
+    Raises:
+        UserError: an input or option is at fault; nothing has been written.
+    """
+    sources, exclude = _sources(args)
+    config = SampleConfig(
+        out=Path(args.out),
+        sources=sources,
+        num_samples=args.num_samples,
+        per_source=args.per_source,
+        exclude=(*exclude, *map(_named, args.exclude)),
+        seed=args.seed,
+        max_epochs=args.max_epochs,
+        ngram=args.ngram,
+        from_tokens=args.from_tokens,
+        tokenizer=args.tokenizer,
+        seq_length=args.seq_length,
+        format=args.format,
+        text_key=args.text_key,
+        too_long=args.too_long,
+        train_on_prompt=args.train_on_prompt,
+        chat_template=args.chat_template,
+        workers=args.workers,
+        overwrite=args.overwrite,
+    )
+    quiet = os.environ.get("RANK", "0") != "0"
+    console = Console(stderr=True, quiet=quiet)
+    try:
+        with _sigterm_interrupts(), _display(console) as display:
+            manifests = sample(config, display)
+    except KeyboardInterrupt:
+        console.print("sample: stopped; nothing was written")
+        return EXIT_SIGNALLED
+    output = Console(quiet=quiet)
+    output.print(sample_table(manifests, config))
+    for line in remarks(manifests, config):
+        output.print(line, highlight=False, soft_wrap=True)
+    return EXIT_OK
+
+
+def _sources(
+    args: argparse.Namespace,
+) -> tuple[tuple[WeightedSource, ...], list[tuple[str, str]]]:
+    """The sources with weights and paths, and the validation sets of the run."""
+    inputs = dict(map(_named, args.input))
+    if len(inputs) < len(args.input):
+        raise UserError("names a source twice", where="--input", mend="join its paths by commas")
+    paths, weights, exclude = dict(inputs), dict.fromkeys(inputs, 1.0), []
+    if len(args.weights) == 1 and "=" not in args.weights[0]:
+        path = Path(args.weights[0])
+        path = path / WEIGHTS_FILE if path.is_dir() else path
+        told = read_weights(path)
+        weights = {name: weight for name, (weight, _) in told.items()}
+        paths = {name: where for name, (_, where) in told.items()} | inputs
+        exclude = validation_of_run(path.parent)
+    elif args.weights:
+        weights = parse_weights(args.weights)
+    elif args.per_source is None:
+        raise UserError("is missing", where="--weights", mend="a run's folder, or NAME=WEIGHT ...")
+    for name in [*paths, *weights]:
+        if name not in weights or name not in paths:
+            lacks = "--weights" if name not in weights else "--input"
+            raise UserError(f"says nothing of source {name!r}", where=lacks, mend="name it in both")
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"{name!r} cannot name a source",
+                where="--input",
+                mend="use letters, digits, '.', '_' and '-'",
+            )
+    if not weights:
+        raise UserError("no source is given", where="--input", mend="--input name=file.jsonl")
+    return tuple(WeightedSource(n, paths[n], w) for n, w in weights.items()), exclude
+
+
+def _named(value: str) -> tuple[str, str]:
+    """``[NAME=]PATH`` to (name, path); the name defaults to the path's stem."""
+    name, separator, path = value.partition("=")
+    if not separator or Path(value).exists():
+        name, path = Path(value.split(",")[0]).stem, value
+    return name, path
+
+
+def sample_table(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> Table:
+    """One row a source: weight, rows asked and given, epochs, what was left out and why."""
+    table = Table(title=f"sampled into {config.out}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("source", overflow="fold")
+    headings = (
+        "weight",
+        "rows",
+        "usable",
+        "asked",
+        "given",
+        "epochs",
+        "contaminated",
+        "no example",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    whole = sum(source.weight for source in config.sources)
+    for entry in (entry for manifest in manifests for entry in manifest["sources"]):
+        weighted = config.num_samples is not None
+        table.add_row(
+            entry["name"],
+            f"{entry['weight'] / whole:.4f}" if weighted else "-",
+            f"{entry['rows']:,}",
+            f"{entry['usable']:,}",
+            f"{entry['asked']:,}",
+            f"{entry['given']:,}",
+            f"{entry['epochs']:.2f}",
+            _counted(entry["contaminated"]),
+            _counted(entry["no_example"]),
+        )
+    return table
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return "\n".join(f"{count:,} {what}" for what, count in counts.items() if count) or "none"
+
+
+def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[str]:
+    """What the table does not say: redistribution, shortfall, what was compared and what is not
+    written."""
+    lines = []
+    moved = sum(manifest["redistributed"] for manifest in manifests)
+    if moved:
+        capped = [e["name"] for m in manifests for e in m["sources"] if e["surplus"]]
+        lines.append(
+            f"{moved:,} rows above {config.max_epochs} epochs of {', '.join(capped)} were asked of "
+            "the other sources instead"
+        )
+    short = [m["asked"] - m["given"] for m in manifests if m["given"] < m["asked"]]
+    if short:
+        lines.append(f"{sum(short):,} rows fewer than asked: the sources have no more")
+    against = [entry["name"] for entry in manifests[0]["contamination"]["against"]]
+    lines.append(
+        f"compared with {', '.join(against)}" if against
+        else "compared with no validation or test set: name them by --exclude"
+    )  # fmt: skip
+    for source in config.sources:
+        folder = locate(source.name, source.path).folder
+        if folder is not None and (folder / MANIFEST_FILE).is_file():
+            lines.append(
+                f"{source.name} is itself a sample: --input {source.name}=PATH draws from the whole"
+            )
+    if manifests[0]["sample_sha256"] is None:
+        lines.append("drawn from token ids, so there is no sample.jsonl")
+    if manifests[0]["tokenizer"] is None:
+        lines.append(f"a plain Megatron prefix: {config.out}/tokens")
+    return lines
+
+
+class _Lines:
+    """Progress for logs: a line at most every few seconds, and none for what is quick."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._next = time.monotonic() + _LINE_EVERY_S
+
+    def __call__(self, what: str, progress: Progress) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _LINE_EVERY_S
+        percent = 100 * progress.bytes_done / max(1, progress.bytes_total)
+        text = f"sample: {what} {progress.source} {percent:.0f} %, {progress.examples:,} rows"
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _display(console: Console) -> Iterator[OnProgress]:
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[rows]:,} rows"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, progress: Progress) -> None:
+            title = f"{what} {progress.source}"
+            if title not in tasks:
+                tasks[title] = bar.add_task(title, rows=0)
+            bar.update(
+                tasks[title],
+                total=max(1, progress.bytes_total),
+                completed=progress.bytes_done or progress.finished,
+                rows=progress.examples,
+            )
+
+        yield show

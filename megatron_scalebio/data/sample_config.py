@@ -1,0 +1,90 @@
+"""What to sample, and how: the options of the stage ``sample``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_scalebio.data.formats import FORMATS
+from megatron_scalebio.data.prepare import TOO_LONG
+from megatron_scalebio.errors import UserError
+
+
+class WeightedSource(NamedTuple):
+    """A source, where its rows are, and its weight (0 or more; they need not add up to 1)."""
+
+    name: str
+    path: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What to draw from, how much, and how it is encoded.
+
+    Attributes:
+        out: receives the sample; with ``per_source``, one folder a source.
+        sources: the sources and their weights.
+        num_samples: rows in all, dealt by weight; or
+        per_source: rows of each source, none taken twice.
+        exclude: (name, path) of validation and test sets, whose examples must not be drawn.
+        max_epochs: the most times that a row is taken.
+        ngram: words (tokens, where sources are token ids) in a row that make a row a repetition.
+        from_tokens: draws prepared examples where raw records could be drawn too.
+        tokenizer, seq_length: None for those with which the sources were prepared.
+        format, text_key, too_long, train_on_prompt, chat_template: as in ``PrepareConfig``.
+    """
+
+    out: Path
+    sources: tuple[WeightedSource, ...]
+    num_samples: int | None = None
+    per_source: int | None = None
+    exclude: tuple[tuple[str, str], ...] = ()
+    seed: int = 1234
+    max_epochs: int = 4
+    ngram: int = 13
+    from_tokens: bool = False
+    tokenizer: str | None = None
+    seq_length: int | None = None
+    format: str = "auto"
+    text_key: str = "text"
+    too_long: str | None = None
+    train_on_prompt: bool = False
+    chat_template: str | None = None
+    workers: int = 1
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for field, value, allowed in (
+            ("--format", self.format, ("auto", *FORMATS)),
+            ("--too-long", self.too_long, (None, *TOO_LONG)),
+        ):
+            if value not in allowed:
+                known = ", ".join(name for name in allowed if name)
+                raise UserError(f"unknown value {value!r}", where=field, mend=f"one of {known}")
+        for field, number, least in (
+            ("--num-samples", self.num_samples, 1),
+            ("--per-source", self.per_source, 1),
+            ("--max-epochs", self.max_epochs, 1),
+            ("--ngram", self.ngram, 2),
+            ("--seq-length", self.seq_length, 1),
+            ("--workers", self.workers, 1),
+            ("--seed", self.seed, 0),
+        ):
+            if number is not None and number < least:
+                raise UserError(f"is {number}, must be at least {least}", where=field)
+        if self.seed >= 2**32:
+            raise UserError(f"{self.seed} does not fit 32 bits", where="--seed")
+        if (self.num_samples is None) == (self.per_source is None):
+            raise UserError(
+                "give exactly one of --num-samples and --per-source", where="--num-samples"
+            )
+
+    @property
+    def folders(self) -> tuple[Path, list[str]]:
+        """The parent of the folders that are written, and their names."""
+        if self.per_source is not None:
+            return self.out, [source.name for source in self.sources]
+        out = Path(self.out)
+        return out.parent, [out.resolve().name if out.name in ("", "..") else out.name]

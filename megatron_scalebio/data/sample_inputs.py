@@ -1,0 +1,170 @@
+"""Finds what a sample draws from: the weights of a run, and behind each source its raw records.
+
+A source is named by raw JSON/JSONL files, by a prepared folder, whose `source.json` names its raw
+files, or by a Megatron `.bin/.idx` prefix, which has token ids and no records.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_scalebio.data.prepare import _describe_file
+from megatron_scalebio.data.prepare_cli import parse_input
+from megatron_scalebio.data.source_writer import SOURCE_FILE, TOKENS
+from megatron_scalebio.data.sources import _read_description
+from megatron_scalebio.errors import UserError
+
+WEIGHTS_FILE = "weights.json"
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a source's rows are.
+
+    Attributes:
+        files: its raw files; empty for a Megatron prefix.
+        prefix: of its `.bin/.idx`; empty for raw files alone.
+        folder: the prepared folder, or None.
+        description: of a prepared folder: what `source.json` holds.
+    """
+
+    name: str
+    files: tuple[Path, ...] = ()
+    prefix: str = ""
+    folder: Path | None = None
+    description: dict[str, Any] | None = None
+
+    @property
+    def has_files(self) -> bool:
+        """Whether all raw files are still there."""
+        return bool(self.files) and all(path.is_file() for path in self.files)
+
+    def describe_raw(self) -> list[dict[str, Any]]:
+        """Path, size and sha256 of the raw files.
+
+        Raises:
+            UserError: one is gone, or is not what the source was prepared from.
+        """
+        told = (self.description or {}).get("inputs", [None] * len(self.files))
+        found = []
+        for path, earlier in zip(self.files, told, strict=True):
+            if not path.is_file():
+                raise UserError(
+                    f"the raw file of {self.name!r} is gone",
+                    where=str(path),
+                    mend=f"put it back, name it by --input {self.name}=FILE, or --from-tokens",
+                )
+            found.append(_describe_file(path))
+            if earlier is not None and earlier.get("sha256") != found[-1]["sha256"]:
+                raise UserError(
+                    f"has changed since {self.name!r} was prepared from it",
+                    where=str(path),
+                    mend="prepare it again and learn the weights anew, or --from-tokens",
+                )
+        return found
+
+    def describe_tokens(self) -> list[dict[str, Any]]:
+        """Path, size and sha256 of the `.bin` and `.idx`."""
+        return [_describe_file(Path(self.prefix + suffix)) for suffix in (".bin", ".idx")]
+
+
+def locate(name: str, path: str) -> Located:
+    """What a path stands for: a prepared folder or its tokens, a Megatron prefix, or raw files.
+
+    Raises:
+        UserError: nothing is there, or ``source.json`` is damaged.
+    """
+    for folder in (Path(path), Path(path).parent if Path(path).name == TOKENS else None):
+        if folder is not None and (folder / SOURCE_FILE).is_file():
+            return _locate_folder(name, folder)
+    if Path(path + ".idx").is_file():
+        return Located(name, prefix=path)
+    if not any(Path(part).exists() for part in path.split(",")):
+        raise UserError(
+            f"source {name!r} is not there",
+            where=path,
+            mend=f"run where its path is valid, or --input {name}=PATH",
+        )
+    return Located(name, files=parse_input(f"{name}={path}").files)
+
+
+def _locate_folder(name: str, folder: Path) -> Located:
+    description = _read_description(folder / SOURCE_FILE)
+    inputs = description.get("inputs", [])
+    if not isinstance(inputs, list) or not all(isinstance(i, dict) and "path" in i for i in inputs):
+        raise UserError(
+            "'inputs' is no list of files", where=str(folder / SOURCE_FILE), mend="prepare it again"
+        )
+    files = tuple(Path(entry["path"]) for entry in inputs)
+    return Located(name, files, str(folder / TOKENS), folder, description)
+
+
+def read_weights(path: Path) -> dict[str, tuple[float, str]]:
+    """Each source's weight and path from a run's ``weights.json``.
+
+    Raises:
+        UserError: the file cannot be read or is no such file.
+    """
+    mend = "give the weights.json of a reweight run, or the folder of the run"
+    try:
+        sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
+        found = {s["name"]: (float(s["weight"]), str(s["path"])) for s in sources}
+    except OSError as error:
+        raise UserError(
+            f"cannot read the weights: {error.strerror}", where=str(path), mend=mend
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"holds no weights ({error!r})", where=str(path), mend=mend) from None
+    _check_weights({name: weight for name, (weight, _) in found.items()}, str(path))
+    return found
+
+
+def parse_weights(values: Sequence[str]) -> dict[str, float]:
+    """``NAME=WEIGHT ...`` to weights, which need not add up to 1."""
+    found = {}
+    for value in values:
+        name, separator, number = value.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not separator or not name or name in found or math.isnan(weight):
+            raise UserError(
+                f"{value!r} gives no weight",
+                where="--weights",
+                mend="a run's folder, its weights.json, or NAME=WEIGHT once for every source",
+            )
+        found[name] = weight
+    _check_weights(found, "--weights")
+    return found
+
+
+def _check_weights(weights: dict[str, float], where: str) -> None:
+    for name, weight in weights.items():
+        if not math.isfinite(weight) or weight < 0:
+            raise UserError(f"the weight of {name!r} is {weight}", where=where, mend="0 or more")
+    if not sum(weights.values()) > 0:
+        raise UserError("no source has a weight above 0", where=where)
+
+
+def validation_of_run(folder: Path) -> list[tuple[str, str]]:
+    """(name, path) of the validation sets of the run in a folder, from its ``blend.json``."""
+    path = folder / "blend.json"
+    if not path.is_file():
+        return []
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))["valid"]
+        prefixes = [str(word) for word in words[1::2]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"holds no validation sets ({error!r})", where=str(path)) from None
+    return [(_set_name(prefix), prefix) for prefix in prefixes]
+
+
+def _set_name(prefix: str) -> str:
+    path = Path(prefix)
+    return path.parent.name if path.name == TOKENS else path.name

@@ -1,0 +1,219 @@
+"""Opens what a sample draws from, with the tokenizer and length its sources were prepared with."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_scalebio.data.contamination import EvaluationIndex, WordIds
+from megatron_scalebio.data.encode_pool import EncodePool, EncodeSettings
+from megatron_scalebio.data.sample_config import SampleConfig, WeightedSource
+from megatron_scalebio.data.sample_documents import TokenRows
+from megatron_scalebio.data.sample_inputs import Located, locate
+from megatron_scalebio.data.sample_rows import RawRows, Statuses
+from megatron_scalebio.data.sources import ExampleSource
+from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_scalebio.errors import UserError
+
+_DEFAULT_SEQ_LENGTH = 2048  # of prepare
+_CHECKED_ROWS = 64
+
+
+@dataclass(eq=False)
+class OpenSource:
+    """A source while it is being drawn from.
+
+    Attributes:
+        inputs: its files, as the manifest describes them.
+        statuses: of every row, an index of ``STATUSES``; set by the scan.
+        truncated: encoded rows that lost their tail.
+    """
+
+    entry: WeightedSource
+    rows: RawRows | TokenRows
+    inputs: list[dict[str, Any]]
+    statuses: Statuses = field(default_factory=lambda: np.empty(0, np.uint8))
+    truncated: int = 0
+
+    @property
+    def usable(self) -> int:
+        return int((self.statuses == 0).sum())
+
+
+@dataclass
+class Setup:
+    """The sources opened, the evaluation examples indexed, and how the sample is to be described.
+
+    Attributes:
+        from_tokens: rows are documents of token ids; else raw records.
+        tokenizer: None for Megatron prefixes of which none was named.
+        described: what ``source.json`` is to say of it.
+        seq_length: longest example, in tokens of model input; None for no limit.
+        evaluation: the excluded sets, as the manifest describes them.
+        dtype: widest type of the sources' token ids.
+    """
+
+    from_tokens: bool
+    tokenizer: Tokenizer | None
+    described: dict[str, Any] | None
+    seq_length: int | None
+    pool: EncodePool | None
+    index: EvaluationIndex
+    words: WordIds = field(default_factory=WordIds)
+    sources: list[OpenSource] = field(default_factory=list)
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    dtype: type[np.number] = np.uint16
+
+
+def open_setup(config: SampleConfig, stack: ExitStack) -> Setup:
+    """Opens everything; what must be closed again is entered into the stack.
+
+    Raises:
+        UserError: paths, tokenizers or options do not fit together.
+    """
+    located = [locate(entry.name, entry.path) for entry in config.sources]
+    excluded = [locate(name, path) for name, path in config.exclude]
+    setup = _set_up(config, located, stack)
+    for weighted, entry in zip(config.sources, located, strict=True):
+        rows, inputs = _open_rows(config, setup, entry, from_tokens=setup.from_tokens)
+        setup.sources.append(OpenSource(weighted, rows, inputs))
+        if isinstance(rows, TokenRows):
+            setup.dtype = np.promote_types(setup.dtype, rows.indexed.index.dtype).type
+        else:
+            _check_options(rows, entry, setup)
+    for entry in excluded:
+        by_tokens = (setup.from_tokens and bool(entry.prefix)) or not entry.has_files
+        rows, inputs = _open_rows(config, setup, entry, from_tokens=by_tokens)
+        if setup.tokenizer is None and not isinstance(rows, TokenRows):
+            raise UserError(
+                f"{entry.name!r} is raw text, the sources token ids of an unknown tokenizer",
+                where=str(entry.files[0]),
+                mend="name it by --tokenizer",
+            )
+        before = setup.index.examples
+        rows.index_all(setup.index, setup.words)
+        count = setup.index.examples - before
+        setup.evaluation.append({"name": entry.name, "examples": count, "inputs": inputs})
+    setup.index.close()
+    return setup
+
+
+def _set_up(config: SampleConfig, located: list[Located], stack: ExitStack) -> Setup:
+    """Decides what rows are, loads the tokenizer and starts what encodes with it."""
+    from_tokens = config.from_tokens or any(not entry.files for entry in located)
+    descriptions = [entry.description for entry in located if entry.description is not None]
+    shared = _common_tokenizer(descriptions, config, from_tokens)
+    model = config.tokenizer or (shared["model"] if shared else None)
+    if model is None and not from_tokens:
+        raise UserError("is needed for raw files", where="--tokenizer", mend="as for prepare")
+    tokenizer = load_tokenizer(model, chat_template=config.chat_template) if model else None
+    if from_tokens and tokenizer and shared and tokenizer.fingerprint != shared["fingerprint"]:
+        raise UserError(
+            "is not the tokenizer that the sources were prepared with",
+            where=tokenizer.model,
+            mend="name that one by --tokenizer",
+        )
+    seq_length = _seq_length(config, descriptions)
+    pool = None
+    if tokenizer and not from_tokens:
+        settings = EncodeSettings(
+            tokenizer=tokenizer.model,
+            chat_template=config.chat_template,
+            train_on_prompt=config.train_on_prompt,
+            max_tokens=None if seq_length is None else seq_length + 1,
+            too_long=config.too_long,
+            text_key=config.text_key,
+        )
+        pool = stack.enter_context(EncodePool(settings, tokenizer, config.workers))
+    described = None
+    if tokenizer:
+        described = {**tokenizer.describe(), "model": os.path.abspath(tokenizer.model)}
+    index = EvaluationIndex(config.ngram)
+    return Setup(from_tokens, tokenizer, described, seq_length, pool, index)
+
+
+def _open_rows(
+    config: SampleConfig, setup: Setup, entry: Located, *, from_tokens: bool
+) -> tuple[RawRows | TokenRows, list[dict[str, Any]]]:
+    """The rows of a source or evaluation set, and its files as the manifest describes them."""
+    if not from_tokens:
+        raw = RawRows(entry.name, entry.files, config.format, config.text_key, setup.pool)
+        return raw, entry.describe_raw()
+    if not entry.prefix:
+        raise UserError(
+            f"{entry.name!r} is raw text, and the sample is drawn from token ids",
+            where=str(entry.files[0]),
+            mend="prepare it first, and name the prepared folder",
+        )
+    sequence = (setup.seq_length or _DEFAULT_SEQ_LENGTH) if setup.tokenizer else 1
+    documents = TokenRows(
+        entry.name,
+        entry.folder,
+        entry.prefix,
+        tokenizer=setup.tokenizer,
+        max_tokens=sequence + 1 if setup.tokenizer and entry.folder is None else None,
+        sequence=sequence,
+    )
+    return documents, entry.describe_tokens()
+
+
+def _common_tokenizer(
+    descriptions: list[dict[str, Any]], config: SampleConfig, from_tokens: bool
+) -> dict[str, Any] | None:
+    """What ``source.json`` says of the tokenizer of all prepared sources, or None."""
+    if not descriptions or (config.tokenizer and not from_tokens):
+        return None
+    first = descriptions[0]
+    for other in descriptions[1:]:
+        if other["tokenizer"]["fingerprint"] != first["tokenizer"]["fingerprint"]:
+            raise UserError(
+                f"{other.get('name')!r} was prepared with {other['tokenizer']['model']!r}, "
+                f"{first.get('name')!r} with {first['tokenizer']['model']!r}",
+                where="--tokenizer",
+                mend="prepare all with one, or name the one to use for raw records",
+            )
+    return first["tokenizer"]
+
+
+def _seq_length(config: SampleConfig, described: list[dict[str, Any]]) -> int | None:
+    lengths = {description.get("seq_length") for description in described}
+    if config.seq_length is not None or not lengths:
+        return config.seq_length or _DEFAULT_SEQ_LENGTH
+    if len(lengths) > 1:
+        listed = ", ".join(sorted(map(str, lengths)))
+        raise UserError(
+            f"the sources were prepared with different lengths: {listed}",
+            where="--seq-length",
+            mend="choose one",
+        )
+    return lengths.pop()
+
+
+def _check_options(rows: RawRows, entry: Located, setup: Setup) -> None:
+    """Refuses options under which the first record becomes another example than prepare made."""
+    description = entry.description
+    assert setup.tokenizer is not None
+    if (
+        entry.folder is None
+        or description is None
+        or description["tokenizer"]["fingerprint"] != setup.tokenizer.fingerprint
+        or description.get("seq_length") != setup.seq_length
+    ):
+        return
+    tokens, mask = ExampleSource(entry.name, entry.folder, 2**31).example(0)
+    row = next((row for row in rows.head(_CHECKED_ROWS) if row.lengths), None)
+    if row is None:
+        return
+    first = slice(0, row.lengths[0])
+    if not np.array_equal(row.tokens[first], tokens) or not np.array_equal(row.mask[first], mask):
+        raise UserError(
+            f"the first record of {entry.name!r} does not become the example that was prepared "
+            "from it",
+            where=str(entry.files[0]),
+            mend="repeat prepare's --chat-template, --train-on-prompt, --too-long, --format and "
+            "--text-key, or --from-tokens",
+        )

@@ -1,0 +1,146 @@
+"""Writes a drawn sample.
+
+sample.jsonl             the raw records, with the field `sampled_from`; not for token ids
+tokens.bin|.idx          the sample, laid out as `prepare` lays out a source
+loss_mask.bin|.idx, source.json        not where only Megatron prefixes were drawn from
+manifest.json            which rows were taken; see `sample_manifest`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from array import array
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_scalebio.data.sample_plan import shuffled
+from megatron_scalebio.data.sample_spool import Spool
+from megatron_scalebio.data.source_writer import TOKENS, SourceWriter
+
+SAMPLE_FILE = "sample.jsonl"
+MANIFEST_FILE = "manifest.json"
+
+
+class Writer(Protocol):
+    examples: int
+
+    def add(self, tokens: np.ndarray, mask: np.ndarray, lengths: list[int]) -> None: ...
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]: ...
+    def abandon(self) -> None: ...
+
+
+class PrefixWriter:
+    """Writes documents to a plain Megatron prefix: no loss mask, and no tokenizer to name."""
+
+    def __init__(self, directory: Path, dtype: type[np.number]) -> None:
+        directory.mkdir(parents=True)
+        self._prefix, self._dtype = directory / TOKENS, dtype
+        self._builder = IndexedDatasetBuilder(f"{self._prefix}.bin", dtype=dtype)
+        self._builder.sequence_lengths = array("i")
+        self._digest = hashlib.sha256()
+        self.examples = 0
+
+    def add(self, tokens: np.ndarray, mask: np.ndarray, lengths: list[int]) -> None:
+        self._builder.add_document(tokens, lengths)
+        self._digest.update(tokens.astype(self._dtype).tobytes())
+        self._digest.update(np.asarray(lengths, np.int32).tobytes())
+        self.examples += len(lengths)
+
+    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Writes the index; returns the fingerprint, as ``SourceWriter.finish`` does with more."""
+        self._builder.finalize(f"{self._prefix}.idx")
+        return {"fingerprint": self._digest.hexdigest()}
+
+    def abandon(self) -> None:
+        self._builder.data_file.close()
+
+
+class Facts(NamedTuple):
+    """What ``source.json`` says of a sample besides its counts."""
+
+    name: str
+    format: str
+    seq_length: int | None
+    tokenizer: dict[str, Any] | None  # None: a plain Megatron prefix is written
+    dtype: type[np.number]  # of that prefix
+    truncated: int  # rows
+
+
+class Written(NamedTuple):
+    """examples: training examples; sample_sha256: of sample.jsonl, or None."""
+
+    examples: int
+    fingerprint: str
+    sample_sha256: str | None
+
+
+def write_sample(
+    directory: Path,
+    final: Path,
+    facts: Facts,
+    drawn: list[tuple[int, npt.NDArray[np.int64]]],
+    spool: Spool,
+    seed: int,
+) -> Written:
+    """Writes everything but the manifest, in an order shuffled over the sources.
+
+    Args:
+        directory: receives it, and does not exist yet; it will be renamed to ``final``.
+        drawn: (source, its rows) pairs; the rows are in ``spool``.
+    """
+    source = np.concatenate([np.full(len(rows), number) for number, rows in drawn])
+    row = np.concatenate([rows for _, rows in drawn])
+    writer: Writer
+    if facts.tokenizer is None:
+        writer = PrefixWriter(directory, facts.dtype)
+    else:
+        writer = SourceWriter(directory, facts.tokenizer["vocab_size"])
+    lines = hashlib.sha256()
+    line_bytes = 0
+    try:
+        with open(directory / SAMPLE_FILE, "wb") as file:
+            for at in shuffled(np.arange(len(row)), len(row), "order of the sample", seed).tolist():
+                stored = spool.get(int(source[at]), int(row[at]))
+                file.write(stored.line)
+                lines.update(stored.line)
+                line_bytes += len(stored.line)
+                writer.add(stored.tokens, stored.mask, stored.lengths)
+        inputs = []
+        if line_bytes:
+            path = os.path.abspath(final / SAMPLE_FILE)
+            inputs = [{"path": path, "bytes": line_bytes, "sha256": lines.hexdigest()}]
+        else:
+            (directory / SAMPLE_FILE).unlink()
+        report = writer.finish(
+            {
+                "name": facts.name,
+                "seq_length": facts.seq_length,
+                "format": facts.format,
+                "dropped": {"no_target": 0, "empty": 0, "too_long": 0},
+                "truncated": facts.truncated,
+                "inputs": inputs,
+                "tokenizer": facts.tokenizer,
+            }
+        )
+    finally:
+        writer.abandon()
+    digest = lines.hexdigest() if line_bytes else None
+    return Written(writer.examples, report["fingerprint"], digest)
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Writes ``manifest.json``, each list of row numbers on a line of its own."""
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    text = re.sub(r"\[\s+(\d+(?:,\s+\d+)*)\s+\]", _on_one_line, text)
+    (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return "[" + " ".join(found[1].split()) + "]"

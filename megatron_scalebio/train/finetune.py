@@ -1,0 +1,237 @@
+"""The `train` command: trains w alone on a fixed mixture, by the same engine as `reweight`.
+
+    sources and their weights ─▶ BlendSampler ─▶ one flush ─▶ AdamW ─▶ losses of the held-out sets
+                                                                        ├▶ checkpoints/ last ones
+                                                                        └▶ best/        the best
+
+The sources are the folder that `sample` wrote, or several with `data.weights` (a run's
+weights.json). Supervised fine-tuning or continued pre-training: it is the data that differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_scalebio import runtime
+from megatron_scalebio.bilevel import step as bilevel
+from megatron_scalebio.bilevel.objective import Role
+from megatron_scalebio.checkpoint import saver
+from megatron_scalebio.config import Config
+from megatron_scalebio.config_loader import add_arguments, config_from_args
+from megatron_scalebio.data.batch import micro_batches
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.optim.builder import set_rate
+from megatron_scalebio.report.console import RunConsole, SourceLine
+from megatron_scalebio.report.metrics import MetricsLog
+from megatron_scalebio.train import outputs
+from megatron_scalebio.train.evaluate import HeldOutLoss, held_out_losses
+from megatron_scalebio.train.start import resume_or_start
+from megatron_scalebio.train.state import RunState
+
+__all__ = ["add_arguments", "run"]
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def run(args: argparse.Namespace) -> int:
+    config = config_from_args(args)
+    config.validate_training(runtime.world_size_from_environment())
+    signals = runtime.StopSignals()
+    runtime.start(config)
+    folder = Path(config.train.output)
+    save_to = Path(config.checkpoint.save or folder / "checkpoints")
+    names = [source.name for source in config.data.sources]
+    runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, names))
+    state = FinetuneState(config, folder / "cache")
+    warnings = resume_or_start(state, folder, save_to)
+    parameters = outputs.parameter_count(state)
+    reporters: list[Reporter] = []
+    runtime.on_main(lambda: reporters.append(Reporter(state, folder, parameters, warnings)))
+    reporter = reporters[0] if reporters else None
+    try:
+        code = finetune(state, save_to, folder / "best", reporter, signals)
+        losses = state.held_out(test=True) if code == EXIT_OK else []
+    finally:
+        if reporter:
+            reporter.close()
+    if reporter:
+        reporter.finish(losses)
+    return code
+
+
+class FinetuneState(RunState):
+    """The state of a `train` run on this rank."""
+
+    def __init__(self, config: Config, cache: Path) -> None:
+        super().__init__(config, "train", cache, with_u=False)
+        weights = torch.tensor(self.data.initial_weights(), dtype=torch.float64)
+        self.probs_S = weights / weights.sum()
+        self.best_loss = math.inf
+
+    def common_state(self) -> dict[str, Any]:
+        return {**super().common_state(), "best_loss": self.best_loss}
+
+    def load_common_state(self, state: dict[str, Any]) -> None:
+        super().load_common_state(state)
+        self.best_loss = state["best_loss"]
+
+    def held_out(self, test: bool = False) -> list[HeldOutLoss]:
+        """Losses on the validation sets (some examples of each), or on all of all sets."""
+        sets = [*self.data.validation, *self.data.test] if test else self.data.validation
+        limit = None if test else self.config.train.eval_examples
+        return held_out_losses(self.w, sets, self.config, self.data.layout, limit)
+
+    def validation_loss(self, losses: list[HeldOutLoss]) -> float:
+        """L1: the validation sets' losses by their weights."""
+        kind = f"{self.config.data.loss_mean}_mean"
+        pairs = zip(self.data.shares_V.tolist(), losses, strict=True)
+        return sum(share * getattr(loss, kind) for share, loss in pairs)
+
+
+def finetune(
+    state: FinetuneState,
+    save_to: Path,
+    best: Path,
+    reporter: Reporter | None,
+    signals: runtime.StopSignals,
+) -> int:
+    """Steps until the end or a signal; evaluates and saves on the way. Exit code."""
+    train, interval = state.config.train, state.config.checkpoint.save_interval
+    saved_at = state.step
+    while state.step < train.train_iters:
+        start = time.perf_counter()
+        record = train_step(state)
+        record["step_time_s"] = time.perf_counter() - start
+        record["tokens_per_second"] = record["tokens"] / record["step_time_s"]
+        last = state.step == train.train_iters
+        if state.data.validation and (last or _is_due(state.step, train.eval_interval)):
+            _evaluate(state, record, best)
+        problem = reporter.step(record) if reporter else None
+        if _is_due(state.step, interval) and not record["skipped"]:
+            saver.save(state, save_to)
+            saved_at = state.step
+        if state.skipped_in_a_row >= train.skip_limit:
+            raise UserError(
+                f"{state.skipped_in_a_row} steps in a row were not finite: {record['skipped']}",
+                where=f"step {state.step}",
+                mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
+            )
+        signalled, failed = runtime.any_rank(signals.received, problem is not None)
+        if failed:
+            raise problem or UserError("rank 0 could not write its log")
+        if signalled:
+            break
+    if saved_at != state.step and state.skipped_in_a_row == 0:
+        saver.save(state, save_to)
+    return EXIT_OK if state.step == train.train_iters else EXIT_SIGNALLED
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _evaluate(state: FinetuneState, record: dict[str, Any], best: Path) -> None:
+    losses = state.held_out()
+    loss = state.validation_loss(losses)
+    record["validation_loss"] = loss
+    kind = f"{state.config.data.loss_mean}_mean"
+    record["validation_losses"] = [getattr(each, kind) for each in losses]
+    if loss < state.best_loss:
+        state.best_loss = loss
+        saver.save(state, best, keep_last=1)
+
+
+def train_step(state: FinetuneState) -> dict[str, Any]:
+    """One step of w on the mixture, applied unless something was not finite; its record."""
+    config, settings, data = state.config, state.schedule.at(state.step), state.data
+    picks = data.sampler.next(state.probs_S.numpy())
+    batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
+    passes = [bilevel.Pass(Role.TRAIN_W, batch, state.probs_S) for batch in batches]
+    period = state.enter_period()
+    period.zero_grad()
+    records = bilevel.flush(period.twins, passes, config.train.micro_batch_size)
+    counts_S = torch.bincount(torch.from_numpy(picks.group_B), minlength=len(state.probs_S))
+    inclusion_S = torch.from_numpy(picks.inclusion_S)
+    losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, sets=1)
+    optimizer = period.optimizers["w"]
+    norm = bilevel.prepare_gradients(optimizer, config.optimizer.clip_grad)
+    skipped = losses.culprit or (None if math.isfinite(norm) else f"w: gradient norm is {norm}")
+    if skipped is None:
+        set_rate(optimizer, settings.lr_w, config.optimizer.weight_decay)
+        optimizer.step_with_ready_grads()
+    state.step += 1
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+    return {
+        "step": state.step,
+        "lr_w": settings.lr_w,
+        "train_loss_w": outputs.mixed(state.probs_S, losses.w_S),
+        "loss_w": losses.w_S.tolist(),
+        "grad_norm_w": norm,
+        "tokens": losses.tokens,
+        "memory_bytes": runtime.allocated_bytes(),
+        "skipped": outputs.name_groups(skipped, state),
+        "active_layers": state.active_layers,
+    }
+
+
+class Reporter:
+    """Everything that rank 0 shows and writes besides checkpoints."""
+
+    def __init__(
+        self, state: FinetuneState, folder: Path, parameters: int, warnings: list[str]
+    ) -> None:
+        self.state, self.folder = state, folder
+        config, data = state.config, state.data
+        self.run = outputs.write_start(state, folder, parameters)
+        self.metrics = MetricsLog(
+            folder,
+            self.run["sources"],
+            self.run["validation"],
+            global_batch_size=config.train.global_batch_size,
+            resume_step=state.step,
+            tensorboard_dir=config.logging.tensorboard_dir,
+            tensorboard_log_interval=config.logging.tensorboard_log_interval,
+        )
+        shares = zip(data.sources, self.run["natural"], state.probs_S.tolist(), strict=True)
+        lines = [SourceLine(s.name, len(s), s.tokens, natural, p) for s, natural, p in shares]
+        self.console = RunConsole(lines, config.train.train_iters, config.logging.log_interval)
+        self.console.banner(outputs.run_facts(config, self.run, state.step))
+        for warning in warnings:
+            self.console.warn(f"passed over a damaged checkpoint: {warning}")
+        self.console.start(state.step)
+
+    def step(self, record: dict[str, Any]) -> UserError | None:
+        """Logs a step. Gives a disk's refusal back: all ranks have to stop at it together."""
+        try:
+            self.metrics.log(record)
+        except UserError as error:
+            return error
+        self.console.step(record)
+        if "validation_loss" in record:
+            self.console.note(f"step {record['step']}  validation {record['validation_loss']:.4f}")
+        return None
+
+    def close(self) -> None:
+        self.console.stop()
+
+    def finish(self, losses: list[HeldOutLoss]) -> None:
+        """Writes the final losses, and says where everything is."""
+        self.metrics.close()
+        self.run["ended"] = outputs.now()
+        outputs.write_json(self.folder / "run.json", self.run)
+        paths = {"checkpoints": self.folder / "checkpoints"}
+        if losses:
+            sets = [loss.as_dict() for loss in losses]
+            content = {"step": self.state.step, "best_validation_loss": self.state.best_loss}
+            outputs.write_json(self.folder / EVALUATION_FILE, {**content, "sets": sets})
+            self.console.losses(sets)
+            paths["losses"] = self.folder / EVALUATION_FILE
+        if (self.folder / "best").exists():
+            paths["best"] = self.folder / "best"
+        self.console.places({**paths, "tensorboard": self.metrics.tensorboard_dir})

@@ -1,0 +1,42 @@
+"""Where a run's weights come from: its newest checkpoint, else a pretrained model, else chance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_scalebio import runtime
+from megatron_scalebio.checkpoint import saver
+from megatron_scalebio.convert.importer import import_checkpoint
+from megatron_scalebio.train.state import RunState
+
+IMPORTED = "hf_import"  # beside the run: the Hugging Face model as a Megatron checkpoint
+
+
+def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:
+    """Resumes a run, or loads the pretrained weights that it starts from.
+
+    Args:
+        folder: the run's output.
+        save_to: its checkpoints.
+
+    Returns:
+        A warning for each damaged checkpoint that was passed over.
+    """
+    load_from = Path(state.config.checkpoint.load or save_to)
+    resumed, warnings = saver.load_latest(state, load_from, required=load_from != save_to)
+    if not resumed:
+        pretrained = pretrained_checkpoint(state, folder)
+        if pretrained:
+            saver.load_pretrained(state.w, pretrained)
+    return warnings
+
+
+def pretrained_checkpoint(state: RunState, folder: Path) -> Path | None:
+    """The Megatron checkpoint that w starts from, imported once if it is Hugging Face's."""
+    model = state.config.model
+    if model.hf is None:
+        return Path(model.pretrained_checkpoint) if model.pretrained_checkpoint else None
+    imported = folder / IMPORTED
+    if not runtime.on_main(imported.exists):
+        import_checkpoint(Path(model.hf), imported)
+    return imported

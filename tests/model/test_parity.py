@@ -1,0 +1,227 @@
+"""Every family equals transformers: logits, loss and the gradient of every tensor, in fp32.
+
+The reference is the eager implementation of a tiny random model with awkward shapes. Ours is
+imported by `convert`, so its rules are tested by the same numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.gather import global_tensors, merged, relative
+from tests.distributed.harness import run_distributed
+
+pytestmark = pytest.mark.distributed
+
+BATCH, LENGTH = 3, 40
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}
+SHAPE = {
+    "vocab_size": 101, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+NEOX = {**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}, "hidden_size": 64}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+
+# name: (transformers' class prefix, configuration)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 101, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 64},
+    ),
+    "gpt-neox": ("GPTNeoX", {**NEOX, "hidden_act": "gelu"}),
+    "gpt-neox-sequential": ("GPTNeoX", {**NEOX, "use_parallel_residual": False, **TIED}),
+    "llama-3-rope": ("Llama", {**SHAPE, **UNTIED, "rope_parameters": LLAMA3}),
+    "llama-9-heads-3-groups": (
+        "Llama",
+        {**SHAPE, **TIED, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3},
+    ),
+    "llama-mqa-linear-rope": (
+        "Llama",
+        {**SHAPE, **UNTIED, "num_key_value_heads": 1, "rope_parameters": LINEAR, "head_dim": 16},
+    ),
+    "mistral-window": ("Mistral", {**SHAPE, **UNTIED, "sliding_window": 7}),
+    "qwen2-tied": ("Qwen2", {**SHAPE, **TIED}),
+    "qwen2-window": (
+        "Qwen2",
+        {
+            **SHAPE, **UNTIED, "use_sliding_window": True, "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "qwen3": ("Qwen3", {**SHAPE, **UNTIED, "head_dim": 16}),
+    "gemma2": (
+        "Gemma2",
+        {
+            **SHAPE, "head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+            # transformers gives the padding token no gradient as an input.
+            "pad_token_id": None,
+        },
+    ),
+}  # fmt: skip
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tp2": (2, TP2),
+    "tp2-sequence-parallel": (2, {**TP2, "sequence_parallel": True}),
+    "pp2": (2, PP2),
+    "vpp": (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1}),
+    "tp2-pp2": (4, {**TP2, **PP2}),
+}
+NOT_DIVISIBLE_BY_2 = ("llama-9-heads-3-groups", "llama-mqa-linear-rope")
+
+
+def cases(ranks: int | None = None) -> list[tuple[str, str]]:
+    return [
+        (model, layout)
+        for layout, (world_size, _) in LAYOUTS.items()
+        for model in MODELS
+        if ranks in (None, world_size) and not (model in NOT_DIVISIBLE_BY_2 and "tp2" in layout)
+    ]
+
+
+def name_in_file(name: str, prefix: str) -> str:
+    """GPT-NeoX's output head has one name in transformers' module, another in its files."""
+    return name.replace("lm_head.", "embed_out.") if prefix == "GPTNeoX" else name
+
+
+def write_reference(folder: Path, name: str) -> None:
+    """A random model in Hugging Face's format, and what transformers computes with it."""
+    import transformers
+
+    prefix, options = MODELS[name]
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{prefix}Config")(
+        **options, attn_implementation="eager", initializer_range=0.2,
+        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+    )  # fmt: skip
+    suffix = "LMHeadModel" if prefix == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, prefix + suffix)(config)
+    with torch.no_grad():  # norms and biases away from one and zero
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder / name)
+    tokens = torch.randint(config.vocab_size, (BATCH, LENGTH + 1))
+    logits = model(tokens[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    gradients = {name_in_file(n, prefix): p.grad for n, p in model.named_parameters()}
+    content = {"tokens": tokens, "logits": logits.detach(), "gradients": gradients}
+    torch.save({**content, "loss": loss.item()}, folder / f"{name}.pt")
+
+
+def on_ranks(folder_name: str, ranks: int) -> None:
+    from megatron_scalebio import runtime
+    from megatron_scalebio.config_loader import load_config
+
+    for name, layout in cases(ranks):
+        folder = Path(folder_name)
+        settings = {
+            "model": {"hf": str(folder / name), "make_vocab_size_divisible_by": 8},
+            "data": {"seq_length": LENGTH},
+            "parallel": LAYOUTS[layout][1],
+        }
+        config = load_config(None, settings)
+        runtime.start(config)
+        run_model(config, folder, name, layout)
+        runtime.stop_model_parallel()
+
+
+def run_model(config, folder: Path, name: str, layout: str) -> None:
+    """Logits without labels, then loss and gradients, through Megatron's schedule and DDP."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_scalebio.checkpoint import saver
+    from megatron_scalebio.model.provider import build_model, transformer_config
+
+    megatron = transformer_config(config)
+    chunks = build_model(config, megatron, config.model.vocab_size)
+    saver.load_pretrained(chunks, folder / f"{name}-megatron")
+    megatron.finalize_model_grads_func = finalize_model_grads
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    ddp = [DistributedDataParallel(megatron, settings, chunk) for chunk in chunks]
+    tokens = torch.load(folder / f"{name}.pt", weights_only=True)["tokens"]
+    positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    passes = 2  # the interleaved schedule needs as many as there are stages
+
+    def run(labels, use_output, forward_only):
+        def forward_step(data, model):
+            return model(tokens[:, :-1], positions, None, labels=labels), use_output
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=[iter([])] * len(ddp), model=ddp,
+            num_microbatches=passes, seq_length=LENGTH, micro_batch_size=BATCH,
+            forward_only=forward_only,
+        )  # fmt: skip
+
+    def mean(loss_BS):
+        loss = loss_BS.sum() / (loss_BS.numel() * passes)
+        return loss, torch.tensor(0, dtype=torch.int), {"loss": loss.item() * passes}
+
+    def keep(logits_BSV):
+        return logits_BSV.sum(), torch.tensor(0, dtype=torch.int), {"logits": logits_BSV.detach()}
+
+    outputs = run(None, keep, forward_only=True)
+    losses = run(tokens[:, 1:], mean, forward_only=False)
+    content = {
+        "gradients": global_tensors(chunks, lambda p: p.main_grad.clone()),
+        "logits": outputs[0]["logits"] if outputs else None,
+        "loss": losses[0]["loss"] if losses else None,
+    }
+    rank = torch.distributed.get_rank()
+    torch.save(content, folder / f"{name}-{layout}-{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from megatron_scalebio.convert.importer import import_checkpoint
+
+    folder = tmp_path_factory.mktemp("parity")
+    for name in MODELS:
+        write_reference(folder, name)
+        import_checkpoint(folder / name, folder / f"{name}-megatron")
+    for ranks in (1, 2, 4):
+        run_distributed(on_ranks, ranks, str(folder), ranks)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "layout"), cases())
+def test_equals_transformers(results: Path, name: str, layout: str) -> None:
+
+    from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.convert.table import Table
+    from megatron_scalebio.families import read_family
+
+    want = torch.load(results / f"{name}.pt", weights_only=True)
+    paths = sorted(results.glob(f"{name}-{layout}-[0-9].pt"))
+    parts = [torch.load(path, weights_only=True) for path in paths]
+    vocab = want["logits"].shape[-1]
+    logits = torch.cat([p["logits"] for p in parts if p["logits"] is not None], dim=-1)
+    assert (logits[..., :vocab] - want["logits"]).abs().max() <= 1e-4
+    [loss, *_] = [p["loss"] for p in parts if p["loss"] is not None]
+    assert loss == pytest.approx(want["loss"], abs=1e-5)
+    gradients = merged(parts, "gradients")
+    family, _ = read_family(results / name)
+    model = load_config(None, {"model": {"hf": str(results / name)}}).model
+    compared = set()
+    for whole in Table(family, model).wholes:
+        got = gradients[whole.stacked_key]
+        got = got if whole.layer is None else got[whole.layer]
+        for key, part in whole.to_hf(got[:vocab] if whole.map.vocab else got).items():
+            compared.add(key)
+            assert relative(part, want["gradients"][key]) <= 1e-4, key
+    assert compared == set(want["gradients"]), "every tensor has its gradient compared"

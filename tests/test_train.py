@@ -1,0 +1,152 @@
+"""`train`: the same under every layout, resumed or not, and its held-out losses are right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.commands import command, metrics, note, noted, the_only_line, write_config
+from tests.distributed.harness import run_distributed
+from tests.markov import write_problem
+
+pytestmark = pytest.mark.distributed
+STEPS = 9
+FLAGS: dict[str, tuple[int, list]] = {
+    "one": (1, []),
+    "one-lisa": (1, ["--lisa-layers", 1, "--lisa-interval", 4]),
+    "tp2": (2, ["--tensor-model-parallel-size", 2]),
+    "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer"]),
+    "vpp": (
+        2,
+        [
+            "--num-layers", 4, "--pipeline-model-parallel-size", 2,
+            "--num-layers-per-virtual-pipeline-stage", 1,
+        ],
+    ),
+    "one-deeper": (1, ["--num-layers", 4]),
+}  # fmt: skip
+SAME = [("one", "tp2"), ("one", "dp2-distributed-optimizer"), ("one-deeper", "vpp")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    sources, validation = write_problem(
+        folder / "data", [0.6, 0.4], 0, length=17, examples=50, validation=37
+    )
+    _, test = write_problem(folder / "more", [0.6, 0.4], 1, length=17, examples=20, validation=23)
+    learned = {"sources": [{**s, "weight": w} for s, w in zip(sources, (0.7, 0.3), strict=True)]}
+    (folder / "weights.json").write_text(json.dumps(learned))
+    learned["sources"][0]["name"] = "other"
+    (folder / "others.json").write_text(json.dumps(learned))
+    write_config(
+        folder / "x.yaml", sources, validation,
+        data={"test": [{"name": "test", "path": test[0]["path"]}],
+              "weights": str(folder / "weights.json")},
+        train={"train_iters": STEPS, "eval_interval": 2},
+        optimizer={"lr": 3e-3, "adam_eps": 1e-5},
+        checkpoint={"save_interval": 4},
+    )  # fmt: skip
+    for ranks in (1, 2):
+        run_distributed(on_ranks, ranks, str(folder))
+    return folder
+
+
+def on_ranks(folder_name: str) -> None:
+    folder = Path(folder_name)
+    dist.init_process_group("gloo")
+    for name, (ranks, flags) in FLAGS.items():
+        if ranks == dist.get_world_size():
+            run(folder, name, flags)
+    if dist.get_world_size() == 1:
+        part = folder / "from"
+        shutil.copytree(folder / "one-lisa" / "checkpoints" / "iter_0000008", part / "iter_0000008")
+        run(folder, "resumed", [*FLAGS["one-lisa"][1], "--load", part])
+        run(folder, "of-others", ["--weights", folder / "others.json"])
+        outcome = command(
+            "reweight", "--config", folder / "x.yaml", "--output", folder / "reweighted",
+            "--load", part,
+        )  # fmt: skip
+        note(folder / "noted", "reweight-from-train", outcome)
+        naive_losses(folder)
+
+
+def run(folder: Path, name: str, flags: list) -> None:
+    words = ["train", "--config", folder / "x.yaml", "--output", folder / name, *flags]
+    note(folder / "noted", name, command(*words))
+
+
+def naive_losses(folder: Path) -> None:
+    """Held-out losses of the last checkpoint of `one`, example by example."""
+    from megatron_scalebio import runtime
+    from megatron_scalebio.checkpoint import saver
+    from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.train.finetune import FinetuneState
+
+    config = load_config(str(folder / "one" / "config.yaml"))
+    runtime.start(config)
+    state = FinetuneState(config, folder / "cache")
+    saver.load_latest(state, folder / "one" / "checkpoints", required=True)
+    [model] = state.w
+    result = {}
+    for source in (*state.data.validation, *state.data.test):
+        means = []
+        for index in range(len(source)):
+            tokens, targets = (torch.from_numpy(x.astype("int64")) for x in source.example(index))
+            with torch.no_grad():
+                logits = model(tokens[None, :-1], torch.arange(len(tokens) - 1)[None], None)[0]
+            losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+            means.append(float(losses[targets[1:] > 0].mean()))
+        result[source.name] = sum(means) / len(means)
+    (folder / "naive.json").write_text(json.dumps(result))
+    runtime.stop_model_parallel()
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_ends_well_and_learns(runs: Path, name: str) -> None:
+    code, said = noted(runs / "noted", name)
+    assert code == 0, said
+    records = metrics(runs / name)
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    evaluated = [r["step"] for r in records if "validation_loss" in r]
+    assert evaluated == [2, 4, 6, 8, 9]
+    assert records[-1]["validation_loss"] < records[1]["validation_loss"]
+    best = min(r["validation_loss"] for r in records if "validation_loss" in r)
+    content = json.loads((runs / name / "evaluation.json").read_text())
+    assert content["best_validation_loss"] == best
+    assert [entry["examples"] for entry in content["sets"]] == [37, 23]
+    [kept] = (runs / name / "best").glob("iter_*")
+    step = int(kept.name.removeprefix("iter_"))
+    assert best == next(r["validation_loss"] for r in records if r["step"] == step)
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_does_not_depend_on_the_layout(runs: Path, one: str, other: str) -> None:
+    for a, b in zip(metrics(runs / one), metrics(runs / other), strict=True):
+        for field in {"train_loss_w", "validation_loss", "grad_norm_w"} & a.keys():
+            assert b[field] == pytest.approx(a[field], rel=1e-4), (a["step"], field)
+
+
+def test_resumed_equals_never_stopping(runs: Path) -> None:
+    code, said = noted(runs / "noted", "resumed")
+    assert code == 0 and "from step 8" in said, said
+    assert metrics(runs / "resumed") == metrics(runs / "one-lisa")[8:]
+
+
+def test_held_out_losses_equal_a_naive_evaluation(runs: Path) -> None:
+    want = json.loads((runs / "naive.json").read_text())
+    content = json.loads((runs / "one" / "evaluation.json").read_text())
+    got = {entry["name"]: entry["sample_mean"] for entry in content["sets"]}
+    assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_mistakes_cost_one_line(runs: Path) -> None:
+    code, said = noted(runs / "noted", "of-others")
+    assert code == 2 and "others.json" in the_only_line(said)
+    code, said = noted(runs / "noted", "reweight-from-train")
+    assert code == 2 and "was saved by `train`" in the_only_line(said)
