@@ -11,14 +11,17 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megatron_scalebio", "megatron_scalebio.*"]),
-    package_data={"megatron_scalebio": ["report/*.j2", "report/*.css", "report/*.js"]},
+    package_data={
+        "megatron_scalebio": ["report/*.j2", "report/*.css", "report/*.js", "evaluate/tasks/*.yaml"]
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6,<2.14",  # 2.6: torch.load is weights_only by default
         "megatron-core>=0.16.1,<0.17",  # the engine; newest for Python 3.10 and 3.11
         "psutil>=5.9,<8",  # megatron-core's checkpoint writer needs it and does not declare it
         "numpy>=1.26,<3",
-        "transformers>=4.48,<6",  # tokenizers and chat templates
+        "transformers>=5,<6",  # tokenizers, chat templates, config.json of Hugging Face models
+        "safetensors>=0.5,<1",
         "tokenizers>=0.21,<0.24",
         "sentencepiece>=0.2,<0.3",
         "tensorboard>=2.16,<3",
@@ -27,6 +30,8 @@ setup(
         "PyYAML>=6,<7",
     ],
     extras_require={
+        "evaluate": ["lm-eval>=0.4.13,<0.5", "accelerate>=0.26,<2"],  # GSM8K and MATH
+        "gguf": ["gguf>=0.17,<1"],  # to import GGUF files
         "dev": [
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",

@@ -26,7 +26,7 @@ BELOW = {
     "bilevel": {"config", "data", "model", "runtime"},
     "checkpoint": {"config", "data", "model", "optim", "bilevel", "runtime", "train.state"},
     "convert": {"config", "config_loader", "families", "checkpoint", "model", "runtime"},
-    "evaluate": {"config", "data"},
+    "evaluate": {"config", "config_loader", "data", "report", "train"},
     "plan": {
         "config", "config_loader", "cpu", "families", "data", "model", "optim", "bilevel", "runtime",
     },

@@ -155,16 +155,7 @@ def sample_table(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> T
     """One row a source: weight, rows asked and given, epochs, what was left out and why."""
     table = Table(title=f"sampled into {config.out}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("source", overflow="fold")
-    headings = (
-        "weight",
-        "rows",
-        "usable",
-        "asked",
-        "given",
-        "epochs",
-        "contaminated",
-        "no example",
-    )
+    headings = ("weight", "rows", "usable", "asked", "given", "epochs", "left out")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     whole = sum(source.weight for source in config.sources)
@@ -178,8 +169,7 @@ def sample_table(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> T
             f"{entry['asked']:,}",
             f"{entry['given']:,}",
             f"{entry['epochs']:.2f}",
-            _counted(entry["contaminated"]),
-            _counted(entry["no_example"]),
+            _counted(entry["contaminated"] | entry["no_example"]),
         )
     return table
 

@@ -73,6 +73,7 @@ def held_out_losses(
     return result
 
 
+@torch.no_grad()
 def _loss_of(
     chunks: Sequence[torch.nn.Module],
     source: Source,

@@ -1,0 +1,89 @@
+"""``evaluation.json``, a section for every kind of evaluation, and the tables that are printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from megatron_scalebio.errors import UserError
+
+RESULTS_FILE = "evaluation.json"
+
+
+def write_section(folder: Path, section: str, content: Any) -> None:
+    """Puts a section into the folder's ``evaluation.json`` and leaves the others as they are.
+
+    Raises:
+        UserError: the file is damaged or cannot be written.
+    """
+    path = folder / RESULTS_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        whole[section] = content
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror}", where=str(path)) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"damaged ({error})", where=str(path), mend="remove it") from None
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Replaces a JSONL file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "w", encoding="utf-8", errors="replace") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror}", where=str(path)) from None
+
+
+def benchmark_table(results: dict[str, Any]) -> Table:
+    """One row a task and metric: score, standard error, and how the task was prompted."""
+    table = Table(title="benchmarks", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("task", "metric"):
+        table.add_column(heading)
+    for heading in ("score", "± s.e.", "problems", "shots", "prompt"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for task, found in results.items():
+        for metric, score in found["scores"].items():
+            table.add_row(
+                task,
+                metric,
+                f"{score['value']:.4f}",
+                _or_dash(score["stderr"], 4),
+                f"{found['problems']:,}",
+                str(found["num_fewshot"]),
+                "chat template" if found["chat_template"] else "plain",
+            )
+    return table
+
+
+def judge_table(summary: dict[str, Any]) -> Table:
+    """MT-Bench's scores by category, by turn and overall."""
+    table = Table(
+        title=f"MT-Bench, judged by {summary['judge']}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("")
+    for heading in ("score", "± s.e.", "graded"):
+        table.add_column(heading, justify="right")
+    rows = [*summary["by_category"].items()]
+    rows += [(f"turn {turn}", score) for turn, score in summary["by_turn"].items()]
+    for name, score in [*rows, ("all", summary["score"])]:
+        if name == "all" or name == "turn 1":
+            table.add_section()
+        values = (f"{score['mean']:.2f}", _or_dash(score["stderr"], 2), str(score["graded"]))
+        table.add_row(name, *values)
+    return table
+
+
+def _or_dash(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,150 @@
+"""MT-Bench from question file to scores, with a small model and a judge behind a real socket."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.evaluate import cli
+from megatron_scalebio.evaluate.judge_prompts import judge_messages, parse_rating
+from megatron_scalebio.evaluate.questions import Question, read_questions
+from megatron_scalebio.evaluate.records_log import RecordsLog
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
+    {"question_id": 101, "category": "math", "turns": ["1+1?", "+1?"], "reference": ["2", "3"]},
+    {"question_id": 102, "category": "math", "turns": ["2+2?", "+1?"]},
+]
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def evaluate(hf_folder: Path, output: Path, *words: object) -> int:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    always = ["--hf", hf_folder, "--output", output, "--max-new-tokens", "8"]
+    return cli.run(parser.parse_args([str(word) for word in (*always, *words)]))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "rating"),
+    [
+        ("Fine. Rating: [[7]]", 7),
+        ("[[3]] at first, but then: [[ 8.5 ]]", 8.5),
+        ("Rating: [6]", 6),
+        ("Rating: [[11]]", None),
+        ("Rating: [[0]]", None),
+        ("Rating: 7", None),
+        ("", None),
+    ],
+)
+def test_parse_rating(verdict: str, rating: float | None) -> None:
+    assert parse_rating(verdict) == rating
+
+
+def test_what_the_judge_is_shown() -> None:
+    question = Question(1, "math", ("first?", "second?"), ("ref one", "ref two"))
+    answers = ["answer one", "answer two"]
+    first, second = (judge_messages(question, answers, turn)[1]["content"] for turn in (0, 1))
+    assert "[[4]]" in first and "first?" in first and "answer one" in first and "ref one" in first
+    assert not any(text in first for text in ("second?", "answer two", "ref two"))
+    assert all(text in second for text in ("first?", "answer one", "second?", "answer two"))
+    assert "LAST answer" in second and "ref two" in second
+    assert (
+        "eference" not in judge_messages(question._replace(references=()), answers, 1)[1]["content"]
+    )
+
+
+def test_questions(tmp_path: Path) -> None:
+    found = read_questions(write(tmp_path / "q.jsonl", QUESTIONS))
+    assert found[1] == Question(101, "math", ("1+1?", "+1?"), ("2", "3"))
+    assert len(read_questions(tmp_path / "q.jsonl", 2)) == 2
+    for message, record in (
+        ("q.jsonl:2: question_id is no number", {**QUESTIONS[1], "question_id": None}),
+        ("category is no text", {**QUESTIONS[1], "category": 3}),
+        ("turns is no list of texts", {**QUESTIONS[1], "turns": "1+1?"}),
+        ("turns is empty", {**QUESTIONS[1], "turns": []}),
+        ("question_id 81 stands twice", QUESTIONS[0]),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_questions(write(tmp_path / "q.jsonl", [QUESTIONS[0], record]))
+
+
+def test_mt_bench(
+    tmp_path: Path, hf_folder: Path, judge: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = write(tmp_path / "q.jsonl", QUESTIONS)
+    judge.script = [f"Rating: [[{k}]]" for k in (2, 4)] + ["No idea."] * 3 + ["[[9]]"]
+    words = ("--mt-bench", questions, "--judge-url", judge.url, "--judge-model", "grader",
+             "--judge-price", "5", "10")  # fmt: skip
+    assert evaluate(hf_folder, tmp_path / "out", *words) == 0
+    summary = json.loads((tmp_path / "out/evaluation.json").read_text())["mt_bench"]
+    assert summary["by_category"]["writing"] == {"mean": 3.0, "stderr": 1.0, "graded": 2}
+    assert summary["by_category"]["math"]["graded"] == 3 and summary["without_rating"] == 1
+    assert summary["by_turn"]["1"]["mean"] == (2 + 7) / 2
+    assert (summary["prompt_tokens"], summary["completion_tokens"]) == (800, 80)
+    assert summary["cost"] == pytest.approx(800 * 5e-6 + 80 * 10e-6)
+    printed = capsys.readouterr().out
+    assert "MT-Bench, judged by grader" in printed and "cost 0.0048" in printed
+    answers = RecordsLog(tmp_path / "out/mt_bench/answers.jsonl").records
+    assert [a["question_id"] for a in answers] == [81, 101, 102]
+    assert all(len(a["choices"][0]["turns"]) == 2 for a in answers)
+    asked = judge.requests[1]["messages"][1]["content"]
+    assert answers[0]["choices"][0]["turns"][1] in asked and "Again." in asked
+    assert "reference" in judge.requests[2]["messages"][1]["content"]
+    # All is done: nothing is asked again.
+    assert evaluate(hf_folder, tmp_path / "out", *words) == 0
+    assert len(judge.requests) == 8
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path, hf_folder: Path, judge: Any) -> None:
+    questions = write(tmp_path / "q.jsonl", QUESTIONS)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    words = ("--mt-bench", questions, "--judge-url", judge.url, "--judge-model", "grader")
+    evaluate(hf_folder, whole, *words)
+    evaluate(hf_folder, out, "--mt-bench", questions, "--limit", 1)
+    answers, judgments = (out / f"mt_bench/{name}.jsonl" for name in ("answers", "judgments"))
+    with open(answers, "a") as file:
+        file.write('{"question_id": 101, "cho')  # the power went out here
+    judge.requests.clear()
+    judge.script = ["Good. Rating: [[7]]"] * 2 + [(400, {}, "stop")]
+    with pytest.raises(UserError, match="HTTP 400: stop"):
+        evaluate(hf_folder, out, *words)
+    assert len(RecordsLog(judgments).records) == 2
+    evaluate(hf_folder, out, *words)
+    assert len(judge.requests) == 7
+    for name in ("mt_bench/answers.jsonl", "mt_bench/judgments.jsonl", "evaluation.json"):
+        assert (out / name).read_text() == (whole / name).read_text()
+    # Answers of another model or seed are not taken for this one's.
+    with pytest.raises(UserError, match=r"answers.jsonl: holds answers of another model"):
+        evaluate(hf_folder, out, *words, "--seed", 7)
+    answers.write_text("{nonsense\n")
+    with pytest.raises(UserError, match=r"answers.jsonl:1: damaged line"):
+        evaluate(hf_folder, out, *words)
+
+
+def test_refusals(tmp_path: Path, hf_folder: Path, judge: Any) -> None:
+    questions = write(tmp_path / "q.jsonl", QUESTIONS[:1])
+    out = tmp_path / "out"
+    for message, folder, words in (
+        ("nothing to evaluate", hf_folder, ()),
+        ("--judge-model: is missing", hf_folder, ("--judge-url", judge.url)),
+        ("--max-new-tokens: is 0", hf_folder, ("--max-new-tokens", 0)),
+        ("gone: no such folder", tmp_path / "gone", ()),
+        ("holds no config.json", tmp_path, ()),
+    ):
+        bench = ("--mt-bench", questions) if "nothing" not in message else ()
+        with pytest.raises(UserError, match=message):
+            evaluate(folder, out, *bench, *words)
+    judge.script = ["Hm."] * 6
+    with pytest.raises(UserError, match="no verdict of the judge holds a rating"):
+        evaluate(hf_folder, out, "--mt-bench", questions, "--judge-url", judge.url,
+                 "--judge-model", "grader")  # fmt: skip
