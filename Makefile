@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test checks lint types bench clean environment
+# Nothing that the tests start may wait for a hub.
+test: export HF_HUB_OFFLINE = 1
 environment: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt setup.py
@@ -16,10 +18,14 @@ $(VENV)/.installed: requirements.txt setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test.txt
+	touch $@
+
 demo: environment
 	$(BIN)/python examples/demo/run.py --output demo-run
 
-test: environment
+test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --durations=15
 
 checks: lint types

@@ -10,7 +10,9 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -80,9 +82,19 @@ def _adopt_slurm_variables() -> None:
         os.environ[ours] = os.environ[slurms]
     if "MASTER_ADDR" not in os.environ:
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "")
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False
-        )
+        try:
+            listed = subprocess.run(
+                ["scontrol", "show", "hostnames", nodes],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except FileNotFoundError:  # in a container
+            raise UserError(
+                "is not set, and scontrol is not here to tell it",
+                where="MASTER_ADDR",
+                mend="export the first node's name before srun, as launch/slurm does",
+            ) from None
         os.environ["MASTER_ADDR"] = (listed.stdout.split() or [socket.gethostname()])[0]
     if "MASTER_PORT" not in os.environ:
         job = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
@@ -159,12 +171,32 @@ def allocated_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def helpers_ignore_stop_signals() -> Iterator[None]:
+    """Keeps processes started meanwhile from dying of the signals that ask the run to save.
+
+    SLURM signals every process of a step, and Megatron saves through helper processes, one of
+    which (the manager of its result queue) lives on from the first save. A process inherits the
+    signals that its parent blocks; this one gets what came meanwhile at the end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    resource_tracker.ensure_running()  # unblocks SIGTERM behind itself
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class StopSignals:
     """Remembers SIGTERM and SIGUSR1, so that the loop can save after its step and exit 3."""
 
     def __init__(self) -> None:
         self.received = 0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

@@ -28,7 +28,8 @@ BELOW = {
     "convert": {"config", "config_loader", "families", "checkpoint", "model", "runtime"},
     "evaluate": {"config", "config_loader", "data", "report", "train"},
     "plan": {
-        "config", "config_loader", "cpu", "families", "data", "model", "optim", "bilevel", "runtime",
+        "config", "config_loader", "cpu", "families", "data", "model", "optim", "bilevel",
+        "runtime",
     },
     "train": {
         "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",

@@ -68,6 +68,11 @@ def save(state: RunState, folder: Path, keep_last: int | None = None) -> None:
     Raises:
         UserError: if the disk refuses; the previous checkpoint is untouched.
     """
+    with runtime.helpers_ignore_stop_signals():
+        _save(state, folder)
+
+
+def _save(state: TrainState, folder: Path) -> None:
     temporary = folders.temporary_folder(folder, state.step)
     mend = "free space; the last checkpoint is intact and the run resumes from it"
     runtime.on_main(lambda: folders.begin(folder, state.step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,12 @@ from torch import Tensor
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.convert.carry import carry, files_to_carry
 from megatron_scalebio.convert.layout import OutFile, OutTensor, fresh_layout, layout_of
-from megatron_scalebio.convert.megatron_reader import MegatronFolder, find_checkpoint, open_u
+from megatron_scalebio.convert.megatron_reader import (
+    MegatronFolder,
+    find_checkpoint,
+    open_u,
+    padding_multiple,
+)
 from megatron_scalebio.convert.output import new_folder, refuse_existing
 from megatron_scalebio.convert.ranks import joined
 from megatron_scalebio.convert.safetensors_file import bytes_of, write_all, writing
@@ -136,8 +142,7 @@ class ExportPlan:
                     where=str(self._w.folder), mend=_MEND,
                 )  # fmt: skip
             shape = self.checkpoint_of(whole).shape(whole)
-            padded = whole.map.vocab and shape[1:] == whole.shape[1:] and shape > whole.shape
-            if shape != whole.shape and not padded:
+            if shape != whole.shape and not self._is_padded(whole, shape):
                 raise UserError(
                     f"{whole.stacked_key} has shape {list(shape)}, the reference's config.json "
                     f"asks for {list(whole.shape)}",
@@ -149,6 +154,12 @@ class ExportPlan:
                 f"holds tensor {unknown[0]}, for which {architecture} has no place",
                 where=str(self._w.folder), mend=_MEND,
             )  # fmt: skip
+
+    def _is_padded(self, whole: Whole, shape: tuple[int, ...]) -> bool:
+        """True if a shape is the reference's and rows that pad the vocabulary."""
+        multiple = padding_multiple(self._w.folder) or shape[0]
+        rows = math.ceil(whole.shape[0] / multiple) * multiple
+        return whole.map.vocab and shape == (rows, *whole.shape[1:])
 
     def _names(self, reference: Path) -> tuple[dict[str, str], dict[str, Whole | None]]:
         if self.source is None:

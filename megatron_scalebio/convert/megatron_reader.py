@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 from pathlib import Path
 
@@ -129,6 +130,19 @@ class _Into(DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """What was read has been copied to its place already."""
+
+
+def padding_multiple(folder: Path) -> int | None:
+    """What the vocabulary is padded to a multiple of, if the checkpoint's arguments tell."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            common = torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+        except _READ_ERRORS:  # Megatron-LM's may hold objects of its own
+            return None
+    args = common.get("args")
+    divisor = getattr(args, "make_vocab_size_divisible_by", None)
+    tp = getattr(args, "tensor_model_parallel_size", None)
+    return divisor * tp if isinstance(divisor, int) and isinstance(tp, int) else None
 
 
 def find_checkpoint(load: Path) -> Path:

@@ -28,7 +28,7 @@ def _gpt2(config: HfConfig) -> dict[str, Any]:
         "activation": "gelu_tanh",
         "add_bias_linear": True,
         "add_qkv_bias": True,
-        "untie_embeddings_and_output_weights": not config.require("tie_word_embeddings", True),
+        "untie_embeddings_and_output_weights": not config.take("tie_word_embeddings"),
         "vocab_size": config.take("vocab_size"),
     }
 
@@ -64,6 +64,12 @@ _GPT2_TENSORS = (
     ),
     TensorMap(f"{_LAYER}mlp.linear_fc2.bias", ("transformer.h.{}.mlp.c_proj.bias",)),
     *pair("decoder.final_layernorm.", "transformer.ln_f."),
+    TensorMap(
+        "output_layer.weight",
+        ("lm_head.weight",),
+        vocab=True,
+        when="untie_embeddings_and_output_weights",
+    ),
 )
 
 

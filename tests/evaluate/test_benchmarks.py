@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from megatron_scalebio.evaluate import cli
 from megatron_scalebio.evaluate.benchmarks import BenchmarkConfig, read_problems, run_benchmarks
 from megatron_scalebio.evaluate.hf_folder import HfModel, open_folder
 from megatron_scalebio.evaluate.math_answers import boxed, score
+from tests.smollm2 import smollm2_folder
 
 EVAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "eval"
-SMOLLM2 = Path(os.environ.get("SMOLLM2_FOLDER", "")) if os.environ.get("SMOLLM2_FOLDER") else None
 GSM8K = [{"question": f"What is {k} + 1?", "answer": f"{k} + 1 = {k + 1}\n#### {k + 1}"}
          for k in range(5)]  # fmt: skip
 MATH = [{"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$."}]
@@ -81,10 +80,13 @@ def test_generations_are_those_of_transformers(tmp_path: Path, hf_folder: Path) 
 
 
 @pytest.mark.slow
-def test_generations_of_smollm2_are_those_of_transformers() -> None:
-    if SMOLLM2 is None or not EVAL_DATA.is_dir():
-        pytest.skip("needs ../shared/data/eval, and SMOLLM2_FOLDER to name a Hugging Face folder")
-    check_generations(SMOLLM2, EVAL_DATA / "gsm8k_test.jsonl", 3, 16)
+def test_generations_of_smollm2_are_those_of_transformers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    if not EVAL_DATA.is_dir():
+        pytest.skip("needs ../shared/data/eval")
+    folder = smollm2_folder(tmp_path_factory.getbasetemp())
+    check_generations(folder, EVAL_DATA / "gsm8k_test.jsonl", 3, 16)
 
 
 def evaluate(*words: object) -> int:

@@ -1,0 +1,97 @@
+"""Tiny random Hugging Face models of every family, in folders as users have them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from megatron_scalebio.cli import main
+
+transformers.utils.logging.disable_progress_bar()
+
+_SMALL = {
+    "hidden_size": 24, "intermediate_size": 44, "num_hidden_layers": 3, "vocab_size": 97,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+_ROPE3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+_GPT2 = {"n_embd": 24, "n_head": 4, "n_layer": 3, "n_positions": 40, "vocab_size": 97}
+_NEOX = {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"} | {"hidden_size": 32}
+
+# name → (class, configuration). Heads and layers of most allow TP 2; the odd ones are named so.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", _GPT2),
+    "gpt2-untied": ("GPT2", {**_GPT2, "tie_word_embeddings": False}),
+    "gpt2-odd": ("GPT2", {**_GPT2, "n_embd": 15, "n_head": 3, "n_inner": 22}),
+    "neox": ("GPTNeoX", _NEOX),
+    "neox-serial-tied": (
+        "GPTNeoX", {**_NEOX, "use_parallel_residual": False, "tie_word_embeddings": True},
+    ),
+    "llama": ("Llama", {**_SMALL, "tie_word_embeddings": False}),
+    "llama-tied-rope3": (
+        "Llama", {**_SMALL, "tie_word_embeddings": True, "rope_parameters": _ROPE3},
+    ),
+    "llama-odd-9-3": (
+        "Llama",
+        {**_SMALL, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3},
+    ),
+    "llama-odd-mqa": ("Llama", {**_SMALL, "num_key_value_heads": 1, "head_dim": 10}),
+    "mistral": ("Mistral", {**_SMALL, "sliding_window": 8}),
+    "qwen2": ("Qwen2", {**_SMALL, "tie_word_embeddings": False}),
+    "qwen2-tied": ("Qwen2", {**_SMALL, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {**_SMALL, "head_dim": 10}),
+    "gemma2": (
+        "Gemma2",
+        {**_SMALL, "head_dim": 10, "query_pre_attn_scalar": 12, "sliding_window": 8},
+    ),
+}  # fmt: skip
+
+
+def make(
+    folder: Path, name: str, dtype: torch.dtype = torch.float32, shards: str = "5GB", **keys: Any
+) -> Path:
+    """Saves a model with values that a rounding would change, a tokenizer and a chat template."""
+    family, options = MODELS[name]
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{family}Config")(**{**options, **keys})
+    suffix = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    model = getattr(transformers, family + suffix)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.to(dtype).save_pretrained(folder, max_shard_size=shards)
+    return dress(folder)
+
+
+def dress(folder: Path) -> Path:
+    """Adds what lies beside the weights."""
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}\n")
+    (folder / "additional_chat_templates").mkdir(exist_ok=True)
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, byte by byte."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def convert(*argv: object) -> int:
+    """`megatron-scalebio convert …` in this process."""
+    return main(["convert", *(str(word) for word in argv)])
