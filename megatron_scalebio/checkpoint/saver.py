@@ -69,10 +69,10 @@ def save(state: RunState, folder: Path, keep_last: int | None = None) -> None:
         UserError: if the disk refuses; the previous checkpoint is untouched.
     """
     with runtime.helpers_ignore_stop_signals():
-        _save(state, folder)
+        _save(state, folder, keep_last or state.config.checkpoint.keep_last)
 
 
-def _save(state: TrainState, folder: Path) -> None:
+def _save(state: RunState, folder: Path, keep_last: int) -> None:
     temporary = folders.temporary_folder(folder, state.step)
     mend = "free space; the last checkpoint is intact and the run resumes from it"
     runtime.on_main(lambda: folders.begin(folder, state.step))
@@ -88,8 +88,7 @@ def _save(state: TrainState, folder: Path) -> None:
         raise UserError(
             f"could not save step {state.step}: {_last_line(error)}", where=str(folder), mend=mend
         ) from None
-    kept = keep_last or state.config.checkpoint.keep_last
-    runtime.on_main(lambda: folders.commit(folder, state.step, kept))
+    runtime.on_main(lambda: folders.commit(folder, state.step, keep_last))
 
 
 def load_latest(state: RunState, folder: Path, required: bool = False) -> tuple[bool, list[str]]:
