@@ -27,6 +27,8 @@ from megatron_scalebio.bilevel.objective import logits_gradient, mixture_probs
 # A source never falls below this share of a uniform weight: it can still come back.
 LEAST_SHARE = 1e-4
 SIZE_DECAY = 0.99  # β: the hypergradient's size is known from about its last 100 steps
+LARGEST_STEP = 6.0  # in units of that size; noise almost never gets there
+SIZE_WARMUP = 30  # steps before anything is cut
 
 
 class Mixture:
@@ -59,7 +61,7 @@ class Mixture:
         with torch.no_grad():
             self.steps += 1
             if self._adamw is None:
-                self.logits_S -= lr * hypergradient_S / self._usual_size(hypergradient_S)
+                self.logits_S -= lr * self._in_usual_sizes(hypergradient_S)
                 least = LEAST_SHARE / len(self.logits_S)
                 self.logits_S.copy_(self.probs_S.clamp_min(least).log())
             else:
@@ -69,11 +71,23 @@ class Mixture:
         self.trajectory.append(self.probs_S)
         return float(gradient_S.norm())
 
-    def _usual_size(self, hypergradient_S: torch.Tensor) -> float:
+    def _in_usual_sizes(self, hypergradient_S: torch.Tensor) -> torch.Tensor:
+        """g / √v, cut to LARGEST_STEP, with v the running mean of Σ_i p_i g_i² (cut alike).
+
+        Uncut, one spike of the models' gradients would throw the mixture, and then hold it still
+        for as long as v remembers it, which would look like convergence.
+        """
         square = float((self.probs_S * hypergradient_S.square()).sum())
+        usual = self._usual_square(self.steps - 1)
+        if self.steps > SIZE_WARMUP and square > LARGEST_STEP**2 * usual > 0:
+            hypergradient_S = hypergradient_S * (LARGEST_STEP * math.sqrt(usual / square))
+            square = LARGEST_STEP**2 * usual
         self.mean_square = SIZE_DECAY * self.mean_square + (1 - SIZE_DECAY) * square
         # Zero while u is still equal to w: then the hypergradient is zero too.
-        return math.sqrt(self.mean_square / (1 - SIZE_DECAY**self.steps)) or 1.0
+        return hypergradient_S / (math.sqrt(self._usual_square(self.steps)) or 1.0)
+
+    def _usual_square(self, steps: int) -> float:
+        return self.mean_square / (1 - SIZE_DECAY**steps) if steps else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from megatron_scalebio.bilevel.mixture import LEAST_SHARE, Mixture
+from megatron_scalebio.bilevel.mixture import LARGEST_STEP, LEAST_SHARE, Mixture
 from megatron_scalebio.bilevel.objective import logits_gradient, mixture_probs
 
 KINDS = ["eg", "adamw"]
@@ -71,6 +71,29 @@ def test_exponentiated_gradient_does_not_see_the_scale_of_the_loss() -> None:
         small.step(centred(g_S, small), 0.1)
         large.step(centred(1000 * g_S, large), 0.1)
     torch.testing.assert_close(small.probs_S, large.probs_S)
+
+
+def test_a_spike_neither_throws_the_mixture_nor_holds_it_still() -> None:
+    mixture, undisturbed = Mixture([1.0] * 4, "eg"), Mixture([1.0] * 4, "eg")
+    for number, g_S in enumerate(noise(200, 4)):
+        undisturbed.step(centred(g_S, undisturbed), 0.02)
+        mixture.step(centred(g_S * (1e4 if number == 100 else 1), mixture), 0.02)
+        if number == 99:
+            before_S = mixture.logits_S.clone()
+        if number == 100:
+            moved_S = (mixture.logits_S - before_S).abs()
+            assert float(moved_S.max()) < 0.02 * LARGEST_STEP / float(mixture.probs_S.min()) ** 0.5
+    assert mixture.mean_square < 1.5 * undisturbed.mean_square
+
+
+def test_a_lasting_change_of_size_is_followed() -> None:
+    mixture = Mixture([1.0] * 4, "eg")
+    for number, g_S in enumerate(noise(400, 4)):
+        mixture.step(centred(g_S * (100 if number >= 200 else 1), mixture), 0.02)
+    fresh = Mixture([1.0] * 4, "eg")
+    for g_S in noise(200, 4):
+        fresh.step(centred(g_S * 100, fresh), 0.02)
+    assert mixture.mean_square == pytest.approx(fresh.mean_square, rel=0.5)
 
 
 def test_copies_of_one_source_stay_uniform() -> None:
