@@ -59,14 +59,19 @@ def plan_passes(
     probs_S: torch.Tensor,
     shares_V: torch.Tensor,
     alpha: float,
+    u_is_w: bool = False,
 ) -> list[Pass]:
-    """The passes of a step: u and w in turn on each training micro-batch, validation after them."""
+    """The passes of a step: u and w in turn on each training micro-batch, validation after them.
+
+    Args:
+        u_is_w: leave out w on training data, as u gives the same losses and gradients.
+    """
     weights = {
         Role.TRAIN_U: probs_S * role_scale(Role.TRAIN_U, alpha),
         Role.TRAIN_W: probs_S * role_scale(Role.TRAIN_W, alpha),
         Role.VALID_W: shares_V * role_scale(Role.VALID_W, alpha),
     }
-    train_roles = (Role.TRAIN_U, Role.TRAIN_W)
+    train_roles = (Role.TRAIN_U,) if u_is_w else (Role.TRAIN_U, Role.TRAIN_W)
     passes = [Pass(role, batch, weights[role]) for batch in train for role in train_roles]
     return passes + [Pass(Role.VALID_W, batch, weights[Role.VALID_W]) for batch in validation]
 

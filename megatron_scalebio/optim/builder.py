@@ -64,6 +64,13 @@ class Period:
             optimizer.zero_grad()
 
     @torch.no_grad()
+    def add_gradients_of_u(self, scale: float) -> None:
+        """Adds u's reduced gradients times `scale` to w's: both are of the same weights."""
+        for ddp_w, ddp_u in zip(self.ddp["w"], self.ddp["u"], strict=True):
+            for of_w, of_u in zip(ddp_w.buffers, ddp_u.buffers, strict=True):
+                of_w.grad_data.add_(of_u.grad_data, alpha=scale)
+
+    @torch.no_grad()
     def resync(self) -> None:
         """Makes u equal to w again: weights, fp32 masters and Adam state."""
         w, u = self._models["w"], self._models["u"]

@@ -9,13 +9,13 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from megatron_scalebio.bilevel import step as bilevel
-from megatron_scalebio.bilevel.objective import hypergradient
+from megatron_scalebio.bilevel.objective import Role, hypergradient, role_scale
 from megatron_scalebio.bilevel.schedule import StepSettings
 from megatron_scalebio.optim.builder import Period, set_rate
 from megatron_scalebio.train.state import TrainState
@@ -58,13 +58,17 @@ def train_step(state: TrainState) -> StepResult:
         shares_V = torch.from_numpy(state.data.shares_V)
         inclusion_S = torch.from_numpy(picks.inclusion_S)
         counts_S = torch.from_numpy(np.bincount(picks.group_B, minlength=len(probs_S)))
-        passes = bilevel.plan_passes(train, valid, probs_S, shares_V, settings.alpha)
     with watch.phase("period"):
         period = state.enter_period()
         period.zero_grad()
+        once = state.u_is_w and state.flush_takes(len(train) + len(valid))
+        passes = bilevel.plan_passes(train, valid, probs_S, shares_V, settings.alpha, once)
     with watch.phase("flush"):
         records = bilevel.flush(period.twins, passes, state.config.train.micro_batch_size)
         losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, len(shares_V))
+        if once:
+            period.add_gradients_of_u(role_scale(Role.TRAIN_W, settings.alpha))
+            losses = replace(losses, w_S=losses.u_S)
     result = StepResult(settings, losses, probs_S, time_s=watch.time_s)
     with watch.phase("update"):
         _update_models(state, period, result)

@@ -134,6 +134,7 @@ class RunState:
             initialize_weights(
                 self.w, config.train.seed, config.model.init_method_std, config.model.num_layers
             )
+        self.u_is_w = False  # at this step, after `enter_period`
         self.period_number: int | None = None
         self.period: Period | None = None
         self.active_layers: list[int] | None = None
@@ -145,17 +146,26 @@ class RunState:
             resuming: the period is gone on with: u, just loaded, is not reset to w.
         """
         number = period_of(self.step, self.config.lisa)
+        self.u_is_w = False
         if self.period is None or number != self.period_number:
             self.leave_period()
             resync = self.config.bilevel.resync_interval is not None and not resuming
             if "u" in self.models and resync:
                 share_storage(self.w, self.models["u"])
+                self.u_is_w = True
             self._set_trainable(number)
             self.period = Period(self.config, self.megatron, **self.models)
             self.period_number = number
         elif self._resync_is_due():
             self.period.resync()
+            self.u_is_w = True
         return self.period
+
+    def flush_takes(self, passes: int) -> bool:
+        """Whether one flush may have so many micro-batches: interleaved pipelines are choosy."""
+        parallel = self.config.parallel
+        interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
+        return not interleaved or passes % parallel.pipeline_model_parallel_size == 0
 
     def _resync_is_due(self) -> bool:
         """Without LISA; with it, every new period starts from u = w."""
