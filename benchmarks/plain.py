@@ -15,6 +15,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch
 from megatron_scalebio.model.init import initialize_weights
@@ -59,11 +60,14 @@ class PlainTraining:
 
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Any]:
-    batch = next(batches)
-    output = model(batch.tokens_BS, batch.positions_BS, None, labels=batch.labels_BS)
+    batch, device = next(batches), runtime.device()
+    output = model(
+        batch.tokens_BS.to(device), batch.positions_BS.to(device), None,
+        labels=batch.labels_BS.to(device),
+    )  # fmt: skip
     return output, partial(_loss_func, batch)
 
 
 def _loss_func(batch: MicroBatch, loss_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    loss = (loss_BS.float() * batch.mask_BS).sum()
-    return loss, batch.mask_BS.sum().int(), {"loss": loss.detach()}
+    loss = (loss_BS.float() * batch.mask_BS.to(loss_BS.device)).sum()
+    return loss, batch.mask_BS.sum().int().to(loss_BS.device), {"loss": loss.detach()}

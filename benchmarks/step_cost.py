@@ -26,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from common import build, table, write_json
 from plain import PlainTraining
 
@@ -73,7 +74,9 @@ def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
             "num_layers": args.layers,
             "hidden_size": args.hidden,
             "num_attention_heads": args.hidden // 64,
+            "transformer_impl": args.transformer_impl,
         },
+        "parallel": {"bf16": args.bf16},
         "logging": {"log_interval": 10**6},
         "train": {
             "train_iters": 1000,
@@ -85,8 +88,10 @@ def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
 
 
 def timed(work: Callable[[], Any]) -> Seconds:
+    torch.cuda.synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
     work()
+    torch.cuda.synchronize()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -108,6 +113,7 @@ def ratio(times: dict[str, list[Seconds]], name: str, unit: str) -> dict[str, fl
         "cpu": median(a[1] / b[1] for a, b in pairs),
         "least_cpu": min(a[1] for a, _ in pairs) / min(b[1] for _, b in pairs),
         "unit_seconds": median(b[0] for _, b in pairs),
+        "seconds": median(a[0] for a, _ in pairs),
     }
 
 
@@ -205,12 +211,10 @@ def many_sources(folder: Path, args: Any) -> dict[str, dict[str, float]]:
 
 def pipeline_rank(folder: str, data: dict, args: Any) -> None:
     """One of two pipeline stages: one flush and three flushes of the same passes in turns."""
-    parallel = {"pipeline_model_parallel_size": 2}
+    parallel = {"pipeline_model_parallel_size": 2, "bf16": args.bf16}
     state = build(settings(data, args, parallel=parallel), Path(folder))
     probs_S = state.mixture.probs_S
     train, valid, _ = state.data.next(probs_S)
-    import torch
-
     passes = bilevel.plan_passes(train, valid, probs_S, torch.ones(1).double(), 10.0)
     by_role = [[p for p in passes if p.role is role] for role in Role]
     period = state.enter_period()
@@ -256,6 +260,8 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=4, help="m, a third of a step's")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--transformer-impl", default="auto")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
