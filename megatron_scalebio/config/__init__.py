@@ -110,6 +110,8 @@ class Config:
                 f"is not divisible by TP {tp}", "choose a multiple",
             )  # fmt: skip
         self._validate_lengths(tp)
+        if parallel.fp8_format:
+            self._validate_fp8(tp)
         per_chunk = model.num_layers // pp // (parallel.virtual_chunks(model.num_layers) or 1)
         if (parallel.recompute_num_layers or 0) > per_chunk:
             raise refuse(
@@ -121,6 +123,28 @@ class Config:
             raise refuse(
                 "lisa.lisa_layers", lisa, f"is above num_layers {model.num_layers}", "lower it"
             )
+
+    def _validate_fp8(self, tp: int) -> None:
+        """Every side of a matrix product in FP8 is a multiple of 16 (Transformer Engine)."""
+        model = self.model
+        head = model.kv_channels or model.hidden_size // model.num_attention_heads
+        groups = model.num_query_groups or model.num_attention_heads
+        if self.data.seq_length % (16 * tp):
+            raise refuse(
+                "data.seq_length", self.data.seq_length,
+                f"is not divisible by 16 x TP {tp}, which FP8 needs", "choose a multiple",
+            )  # fmt: skip
+        for name, value, on_a_rank in (
+            ("hidden_size", model.hidden_size, model.hidden_size),
+            ("ffn_hidden_size", model.ffn_hidden_size, (model.ffn_hidden_size or 0) // tp),
+            ("kv_channels", head, model.num_attention_heads * head // tp),
+            ("kv_channels", head, groups * head // tp),
+        ):
+            if on_a_rank % 16:
+                raise refuse(
+                    f"model.{name}", value, f"makes a matrix of {on_a_rank} on each TP rank, which "
+                    "FP8 needs divisible by 16", "choose another TP size, or drop fp8_format",
+                )  # fmt: skip
 
     def _validate_lengths(self, tp: int) -> None:
         length, positions = self.data.seq_length, self.model.max_position_embeddings

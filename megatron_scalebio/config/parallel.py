@@ -18,6 +18,13 @@ class ParallelConfig:
     sequence_parallel: bool = option(False, "split norms along the sequence over TP")
     use_distributed_optimizer: bool = option(False, "shard optimizer state over DP (ZeRO-1)")
     bf16: bool = option(False, "bfloat16 weights with fp32 masters and gradient sums")
+    fp8_format: Literal["hybrid", "e4m3"] | None = option(
+        None, "FP8 matrix products by Transformer Engine; hybrid: e4m3 forward, e5m2 backward"
+    )
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] = option(
+        "tensorwise", "how FP8 tensors are scaled"
+    )
+    fp8_param_gather: bool = option(False, "keep and gather the weights themselves in FP8")
     recompute_granularity: Literal["full", "selective"] | None = option(
         None, "recompute activations in the backward pass"
     )
@@ -43,6 +50,13 @@ class ParallelConfig:
                 "needs pipeline parallelism",
                 "raise pipeline_model_parallel_size or drop it",
             )
+        if self.fp8_format and not self.bf16:
+            raise refuse("fp8_format", self.fp8_format, "needs bf16", "set bf16")
+        if self.fp8_param_gather and not (self.fp8_format and self.use_distributed_optimizer):
+            raise refuse(
+                "fp8_param_gather", True, "needs fp8_format and use_distributed_optimizer",
+                "set both or drop it",
+            )  # fmt: skip
         if self.recompute_granularity == "full":
             self.recompute_method = self.recompute_method or "uniform"
             self.recompute_num_layers = self.recompute_num_layers or 1

@@ -38,7 +38,14 @@ def uses_transformer_engine(config: Config) -> bool:
             where="model.transformer_impl",
             mend="install it or use local",
         )
-    return asked != "local" and HAVE_TRANSFORMER_ENGINE and runtime.on_cuda()
+    used = asked != "local" and HAVE_TRANSFORMER_ENGINE and runtime.on_cuda()
+    if config.parallel.fp8_format and not used:
+        raise UserError(
+            f"{config.parallel.fp8_format!r} needs CUDA and Transformer Engine's layers",
+            where="parallel.fp8_format",
+            mend="install transformer_engine and leave transformer_impl at auto, or drop it",
+        )
+    return used
 
 
 def transformer_config(config: Config) -> ModelSettings:
@@ -74,6 +81,9 @@ def transformer_config(config: Config) -> ModelSettings:
         virtual_pipeline_model_parallel_size=parallel.virtual_chunks(model.num_layers),
         sequence_parallel=parallel.sequence_parallel,
         bf16=parallel.bf16,
+        fp8=parallel.fp8_format,
+        fp8_recipe=parallel.fp8_recipe,
+        fp8_param=parallel.fp8_param_gather,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         recompute_granularity=parallel.recompute_granularity,

@@ -107,6 +107,7 @@ def _wrap(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_grad_reduce=False,
+        fp8_param_gather=config.parallel.fp8_param_gather,
     )
     return DistributedDataParallel(megatron, settings, chunk, disable_bucketing=number > 0)
 
@@ -125,6 +126,7 @@ def _optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Megatro
         bf16=parallel.bf16,
         params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        fp8_recipe=parallel.fp8_recipe if parallel.fp8_format else None,
     )
     return get_megatron_optimizer(settings, chunks)
 

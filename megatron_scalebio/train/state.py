@@ -66,7 +66,7 @@ class Data:
             micro_batch_size=train.micro_batch_size,
             dp_rank=runtime.dp_rank(),
             dp_size=runtime.dp_size(),
-            pad_multiple=max(8, tp),
+            pad_multiple=16 * tp if config.parallel.fp8_format else max(8, tp),
             seq_length=config.data.seq_length,
             fixed_length=config.parallel.num_layers_per_virtual_pipeline_stage is not None,
         )
