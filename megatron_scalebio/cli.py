@@ -19,7 +19,7 @@ COMMANDS = {
     "prepare": ("megatron_scalebio.data.prepare_cli", "tokenize JSON/JSONL into sources"),
     "convert": ("megatron_scalebio.convert.command", "Hugging Face checkpoints in and out"),
     "reweight": ("megatron_scalebio.train.reweight", "learn the mixture"),
-    "sample": ("megatron_scalebio.data.sample_cli", "draw a training set in learned proportions"),
+    "sample": ("megatron_scalebio.sample.command", "draw a training set in learned proportions"),
     "train": ("megatron_scalebio.train.finetune", "train on a sample or a weighted mixture"),
     "evaluate": ("megatron_scalebio.evaluate.cli", "held-out losses, benchmarks, MT-Bench"),
     "report": ("megatron_scalebio.report.html", "write the HTML report of a run"),

@@ -21,6 +21,7 @@ BELOW = {
     "runtime": {"config", "cpu"},
     "report": set(),
     "data": {"config", "config_loader"},
+    "sample": {"config", "config_loader", "data"},
     "model": {"config", "runtime"},
     "optim": {"config", "model", "runtime"},
     "bilevel": {"config", "data", "model", "runtime"},
@@ -33,7 +34,7 @@ BELOW = {
     },
     "train": {
         "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
-        "runtime", "convert",
+        "runtime", "convert", "sample",
     },
     "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},

@@ -6,17 +6,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_scalebio.data import sample_cli
 from megatron_scalebio.errors import EXIT_USER_ERROR, UserError
+from megatron_scalebio.sample import command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the tool; returns an exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sample_cli.add_arguments(parser)
+    command.add_arguments(parser)
     args = parser.parse_args(arguments)
     try:
-        return sample_cli.run(args)
+        return command.run(args)
     except UserError as error:
         print(f"sample_mixture: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -20,7 +20,6 @@ from megatron_scalebio.bilevel.schedule import Schedule
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
 from megatron_scalebio.data.blend import BlendSampler, Picks
-from megatron_scalebio.data.sample_inputs import read_weights
 from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.init import initialize_weights
@@ -28,6 +27,7 @@ from megatron_scalebio.model.provider import build_model, transformer_config
 from megatron_scalebio.model.twin import share_storage
 from megatron_scalebio.optim.builder import Period
 from megatron_scalebio.optim.lisa import active_layers, period_of, set_trainable
+from megatron_scalebio.sample.inputs import read_weights
 
 
 class Data:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_scalebio.data.contamination import (
+from megatron_scalebio.data.formats import Dialogue, Text
+from megatron_scalebio.sample.contamination import (
     EXACT,
     NGRAM,
     PROMPT,
@@ -12,7 +13,6 @@ from megatron_scalebio.data.contamination import (
     whole_text,
     words,
 )
-from megatron_scalebio.data.formats import Dialogue, Text
 
 QUESTION = "If a train leaves at noon and travels for three hours how far does it go then?"
 

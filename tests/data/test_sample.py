@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_scalebio.data import sample_cli
 from megatron_scalebio.data.prepare import PrepareConfig, SourceInput, prepare
-from megatron_scalebio.data.sample import sample
-from megatron_scalebio.data.sample_config import SampleConfig, WeightedSource
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.sample import command as sample_command
+from megatron_scalebio.sample.config import SampleConfig, WeightedSource
+from megatron_scalebio.sample.stage import sample
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -279,8 +279,8 @@ def test_refusals(world: World, sentence_piece: Path) -> None:
 
 def command(world: World, *words: str) -> int:
     parser = argparse.ArgumentParser()
-    sample_cli.add_arguments(parser)
-    return sample_cli.run(parser.parse_args([*words, "--out", str(world.root / "out")]))
+    sample_command.add_arguments(parser)
+    return sample_command.run(parser.parse_args([*words, "--out", str(world.root / "out")]))
 
 
 def test_command_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,8 +325,8 @@ def test_sample_mixture_tool(world: World) -> None:
 def test_memory_does_not_grow_with_the_file(world: World) -> None:
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from megatron_scalebio.data.sample import sample\n"
-        "from megatron_scalebio.data.sample_config import SampleConfig, WeightedSource\n"
+        "from megatron_scalebio.sample.stage import sample\n"
+        "from megatron_scalebio.sample.config import SampleConfig, WeightedSource\n"
         "out, path, goal, tokenizer = sys.argv[1:]\n"
         "sources = (WeightedSource('s', path, 1.0),)\n"
         "sample(SampleConfig(Path(out), sources, 100, exclude=(('goal', goal),),\n"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_scalebio.data.sample_plan import allocate, draw_rows, shuffled
+from megatron_scalebio.sample.plan import allocate, draw_rows, shuffled
 
 
 def counts(shares: list[float], caps: list[int], total: int) -> list[int]:

@@ -3,7 +3,7 @@
 sample.jsonl             the raw records, with the field `sampled_from`; not for token ids
 tokens.bin|.idx          the sample, laid out as `prepare` lays out a source
 loss_mask.bin|.idx, source.json        not where only Megatron prefixes were drawn from
-manifest.json            which rows were taken; see `sample_manifest`
+manifest.json            which rows were taken; see `sample.manifest`
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_scalebio.data.sample_plan import shuffled
-from megatron_scalebio.data.sample_spool import Spool
 from megatron_scalebio.data.source_writer import TOKENS, SourceWriter
+from megatron_scalebio.sample.plan import shuffled
+from megatron_scalebio.sample.spool import Spool
 
 SAMPLE_FILE = "sample.jsonl"
 MANIFEST_FILE = "manifest.json"

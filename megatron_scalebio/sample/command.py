@@ -19,17 +19,17 @@ from rich.table import Table
 from megatron_scalebio.data.formats import FORMATS
 from megatron_scalebio.data.prepare import TOO_LONG, Progress
 from megatron_scalebio.data.prepare_cli import _NAME, _sigterm_interrupts
-from megatron_scalebio.data.sample import OnProgress, sample
-from megatron_scalebio.data.sample_config import SampleConfig, WeightedSource
-from megatron_scalebio.data.sample_inputs import (
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.sample.config import SampleConfig, WeightedSource
+from megatron_scalebio.sample.inputs import (
     WEIGHTS_FILE,
     locate,
     parse_weights,
     read_weights,
     validation_of_run,
 )
-from megatron_scalebio.data.sample_writer import MANIFEST_FILE
-from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.sample.stage import OnProgress, sample
+from megatron_scalebio.sample.writer import MANIFEST_FILE
 
 _LINE_EVERY_S = 10.0
 

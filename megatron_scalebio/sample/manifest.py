@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_scalebio.data.contamination import KINDS
-from megatron_scalebio.data.sample_config import SampleConfig
-from megatron_scalebio.data.sample_plan import Ints
-from megatron_scalebio.data.sample_rows import STATUSES, RawRows
-from megatron_scalebio.data.sample_setup import OpenSource, Setup
-from megatron_scalebio.data.sample_writer import Written
+from megatron_scalebio.sample.config import SampleConfig
+from megatron_scalebio.sample.contamination import KINDS
+from megatron_scalebio.sample.plan import Ints
+from megatron_scalebio.sample.rows import STATUSES, RawRows
+from megatron_scalebio.sample.setup import OpenSource, Setup
+from megatron_scalebio.sample.writer import Written
 
 FORMAT_VERSION = 1
 

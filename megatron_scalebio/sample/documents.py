@@ -1,4 +1,4 @@
-"""Documents of token ids as the rows of a source; see `sample_rows`."""
+"""Documents of token ids as the rows of a source; see `sample.rows`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_scalebio.data.contamination import EvaluationIndex, Ids, WordIds
 from megatron_scalebio.data.encode_pool import cut
 from megatron_scalebio.data.prepare import Progress
-from megatron_scalebio.data.sample_rows import (
+from megatron_scalebio.data.sources import ExampleSource, _open_indexed
+from megatron_scalebio.data.tokenizer import Tokenizer
+from megatron_scalebio.sample.contamination import EvaluationIndex, Ids, WordIds
+from megatron_scalebio.sample.rows import (
     CODES,
     REPORT_ROWS,
     Ints,
@@ -18,8 +20,6 @@ from megatron_scalebio.data.sample_rows import (
     Row,
     Statuses,
 )
-from megatron_scalebio.data.sources import ExampleSource, _open_indexed
-from megatron_scalebio.data.tokenizer import Tokenizer
 
 
 class TokenRows:

@@ -2,7 +2,7 @@
 
 Rows are read in two ways: `scan` looks once at every row and marks what repeats an evaluation
 example; `fetch` encodes chosen rows, in ascending order. Neither holds more than a row at a time.
-`sample_documents` does the same for token ids.
+`sample.documents` does the same for token ids.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_scalebio.data.contamination import (
+from megatron_scalebio.data.encode_pool import Batch, EncodePool
+from megatron_scalebio.data.formats import detect_format, parse_record
+from megatron_scalebio.data.prepare import Progress
+from megatron_scalebio.data.records import Record, RecordReader
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.sample.contamination import (
     KINDS,
     EvaluationIndex,
     WordIds,
@@ -25,11 +30,6 @@ from megatron_scalebio.data.contamination import (
     prompt_text,
     whole_text,
 )
-from megatron_scalebio.data.encode_pool import Batch, EncodePool
-from megatron_scalebio.data.formats import detect_format, parse_record
-from megatron_scalebio.data.prepare import Progress
-from megatron_scalebio.data.records import Record, RecordReader
-from megatron_scalebio.errors import UserError
 
 Ints = npt.NDArray[np.int64]
 Statuses = npt.NDArray[np.uint8]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_scalebio.data.sample_rows import Row
+from megatron_scalebio.sample.rows import Row
 
 SOURCE_FIELD = "sampled_from"
 

@@ -4,7 +4,7 @@
                                                         ▲             │
                                                         └─ rows that give no example ─┘
 
-The plan is a pure function of weights, usable rows and seed (`sample_plan`). A row that turns out
+The plan is a pure function of weights, usable rows and seed (`sample.plan`). A row that turns out
 to give no example is marked and the plan made again, until every drawn row is good.
 """
 
@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 
 from megatron_scalebio.data.prepare import Progress
-from megatron_scalebio.data.sample_config import SampleConfig
-from megatron_scalebio.data.sample_manifest import Drawn, manifest
-from megatron_scalebio.data.sample_plan import Floats, Ints, allocate, draw_rows
-from megatron_scalebio.data.sample_rows import RawRows
-from megatron_scalebio.data.sample_setup import OpenSource, Setup, open_setup
-from megatron_scalebio.data.sample_spool import Spool
-from megatron_scalebio.data.sample_writer import Facts, write_manifest, write_sample
 from megatron_scalebio.data.source_writer import Staging
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.sample.config import SampleConfig
+from megatron_scalebio.sample.manifest import Drawn, manifest
+from megatron_scalebio.sample.plan import Floats, Ints, allocate, draw_rows
+from megatron_scalebio.sample.rows import RawRows
+from megatron_scalebio.sample.setup import OpenSource, Setup, open_setup
+from megatron_scalebio.sample.spool import Spool
+from megatron_scalebio.sample.writer import Facts, write_manifest, write_sample
 
 _PROBE_ROWS = 256
 OnProgress = Callable[[str, Progress], None]  # called with what is done, and how far it is

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scalebio.data.contamination import EvaluationIndex, WordIds
 from megatron_scalebio.data.encode_pool import EncodePool, EncodeSettings
-from megatron_scalebio.data.sample_config import SampleConfig, WeightedSource
-from megatron_scalebio.data.sample_documents import TokenRows
-from megatron_scalebio.data.sample_inputs import Located, locate
-from megatron_scalebio.data.sample_rows import RawRows, Statuses
 from megatron_scalebio.data.sources import ExampleSource
 from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.sample.config import SampleConfig, WeightedSource
+from megatron_scalebio.sample.contamination import EvaluationIndex, WordIds
+from megatron_scalebio.sample.documents import TokenRows
+from megatron_scalebio.sample.inputs import Located, locate
+from megatron_scalebio.sample.rows import RawRows, Statuses
 
 _DEFAULT_SEQ_LENGTH = 2048  # of prepare
 _CHECKED_ROWS = 64
