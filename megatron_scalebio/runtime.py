@@ -171,7 +171,7 @@ def allocated_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @contextmanager
@@ -192,7 +192,10 @@ def helpers_ignore_stop_signals() -> Iterator[None]:
 
 
 class StopSignals:
-    """Remembers SIGTERM and SIGUSR1, so that the loop can save after its step and exit 3."""
+    """Remembers SIGTERM, SIGUSR1 and Ctrl-C, so that the loop can save after its step and exit 3.
+
+    A second Ctrl-C ends at once.
+    """
 
     def __init__(self) -> None:
         self.received = 0
@@ -200,4 +203,6 @@ class StopSignals:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == self.received == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = number

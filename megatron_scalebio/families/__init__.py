@@ -64,7 +64,8 @@ def _read_config(hf: Path) -> HfConfig:
         config = AutoConfig.from_pretrained(
             folder, gguf_file=gguf, local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
+    # transformers' own classes raise whatever a value that they do not expect leads to.
+    except (ValueError, KeyError, OSError, TypeError, ImportError, AttributeError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"transformers can't read it: {line}", where=str(where),

@@ -108,7 +108,11 @@ class RunConsole:
             task = self._progress.task_ids[0]
             self._progress.update(task, completed=step, status=self._status(record))
             self._progress.refresh()
-        elif step % self._log_interval == 0 or step == self._train_iters:
+        elif (
+            len(self._recent_s) == 1  # the first one tells how long the others will take
+            or step % self._log_interval == 0
+            or step == self._train_iters
+        ):
             self._print(f"step {step}/{self._train_iters}  {self._status(record)}")
 
     def warn(self, message: str) -> None:
@@ -162,6 +166,11 @@ class RunConsole:
         )
         self._print(verdict, plain(f": {weights.get('reason', '')}"))
         self.places(outputs)
+
+    def stopped(self, step: int) -> None:
+        """Says that a signal ended the run, and that nothing is lost."""
+        self.stop()
+        self.warn(f"stopped by a signal, saved at step {step}; the same command goes on from there")
 
     def note(self, line: str) -> None:
         """One line that stays, above the bar where there is one."""

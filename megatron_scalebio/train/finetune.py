@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
             reporter.close()
     if reporter:
         reporter.finish(losses)
+        if code == EXIT_SIGNALLED:
+            reporter.console.stopped(state.step)
     return code
 
 

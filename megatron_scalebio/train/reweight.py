@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
             reporter.close()
     if reporter:
         reporter.finish()
+        if code == EXIT_SIGNALLED:
+            reporter.console.stopped(state.step)
     return code
 
 

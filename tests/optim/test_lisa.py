@@ -42,6 +42,38 @@ def test_a_draw_is_a_level_sample_of_the_layers(
     assert max(counts) - min(counts) <= 1
 
 
+# Those of the shipped configurations, and pipelines whose chunks do not share evenly.
+LEVEL_CASES = [*CASES, (4, 80, 4, 1), (4, 64, 4, 2), (4, 60, 3, 1), (6, 80, 4, 5), (7, 48, 4, 3)]
+
+
+@pytest.mark.parametrize("case", LEVEL_CASES)
+def test_stages_and_virtual_chunks_stay_level_over_a_thousand_periods(
+    case: tuple[int, int, int, int],
+) -> None:
+    _, layers, stages, virtual = case
+    per_chunk = layers // (stages * virtual)
+    for period in range(1000):
+        drawn = draw(*case, period)
+        per_stage = Counter(stage_of(layer, layers, stages, virtual) for layer in drawn)
+        counts = [per_stage[stage] for stage in range(stages)]
+        assert max(counts) - min(counts) <= 1, (period, counts)
+        of_chunk = Counter(layer // per_chunk for layer in drawn)
+        counts = [of_chunk[chunk] for chunk in range(stages * virtual)]
+        assert max(counts) - min(counts) <= 1, (period, counts)
+
+
+@pytest.mark.parametrize("case", LEVEL_CASES)
+def test_the_spread_of_the_draws_is_that_of_chance(case: tuple[int, int, int, int]) -> None:
+    """Of 60 to 80 layers one may well be 3 sigma off: here all layers are judged together."""
+    active, layers, *_ = case
+    periods, share = 1000, active / layers
+    drawn = Counter(n for period in range(periods) for n in draw(*case, period))
+    variance = periods * share * (1 - share)
+    chi_square = sum((drawn[n] - periods * share) ** 2 / variance for n in range(layers))
+    # Mean and variance of a chi-square of at most that many degrees of freedom.
+    assert chi_square <= layers + 3 * math.sqrt(2 * layers), chi_square
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_layer_is_drawn_equally_often(case: tuple[int, int, int, int]) -> None:
     active, layers, *_ = case

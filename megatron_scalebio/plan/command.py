@@ -1,0 +1,126 @@
+"""The subcommand `plan`: will it fit, how long does a step take, which layout is best.
+
+Runs on any machine, without a GPU and without the data: tensors have shapes only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_scalebio import config_loader
+from megatron_scalebio.config import Config
+from megatron_scalebio.errors import EXIT_OK, UserError
+
+NARROWEST = 80
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `plan`, and every option of a run, which go over the file's."""
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--gpus", type=_positive, metavar="N", help="devices of the whole run [TP x PP]"
+    )
+    group.add_argument("--gpu", default="h100-80g", metavar="KIND",
+        help="h100-80g, h200, a100-80g, a100-40g or cpu [h100-80g]")  # fmt: skip
+    group.add_argument("--mfu", type=float, default=0.4, metavar="X",
+        help="share of the peak that a micro-batch's arithmetic reaches [0.4]")  # fmt: skip
+    group.add_argument("--json", metavar="FILE", help="write the plan, in bytes and seconds")
+    group.add_argument("--dry-run", action="store_true",
+        help="build every rank and check layers, shards, LISA draws and messages")  # fmt: skip
+    group.add_argument("--search", action="store_true",
+        help="propose the best layout, and the fewest GPUs that hold the model")  # fmt: skip
+    config_loader.add_arguments(parser)
+
+
+def _positive(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a positive number")
+    return int(word)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan; exit code 0 whether or not it fits.
+
+    Raises:
+        UserError: for a configuration, a layout or a file that cannot be.
+    """
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"{args.mfu:g} is outside (0, 1]", where="--mfu", mend="try 0.4")
+    config = config_loader.config_from_args(args)
+    if config.model.vocab_size is None:
+        raise UserError(
+            "is not set", where="model.vocab_size",
+            mend="a plan does not open the data: set it to the tokenizer's",
+        )  # fmt: skip
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan computes nothing: not on a GPU either
+    console = Console(width=max(NARROWEST, Console().width))
+    content = _search(args, config, console) if args.search else _plan(args, config, console)
+    if args.json:
+        _write(Path(args.json), content)
+    return EXIT_OK
+
+
+def _plan(args: argparse.Namespace, config: Config, console: Console) -> dict[str, Any]:
+    from megatron_scalebio.plan import checks, table
+    from megatron_scalebio.plan.hardware import gpu_named
+    from megatron_scalebio.plan.layout import Layout
+    from megatron_scalebio.plan.planner import make_plan
+
+    gpus = args.gpus or config.parallel.model_parallel_size
+    layout = Layout.of(config, gpus, gpu_named(args.gpu))
+    with console.status("rehearsing a step") as status:
+        plan = make_plan(
+            config, layout, args.mfu,
+            lambda stage: status.update(f"rehearsing stage {stage + 1} of {layout.pp}"),
+        )  # fmt: skip
+    table.show(console, plan)
+    content = plan.as_json()
+    if args.dry_run:
+        with console.status("building every rank"):
+            ranks = checks.build_ranks(config, layout)
+            found = checks.problems(config, plan, ranks)
+        if found:
+            raise UserError("; ".join(found), where="dry run")
+        console.print(
+            f"dry run: built {len(ranks)} of {gpus} ranks (replicas are alike): layers, shards, "
+            "LISA draws and messages agree",
+            highlight=False,
+        )
+        content["dry_run"] = {"ranks": len(ranks), "problems": found}
+    return content
+
+
+def _search(args: argparse.Namespace, config: Config, console: Console) -> dict[str, Any]:
+    from megatron_scalebio.plan import search, table
+    from megatron_scalebio.plan.hardware import gpu_named
+
+    gpu = gpu_named(args.gpu)
+    gpus = args.gpus or gpu.node_gpus
+    with console.status("searching"):
+        found = search.search(config, gpus, gpu, args.mfu)
+    console.print("Layouts, estimated: those that fit first, fastest first")
+    console.print(search.ranking(found))
+    best = found.best
+    if best is None:
+        raise UserError(
+            f"no layout of {gpus} x {gpu.name} holds the model"
+            + (f"; {found.fewest} hold it" if found.fewest else ""),
+            where="--search", mend="more GPUs, fewer lisa_layers or a shorter seq_length",
+        )  # fmt: skip
+    table.show(console, best)
+    console.print(f"fewest {gpu.name} that hold it: {found.fewest}", highlight=False)
+    console.print(search.as_yaml(found.best_config), highlight=False)
+    return {**best.as_json(), "fewest_gpus": found.fewest}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(error.strerror or str(error), where=str(path), mend="see --json") from None

@@ -1,0 +1,82 @@
+"""How long a step takes: arithmetic at a stated share of the peak, traffic, bubble, optimizer.
+
+    flush  = (n · v + p − 1) / v · slowest stage's (arithmetic + TP traffic) of a micro-batch
+    step   = flush + DP traffic + optimizer
+
+Arithmetic is what the rehearsal counted: frozen layers have no weight gradients, recomputation is
+included. Traffic is not overlapped with arithmetic, as the run does not overlap it either; pipeline
+messages are taken to hide behind it. An estimate: what the links deliver is not measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_scalebio.plan.holdings import ADAM, GRADIENTS, MASTERS
+from megatron_scalebio.plan.layout import Layout
+from megatron_scalebio.plan.rehearsal import StageMemory
+
+DEFAULT_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A step's time in seconds, by what it goes to, and its arithmetic on all devices."""
+
+    flops: float
+    compute_s: float
+    tensor_parallel_s: float
+    bubble_s: float
+    data_parallel_s: float
+    optimizer_s: float
+    bubble: float
+    tokens: int
+    mfu: float
+
+    @property
+    def step_s(self) -> float:
+        return (
+            self.compute_s + self.tensor_parallel_s + self.bubble_s + self.data_parallel_s
+            + self.optimizer_s
+        )  # fmt: skip
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.step_s
+
+
+def step_cost(
+    layout: Layout, stages: list[StageMemory], tokens_per_pass: int, mfu: float
+) -> StepCost:
+    """Cost of one step, from one rank of each stage.
+
+    Args:
+        mfu: share of the peak that the arithmetic of a micro-batch reaches, in (0, 1].
+    """
+    gpu, n = layout.gpu, layout.passes
+    compute_s = [stage.flops_per_pass / (gpu.peak_flops * mfu) for stage in stages]
+    # Sequential ranks: TP is innermost, then DP, then the pipeline.
+    tp_rate = gpu.node_bandwidth if layout.tp <= gpu.node_gpus else gpu.network_bandwidth
+    dp_rate = (
+        gpu.node_bandwidth if layout.tp * layout.dp <= gpu.node_gpus else gpu.network_bandwidth
+    )
+    tp_s = [stage.sent_per_pass_bytes["TP"] / tp_rate for stage in stages]
+    slowest = max(range(len(stages)), key=lambda s: compute_s[s] + tp_s[s])
+    busy_s = n * (compute_s[slowest] + tp_s[slowest])
+    return StepCost(
+        flops=sum(stage.flops_per_pass for stage in stages) * n * layout.tp * layout.dp,
+        compute_s=n * compute_s[slowest],
+        tensor_parallel_s=n * tp_s[slowest],
+        bubble_s=busy_s * layout.bubble / (1 - layout.bubble),
+        data_parallel_s=max(sum(s.sent_per_step_bytes.values()) for s in stages) / dp_rate,
+        optimizer_s=max(map(_optimizer_traffic, stages)) / gpu.memory_bandwidth,
+        bubble=layout.bubble,
+        tokens=n * layout.dp * tokens_per_pass,
+        mfu=mfu,
+    )
+
+
+def _optimizer_traffic(stage: StageMemory) -> int:
+    """Bytes that zeroing, norm and step move: gradients four times, the rest read and written."""
+    held = stage.held_bytes
+    return 4 * held[GRADIENTS] + 2 * (held[MASTERS] + held[ADAM])

@@ -1,0 +1,69 @@
+"""The GPUs that a plan can be made for: memory, peak arithmetic and bandwidths.
+
+Makers' data sheets: NVIDIA H100 (SXM5), H200, A100 (SXM4). Bandwidths of links are per direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_scalebio.errors import UserError
+
+GB = 1e9
+
+# Beside torch's tensors: CUDA context and kernels, NCCL's buffers, cuBLAS' workspace, and what
+# the allocator cannot hand out. An assumption, not a measurement.
+RESERVED_BYTES = int(2.5 * GB)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of device.
+
+    Attributes:
+        memory_bytes: that a plan may use: the nameplate's decimal gigabytes. (An H100-80G reports
+            81,559 MiB, 85.5e9 bytes: what is above the nameplate stays unplanned.)
+        peak_flops: dense bf16 FLOP/s.
+        memory_bandwidth: bytes/s of the device's memory.
+        node_bandwidth: bytes/s to the other GPUs of a node, in one direction.
+        network_bandwidth: bytes/s to other nodes, in one direction, per GPU.
+        node_gpus: GPUs of a node.
+        cuda: whether the layers use CUDA's fused kernels.
+    """
+
+    name: str
+    memory_bytes: int
+    peak_flops: float
+    memory_bandwidth: float
+    node_bandwidth: float
+    network_bandwidth: float
+    node_gpus: int = 8
+    cuda: bool = True
+
+    @property
+    def reserved_bytes(self) -> int:
+        return RESERVED_BYTES if self.cuda else 0
+
+
+_INFINIBAND = 50 * GB  # one 400 Gb/s port per GPU
+_HDR = 25 * GB  # one 200 Gb/s port per GPU
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        # NVLink 4: 900 GB/s in both directions together.
+        Gpu("h100-80g", int(80 * GB), 989e12, 3350 * GB, 450 * GB, _INFINIBAND),
+        Gpu("h200", int(141 * GB), 989e12, 4800 * GB, 450 * GB, _INFINIBAND),
+        # NVLink 3: 600 GB/s in both directions together.
+        Gpu("a100-80g", int(80 * GB), 312e12, 2039 * GB, 300 * GB, _HDR),
+        Gpu("a100-40g", int(40 * GB), 312e12, 1555 * GB, 300 * GB, _HDR),
+        # A core or two of this package's test machines; only the memory is of interest.
+        Gpu("cpu", int(16 * GB), 0.2e12, 20 * GB, 5 * GB, 1 * GB, node_gpus=64, cuda=False),
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """Raises UserError where there is none of that name."""
+    if name not in GPUS:
+        raise UserError(f"{name!r} is not known", where="--gpu", mend=f"one of {', '.join(GPUS)}")
+    return GPUS[name]

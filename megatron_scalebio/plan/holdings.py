@@ -1,0 +1,81 @@
+"""What a rank holds between flushes, counted on the objects that a run builds.
+
+Works alike on real and on meta tensors: a storage is counted once, whoever views it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_scalebio.model.twin import named_parameters
+from megatron_scalebio.optim.builder import Period
+
+WEIGHTS_W, WEIGHTS_U = "weights w", "weights u"
+GRADIENTS, MASTERS, ADAM = "gradients", "fp32 masters", "Adam state"
+FP8_COPIES = "FP8 copies"
+KINDS = (WEIGHTS_W, WEIGHTS_U, GRADIENTS, MASTERS, ADAM, FP8_COPIES)
+
+
+def holdings(
+    w: list[torch.nn.Module], u: list[torch.nn.Module], period: Period
+) -> tuple[dict[str, int], list[torch.Tensor]]:
+    """Bytes by kind, and the tensors behind them.
+
+    u is what it does not share with w. Adam's state is its two moments, whether or not the first
+    step has made them yet.
+    """
+    tensors = {
+        WEIGHTS_W: [p.data for _, p in named_parameters(w)],
+        WEIGHTS_U: [p.data for _, p in named_parameters(u)],
+        GRADIENTS: [
+            buffer.grad_data
+            for ddps in period.ddp.values()
+            for ddp in ddps
+            for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)
+        ],
+        MASTERS: [p for optimizer in period.optimizers.values() for p in stepped(optimizer)],
+    }
+    counted: set[int] = set()
+    sizes = {kind: _new_bytes(of_kind, counted) for kind, of_kind in tensors.items()}
+    sizes[ADAM] = 2 * sum(p.nbytes for p in tensors[MASTERS])
+    sizes[FP8_COPIES] = 0
+    return sizes, [tensor for of_kind in tensors.values() for tensor in of_kind]
+
+
+def fp8_copies(models: Iterable[list[torch.nn.Module]]) -> int:
+    """Bytes of the FP8 casts that Transformer Engine keeps of the layers' matrices.
+
+    Each module keeps its own, as stored and transposed, one byte an element: u's layers too where
+    they share w's weights. (An assumption, on the safe side; not measured.)
+    """
+    return sum(
+        2 * parameter.numel()
+        for model in models
+        for name, parameter in named_parameters(model)
+        if ".decoder.layers." in name and parameter.ndim == 2
+    )
+
+
+def stepped(optimizer: MegatronOptimizer) -> list[torch.Tensor]:
+    """What Adam steps on this rank: the fp32 masters, this rank's shard of them, or the weights."""
+    return [
+        parameter
+        for part in optimizer.chained_optimizers
+        if not part.is_stub_optimizer
+        for group in part.optimizer.param_groups
+        for parameter in group["params"]
+    ]
+
+
+def _new_bytes(tensors: Iterable[torch.Tensor], counted: set[int]) -> int:
+    """Bytes of the storages that are not counted yet."""
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in counted:
+            counted.add(storage._cdata)
+            total += storage.nbytes()
+    return total

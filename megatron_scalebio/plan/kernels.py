@@ -1,0 +1,105 @@
+"""The kernels that the target's layers run, on the meta device: what they save and allocate.
+
+torch picks fused kernels by device and would fall back to their definitions on meta. Here meta
+tensors take the path of the target: on CUDA flash attention and fused RMSNorm, SwiGLU and
+bias-dropout-add (Transformer Engine's layers save the same tensors), on CPU flash attention.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_scalebio.config import Config
+from megatron_scalebio.model.layers import ModelSettings
+from megatron_scalebio.model.provider import transformer_config
+from megatron_scalebio.plan.fake_rank import replaced
+
+_aten = torch.ops.aten
+
+
+def on_shapes(config: Config) -> Config:
+    """The configuration that can be built without Transformer Engine: equal weights and names."""
+    plain = copy.deepcopy(config)
+    plain.model.transformer_impl = "local"
+    plain.parallel.fp8_format, plain.parallel.fp8_param_gather = None, False
+    return plain
+
+
+def settings_for(config: Config, cuda: bool) -> ModelSettings:
+    """Megatron's configuration as on the target."""
+    settings = transformer_config(config)
+    settings.variable_seq_lengths = False  # every micro-batch at full length: the worst case
+    if cuda:
+        settings.deallocate_pipeline_outputs = True
+        settings.bias_activation_fusion = config.model.swiglu
+        settings.bias_dropout_fusion = True
+    return settings
+
+
+@contextmanager
+def kernels_of(cuda: bool) -> Iterator[None]:
+    """Meta tensors take the target's kernels within."""
+    with ExitStack() as stack:
+        attention = _flash_on_cuda if cuda else _flash_on_cpu
+        stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
+        if cuda:
+            stack.enter_context(replaced(F, "rms_norm", _fused_rms_norm))
+        yield
+
+
+_reference = F.scaled_dot_product_attention
+
+
+def _flash_on_cuda(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    if attn_mask is not None:  # flash attention takes no mask: the definition is computed
+        return _reference(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return _aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, is_causal, False, scale=scale
+    )[0]
+
+
+def _flash_on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    if dropout_p:
+        return _reference(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return _aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+
+
+class _RmsNorm(torch.autograd.Function):
+    """Saves its input, its weight and one fp32 number a row, as the fused kernel does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _fused_rms_norm(
+    x: torch.Tensor, shape: Any, weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
+    assert weight is not None
+    return _RmsNorm.apply(x, weight)

@@ -1,0 +1,126 @@
+"""A plan: every stage rehearsed in its worst period, its cost, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_scalebio.config import Config
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.plan.cost import StepCost, step_cost
+from megatron_scalebio.plan.holdings import WEIGHTS_U, WEIGHTS_W
+from megatron_scalebio.plan.layout import (
+    Layout,
+    draws,
+    ever_active,
+    stage_layers,
+    worst_draw,
+)
+from megatron_scalebio.plan.rehearsal import StageMemory, rehearse
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes on each device of a stage.
+
+    Attributes:
+        stages: each stage in the LISA period that costs it most.
+        u_worst_bytes: u's own weights at worst, by stage. More than a period's only where u is
+            never reset to w (`resync_interval: null`), since it then keeps every layer it trained.
+    """
+
+    layout: Layout
+    stages: tuple[StageMemory, ...]
+    u_worst_bytes: tuple[int, ...]
+    cost: StepCost
+
+    def total_bytes(self, stage: int) -> int:
+        """At worst, with what is reserved for CUDA."""
+        memory = self.stages[stage]
+        more_u = self.u_worst_bytes[stage] - memory.held_bytes[WEIGHTS_U]
+        running = memory.total_bytes + more_u
+        return max(running, self.start_bytes(stage)) + self.layout.gpu.reserved_bytes
+
+    def start_bytes(self, stage: int) -> int:
+        """While a run is built: u has weights of its own until it is made to share w's."""
+        return 2 * self.stages[stage].held_bytes[WEIGHTS_W]
+
+    @property
+    def worst_bytes(self) -> int:
+        return max(self.total_bytes(stage.stage) for stage in self.stages)
+
+    @property
+    def headroom(self) -> float:
+        """Share of the device's memory that stays free on the fullest stage; negative: too full."""
+        return 1 - self.worst_bytes / self.layout.gpu.memory_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.headroom >= 0
+
+    def as_json(self) -> dict[str, Any]:
+        layout, cost = self.layout, self.cost
+        stages = []
+        for memory in self.stages:
+            entry = asdict(memory)
+            del entry["messages"]
+            entry["weights_u_first_bytes"] = 0  # until the first period
+            entry["start_bytes"] = self.start_bytes(memory.stage)
+            entry["weights_u_worst_bytes"] = self.u_worst_bytes[memory.stage]
+            entry["reserved_bytes"] = layout.gpu.reserved_bytes
+            entry["total_bytes"] = self.total_bytes(memory.stage)
+            stages.append(entry)
+        return {
+            "gpu": asdict(layout.gpu),
+            "gpus": layout.world,
+            "layout": {
+                "tensor_model_parallel_size": layout.tp,
+                "pipeline_model_parallel_size": layout.pp,
+                "virtual_pipeline_model_parallel_size": layout.virtual,
+                "data_parallel_size": layout.dp,
+                "micro_batches_train": layout.train,
+                "micro_batches_validation": layout.validation,
+            },
+            "stages": stages,
+            "cost": {**asdict(cost), "step_s": cost.step_s, "tokens_per_s": cost.tokens_per_s},
+            "fits": self.fits,
+            "headroom": self.headroom,
+        }
+
+
+def make_plan(
+    config: Config, layout: Layout, mfu: float, on_stage: Callable[[int], None] = lambda stage: None
+) -> Plan:
+    """Rehearses one rank of each stage; `on_stage` hears which one comes.
+
+    Raises:
+        UserError: where a layout or a shape is refused.
+    """
+    if config.model.vocab_size is None:
+        raise UserError(
+            "is not set", where="model.vocab_size",
+            mend="a plan does not open the data: set it to the tokenizer's",
+        )  # fmt: skip
+    drawn = draws(config, layout)
+    stages, u_worst = [], []
+    for stage in range(layout.pp):
+        on_stage(stage)
+        memory = rehearse(config, layout, stage, worst_draw(config, layout, stage, drawn))
+        stages.append(memory)
+        u_worst.append(_u_at_worst(config, memory, drawn, stage_layers(config, layout, stage)))
+    tokens = config.train.micro_batch_size * config.data.seq_length
+    return Plan(layout, tuple(stages), tuple(u_worst), step_cost(layout, stages, tokens, mfu))
+
+
+def _u_at_worst(
+    config: Config, memory: StageMemory, drawn: list[list[int] | None], here: set[int]
+) -> int:
+    """u's own bytes at worst. A layer's weights are alike in size on all of a stage's layers."""
+    in_period = memory.held_bytes[WEIGHTS_U]
+    if config.bilevel.resync_interval is not None or config.lisa.lisa_layers is None:
+        return in_period
+    more = len(ever_active(here, drawn)) - len(memory.active_layers)
+    assert memory.layer_parameters > 0
+    itemsize = memory.held_bytes[WEIGHTS_W] // memory.parameters
+    return in_period + more * memory.layer_parameters * itemsize

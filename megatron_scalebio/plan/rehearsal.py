@@ -1,0 +1,199 @@
+"""One rank's step, rehearsed: the real builders, period and pipeline flush on shapes alone.
+
+    playing(rank) ─▶ build_model w, u ─▶ set_trainable ─▶ Period ─▶ flush     as TrainState does
+                                                            │         │
+                                                   holdings ◀         ▶ Ledger
+
+The flush is cut to as many micro-batches as fill the pipeline: more change nothing but time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+
+from megatron_scalebio.bilevel import step as bilevel
+from megatron_scalebio.bilevel.objective import Role
+from megatron_scalebio.config import Config
+from megatron_scalebio.data.batch import MicroBatch
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.model.provider import build_model, padded_vocab_size
+from megatron_scalebio.model.twin import share_storage
+from megatron_scalebio.optim.builder import Period
+from megatron_scalebio.optim.lisa import set_trainable
+from megatron_scalebio.plan.fake_rank import META, group_kinds, playing
+from megatron_scalebio.plan.holdings import FP8_COPIES, fp8_copies, holdings
+from megatron_scalebio.plan.kernels import kernels_of, on_shapes, settings_for
+from megatron_scalebio.plan.layout import Layout
+from megatron_scalebio.plan.ledger import Ledger
+
+ROLE_NAMES = {Role.TRAIN_U: "u train", Role.TRAIN_W: "w train", Role.VALID_W: "w validation"}
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """What the ranks of one pipeline stage hold and do; they are alike.
+
+    Attributes:
+        held_bytes: weights, gradients and optimizer state by kind (`holdings.KINDS`).
+        parameters, trainable, layer_parameters: of w on one rank, those that train, of one layer.
+        activation_bytes: what is kept for backward passes when it is most, by role, with "logits"
+            and "pipeline" (received and not yet used up) apart.
+        workspace_bytes: what a flush takes above these two when it takes most.
+        communication_bytes: buffers that collectives keep.
+        flops_per_pass: of the model's matrix products, one micro-batch forward and backward, mean
+            over the roles, recomputation included.
+        sent_per_pass_bytes: "TP" and "PP" traffic of a micro-batch.
+        sent_per_step_bytes: "DP" and other traffic of a step.
+        messages: the pipeline's sends and receives in their order.
+    """
+
+    stage: int
+    active_layers: tuple[int, ...]
+    layers: tuple[int, ...]
+    parameters: int
+    trainable: int
+    layer_parameters: int
+    held_bytes: dict[str, int]
+    activation_bytes: dict[str, int]
+    workspace_bytes: int
+    communication_bytes: int
+    flops_per_pass: float
+    sent_per_pass_bytes: dict[str, int]
+    sent_per_step_bytes: dict[str, int]
+    messages: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def total_bytes(self) -> int:
+        held = sum(self.held_bytes.values()) + sum(self.activation_bytes.values())
+        return held + self.workspace_bytes + self.communication_bytes
+
+
+def rehearse(config: Config, layout: Layout, stage: int, active: list[int] | None) -> StageMemory:
+    """The first rank of a pipeline stage, with the given layers (from 0; None: all) active.
+
+    Raises:
+        UserError: where Megatron refuses the layout or the shapes.
+    """
+    ledgers: list[Ledger] = []
+    rank = stage * layout.tp * layout.dp
+    plain = on_shapes(config)
+    with (
+        playing(config, rank, layout.world, lambda *m: ledgers[0].on_message(*m)),
+        kernels_of(layout.cuda),
+    ):
+        memory, models = _rehearse(plain, layout, stage, active, ledgers)
+        if config.parallel.fp8_format:
+            memory.held_bytes[FP8_COPIES] = fp8_copies(models)
+    return memory
+
+
+def _rehearse(
+    config: Config, layout: Layout, stage: int, active: list[int] | None, ledgers: list[Ledger]
+) -> tuple[StageMemory, list[list[torch.nn.Module]]]:
+    vocab_size = config.model.vocab_size
+    assert vocab_size is not None
+    try:
+        megatron = settings_for(config, layout.cuda)
+        with META:
+            w = build_model(config, megatron, vocab_size)
+            u = build_model(config, megatron, vocab_size)
+    except (AssertionError, ValueError) as error:  # how Megatron-Core refuses a layout
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"Megatron-Core refuses it: {reason}", where=str(layout)) from error
+    share_storage(w, u)
+    for chunks in (w, u):
+        set_trainable(chunks, active, config.lisa)
+    period = Period(config, megatron, w, u)
+    held, tensors = holdings(w, u, period)
+    ledger = Ledger(group_kinds(), padded_vocab_size(config, vocab_size) // layout.tp)
+    ledgers.append(ledger)
+    buffers = [b for model in (w, u) for chunk in model for b in chunk.buffers()]
+    ledger.ignore([*tensors, *buffers])
+    passes = _Announced(_passes(config, layout), ledger)
+    with ledger:
+        bilevel.flush(period.twins, passes, config.train.micro_batch_size)
+        ledger.begin("")
+        flush_sent = Counter(ledger.traffic.bytes_by_link)
+        if config.parallel.use_distributed_optimizer:  # what follows the optimizers' step
+            for ddp in (ddp for ddps in period.ddp.values() for ddp in ddps):
+                ddp.start_param_sync(force_sync=True)
+    communication = _keep_buffers(ledger.held)
+    per_step = ledger.traffic.bytes_by_link - flush_sent
+    per_step.update({link: n for link, n in flush_sent.items() if link not in ("TP", "PP")})
+    parameters = [p for chunk in w for p in chunk.parameters()]
+    memory = StageMemory(
+        stage=stage,
+        layers=_layers(w, range(config.model.num_layers)),
+        active_layers=_layers(w, range(config.model.num_layers) if active is None else active),
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        layer_parameters=sum(p.numel() for p in _gpt(w[0]).decoder.layers[0].parameters()),
+        held_bytes=held,
+        activation_bytes={kind: n for kind, n in ledger.held.items() if n},
+        workspace_bytes=ledger.peak_bytes - ledger.held.total() - communication,
+        communication_bytes=communication,
+        flops_per_pass=ledger.flops / len(passes),
+        sent_per_pass_bytes={k: flush_sent[k] // len(passes) for k in ("TP", "PP")},
+        sent_per_step_bytes=dict(per_step),
+        messages=tuple(ledger.traffic.messages),
+    )
+    return memory, [w, u]
+
+
+class _Announced(list):
+    """Passes that tell the ledger whose forward pass begins."""
+
+    def __init__(self, passes: list[bilevel.Pass], ledger: Ledger) -> None:
+        super().__init__(passes)
+        self._ledger = ledger
+
+    def __iter__(self) -> Iterator[bilevel.Pass]:
+        for one in super().__iter__():
+            self._ledger.begin(ROLE_NAMES[one.role])
+            yield one
+
+
+def _passes(config: Config, layout: Layout) -> list[bilevel.Pass]:
+    """A step's passes on full sequences; as many as fill the pipeline."""
+    train, validation = layout.shortest_flush()
+    shape = (config.train.micro_batch_size, config.data.seq_length)
+    ids_BS = torch.zeros(shape, dtype=torch.int64)
+    batch = MicroBatch(
+        tokens_BS=ids_BS,
+        labels_BS=ids_BS,
+        mask_BS=torch.ones(shape),
+        positions_BS=ids_BS,
+        group_B=torch.zeros(shape[0], dtype=torch.int64),
+        coefficient_B=torch.ones(shape[0], dtype=torch.float64),
+        tokens=math.prod(shape),
+    )
+    one = torch.ones(1, dtype=torch.float64)
+    return bilevel.plan_passes([batch] * train, [batch] * validation, one, one, alpha=1.0)
+
+
+def _keep_buffers(held: Counter[str]) -> int:
+    """Takes Megatron's lasting communication buffers out of the activations; their bytes."""
+    buffers = parallel_state.get_global_memory_buffer().buffer.values()
+    size = sum(buffer.nbytes for buffer in buffers if buffer.device.type == "meta")
+    first = ROLE_NAMES[Role.TRAIN_U]  # its pass was the first to need them
+    taken = min(size, held[first])
+    held[first] -= taken
+    return taken
+
+
+def _layers(chunks: list[torch.nn.Module], among: Iterable[int]) -> tuple[int, ...]:
+    """Those of some layers, by their number from 0, that these chunks hold."""
+    here = {layer.layer_number - 1 for chunk in chunks for layer in _gpt(chunk).decoder.layers}
+    return tuple(sorted(here & set(among)))
+
+
+def _gpt(chunk: torch.nn.Module) -> Any:
+    return unwrap_model(chunk)

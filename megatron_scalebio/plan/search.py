@@ -1,0 +1,158 @@
+"""`--search`: the fastest layout that fits, and the fewest devices that hold the model.
+
+Candidates are all TP × PP × VPP × recompute that the model's sizes and the batch allow; DP is what
+remains. Each is estimated from rehearsals of a model of few layers (`estimate`), which are
+linear in its layers; the best are then rehearsed in full, and only those are proposed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from megatron_scalebio.config import Config
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.plan.estimate import Estimate, Estimator
+from megatron_scalebio.plan.hardware import Gpu
+from megatron_scalebio.plan.layout import Layout
+from megatron_scalebio.plan.planner import Plan, make_plan
+
+MIN_HEADROOM = 0.08  # for fragmentation and what a plan does not know
+ROWS_SHOWN = 8
+_REHEARSED = 4  # estimates are good to a few per cent: the first or second is the one
+_LISA_LAYERS = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search gives.
+
+    Attributes:
+        estimates: all candidates, those that fit first, then by time.
+        best: the fastest that fits with `MIN_HEADROOM`, rehearsed; None where none does.
+        fewest: devices, a power of two or a whole number of nodes, that hold the model; None where
+            not even 64 nodes do.
+    """
+
+    estimates: list[Estimate]
+    best: Plan | None
+    best_config: Config
+    fewest: int | None
+
+
+def search(config: Config, gpus: int, gpu: Gpu, mfu: float) -> Found:
+    """Raises UserError where no layout divides the model and the batch."""
+    estimator = Estimator(mfu)
+    estimates = _estimates(config, gpus, gpu, estimator)
+    if not estimates:
+        raise UserError(
+            f"no layout of {gpus} devices divides the model and the batch", where="--gpus",
+            mend="change gpus, global_batch_size or validation_batch_size",
+        )  # fmt: skip
+    if config.lisa.lisa_layers is None and not estimates[0].fits(MIN_HEADROOM):
+        for layers in _LISA_LAYERS:  # as many as fit
+            with_lisa = copy.deepcopy(config)
+            with_lisa.lisa.lisa_layers = layers
+            estimates = _estimates(with_lisa, gpus, gpu, estimator)
+            if estimates[0].fits(MIN_HEADROOM):
+                break
+    for estimate in estimates[:_REHEARSED]:
+        if not estimate.fits(MIN_HEADROOM / 2):
+            break
+        plan = make_plan(estimate.config, estimate.plan.layout, mfu)
+        if plan.headroom >= MIN_HEADROOM:
+            fewest = _fewest(estimate.config, gpus, gpu, estimator)
+            return Found(estimates, plan, estimate.config, fewest)
+    fewest = _fewest(estimates[0].config, gpus, gpu, estimator)
+    return Found(estimates, None, config, fewest)
+
+
+def _estimates(config: Config, gpus: int, gpu: Gpu, estimator: Estimator) -> list[Estimate]:
+    found = []
+    for candidate in candidates(config, gpus, gpu):
+        try:
+            layout = Layout.of(candidate, gpus, gpu)
+        except UserError:
+            continue  # does not divide the model or the batch
+        found.append(estimator.estimate(candidate, layout))
+    return sorted(found, key=lambda e: (not e.fits(MIN_HEADROOM), e.plan.cost.step_s))
+
+
+def candidates(config: Config, gpus: int, gpu: Gpu) -> Iterator[Config]:
+    """The configuration under every TP × PP × VPP × recompute of that many devices."""
+    layers = config.model.num_layers
+    for tp in _powers_of_two(min(gpus, gpu.node_gpus)):
+        for pp in (n for n in range(1, gpus // tp + 1) if gpus // tp % n == 0 and layers % n == 0):
+            per_stage = layers // pp
+            halves = [per_stage // n for n in (2, 4) if pp > 1 and per_stage % n == 0]
+            for per_chunk in [None, *dict.fromkeys(halves)]:
+                for recompute in (None, "full"):
+                    yield _with(config, tp, pp, per_chunk, recompute, gpus // (tp * pp) > 1)
+
+
+def _with(
+    config: Config, tp: int, pp: int, per_chunk: int | None, recompute: Any, zero: bool
+) -> Config:
+    candidate = copy.deepcopy(config)
+    parallel = candidate.parallel
+    parallel.tensor_model_parallel_size = tp
+    parallel.pipeline_model_parallel_size = pp
+    parallel.num_layers_per_virtual_pipeline_stage = per_chunk
+    parallel.sequence_parallel = tp > 1
+    parallel.use_distributed_optimizer = zero
+    parallel.recompute_granularity = recompute
+    parallel.recompute_method = "uniform" if recompute == "full" else None
+    parallel.recompute_num_layers = 1 if recompute == "full" else None
+    return candidate
+
+
+def _fewest(config: Config, gpus: int, gpu: Gpu, estimator: Estimator) -> int | None:
+    """Devices that hold the model by estimate: powers of two up to a node, then whole nodes."""
+    counts = [n for n in _powers_of_two(gpu.node_gpus)]
+    counts += [gpu.node_gpus * nodes for nodes in _powers_of_two(64)[1:]]
+    for count in counts:
+        estimates = _estimates(config, count, gpu, estimator)
+        if estimates and estimates[0].fits(MIN_HEADROOM):
+            return count
+    return None
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    return [2**n for n in range(largest.bit_length())]
+
+
+def ranking(found: Found) -> Table:
+    """The best estimates: those that fit first, then by time."""
+    table = Table()
+    for name in ("TP", "PP", "VPP", "DP", "recompute", "LISA", "GB", "headroom", "s / step"):
+        table.add_column(name, justify="left" if name == "recompute" else "right")
+    for estimate in found.estimates[:ROWS_SHOWN]:
+        layout, parallel = estimate.plan.layout, estimate.config.parallel
+        table.add_row(
+            str(layout.tp), str(layout.pp), str(layout.virtual), str(layout.dp),
+            parallel.recompute_granularity or "none",
+            str(estimate.config.lisa.lisa_layers or "all"),
+            f"{estimate.plan.worst_bytes / 1e9:.1f}",
+            f"{estimate.plan.headroom:.1%}", f"{estimate.plan.cost.step_s:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def as_yaml(config: Config) -> str:
+    """The proposal as sections for the run's file."""
+    parallel = config.parallel
+    names = (
+        "tensor_model_parallel_size", "pipeline_model_parallel_size",
+        "num_layers_per_virtual_pipeline_stage", "sequence_parallel", "use_distributed_optimizer",
+        "recompute_granularity",
+    )  # fmt: skip
+    values = {name: getattr(parallel, name) for name in names}
+    sections: dict[str, Any] = {"parallel": {k: v for k, v in values.items() if v}}
+    if config.lisa.lisa_layers is not None:
+        sections["lisa"] = {"lisa_layers": config.lisa.lisa_layers}
+    return yaml.safe_dump(sections, sort_keys=False)

@@ -1,0 +1,219 @@
+"""The command `plan`: shipped configurations, mistakes, a search, and a dry run that finds faults.
+
+Plans are made in spawned processes: a rehearsal adapts torch to Megatron on CPU.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.commands import command, note, noted, the_only_line
+from tests.distributed.harness import run_distributed
+
+pytestmark = pytest.mark.distributed
+CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "configs"
+
+# name: (GPUs, model)
+SHIPPED = {
+    "gpt2-denoise": (8, "gpt2"),
+    "llama-3-8b": (8, "llama-3-8b"),
+    "qwen2.5-32b-4xh100": (4, "qwen2.5-32b"),
+    "llama-3-70b-8xh100": (8, "llama-3-70b"),
+}
+SHIPPED_SLOW = {
+    "qwen2-7b": (8, "qwen2-7b"),
+    "gemma-2-9b": (8, "gemma-2-9b"),
+    "gpt-neox-20b": (8, "gpt-neox-20b"),
+    "yi-34b": (8, "yi-34b"),
+    "qwen2.5-32b-8xh100": (8, "qwen2.5-32b"),
+    "llama-3-70b-16xh100": (16, "llama-3-70b"),
+}
+HEADROOM = 0.08
+
+
+def plan_shipped(folder: str, name: str, gpus: int) -> None:
+    words = ["plan", "--config", CONFIGS / f"{name}.yaml", "--gpus", gpus, "--gpu", "h100-80g"]
+    outcome = command(*words, "--dry-run", "--json", Path(folder) / f"{name}.json")
+    note(Path(folder), name, outcome)
+
+
+def is_planned_to_fit(folder: Path, name: str, gpus: int) -> None:
+    run_distributed(plan_shipped, 1, str(folder), name, gpus)
+    assert noted(folder, name) == (0, "")
+    plan = json.loads((folder / f"{name}.json").read_text())
+    assert plan["fits"] and plan["headroom"] >= HEADROOM, plan["headroom"]
+    assert plan["gpus"] == gpus and plan["dry_run"]["problems"] == []
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configuration_fits(tmp_path: Path, name: str) -> None:
+    is_planned_to_fit(tmp_path, name, SHIPPED[name][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED_SLOW)
+def test_larger_shipped_configuration_fits(tmp_path: Path, name: str) -> None:
+    is_planned_to_fit(tmp_path, name, SHIPPED_SLOW[name][0])
+
+
+def test_every_shipped_configuration_is_tested_and_has_the_published_model() -> None:
+    names = {**SHIPPED, **SHIPPED_SLOW}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(names)
+    for name, (_, model) in names.items():
+        shipped = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        published = yaml.safe_load((CONFIGS / "models" / f"{model}.yaml").read_text())
+        checkpoint = shipped["model"].pop("pretrained_checkpoint")
+        assert shipped["model"] == published["model"]
+        assert checkpoint.startswith("/path/to/")
+        for entry in shipped["data"]["sources"] + shipped["data"]["validation"]:
+            assert entry["path"].startswith("/path/to/")
+
+
+# name: (words of the command line beside the small configuration, words of the answer)
+MISTAKES = {
+    "gpu": (["--gpu", "h1000"], "--gpu: 'h1000' is not known (one of h100-80g"),
+    "gpus": (["--gpus", "3", "--tensor-model-parallel-size", "2"], "world size: 3 is not"),
+    "no-gpus": (["--gpus", "0"], "argument --gpus: '0' is not a positive number"),
+    "mfu": (["--mfu", "2"], "--mfu: 2 is outside (0, 1]"),
+    "json": (["--json", "/nowhere/plan.json"], "/nowhere/plan.json: No such file"),
+    "heads": (["--tensor-model-parallel-size", "8"], "tensor_model_parallel_size: 8 does not"),
+    "search": (["--search", "--gpus", "7"], "--gpus: no layout of 7 devices divides"),
+}
+
+
+def small_config(folder: Path, **sections: dict) -> Path:
+    entries = [{"name": name, "path": f"/nowhere/{name}"} for name in ("a", "b")]
+    tree: dict[str, dict] = {
+        "data": {"sources": entries, "validation": entries[:1], "seq_length": 64},
+        "model": {
+            "num_layers": 8, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 256,
+            "untie_embeddings_and_output_weights": True,
+        },
+        "parallel": {"bf16": True},
+        "lisa": {"lisa_layers": 4, "lisa_interval": 2},
+        "train": {
+            "train_iters": 20, "micro_batch_size": 1, "global_batch_size": 16, "output": "nowhere",
+        },
+    }  # fmt: skip
+    for name, section in sections.items():
+        tree.setdefault(name, {}).update(section)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def make_mistakes(folder: str) -> None:
+    path = small_config(Path(folder))
+    for name, (words, _) in MISTAKES.items():
+        note(Path(folder), name, command("plan", "--config", path, *words))
+    nameless = small_config(Path(folder), model={"vocab_size": None})
+    note(Path(folder), "vocab", command("plan", "--config", nameless))
+
+
+def test_mistakes_are_refused_in_one_line(tmp_path: Path) -> None:
+    run_distributed(make_mistakes, 1, str(tmp_path))
+    expected = {**{name: words for name, (_, words) in MISTAKES.items()}}
+    expected["vocab"] = "model.vocab_size: is not set (a plan does not open the data"
+    for name, words in expected.items():
+        code, said = noted(tmp_path, name)
+        assert code == 2, said
+        assert words in the_only_line(said)
+
+
+def search_and_compare(folder: str) -> None:
+    """A search; and the estimates that it goes by, against rehearsals of the same layouts."""
+    from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.errors import UserError
+    from megatron_scalebio.plan.estimate import Estimator
+    from megatron_scalebio.plan.hardware import gpu_named
+    from megatron_scalebio.plan.layout import Layout
+    from megatron_scalebio.plan.planner import make_plan
+    from megatron_scalebio.plan.search import candidates
+
+    path, gpu = small_config(Path(folder)), gpu_named("h100-80g")
+    said = command(
+        "plan", "--config", path, "--search", "--gpus", 4, "--json", Path(folder) / "best.json"
+    )
+    note(Path(folder), "search", said)
+    estimator, pairs = Estimator(0.4), []
+    for candidate in list(candidates(load_config(str(path)), 4, gpu))[::3]:
+        try:
+            layout = Layout.of(candidate, 4, gpu)
+        except UserError:
+            continue
+        estimate = estimator.estimate(candidate, layout).plan
+        plan = make_plan(candidate, layout, 0.4)
+        totals = [[p.total_bytes(s) for s in range(layout.pp)] for p in (estimate, plan)]
+        pairs.append((str(layout), totals, [p.cost.step_s for p in (estimate, plan)]))
+    (Path(folder) / "pairs.json").write_text(json.dumps(pairs))
+
+
+@pytest.mark.slow
+def test_a_search_proposes_a_layout_and_its_estimates_hold(tmp_path: Path) -> None:
+    run_distributed(search_and_compare, 1, str(tmp_path))
+    assert noted(tmp_path, "search") == (0, "")
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert best["fits"] and best["gpus"] == 4 and best["fewest_gpus"] == 1
+    pairs = json.loads((tmp_path / "pairs.json").read_text())
+    assert len(pairs) >= 4
+    for layout, (estimated, planned), (estimated_s, planned_s) in pairs:
+        assert abs(max(estimated) / max(planned) - 1) < 0.05, (layout, estimated, planned)
+        assert abs(estimated_s / planned_s - 1) < 0.1, (layout, estimated_s, planned_s)
+
+
+def try_faults(folder: str) -> None:
+    """What a dry run says of a sound layout, and of three that were tampered with."""
+    from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.plan import checks
+    from megatron_scalebio.plan.hardware import gpu_named
+    from megatron_scalebio.plan.layout import Layout
+    from megatron_scalebio.plan.planner import make_plan
+
+    parallel = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}
+    path = small_config(
+        Path(folder),
+        parallel={**parallel, "num_layers_per_virtual_pipeline_stage": 2},
+        bilevel={"resync_interval": None},
+    )
+    config = load_config(str(path))
+    layout = Layout.of(config, 4, gpu_named("h100-80g"))
+    plan = make_plan(config, layout, 0.4)
+    ranks = checks.build_ranks(config, layout)
+    found = {"sound": checks.problems(config, plan, ranks)}
+    lost = [replace(ranks[0], layers=ranks[0].layers[1:]), *ranks[1:]]
+    found["lost layer"] = checks.problems(config, plan, lost)
+    key = next(iter(ranks[0].shards))
+    fewer = {shard: size for shard, size in ranks[0].shards.items() if shard != key}
+    found["lost shard"] = checks.problems(
+        config, plan, [replace(ranks[0], shards=fewer), *ranks[1:]]
+    )
+    silent = replace(plan.stages[0], messages=plan.stages[0].messages[1:])
+    mute = replace(plan, stages=(silent, *plan.stages[1:]))
+    found["lost message"] = checks.problems(config, mute, ranks)
+    found["u"] = [[s.held_bytes["weights u"] for s in plan.stages], list(plan.u_worst_bytes)]
+    found["w"] = [s.held_bytes["weights w"] for s in plan.stages]
+    config.parallel.fp8_format = "hybrid"
+    found["fp8"] = [s.held_bytes["FP8 copies"] for s in make_plan(config, layout, 0.4).stages]
+    (Path(folder) / "found.json").write_text(json.dumps(found))
+
+
+def test_a_dry_run_finds_faults(tmp_path: Path) -> None:
+    run_distributed(try_faults, 1, str(tmp_path))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["sound"] == []
+    assert "stage 0 holds layers" in found["lost layer"][0]
+    assert "the shards of" in found["lost shard"][0]
+    assert "stages 0 and 1" in " ".join(found["lost message"])
+    # Never reset, u keeps every layer it trained: in the end all.
+    in_period, at_worst = found["u"]
+    assert all(a < b for a, b in zip(in_period, at_worst, strict=True))
+    assert at_worst == found["w"]
+    # Of 4 layers on a stage and half of each: QKV and projection, a gated MLP of 192; for w and u,
+    # as stored and transposed.
+    matrices = 4 * (64 * 192 + 64 * 64 + 3 * 64 * 192) // 2
+    assert found["fp8"] == [4 * matrices] * 2
