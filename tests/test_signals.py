@@ -93,3 +93,14 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_as_if_it_had_not(pro
     resumed_from = int(noted(problem / "noted", "second")[1].partition("from step ")[2].split()[0])
     assert 3 <= resumed_from < len(interrupted) == saved_step(problem / "two")
     assert interrupted == whole[: len(interrupted)]
+
+
+def test_ctrl_c_saves_too_and_says_so(problem: Path) -> None:
+    run = problem / "interrupted"
+    process = start_command("reweight", "--config", problem / "x.yaml", "--output", run)
+    wait_for_steps(run, 3)
+    process.send_signal(signal.SIGINT)
+    _, complained = process.communicate(timeout=120)
+    assert process.returncode == 3, complained
+    assert saved_step(run) == len(metrics(run))
+    assert f"saved at step {saved_step(run)}; the same command goes on" in complained
