@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from megatron.core import parallel_state
 from megatron_scalebio import cpu
 from megatron_scalebio.config import Config, ParallelConfig
 from megatron_scalebio.errors import UserError
+
+T = TypeVar("T")
 
 
 def device() -> torch.device:
@@ -137,6 +139,13 @@ def on_main(work: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def only_on_main(make: Callable[[], T]) -> T | None:
+    """Makes something on rank 0 and gives it there; None elsewhere. A UserError reaches all."""
+    made: list[T] = []
+    on_main(lambda: made.append(make()))
+    return made[0] if made else None
 
 
 def any_rank(*flags: int) -> list[bool]:

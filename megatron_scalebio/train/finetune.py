@@ -31,7 +31,7 @@ from megatron_scalebio.report.console import RunConsole, SourceLine
 from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import HeldOutLoss, held_out_losses
-from megatron_scalebio.train.start import resume_or_start
+from megatron_scalebio.train.start import begin, resume_or_start
 from megatron_scalebio.train.state import RunState
 
 __all__ = ["add_arguments", "run"]
@@ -42,20 +42,13 @@ EVALUATION_FILE = "evaluation.json"
 def run(args: argparse.Namespace) -> int:
     config = config_from_args(args)
     config.validate_training(runtime.world_size_from_environment())
-    signals = runtime.StopSignals()
-    runtime.start(config)
-    folder = Path(config.train.output)
-    save_to = Path(config.checkpoint.save or folder / "checkpoints")
-    names = [source.name for source in config.data.sources]
-    runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, names))
-    state = FinetuneState(config, folder / "cache")
-    warnings = resume_or_start(state, folder, save_to)
+    begun = begin(config)
+    state = FinetuneState(config, begun.folder / "cache")
+    warnings = resume_or_start(state, begun.folder, begun.save_to)
     parameters = outputs.parameter_count(state)
-    reporters: list[Reporter] = []
-    runtime.on_main(lambda: reporters.append(Reporter(state, folder, parameters, warnings)))
-    reporter = reporters[0] if reporters else None
+    reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
     try:
-        code = finetune(state, save_to, folder / "best", reporter, signals)
+        code = finetune(state, begun.save_to, begun.folder / "best", reporter, begun.signals)
         losses = state.held_out(test=True) if code == EXIT_OK else []
     finally:
         if reporter:

@@ -17,7 +17,7 @@ from megatron_scalebio.report.html import write_report
 from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.loop import StepResult, train_step
-from megatron_scalebio.train.start import resume_or_start
+from megatron_scalebio.train.start import begin, resume_or_start
 from megatron_scalebio.train.state import TrainState
 
 __all__ = ["add_arguments", "run"]
@@ -26,20 +26,13 @@ __all__ = ["add_arguments", "run"]
 def run(args: argparse.Namespace) -> int:
     config = config_from_args(args)
     config.validate(runtime.world_size_from_environment())
-    signals = runtime.StopSignals()
-    runtime.start(config)
-    folder = Path(config.train.output)
-    save_to = Path(config.checkpoint.save or folder / "checkpoints")
-    names = [source.name for source in config.data.sources]
-    runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, names))
-    state = TrainState(config, folder / "cache")
-    warnings = resume_or_start(state, folder, save_to)
+    begun = begin(config)
+    state = TrainState(config, begun.folder / "cache")
+    warnings = resume_or_start(state, begun.folder, begun.save_to)
     parameters = outputs.parameter_count(state)
-    reporters: list[Reporter] = []
-    runtime.on_main(lambda: reporters.append(Reporter(state, folder, parameters, warnings)))
-    reporter = reporters[0] if reporters else None
+    reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
     try:
-        code = reweight(state, save_to, reporter, signals)
+        code = reweight(state, begun.save_to, reporter, begun.signals)
     finally:
         if reporter:
             reporter.close()

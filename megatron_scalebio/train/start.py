@@ -1,15 +1,46 @@
-"""Where a run's weights come from: its newest checkpoint, else a pretrained model, else chance."""
+"""How a run begins: its ranks and folders, and the weights that it starts from.
+
+Weights come from its newest checkpoint, else from a pretrained model, else from chance.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import saver
+from megatron_scalebio.config import Config
 from megatron_scalebio.convert.importer import import_checkpoint
+from megatron_scalebio.train import outputs
 from megatron_scalebio.train.state import RunState
 
 IMPORTED = "hf_import"  # beside the run: the Hugging Face model as a Megatron checkpoint
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run whose ranks have met.
+
+    Attributes:
+        folder: the run's output.
+        save_to: its checkpoints.
+    """
+
+    signals: runtime.StopSignals
+    folder: Path
+    save_to: Path
+
+
+def begin(config: Config) -> Begun:
+    """Joins the ranks and makes the folders, before anything costs time."""
+    signals = runtime.StopSignals()
+    runtime.start(config)
+    folder = Path(config.train.output)
+    save_to = Path(config.checkpoint.save or folder / "checkpoints")
+    names = [source.name for source in config.data.sources]
+    runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, names))
+    return Begun(signals, folder, save_to)
 
 
 def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:
