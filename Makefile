@@ -1,5 +1,6 @@
 # make demo    learn the mixture of the embedded example on two CPU ranks
 # make test    run the tests              make checks   lint and types
+# make test-long   the tests left out above: large configurations, layout search, GGUF
 # make bench   run the benchmarks         make clean    remove what make made
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test checks lint types bench clean environment
+.PHONY: demo test test-long checks lint types bench clean environment
 # Nothing that the tests start may wait for a hub.
 test: export HF_HUB_OFFLINE = 1
 environment: $(VENV)/.installed
@@ -27,6 +28,9 @@ demo: environment
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --durations=15
+
+test-long: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m long
 
 checks: lint types
 

