@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_SIGNALLED = 3  # stopped by SIGTERM or SIGUSR1 after saving
@@ -21,3 +26,17 @@ class UserError(Exception):
         if mend:
             text = f"{text} ({mend})"
         super().__init__(" ".join(text.split()))
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Lets SIGTERM (a scheduler's) clean up like Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -83,7 +83,7 @@ def begin(save: Path, step: int) -> None:
 
 def make_empty(folder: Path) -> None:
     """Makes a folder, empty even if an earlier run left something there. UserError if it cannot."""
-    with _disk_errors_named(folder):
+    with disk_errors_named(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
 
@@ -95,7 +95,7 @@ def commit(save: Path, step: int, keep_last: int) -> None:
         UserError: if the disk refuses.
     """
     final = iteration_folder(save, step)
-    with _disk_errors_named(final):
+    with disk_errors_named(final):
         if final.exists():
             shutil.rmtree(final)
         temporary_folder(save, step).rename(final)
@@ -108,14 +108,15 @@ def commit(save: Path, step: int, keep_last: int) -> None:
 
 
 @contextmanager
-def _disk_errors_named(path: Path) -> Iterator[None]:
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a UserError that names the path."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write: {error.strerror or error}",
+            f"can't write: {error.strerror or error}",
             where=str(path),
-            mend="choose a folder on a disk with room",
+            mend="choose a folder on a disk with room, that you may write to",
         ) from None
 
 

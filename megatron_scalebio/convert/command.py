@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 from rich.progress import (
@@ -25,7 +23,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 
 _LINE_EVERY_S = 10.0
 
@@ -70,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("runs in one process", where="--verify", mend="start it without a launcher")
     begin = time.monotonic()
     try:
-        with _sigterm_interrupts(), _display(console, args.direction) as on_progress:
+        with sigterm_interrupts(), _display(console, args.direction) as on_progress:
             _convert(args, on_progress)
     except KeyboardInterrupt:
         console.print("convert: stopped; nothing was written")
@@ -140,17 +138,3 @@ def _display(console: Console, direction: str) -> Iterator[Callable[[int, int], 
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(direction, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Lets SIGTERM (a scheduler's) clean up like Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -33,7 +34,7 @@ class Info:
     begin: int
 
 
-class Source:
+class Source(ABC):
     """A checkpoint's tensors.
 
     Args:
@@ -45,17 +46,17 @@ class Source:
         self.files = files
         self.tensors = tensors
 
+    @abstractmethod
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """One tensor, into `out` if given (contiguous, of its dtype and shape).
 
         Raises:
             UserError: if the file is cut short.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows first … last of a tensor, last not included."""
-        raise NotImplementedError
 
 
 class SafetensorsSource(Source):

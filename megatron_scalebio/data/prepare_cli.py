@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich import box
@@ -27,7 +25,7 @@ from megatron_scalebio.data.prepare import (
     SourceInput,
     prepare,
 )
-from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 
 _SUFFIXES = (".json", ".jsonl")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -94,7 +92,7 @@ def run_config(config: PrepareConfig) -> int:
     quiet = os.environ.get("RANK", "0") != "0"
     console = Console(stderr=True, quiet=quiet)
     try:
-        with _sigterm_interrupts(), _display(console) as display:
+        with sigterm_interrupts(), _display(console) as display:
             reports = prepare(config, display)
     except KeyboardInterrupt:
         console.print("prepare: stopped; nothing was written")
@@ -212,17 +210,3 @@ def _display(console: Console) -> Iterator[_Lines | _Bars]:
     )
     with Bar(*columns, console=console) as bar:
         yield _Bars(bar)
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Lets SIGTERM (a scheduler's) clean up like Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

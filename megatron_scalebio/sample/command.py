@@ -18,8 +18,8 @@ from rich.table import Table
 
 from megatron_scalebio.data.formats import FORMATS
 from megatron_scalebio.data.prepare import TOO_LONG, Progress
-from megatron_scalebio.data.prepare_cli import _NAME, _sigterm_interrupts
-from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.data.prepare_cli import _NAME
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.inputs import (
     WEIGHTS_FILE,
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     quiet = os.environ.get("RANK", "0") != "0"
     console = Console(stderr=True, quiet=quiet)
     try:
-        with _sigterm_interrupts(), _display(console) as display:
+        with sigterm_interrupts(), _display(console) as display:
             manifests = sample(config, display)
     except KeyboardInterrupt:
         console.print("sample: stopped; nothing was written")

@@ -8,8 +8,6 @@ import math
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from megatron.core.utils import unwrap_model
 import megatron_scalebio
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.confidence import Verdict, WeightIntervals
+from megatron_scalebio.checkpoint.folder import disk_errors_named
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.errors import UserError
@@ -33,21 +32,9 @@ from megatron_scalebio.train.state import RunState, TrainState
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step, so that a reader never sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
-    with _disk_errors_named(path):
+    with disk_errors_named(path):
         temporary.write_text(text)
         temporary.rename(path)
-
-
-@contextmanager
-def _disk_errors_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"can't write: {error.strerror or error}",
-            where=str(path),
-            mend="choose a folder on a disk with room, that you may write to",
-        ) from None
 
 
 def prepare_folders(folder: Path, save_to: Path, names: list[str]) -> None:
@@ -57,7 +44,7 @@ def prepare_folders(folder: Path, save_to: Path, names: list[str]) -> None:
         UserError: if one can't be written, or the output holds a run of other sources.
     """
     for path in (folder, save_to):
-        with _disk_errors_named(path):
+        with disk_errors_named(path):
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
     metrics = folder / METRICS_FILE
