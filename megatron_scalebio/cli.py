@@ -18,7 +18,10 @@ from megatron_scalebio.errors import EXIT_USER_ERROR, UserError
 COMMANDS = {
     "prepare": ("megatron_scalebio.data.prepare_cli", "tokenize JSON/JSONL into sources"),
     "convert": ("megatron_scalebio.convert.command", "Hugging Face checkpoints in and out"),
-    "reweight": ("megatron_scalebio.train.reweight", "learn the mixture"),
+    "reweight": (
+        "megatron_scalebio.baselines.command",
+        "learn the mixture",
+    ),
     "sample": ("megatron_scalebio.sample.command", "draw a training set in learned proportions"),
     "train": ("megatron_scalebio.train.finetune", "train on a sample or a weighted mixture"),
     "evaluate": ("megatron_scalebio.evaluate.cli", "held-out losses, benchmarks, MT-Bench"),

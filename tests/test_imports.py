@@ -36,6 +36,10 @@ BELOW = {
         "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
         "runtime", "convert", "sample",
     },
+    "baselines": {
+        "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
+        "runtime", "train",
+    },
     "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},
 }  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from megatron_scalebio.config.baseline import BaselineConfig
 from megatron_scalebio.config.checks import refuse
 from megatron_scalebio.config.data import DataConfig, SourceConfig, ValidationConfig
 from megatron_scalebio.config.model import ModelConfig
@@ -22,9 +23,9 @@ from megatron_scalebio.config.training import (
 )
 
 __all__ = [
-    "SECTIONS", "BilevelConfig", "CheckpointConfig", "Config", "DataConfig", "LisaConfig",
-    "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "SourceConfig",
-    "TrainConfig", "ValidationConfig",
+    "SECTIONS", "BaselineConfig", "BilevelConfig", "CheckpointConfig", "Config", "DataConfig",
+    "LisaConfig", "LoggingConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig",
+    "SourceConfig", "TrainConfig", "ValidationConfig",
 ]  # fmt: skip
 
 
@@ -37,6 +38,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     bilevel: BilevelConfig = field(default_factory=BilevelConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     lisa: LisaConfig = field(default_factory=LisaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -28,6 +28,7 @@ class MicroBatch:
         mask_BS: 1 where the label is a target, float32.
         positions_BS: position ids, int64.
         group_B: source or validation set of each sequence, int64.
+        member_B: its place in the global batch, int64.
         coefficient_B: of each sequence's summed token loss in its group's mean loss, float64.
         tokens: input tokens, padding left out.
     """
@@ -37,6 +38,7 @@ class MicroBatch:
     mask_BS: torch.Tensor
     positions_BS: torch.Tensor
     group_B: torch.Tensor
+    member_B: torch.Tensor
     coefficient_B: torch.Tensor
     tokens: int
 
@@ -118,6 +120,7 @@ def micro_batches(
                 mask_BS=torch.from_numpy(mask_BS[:, 1:].copy()),
                 positions_BS=torch.arange(padded).expand(len(members), -1),
                 group_B=torch.from_numpy(picks.group_B[members]),
+                member_B=torch.from_numpy(members),
                 coefficient_B=torch.from_numpy(coefficient_B[members]),
                 tokens=int(length_B[members].sum()),
             )

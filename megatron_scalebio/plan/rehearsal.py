@@ -167,6 +167,7 @@ def _passes(config: Config, layout: Layout) -> list[bilevel.Pass]:
     shape = (config.train.micro_batch_size, config.data.seq_length)
     ids_BS = torch.zeros(shape, dtype=torch.int64)
     batch = MicroBatch(
+        member_B=torch.zeros(0, dtype=torch.int64),
         tokens_BS=ids_BS,
         labels_BS=ids_BS,
         mask_BS=torch.ones(shape),

@@ -149,7 +149,7 @@ class RunConsole:
             name = entry["name"]
             row: list[str | Text] = [
                 plain(name), percent(entry["weight"]),
-                f"{percent(entry['ci_low'])} – {percent(entry['ci_high'])}",
+                _interval(entry),
                 percent(entry["initial_weight"]), percent(natural.get(name)),
             ]  # fmt: skip
             if known:
@@ -160,12 +160,16 @@ class RunConsole:
         if known:
             distance = sum(abs(e["weight"] - known.get(e["name"], 0.0)) for e in ranked)
             self._print(f"L1 distance from the known mixture: {distance:.3f}")
+        if any(entry["ci_low"] is not None for entry in ranked):
+            self._verdict(weights)
+        self.places(outputs)
+
+    def _verdict(self, weights: Mapping[str, Any]) -> None:
         converged = bool(weights["converged"])
         verdict = Text(
             "converged" if converged else "not converged", style="green" if converged else "yellow"
         )
         self._print(verdict, plain(f": {weights.get('reason', '')}"))
-        self.places(outputs)
 
     def stopped(self, step: int) -> None:
         """Says that a signal ended the run, and that nothing is lost."""
@@ -215,6 +219,12 @@ class RunConsole:
 
     def _print(self, *parts: str | Text) -> None:
         self.console.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def _interval(entry: Mapping[str, Any]) -> str:
+    if entry["ci_low"] is None:
+        return "none"
+    return f"{percent(entry['ci_low'])} – {percent(entry['ci_high'])}"
 
 
 def plain(text: str) -> Text:

@@ -1,15 +1,16 @@
-"""Held-out loss of a model on whole example sets, under any parallel layout.
+"""Losses without training: of single tokens, of examples, of whole held-out sets; any layout.
 
     every example once ─▶ micro-batches of like length ─▶ forward flush ─▶ sums over ranks ─▶ means
 
-Both means are given: over examples of their token means (as `loss_mean: sample` trains) and over
-all target tokens (whose exponential is the perplexity).
+Of a set both means are given: over examples of their token means (as `loss_mean: sample` trains)
+and over all target tokens (whose exponential is the perplexity).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
-from megatron_scalebio.data.blend import Picks
+from megatron_scalebio.data.blend import Ints, Picks
 from megatron_scalebio.data.sources import Source
 
 _PASSES_PER_FLUSH = 64
@@ -52,6 +53,25 @@ class HeldOutLoss:
         return {**asdict(self), "perplexity": self.perplexity}
 
 
+@dataclass(frozen=True)
+class ExampleLosses:
+    """Losses of N examples, float64, in their order; equal on all ranks.
+
+    Attributes:
+        sum_N: summed over an example's target tokens, in nats.
+        targets_N: its target tokens.
+        tokens: input tokens of all, padding left out.
+    """
+
+    sum_N: torch.Tensor
+    targets_N: torch.Tensor
+    tokens: int
+
+    @property
+    def mean_N(self) -> torch.Tensor:
+        return self.sum_N / self.targets_N.clamp_min(1)
+
+
 def held_out_losses(
     chunks: Sequence[torch.nn.Module],
     sets: Sequence[Source],
@@ -64,26 +84,55 @@ def held_out_losses(
     Args:
         limit: at most so many examples of each set, the first ones.
     """
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    result = [_loss_of(chunks, source, config, layout, limit) for source in sets]
-    for chunk, training in zip(chunks, modes, strict=True):
-        chunk.train(training)
+    result = []
+    for source in sets:
+        index_N = np.arange(min(len(source), limit or len(source)))
+        losses = example_losses(chunks, source, index_N, config, layout)
+        result.append(
+            HeldOutLoss(
+                name=source.name,
+                sample_mean=float(losses.mean_N.mean()),
+                token_mean=float(losses.sum_N.sum() / losses.targets_N.sum().clamp_min(1)),
+                examples=len(index_N),
+                target_tokens=int(losses.targets_N.sum()),
+            )
+        )
     return result
 
 
-@torch.no_grad()
-def _loss_of(
+def example_losses(
     chunks: Sequence[torch.nn.Module],
     source: Source,
+    index_N: Ints,
     config: Config,
     layout: BatchLayout,
-    limit: int | None,
-) -> HeldOutLoss:
-    count = min(len(source), limit or len(source))
-    sums = torch.zeros(3, dtype=torch.float64)  # of token means, of token losses, of tokens
-    for batches in _flushes(source, count, config, layout):
+) -> ExampleLosses:
+    """The loss of each of a source's examples. A collective."""
+    sums_2N = torch.zeros(2, len(index_N), dtype=torch.float64)
+    tokens = torch.zeros(1, dtype=torch.float64)
+    for place_N, batches in _flushes(source, index_N, config, layout):
+        for batch, loss_BS in token_losses(chunks, batches, config):
+            counted_B = batch.group_B == 0
+            place_B = torch.from_numpy(place_N)[batch.member_B[counted_B]]
+            sums_2N[0, place_B] = loss_BS[counted_B].sum(dim=1)
+            sums_2N[1, place_B] = (batch.mask_BS[counted_B] > 0).sum(dim=1).double()
+            tokens += batch.tokens
+    flat = torch.cat([sums_2N.flatten(), tokens]).to(runtime.device())
+    dist.all_reduce(flat)
+    sum_N, targets_N, tokens = flat.cpu().split([len(index_N), len(index_N), 1])
+    return ExampleLosses(sum_N, targets_N, int(tokens))
+
+
+@torch.no_grad()
+def token_losses(
+    chunks: Sequence[torch.nn.Module], batches: list[MicroBatch], config: Config
+) -> list[tuple[MicroBatch, torch.Tensor]]:
+    """The loss of every target token [B, S], float64 on the CPU, zero elsewhere. A collective.
+
+    One flush, forward only and in evaluation mode. Every micro-batch with its losses on the rank
+    that reports those of its replica (`runtime.reports_losses`); an empty list on other ranks.
+    """
+    with _evaluating(chunks):
         records = get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
@@ -93,32 +142,41 @@ def _loss_of(
             micro_batch_size=config.train.micro_batch_size,
             forward_only=True,
         )
-        if runtime.reports_losses():
-            sums += sum(record["sums"].cpu() for record in records)
-    sums = sums.to(runtime.device())
-    dist.all_reduce(sums)
-    of_means, of_losses, tokens = sums.tolist()
-    return HeldOutLoss(
-        source.name, of_means / count, of_losses / max(tokens, 1), count, int(tokens)
-    )
+    if not runtime.reports_losses():
+        return []
+    return [(record["batch"], record["loss_BS"]) for record in records]
+
+
+@contextmanager
+def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, training in zip(chunks, modes, strict=True):
+            chunk.train(training)
 
 
 def _flushes(
-    source: Source, count: int, config: Config, layout: BatchLayout
-) -> Iterator[list[MicroBatch]]:
+    source: Source, index_N: Ints, config: Config, layout: BatchLayout
+) -> Iterator[tuple[Ints, list[MicroBatch]]]:
     """All examples, shortest first, in flushes; filled up with examples of group 1, not counted.
 
-    Interleaved pipelines need as many micro-batches as a multiple of their stages.
+    Interleaved pipelines need as many micro-batches as a multiple of their stages. Each flush
+    comes with the places of its examples in `index_N`.
     """
     stages = config.parallel.pipeline_model_parallel_size
     row = layout.micro_batch_size * layout.dp_size
-    order = np.argsort([source.length(index) for index in range(count)], kind="stable")
-    for start in range(0, count, row * stages * _PASSES_PER_FLUSH):
-        index_B = order[start : start + row * stages * _PASSES_PER_FLUSH]
-        missing = -len(index_B) % (row * stages)
-        group_B = np.repeat([0, 1], [len(index_B), missing])
-        index_B = np.concatenate([index_B, np.repeat(index_B[:1], missing)])
-        yield micro_batches([source, source], Picks(group_B, index_B, np.ones(2)), layout, "sample")
+    order = np.argsort([source.length(int(index)) for index in index_N], kind="stable")
+    for start in range(0, len(order), row * stages * _PASSES_PER_FLUSH):
+        place_B = order[start : start + row * stages * _PASSES_PER_FLUSH]
+        missing = -len(place_B) % (row * stages)
+        group_B = np.repeat([0, 1], [len(place_B), missing])
+        place_B = np.concatenate([place_B, np.repeat(place_B[:1], missing)])
+        picks = Picks(group_B, index_N[place_B], np.ones(2))
+        yield place_B, micro_batches([source, source], picks, layout, "sample")
 
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Any]:
@@ -129,16 +187,16 @@ def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tupl
         attention_mask=None,
         labels=batch.labels_BS.to(device, non_blocking=True),
     )
-    return output, partial(_sums, batch)
+    return output, partial(_keep, batch)
 
 
-def _sums(
+def _keep(
     batch: MicroBatch, loss_BS: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    counted_B1 = (batch.group_B == 0).unsqueeze(1)
-    mask_BS = ((batch.mask_BS > 0) & counted_B1).to(loss_BS.device)
-    loss_B = torch.where(mask_BS, loss_BS.float(), 0.0).sum(dim=1, dtype=torch.float64)
-    tokens_B = mask_BS.sum(dim=1)
-    means_B = loss_B / tokens_B.clamp_min(1)
-    sums = torch.stack([means_B.sum(), loss_B.sum(), tokens_B.sum().double()])
-    return loss_B.sum().float(), torch.tensor(0, dtype=torch.int), {"sums": sums}
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    # A padded position may hold anything, NaN included: select, do not multiply.
+    kept_BS = torch.where(batch.mask_BS > 0, loss_BS.double().cpu(), 0.0)
+    return (
+        kept_BS.sum().float(),
+        torch.tensor(0, dtype=torch.int),
+        {"batch": batch, "loss_BS": kept_BS},
+    )

@@ -40,7 +40,15 @@ EVALUATION_FILE = "evaluation.json"
 
 
 def run(args: argparse.Namespace) -> int:
-    config = config_from_args(args)
+    return train(config_from_args(args))[0]
+
+
+def train(config: Config) -> tuple[int, FinetuneState]:
+    """A whole `train` run, resumed where there is one: its exit code and its state at the end.
+
+    Raises:
+        UserError: for what the configuration, the data or the machine are at fault.
+    """
     config.validate_training(runtime.world_size_from_environment())
     begun = begin(config)
     state = FinetuneState(config, begun.folder / "cache")
@@ -57,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         reporter.finish(losses)
         if code == EXIT_SIGNALLED:
             reporter.console.stopped(state.step)
-    return code
+    return code, state
 
 
 class FinetuneState(RunState):
@@ -160,6 +168,7 @@ def train_step(state: FinetuneState) -> dict[str, Any]:
     if skipped is None:
         set_rate(optimizer, settings.lr_w, config.optimizer.weight_decay)
         optimizer.step_with_ready_grads()
+    state.cost.trained += losses.tokens
     state.step += 1
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     return {

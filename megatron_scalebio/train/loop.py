@@ -77,6 +77,7 @@ def train_step(state: TrainState) -> StepResult:
             excess_S = losses.w_S - losses.u_S
             gradient_S = hypergradient(excess_S, probs_S, inclusion_S, settings.alpha)
             result.grad_norm_lambda = state.mixture.step(gradient_S, settings.lr_lambda)
+    state.cost.trained += losses.tokens
     state.step += 1
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
     return result

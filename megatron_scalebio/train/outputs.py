@@ -8,6 +8,7 @@ import math
 import platform
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from megatron_scalebio.bilevel.confidence import Verdict, WeightIntervals
 from megatron_scalebio.checkpoint.folder import disk_errors_named
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
+from megatron_scalebio.data.sources import Source
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.report.metrics import METRICS_FILE
 from megatron_scalebio.train.loop import StepResult
-from megatron_scalebio.train.state import RunState, TrainState
+from megatron_scalebio.train.state import RunState, TokenCost, TrainState
 
 
 def write_text(path: Path, text: str) -> None:
@@ -182,31 +184,54 @@ def name_groups(skipped: str | None, state: RunState) -> str | None:
 def weights_content(
     state: TrainState, intervals: WeightIntervals, verdict: Verdict
 ) -> dict[str, Any]:
-    sources = zip(
-        state.data.sources,
-        intervals.weight_S.tolist(),
-        intervals.low_S.tolist(),
-        intervals.high_S.tolist(),
-        state.mixture.initial_S.tolist(),
-        strict=True,
-    )
+    """The content of a `reweight` run's weights.json."""
     return {
+        "method": "scalebio",
         "step": state.step,
         "converged": verdict.converged,
         "reason": verdict.reason,
         "confidence": state.config.bilevel.confidence,
-        "sources": [
-            {
-                "name": source.name,
-                "path": source.prefix,
-                "examples": len(source),
-                "weight": weight,
-                "ci_low": low,
-                "ci_high": high,
-                "initial_weight": initial,
-            }
-            for source, weight, low, high, initial in sources
-        ],
+        "cost": cost_entry(state.cost),
+        "sources": weight_entries(
+            state.data.sources,
+            intervals.weight_S.tolist(),
+            state.mixture.initial_S.tolist(),
+            intervals.low_S.tolist(),
+            intervals.high_S.tolist(),
+        ),
+    }
+
+
+def weight_entries(
+    sources: Sequence[Source],
+    weight_S: Sequence[float],
+    initial_S: Sequence[float],
+    low_S: Sequence[float] | None = None,
+    high_S: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:
+    """The sources as weights.json lists them; methods without intervals have null there."""
+    nothing = [None] * len(sources)
+    rows = zip(sources, weight_S, low_S or nothing, high_S or nothing, initial_S, strict=True)
+    return [
+        {
+            "name": source.name,
+            "path": source.prefix,
+            "examples": len(source),
+            "weight": weight,
+            "ci_low": low,
+            "ci_high": high,
+            "initial_weight": initial,
+        }
+        for source, weight, low, high, initial in rows
+    ]
+
+
+def cost_entry(cost: TokenCost) -> dict[str, int]:
+    """What finding the weights took: tokens of all ranks, memory of this rank."""
+    return {
+        "trained_tokens": cost.trained,
+        "scored_tokens": cost.scored,
+        "peak_bytes": runtime.allocated_bytes(),
     }
 
 

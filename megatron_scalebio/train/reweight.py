@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.confidence import Verdict, judge_convergence, weight_intervals
 from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.config import Config
-from megatron_scalebio.config_loader import add_arguments, config_from_args
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
 from megatron_scalebio.report.console import RunConsole, SourceLine
 from megatron_scalebio.report.html import write_report
@@ -20,11 +18,9 @@ from megatron_scalebio.train.loop import StepResult, train_step
 from megatron_scalebio.train.start import begin, resume_or_start
 from megatron_scalebio.train.state import TrainState
 
-__all__ = ["add_arguments", "run"]
 
-
-def run(args: argparse.Namespace) -> int:
-    config = config_from_args(args)
+def run(config: Config) -> int:
+    """A whole run, resumed where there is one; its exit code."""
     config.validate(runtime.world_size_from_environment())
     begun = begin(config)
     state = TrainState(config, begun.folder / "cache")

@@ -8,6 +8,7 @@ TrainState ─ mixture λ with its trajectory: what `reweight` has besides
 from __future__ import annotations
 
 import gc
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,22 @@ from megatron_scalebio.model.twin import share_storage
 from megatron_scalebio.optim.builder import Period
 from megatron_scalebio.optim.lisa import active_layers, period_of, set_trainable
 from megatron_scalebio.sample.inputs import read_weights
+
+
+@dataclass
+class TokenCost:
+    """Real tokens that went through a model of the run's size, in all ranks together.
+
+    Attributes:
+        trained: forward and backward; what LISA and recomputation save or add is left out.
+        scored: forward alone.
+    """
+
+    trained: int = 0
+    scored: int = 0
+
+    def __add__(self, other: TokenCost) -> TokenCost:
+        return TokenCost(self.trained + other.trained, self.scored + other.scored)
 
 
 class Data:
@@ -121,6 +138,7 @@ class RunState:
         self.config, self.stage = config, stage
         self.step = 0
         self.skipped_in_a_row = 0
+        self.cost = TokenCost()
         self.data = Data(config, cache)
         self.schedule = Schedule(config)
         self.megatron = transformer_config(config)
@@ -199,6 +217,7 @@ class RunState:
             "stage": self.stage,
             "step": self.step,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "cost": asdict(self.cost),
             "sampler": self.data.sampler.state_dict(),
             "validation_sampler": self.data.validation_sampler.state_dict(),
             "sources": [[source.name, source.fingerprint] for source in self.data.sources],
@@ -207,6 +226,7 @@ class RunState:
     def load_common_state(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.cost = TokenCost(**state["cost"])
         self.data.sampler.load_state_dict(state["sampler"])
         self.data.validation_sampler.load_state_dict(state["validation_sampler"])
 

@@ -1,0 +1,66 @@
+"""The `reweight` command: finds a mixture by ScaleBiO, or by the rival that `--method` names.
+
+Every rival is a module with `find(config, begun) -> Found | None` (None: a signal stopped it, what
+it has is saved, and the same command goes on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+from megatron_scalebio import runtime
+from megatron_scalebio.baselines.found import SELECTED_FILE, Found, write_found
+from megatron_scalebio.config import Config
+from megatron_scalebio.config_loader import add_arguments, config_from_args, config_text
+from megatron_scalebio.data.sources import open_sources
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
+from megatron_scalebio.report.console import RunConsole, SourceLine
+from megatron_scalebio.train import outputs, reweight
+from megatron_scalebio.train.start import begin
+
+__all__ = ["add_arguments", "run"]
+
+RIVALS = {
+    "uniform": "fixed",
+    "natural": "fixed",
+    "manual": "fixed",
+    "doremi": "doremi",
+    "doge": "doge",
+    "regmix": "regmix",
+    "less": "less",
+    "rho_loss": "rho_loss",
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    config = config_from_args(args)
+    method = config.baseline.method
+    if method == "scalebio":
+        return reweight.run(config)
+    config.validate(runtime.world_size_from_environment())
+    begun = begin(config)
+    rival = importlib.import_module(f"megatron_scalebio.baselines.{RIVALS[method]}")
+    found = rival.find(config, begun)
+    if found is None:
+        return EXIT_SIGNALLED
+    runtime.on_main(lambda: _finish(config, found, begun.folder))
+    return EXIT_OK
+
+
+def _finish(config: Config, found: Found, folder: Path) -> None:
+    sources = open_sources(config.data.sources, config, folder / "cache")
+    outputs.write_text(folder / "config.yaml", config_text(config))
+    content = write_found(folder, found, sources, config)
+    tokens = [source.tokens for source in sources]
+    natural = [count / sum(tokens) for count in tokens]
+    lines = [
+        SourceLine(source.name, len(source), source.tokens, share, initial)
+        for source, share, initial in zip(sources, natural, found.initial_S, strict=True)
+    ]
+    places = {"weights": folder / "weights.json", "blend": folder / "blend.txt"}
+    if found.selected_S is not None:
+        places["selected"] = folder / SELECTED_FILE
+    console = RunConsole(lines, config.train.train_iters, config.logging.log_interval)
+    console.result(content, places, config.data.known_weights)

@@ -1,0 +1,34 @@
+"""Mixtures that nothing is learned for: uniform, natural and given weights."""
+
+from __future__ import annotations
+
+from megatron_scalebio.baselines.found import Found, normalised
+from megatron_scalebio.config import Config
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.train.start import Begun
+from megatron_scalebio.train.state import Data
+
+
+def find(config: Config, begun: Begun) -> Found:
+    """The weights that `baseline.method` stands for.
+
+    uniform: every source alike. natural: by number of examples (of sequences, for packed
+    prefixes), which is what training on all sources put together amounts to. manual: the weights
+    in `data.weights` or `data.sources`.
+    """
+    data = Data(config, begun.folder / "cache")
+    method = config.baseline.method
+    if method == "uniform":
+        weights = [1.0] * len(data.sources)
+    elif method == "natural":
+        weights = [float(len(source)) for source in data.sources]
+    else:
+        given = config.data.weights or config.data.sources[0].initial_weight is not None
+        if not given:
+            raise UserError(
+                "manual needs weights",
+                where="baseline.method",
+                mend="give data.weights, or every source an initial_weight",
+            )
+        weights = data.initial_weights()
+    return Found(normalised(weights), normalised(weights))

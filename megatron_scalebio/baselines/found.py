@@ -1,0 +1,79 @@
+"""What every method of finding a mixture ends in, and how it is written.
+
+    weights.json    as of a `reweight` run; no intervals, and never called converged
+    blend.txt, blend.json
+    selected.json   of methods that choose examples: which ones, per source
+
+`sample` takes both files: it draws by the weights, from the selected examples alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_scalebio.config import Config
+from megatron_scalebio.data.sources import Source
+from megatron_scalebio.train import outputs
+from megatron_scalebio.train.state import TokenCost
+
+SELECTED_FILE = "selected.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a method.
+
+    Attributes:
+        weight_S: weights of the sources, adding up to 1.
+        initial_S: those it began with.
+        cost: what went through models until then.
+        step: training steps of its last model.
+        selected_S: chosen examples of each source, indices, ascending; None: it chooses none.
+        details: what else a reader may want, by name; goes into weights.json.
+    """
+
+    weight_S: list[float]
+    initial_S: list[float]
+    cost: TokenCost = field(default_factory=TokenCost)
+    step: int = 0
+    selected_S: list[list[int]] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def write_found(
+    folder: Path, found: Found, sources: Sequence[Source], config: Config
+) -> dict[str, Any]:
+    """Writes everything; returns the content of weights.json."""
+    method = config.baseline.method
+    if found.selected_S is not None:
+        chosen = zip(sources, found.selected_S, strict=True)
+        outputs.write_json(
+            folder / SELECTED_FILE,
+            {
+                "method": method,
+                "sources": [
+                    {"name": s.name, "path": s.prefix, "fingerprint": s.fingerprint, "taken": rows}
+                    for s, rows in chosen
+                ],
+            },
+        )
+    content = {
+        "method": method,
+        "step": found.step,
+        "converged": False,
+        "reason": f"{method} gives no intervals",
+        "cost": outputs.cost_entry(found.cost),
+        **found.details,
+        "sources": outputs.weight_entries(sources, found.weight_S, found.initial_S),
+    }
+    outputs.write_weights(folder, content, config)
+    return content
+
+
+def normalised(values: Sequence[float]) -> list[float]:
+    """Non-negative numbers as shares of their sum."""
+    whole = sum(values)
+    return [value / whole for value in values]

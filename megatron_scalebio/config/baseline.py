@@ -1,0 +1,42 @@
+"""Which method finds the mixture, and the options of ScaleBiO's rivals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_scalebio.config.checks import option, refuse, require_positive
+
+Method = Literal[
+    "scalebio", "uniform", "natural", "manual", "doremi", "doge", "regmix", "less", "rho_loss"
+]
+
+
+@dataclass
+class BaselineConfig:
+    """The method of `reweight`. Every rival ends in the same weights.json."""
+
+    method: Method = option("scalebio", "how the weights are found")
+    reference_iters: int | None = option(
+        None, "doremi, rho_loss: steps that train the reference model [train_iters]"
+    )
+    proxies: int | None = option(
+        None, "regmix: small trainings [as many as cost what ScaleBiO does in train_iters steps]"
+    )
+    proxy_iters: int | None = option(None, "regmix: steps of each [train_iters / 5]")
+    domain_lr: float = option(1.0, "doremi, doge: step size of the exponentiated update")
+    select_fraction: float = option(0.05, "less, rho_loss offline: share of the examples kept")
+    less_checkpoints: int = option(4, "less: epochs of the warm-up, gradients after each")
+    less_warmup_fraction: float = option(0.05, "less: share of the examples it warms up on")
+    less_dimensions: int = option(8192, "less: numbers a gradient is projected to")
+    rho_online: bool = option(True, "rho_loss: select within each batch while training, or once")
+    rho_batch_share: float = option(0.1, "rho_loss online: share of each large batch trained on")
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "reference_iters", "proxies", "proxy_iters", "domain_lr", "less_checkpoints",
+            "less_dimensions",
+        )  # fmt: skip
+        for name in ("select_fraction", "less_warmup_fraction", "rho_batch_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise refuse(name, getattr(self, name), "is outside (0, 1]", "choose within")
