@@ -19,19 +19,16 @@ import torch  # noqa: E402
 
 from megatron_scalebio import runtime  # noqa: E402
 from megatron_scalebio.bilevel.confidence import weight_intervals  # noqa: E402
+from megatron_scalebio.config.presets import PRESETS  # noqa: E402
 from megatron_scalebio.config_loader import load_config  # noqa: E402
 from megatron_scalebio.train.loop import train_step  # noqa: E402
 from megatron_scalebio.train.reweight import verdict  # noqa: E402
 from megatron_scalebio.train.state import TrainState  # noqa: E402
 
 # The mixture as the method was published: AdamW on λ under a cosine, u never reset, equal counts.
-PUBLISHED = {
-    "mixture_optimizer": "adamw",
-    "lr_lambda": 0.01,
-    "lr_lambda_decay_style": "cosine",
-    "resync_interval": None,
-    "floor_share": 1.0,
-}
+PUBLISHED = {key: PRESETS["paper"]["bilevel"][key] for key in (
+    "mixture_optimizer", "lr_lambda", "lr_lambda_decay_style", "resync_interval", "floor_share"
+)}  # fmt: skip
 
 
 def build(settings: dict[str, dict[str, Any]], cache: Path) -> TrainState:

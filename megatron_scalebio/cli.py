@@ -25,6 +25,7 @@ COMMANDS = {
     "sample": ("megatron_scalebio.sample.command", "draw a training set in learned proportions"),
     "train": ("megatron_scalebio.train.finetune", "train on a sample or a weighted mixture"),
     "evaluate": ("megatron_scalebio.evaluate.cli", "held-out losses, benchmarks, MT-Bench"),
+    "compare": ("megatron_scalebio.compare.command", "methods of choosing data side by side"),
     "plan": ("megatron_scalebio.plan.command", "what a run takes: memory, time, layout"),
     "report": ("megatron_scalebio.report.html", "write the HTML report of a run"),
 }

@@ -6,6 +6,7 @@ Both ways in share one converter, so a flag and a YAML value are checked and ref
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import types
 import typing
@@ -23,6 +24,7 @@ from megatron_scalebio.config import (
     SourceConfig,
     ValidationConfig,
 )
+from megatron_scalebio.config.presets import PRESETS
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.families import read_family
 
@@ -40,22 +42,35 @@ def load_config(path: str | None, overrides: dict[str, dict[str, Any]] | None = 
         UserError: for a missing or malformed file, an unknown key (with the nearest known one),
             or a value of the wrong type.
     """
-    tree = _read_yaml(path) if path else {}
+    tree = read_yaml(path, known=SECTIONS) if path else {}
     where = path or "command line"
     _check_keys(tree, SECTIONS, where)
-    sections: dict[str, Any] = {}
-    for name, section in SECTIONS.items():
+    given: dict[str, dict[str, Any]] = {}
+    for name in SECTIONS:
         values = tree.get(name) or {}
         if not isinstance(values, dict):
             raise UserError(f"{values!r} is not a mapping", where=f"{where}: {name}")
+        given[name] = {**values, **(overrides or {}).get(name, {})}
+    preset = _preset(given)
+    sections: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
         cls = typing.get_type_hints(Config)[section.name]
-        merged = {**values, **(overrides or {}).get(name, {})}
+        merged = {**preset.get(name, {}), **given[name]}
         section_where = f"{where}: {name}"
         if cls is ModelConfig and merged.get("hf"):
             sections[name] = _model_from_hf(merged, section_where)
         else:
-            sections[name] = _build(cls, merged, section_where)
+            sections[name] = build(cls, merged, section_where)
     return Config(**sections)
+
+
+def _preset(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The options of the preset that is asked for; an unknown name is refused with its section."""
+    name = given["bilevel"].get("preset")
+    preset = copy.deepcopy(PRESETS[name]) if isinstance(name, str) and name in PRESETS else {}
+    if "train_iters" in given["train"]:
+        preset.get("train", {}).pop("train_epochs", None)
+    return preset
 
 
 def config_text(config: Config) -> str:
@@ -63,7 +78,12 @@ def config_text(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
+    """The mapping that a YAML file holds; `known` are the keys that it may have.
+
+    Raises:
+        UserError: for a missing or malformed file, or something else than a mapping.
+    """
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -76,7 +96,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError("must be a mapping of sections", where=path, mend=", ".join(SECTIONS))
+        raise UserError("must be a mapping of sections", where=path, mend=", ".join(known))
     return tree
 
 
@@ -89,7 +109,8 @@ def _check_keys(values: dict[str, Any], known: Iterable[str], where: str) -> Non
             raise UserError(f"unknown key {key!r}", where=where, mend=mend)
 
 
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+def build(cls: type, values: dict[str, Any], where: str) -> Any:
+    """An instance of a dataclass from plain values, each checked against its field's type."""
     hints = typing.get_type_hints(cls)
     _check_keys(values, hints, where)
     converted = {k: _convert(v, hints[k], f"{where}.{k}") for k, v in values.items()}
@@ -107,8 +128,8 @@ def _model_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
     """The model of a Hugging Face folder; values given beside it must not say otherwise."""
     _, architecture = read_family(values["hf"])
     free = {key: value for key, value in values.items() if key in _FREE_WITH_HF}
-    model = _build(ModelConfig, {**architecture, **free}, where)
-    given = _build(ModelConfig, values, where)
+    model = build(ModelConfig, {**architecture, **free}, where)
+    given = build(ModelConfig, values, where)
     for key in values.keys() - free.keys():
         ours, theirs = getattr(given, key), getattr(model, key)
         if ours != theirs:
@@ -144,7 +165,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{value!r} is not a mapping", where=where)
-        return _build(typing.cast(type, hint), value, where)
+        return build(typing.cast(type, hint), value, where)
     return _convert_scalar(value, hint, where)
 
 

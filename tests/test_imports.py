@@ -38,8 +38,9 @@ BELOW = {
     },
     "baselines": {
         "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
-        "runtime", "train",
+        "runtime", "sample", "train",
     },
+    "compare": {"config", "config_loader", "report"},
     "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},
 }  # fmt: skip

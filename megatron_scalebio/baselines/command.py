@@ -11,12 +11,13 @@ import importlib
 from pathlib import Path
 
 from megatron_scalebio import runtime
-from megatron_scalebio.baselines.found import SELECTED_FILE, Found, write_found
+from megatron_scalebio.baselines.found import Found, write_found
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import add_arguments, config_from_args, config_text
 from megatron_scalebio.data.sources import open_sources
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
 from megatron_scalebio.report.console import RunConsole, SourceLine
+from megatron_scalebio.sample.inputs import SELECTED_FILE
 from megatron_scalebio.train import outputs, reweight
 from megatron_scalebio.train.start import begin
 

@@ -74,7 +74,9 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
         "auto", "layer implementation [transformer_engine where CUDA has it]"
     )
-    pretrained_checkpoint: str | None = option(None, "Megatron checkpoint that w starts from")
+    pretrained_checkpoint: str | None = option(
+        None, "Megatron checkpoint that w starts from; beside hf, which then gives the architecture"
+    )
 
     def __post_init__(self) -> None:
         require_positive(
@@ -92,11 +94,6 @@ class ModelConfig:
             )  # fmt: skip
         if self.post_norms and self.add_bias_linear:
             raise refuse("post_norms", True, "does not go with add_bias_linear", "drop one of them")
-        if self.hf and self.pretrained_checkpoint:
-            raise refuse(
-                "pretrained_checkpoint", self.pretrained_checkpoint,
-                "and hf both name weights to start from", "drop one of them",
-            )  # fmt: skip
         require_within_one(self, "hidden_dropout", "attention_dropout")
         if not 0 < self.rotary_percent <= 1:
             raise refuse("rotary_percent", self.rotary_percent, "is outside (0, 1]", "use 1")

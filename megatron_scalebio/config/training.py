@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,9 @@ class OptimizerConfig:
 class BilevelConfig:
     """The bilevel problem and how its mixture is stepped (DESIGN: `bilevel/objective.py`)."""
 
+    preset: Literal["paper"] | None = option(
+        None, "a named set of options, below the ones you give: paper, the method as published"
+    )
     alpha: float = option(10.0, "penalty on the lower level's suboptimality")
     alpha_growth: float = option(1.0, "alpha times this each outer round; rates divided by it")
     outer_rounds: int = option(1, "rounds of the alpha schedule")
@@ -99,6 +103,9 @@ class LisaConfig:
 class TrainConfig:
     output: str = option("run", "folder that receives everything")
     train_iters: int = option(600, "steps")
+    train_epochs: float | None = option(
+        None, "passes over the sources' examples, in place of train_iters"
+    )
     micro_batch_size: int = option(4, "sequences per forward pass")
     global_batch_size: int = option(32, "training sequences per step")
     validation_batch_size: int | None = option(
@@ -113,13 +120,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_positive(
-            self, "train_iters", "micro_batch_size", "global_batch_size", "validation_batch_size",
-            "skip_limit", "eval_examples",
+            self, "train_iters", "train_epochs", "micro_batch_size", "global_batch_size",
+            "validation_batch_size", "skip_limit", "eval_examples",
         )  # fmt: skip
         require_positive(self, "seed", "eval_interval", or_zero=True)
         if self.seed >= 2**32:
             raise refuse("seed", self.seed, "does not fit 32 bits", "choose a smaller one")
         self.validation_batch_size = self.validation_batch_size or self.global_batch_size
+
+    def resolve_epochs(self, examples: int) -> None:
+        """Sets train_iters where epochs were asked for."""
+        if self.train_epochs is not None:
+            self.train_iters = math.ceil(self.train_epochs * examples / self.global_batch_size)
+            self.train_epochs = None
 
 
 @dataclass

@@ -22,9 +22,11 @@ from megatron_scalebio.data.prepare_cli import _NAME
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.inputs import (
+    SELECTED_FILE,
     WEIGHTS_FILE,
     locate,
     parse_weights,
+    read_selected,
     read_weights,
     validation_of_run,
 )
@@ -83,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         max_epochs=args.max_epochs,
         ngram=args.ngram,
-        from_tokens=args.from_tokens,
+        # What was chosen are prepared examples.
+        from_tokens=args.from_tokens or any(s.selected is not None for s in sources),
         tokenizer=args.tokenizer,
         seq_length=args.seq_length,
         format=args.format,
@@ -117,6 +120,7 @@ def _sources(
     if len(inputs) < len(args.input):
         raise UserError("names a source twice", where="--input", mend="join its paths by commas")
     paths, weights, exclude = dict(inputs), dict.fromkeys(inputs, 1.0), []
+    selected: dict[str, tuple[int, ...]] = {}
     if len(args.weights) == 1 and "=" not in args.weights[0]:
         path = Path(args.weights[0])
         path = path / WEIGHTS_FILE if path.is_dir() else path
@@ -124,6 +128,7 @@ def _sources(
         weights = {name: weight for name, (weight, _) in told.items()}
         paths = {name: where for name, (_, where) in told.items()} | inputs
         exclude = validation_of_run(path.parent)
+        selected = read_selected(path.parent / SELECTED_FILE)
     elif args.weights:
         weights = parse_weights(args.weights)
     elif args.per_source is None:
@@ -140,7 +145,8 @@ def _sources(
             )
     if not weights:
         raise UserError("no source is given", where="--input", mend="--input name=file.jsonl")
-    return tuple(WeightedSource(n, paths[n], w) for n, w in weights.items()), exclude
+    sources = (WeightedSource(n, paths[n], w, selected.get(n)) for n, w in weights.items())
+    return tuple(sources), exclude
 
 
 def _named(value: str) -> tuple[str, str]:
@@ -169,9 +175,14 @@ def sample_table(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> T
             f"{entry['asked']:,}",
             f"{entry['given']:,}",
             f"{entry['epochs']:.2f}",
-            _counted(entry["contaminated"] | entry["no_example"]),
+            _counted(_left_out(entry)),
         )
     return table
+
+
+def _left_out(entry: dict[str, Any]) -> dict[str, int]:
+    unselected = {"not selected": entry["not_selected"]}
+    return entry["contaminated"] | entry["no_example"] | unselected
 
 
 def _counted(counts: dict[str, int]) -> str:

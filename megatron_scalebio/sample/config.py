@@ -12,11 +12,15 @@ from megatron_scalebio.errors import UserError
 
 
 class WeightedSource(NamedTuple):
-    """A source, where its rows are, and its weight (0 or more; they need not add up to 1)."""
+    """A source, where its rows are, and its weight (0 or more; they need not add up to 1).
+
+    selected: the examples that may be taken, by number; None for all.
+    """
 
     name: str
     path: str
     weight: float
+    selected: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from megatron_scalebio.data.sources import _read_description
 from megatron_scalebio.errors import UserError
 
 WEIGHTS_FILE = "weights.json"
+SELECTED_FILE = "selected.json"  # of methods that choose examples
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,24 @@ def read_weights(path: Path) -> dict[str, tuple[float, str]]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"holds no weights ({error!r})", where=str(path), mend=mend) from None
     _check_weights({name: weight for name, (weight, _) in found.items()}, str(path))
+    return found
+
+
+def read_selected(path: Path) -> dict[str, tuple[int, ...]]:
+    """The examples of each source that a method chose; nothing if it chose none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
+        found = {str(s["name"]): tuple(int(row) for row in s["taken"]) for s in sources}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"holds no selection ({error!r})", where=str(path)) from None
+    if any(row < 0 for rows in found.values() for row in rows):
+        raise UserError("holds a negative row", where=str(path), mend="select again")
     return found
 
 

@@ -79,6 +79,7 @@ def _source_entry(drawn: Drawn) -> dict[str, Any]:
         "examples": drawn.examples,
         "contaminated": {kind: counts[kind] for kind in KINDS},
         "no_example": {kind: counts[kind] for kind in ("empty", "no_target", "too_long")},
+        "not_selected": counts["not_selected"],
         "inputs": _inputs(source, drawn.rows),
     }
     if not isinstance(source.rows, RawRows):

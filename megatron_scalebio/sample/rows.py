@@ -36,7 +36,7 @@ Statuses = npt.NDArray[np.uint8]
 OnProgress = Callable[[Progress], None]
 
 # What a row is: usable, or why not. Rows that give no example are only found when encoded.
-STATUSES = ("usable", *KINDS, "empty", "no_target", "too_long")
+STATUSES = ("usable", *KINDS, "empty", "no_target", "too_long", "not_selected")
 CODES = {reason: code for code, reason in enumerate(STATUSES)}
 REPORT_ROWS = 4096
 

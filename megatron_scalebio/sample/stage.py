@@ -22,7 +22,7 @@ from megatron_scalebio.errors import UserError
 from megatron_scalebio.sample.config import SampleConfig
 from megatron_scalebio.sample.manifest import Drawn, manifest
 from megatron_scalebio.sample.plan import Floats, Ints, allocate, draw_rows
-from megatron_scalebio.sample.rows import RawRows
+from megatron_scalebio.sample.rows import CODES, RawRows
 from megatron_scalebio.sample.setup import OpenSource, Setup, open_setup
 from megatron_scalebio.sample.spool import Spool
 from megatron_scalebio.sample.writer import Facts, write_manifest, write_sample
@@ -49,6 +49,7 @@ def sample(
                 source.statuses = source.rows.scan(
                     setup.index, setup.words, lambda progress: on_progress("reading", progress)
                 )
+                _leave_unselected(source)
             spool = stack.enter_context(closing(Spool(staging.directory / "spool")))
             drawn_S = _draw(config, setup.sources, spool, on_progress)
             groups = [[drawn] for drawn in drawn_S] if config.per_source else [drawn_S]
@@ -65,6 +66,22 @@ def sample(
     except OSError as error:
         place = error.filename or config.out
         raise UserError(f"{error.strerror or error}", where=str(place)) from error
+
+
+def _leave_unselected(source: OpenSource) -> None:
+    """Marks the rows that the method which found the weights did not choose."""
+    if source.entry.selected is None:
+        return
+    chosen = np.zeros(len(source.statuses), bool)
+    try:
+        chosen[list(source.entry.selected)] = True
+    except IndexError:
+        raise UserError(
+            f"{source.entry.name!r} has {len(chosen)} examples, and one chosen is beyond them",
+            where=source.entry.path,
+            mend="select again: the source has changed since",
+        ) from None
+    source.statuses[~chosen & (source.statuses == 0)] = CODES["not_selected"]
 
 
 def _draw(

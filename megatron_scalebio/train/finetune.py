@@ -232,7 +232,11 @@ class Reporter:
         paths = {"checkpoints": self.folder / "checkpoints"}
         if losses:
             sets = [loss.as_dict() for loss in losses]
-            content = {"step": self.state.step, "best_validation_loss": self.state.best_loss}
+            content = {
+                "step": self.state.step,
+                "best_validation_loss": self.state.best_loss,
+                "cost": outputs.cost_entry(self.state.cost),
+            }
             outputs.write_json(self.folder / EVALUATION_FILE, {**content, "sets": sets})
             self.console.losses(sets)
             paths["losses"] = self.folder / EVALUATION_FILE

@@ -63,10 +63,15 @@ def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:
 
 
 def pretrained_checkpoint(state: RunState, folder: Path) -> Path | None:
-    """The Megatron checkpoint that w starts from, imported once if it is Hugging Face's."""
+    """The Megatron checkpoint that w starts from, imported once if it is Hugging Face's.
+
+    Where both are named, `hf` gives the architecture and `pretrained_checkpoint` the weights.
+    """
     model = state.config.model
+    if model.pretrained_checkpoint:
+        return Path(model.pretrained_checkpoint)
     if model.hf is None:
-        return Path(model.pretrained_checkpoint) if model.pretrained_checkpoint else None
+        return None
     imported = folder / IMPORTED
     if not runtime.on_main(imported.exists):
         import_checkpoint(Path(model.hf), imported)

@@ -140,6 +140,7 @@ class RunState:
         self.skipped_in_a_row = 0
         self.cost = TokenCost()
         self.data = Data(config, cache)
+        config.train.resolve_epochs(sum(len(source) for source in self.data.sources))
         self.schedule = Schedule(config)
         self.megatron = transformer_config(config)
         self.w = build_model(config, self.megatron, self.data.vocab_size)

@@ -1,0 +1,148 @@
+"""What `compare` compares: one YAML file that names data, methods, seeds and budgets."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from megatron_scalebio.config.baseline import Method
+from megatron_scalebio.config.checks import refuse, require_positive
+from megatron_scalebio.config_loader import build, load_config, read_yaml
+from megatron_scalebio.errors import UserError
+
+Sections = dict[str, dict[str, Any]]  # of a run's configuration
+
+# Methods under a name of their own: options over the method's defaults.
+VARIANTS: dict[str, Sections] = {
+    "paper": {"baseline": {"method": "scalebio"}, "bilevel": {"preset": "paper"}},
+    "rho_loss_offline": {"baseline": {"method": "rho_loss", "rho_online": False}},
+}
+
+
+@dataclass
+class CompareConfig:
+    """The fields of the YAML file.
+
+    Attributes:
+        sources, validation, test: name → JSON/JSONL file or folder, or a prepared folder.
+        output: folder that receives everything.
+        methods: names of `reweight --method`, of `VARIANTS`, or of `variants`.
+        seeds: one run of everything for each.
+        model: Hugging Face folder that all stages start from; its tokenizer prepares the data.
+        tokenizer: where there is no `model`, or another one is wanted.
+        per_source: rows of each source that the methods learn from and draw from [all].
+        num_samples: rows of the final training set [what the final training takes in one pass].
+        max_epochs: the most times that a row is in it.
+        run: sections of a run's configuration, for both stages; over them
+        reweight, train: those of finding the mixture and of the final training.
+        weights: those of method `manual`, by source.
+        variants: more names for `methods`: name → sections, with `baseline.method`.
+        tasks: name → JSONL of benchmarks for the final models; needs `model`.
+        ranks: processes of a stage, under torchrun; or
+        launcher: words before `-m megatron_scalebio`, such as "srun python".
+    """
+
+    sources: dict[str, str]
+    validation: dict[str, str]
+    test: dict[str, str]
+    output: str
+    methods: list[str]
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    model: str | None = None
+    tokenizer: str | None = None
+    per_source: int | None = None
+    num_samples: int | None = None
+    max_epochs: int = 4
+    run: dict[str, dict] = field(default_factory=dict)
+    reweight: dict[str, dict] = field(default_factory=dict)
+    train: dict[str, dict] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    variants: dict[str, dict] = field(default_factory=dict)
+    tasks: dict[str, str] = field(default_factory=dict)
+    ranks: int = 1
+    launcher: str | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self, "per_source", "num_samples", "max_epochs", "ranks")
+        for name in ("validation", "test", "methods", "seeds"):
+            if not getattr(self, name):
+                raise refuse(name, getattr(self, name), "is empty", "name at least one")
+        if len(self.sources) < 2:
+            raise refuse("sources", list(self.sources), "is no mixture", "name two or more")
+        for name in ("methods", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise refuse(name, values, "names one twice", "name each once")
+        names = [*self.sources, *self.validation, *self.test]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise refuse("test", twice[0], "names two sets", "give each set its own name")
+        known = [*get_args(Method), *VARIANTS, *self.variants]
+        for method in self.methods:
+            if method not in known:
+                raise refuse("methods", method, "is no method", f"choose from {', '.join(known)}")
+        if "manual" in self.methods and set(self.weights) != set(self.sources):
+            raise refuse("weights", self.weights, "is not of the sources", "give each its weight")
+        if not (self.model or self.tokenizer):
+            raise refuse("model", None, "and tokenizer are missing", "name a Hugging Face folder")
+        if self.tasks and not self.model:
+            raise refuse("tasks", list(self.tasks), "need a Hugging Face model", "name model")
+
+    def sections_of(self, method: str) -> Sections:
+        """The configuration of finding the mixture by a method, without data, seed and output."""
+        variant = {**VARIANTS, **self.variants}.get(method, {"baseline": {"method": method}})
+        return merged(self._model(), self.run, self.reweight, variant)
+
+    def sections_of_training(self) -> Sections:
+        return merged(self._model(), self.run, self.train)
+
+    def _model(self) -> Sections:
+        return {"model": {"hf": self.model}} if self.model else {}
+
+
+def merged(*layers: Sections) -> Sections:
+    """Sections laid over each other, option by option; the last one counts."""
+    result: Sections = {}
+    for layer in layers:
+        for name, section in layer.items():
+            if not isinstance(section, dict):
+                raise UserError(f"{section!r} is not a mapping", where=name)
+            result.setdefault(name, {}).update(copy.deepcopy(section))
+    return result
+
+
+def load(path: Path, overrides: dict[str, Any]) -> CompareConfig:
+    """Reads the YAML file and checks every configuration that will come of it.
+
+    Args:
+        overrides: fields given on the command line.
+
+    Raises:
+        UserError: naming file, field, value and mend.
+    """
+    config: CompareConfig = build(
+        CompareConfig, {**read_yaml(str(path), known=_FIELDS), **overrides}, str(path)
+    )
+    for method in config.methods:
+        _check(config.sections_of(method), f"{path}: {method}")
+    _check(config.sections_of_training(), f"{path}: train")
+    return config
+
+
+_FIELDS = [spec.name for spec in fields(CompareConfig)]
+
+
+def _check(sections: Sections, where: str) -> None:
+    try:
+        load_config(None, sections)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("command line: "), where=where) from None
+
+
+def resolved_text(config: CompareConfig) -> str:
+    """The comparison as YAML, as it was run."""
+    return yaml.safe_dump(vars(config), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,204 @@
+"""Reads what the stages left and puts it side by side: compare.json, compare.md, compare.png.
+
+Cost is given in equivalents of the final training: tokens that went through a model of its size
+while the mixture was searched, a forward pass counted as a third of forward and backward, over the
+tokens of the final training. What LISA spares and recomputation adds is left out of both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_scalebio.compare.plot import draw
+from megatron_scalebio.compare.stages import Plan, Run
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.report.summary import duration
+
+Content = dict[str, Any]
+
+
+def collect(plan: Plan) -> Content:
+    """Everything that is there yet; a method appears once one of its runs is complete."""
+    methods = []
+    for name in plan.config.methods:
+        runs = [_read_run(plan, run) for run in plan.runs if run.method == name]
+        done = [run for run in runs if run is not None]
+        if done:
+            methods.append({"name": name, "runs": done, **_summary(done)})
+    methods.sort(key=lambda method: method["test_loss"]["mean"])
+    for method in methods:
+        method["behind"] = _behind(methods[0]["runs"], method["runs"])
+    return {
+        "sources": list(plan.config.sources),
+        "seeds": plan.config.seeds,
+        "test": list(plan.config.test),
+        "num_samples": plan.num_samples,
+        "methods": methods,
+    }
+
+
+def _read_run(plan: Plan, run: Run) -> Content | None:
+    if not all(stage.product.exists() for stage in run.stages):
+        return None
+    found = _read(run.folder / "find" / "weights.json")
+    drawn = _read(run.folder / "sample" / "manifest.json")
+    trained = _read(run.folder / "train" / "evaluation.json")
+    kind = f"{_loss_mean(plan)}_mean"
+    losses = {entry["name"]: entry[kind] for entry in trained["sets"]}
+    spent, budget = found["cost"], trained["cost"]["trained_tokens"]
+    scores = {}
+    if plan.config.tasks:
+        tasks = _read(run.folder / "benchmarks" / "evaluation.json")["benchmarks"]
+        scores = {task: next(iter(entry["scores"].values())) for task, entry in tasks.items()}
+    return {
+        "seed": run.seed,
+        "test_loss": fmean(losses[name] for name in plan.config.test),
+        "test_losses": {name: losses[name] for name in plan.config.test},
+        "validation_losses": {name: losses[name] for name in plan.config.validation},
+        "weights": {entry["name"]: entry["weight"] for entry in found["sources"]},
+        "given": {entry["name"]: entry["given"] for entry in drawn["sources"]},
+        "cost": (spent["trained_tokens"] + spent["scored_tokens"] / 3) / budget,
+        "search_peak_bytes": spent["peak_bytes"],
+        "training_peak_bytes": trained["cost"]["peak_bytes"],
+        "seconds": {stage.log.stem: _seconds(stage.log) for stage in run.stages},
+        "scores": scores,
+    }
+
+
+def _behind(best: Sequence[Content], runs: Sequence[Content]) -> Content | None:
+    """How much more test loss than the best method's run of the same seed."""
+    of_best = {run["seed"]: run["test_loss"] for run in best}
+    both = [run["test_loss"] - of_best[run["seed"]] for run in runs if run["seed"] in of_best]
+    return spread(both) if both else None
+
+
+def _loss_mean(plan: Plan) -> str:
+    return plan.config.sections_of_training().get("data", {}).get("loss_mean", "sample")
+
+
+def _seconds(log: Path) -> float:
+    path = log.with_suffix(".timing.json")
+    return float(_read(path)["seconds"]) if path.exists() else math.nan
+
+
+def _read(path: Path) -> Content:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"damaged ({error})", where=str(path), mend="remove it, and compare again"
+        ) from None
+
+
+def _summary(runs: Sequence[Content]) -> Content:
+    return {
+        "test_loss": spread(run["test_loss"] for run in runs),
+        "weights": {
+            name: spread(run["weights"][name] for run in runs) for name in runs[0]["weights"]
+        },
+        "cost": spread(run["cost"] for run in runs),
+        "search_seconds": spread(run["seconds"]["find"] for run in runs),
+        "training_seconds": spread(run["seconds"]["train"] for run in runs),
+        "search_peak_bytes": max(run["search_peak_bytes"] for run in runs),
+        "scores": {
+            task: spread(run["scores"][task]["value"] for run in runs) for task in runs[0]["scores"]
+        },
+    }
+
+
+def spread(values: Iterable[float]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds (null of one)."""
+    known = list(values)
+    return {"mean": fmean(known), "sd": stdev(known) if len(known) > 1 else None}
+
+
+def write(folder: Path, comparison: Content, console: Console) -> None:
+    """Writes the three files and shows the table."""
+    _replace(folder / "compare.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
+    head, rows = table(comparison)
+    _replace(folder / "compare.md", markdown(comparison, head, rows))
+    temporary = folder / "compare.tmp.png"
+    draw(comparison, temporary)
+    os.replace(temporary, folder / "compare.png")
+    screen = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in head:
+        screen.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for row in rows:
+        screen.add_row(*row)
+    console.print(screen)
+    for name in ("compare.md", "compare.json", "compare.png"):
+        console.print(folder / name, soft_wrap=True)
+
+
+def table(comparison: Content) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows, the lowest test loss first."""
+    tasks = list(comparison["methods"][0]["scores"])
+    head = [
+        "method",
+        "test loss",
+        "behind",
+        *tasks,
+        *comparison["sources"],
+        "cost",
+        "search",
+        "memory",
+    ]
+    rows = []
+    for method in comparison["methods"]:
+        rows.append(
+            [
+                method["name"],
+                shown(method["test_loss"], "{:.4f}".format),
+                shown(method["behind"], "{:.4f}".format),
+                *(shown(method["scores"][task], "{:.3f}".format) for task in tasks),
+                *(shown(method["weights"][s], "{:.2f}".format) for s in comparison["sources"]),
+                f"{method['cost']['mean']:.2f}",
+                duration(round(method["search_seconds"]["mean"])),
+                f"{method['search_peak_bytes'] / 2**30:.1f} GiB",
+            ]
+        )
+    return head, rows
+
+
+def shown(value: dict[str, float | None] | None, form: Callable[[float], str]) -> str:
+    if value is None or value["mean"] is None:
+        return "-"
+    if value["sd"] is None:
+        return form(value["mean"])
+    return f"{form(value['mean'])} ± {form(value['sd'])}"
+
+
+def markdown(comparison: Content, head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    complete = {len(method["runs"]) for method in comparison["methods"]}
+    seeds = f"{min(complete)} to {max(complete)}" if len(complete) > 1 else f"{max(complete)}"
+    return f"""# Comparison
+
+{body}
+
+![Test loss and weights](compare.png)
+
+Mean ± standard deviation over {seeds} seeds. Every method's training set has up to
+{comparison["num_samples"]:,} rows and is trained on for the same number of steps, from the same
+model. *test loss*: mean over {", ".join(comparison["test"])}, at the last step. *behind*: how much
+more than the best method under the same seed. *cost*: tokens that
+went through a model while the mixture was searched, in units of the final training (a forward pass
+alone counts a third). *search*, *memory*: wall time and peak memory of a rank meanwhile.
+"""
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,228 @@
+"""The stages of a comparison as commands, each with the file that says that it is done.
+
+OUTPUT/
+  data/NAME            prepared sources, validation and test sets
+  pool/NAME            sources without what repeats a validation or test example
+  model/               the Hugging Face model, imported once
+  METHOD/seed-N/
+    find/              weights.json, selected.json     reweight --method METHOD
+    sample/            the final training set          sample --weights find
+    train/             evaluation.json                 train, the same for all methods
+    hf/, benchmarks/   where tasks are asked for       convert export, evaluate --tasks
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_scalebio.compare.config import CompareConfig, Sections, merged
+from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.errors import UserError
+
+POOL_ALL = 10**9  # rows of each source where per_source sets no limit
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        title: what the log of the comparison calls it.
+        words: of the command, without the launcher.
+        log: receives what it prints, and beside it `timing.json`.
+        product: exists once the stage is done.
+        config: written to a YAML file that the words name, or None.
+        distributed: runs under the launcher.
+    """
+
+    title: str
+    words: list[str]
+    log: Path
+    product: Path
+    config: tuple[Path, Sections] | None = None
+    distributed: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method under one seed."""
+
+    method: str
+    seed: int
+    folder: Path
+    stages: list[Stage] = field(default_factory=list)
+
+
+class Plan:
+    """All stages of a comparison, in order."""
+
+    def __init__(self, config: CompareConfig) -> None:
+        self.config = config
+        self.output = Path(config.output)
+        training = load_config(None, config.sections_of_training())
+        self.seq_length = training.data.seq_length
+        for method in config.methods:
+            found = load_config(None, config.sections_of(method)).data.seq_length
+            if found != self.seq_length:
+                raise UserError(
+                    f"{found} for {method}, {self.seq_length} for the final training",
+                    where="data.seq_length",
+                    mend="set it under run, once",
+                )
+        # What the final training takes in one pass, of rows as of epochs.
+        one_pass = training.train.train_iters * training.train.global_batch_size
+        self.num_samples = config.num_samples or one_pass
+        self.runs = [self._run(method, seed) for seed in config.seeds for method in config.methods]
+        self.preparation = [*self._prepare(), self._pool(), *self._import()]
+
+    def __iter__(self) -> Iterator[Stage]:
+        yield from self.preparation
+        for run in self.runs:
+            yield from run.stages
+
+    def _data(self, name: str) -> Path:
+        """The prepared folder of a source or set: made here, or the user's own."""
+        config = self.config
+        given = Path({**config.sources, **config.validation, **config.test}[name])
+        return given if (given / "source.json").is_file() else self.output / "data" / name
+
+    def _prepare(self) -> Iterator[Stage]:
+        config = self.config
+        for name, path in {**config.sources, **config.validation, **config.test}.items():
+            folder = self._data(name)
+            if folder == Path(path):
+                continue
+            words = ["prepare", "--tokenizer", str(config.tokenizer or config.model)]
+            words += ["--seq-length", str(self.seq_length), "--input", f"{name}={path}"]
+            words += ["--out", str(folder.parent), "--overwrite"]
+            log = self.output / "logs" / f"prepare-{name}.txt"
+            yield Stage(f"prepare {name}", words, log, folder / "source.json")
+
+    def _pool(self) -> Stage:
+        config, pool = self.config, self.output / "pool"
+        words = ["sample", "--out", str(pool), "--from-tokens", "--overwrite"]
+        words += ["--per-source", str(config.per_source or POOL_ALL)]
+        for name in config.sources:
+            words += ["--input", f"{name}={self._data(name)}"]
+        for name in [*config.validation, *config.test]:
+            words += ["--exclude", f"{name}={self._data(name)}"]
+        last = list(config.sources)[-1]
+        log = self.output / "logs" / "pool.txt"
+        return Stage("pool without test examples", words, log, pool / last / "manifest.json")
+
+    def _import(self) -> Iterator[Stage]:
+        if self.config.model is None:
+            return
+        words = ["convert", "import", "--hf", self.config.model, "--save", str(self._model)]
+        yield Stage("import the model", words, self.output / "logs" / "import.txt", self._model)
+
+    @property
+    def _model(self) -> Path:
+        return self.output / "model"
+
+    def _imported(self) -> Sections:
+        if self.config.model is None:
+            return {}
+        return {"model": {"pretrained_checkpoint": str(self._model)}}
+
+    def _run(self, method: str, seed: int) -> Run:
+        folder = self.output / method / f"seed-{seed}"
+        stages = [
+            self._find(method, seed, folder),
+            self._sample(method, seed, folder),
+            self._train(method, seed, folder),
+        ]
+        if self.config.tasks:
+            stages += self._benchmarks(method, seed, folder)
+        return Run(method, seed, folder, stages)
+
+    def _find(self, method: str, seed: int, folder: Path) -> Stage:
+        pool = [
+            {"name": name, "path": str(self.output / "pool" / name)} for name in self.config.sources
+        ]
+        if method == "manual":
+            for entry in pool:
+                entry["initial_weight"] = self.config.weights[entry["name"]]
+        sections = merged(
+            self.config.sections_of(method),
+            self._imported(),
+            {
+                "data": {"sources": pool, "validation": self._sets(self.config.validation)},
+                "train": {"seed": seed, "output": str(folder / "find")},
+            },
+        )
+        path = folder / "find.yaml"
+        words = ["reweight", "--config", str(path)]
+        return Stage(
+            _title(method, seed, "find the mixture"), words, folder / "find.txt",
+            folder / "find" / "weights.json", (path, sections), distributed=True,
+        )  # fmt: skip
+
+    def _sample(self, method: str, seed: int, folder: Path) -> Stage:
+        out = folder / "sample"
+        words = ["sample", "--weights", str(folder / "find"), "--out", str(out), "--from-tokens"]
+        words += ["--num-samples", str(self.num_samples), "--seed", str(seed), "--overwrite"]
+        words += ["--max-epochs", str(self.config.max_epochs)]
+        title = _title(method, seed, "draw the training set")
+        return Stage(title, words, folder / "sample.txt", out / "manifest.json")
+
+    def _train(self, method: str, seed: int, folder: Path) -> Stage:
+        sections = merged(
+            {"checkpoint": {"keep_last": 1}, "train": {"eval_interval": 0}},
+            self.config.sections_of_training(),
+            self._imported(),
+            {
+                "data": {
+                    "sources": [{"name": "sample", "path": str(folder / "sample")}],
+                    "validation": self._sets(self.config.validation),
+                    "test": self._sets(self.config.test),
+                },
+                "train": {"seed": seed, "output": str(folder / "train")},
+            },
+        )
+        path = folder / "train.yaml"
+        words = ["train", "--config", str(path)]
+        return Stage(
+            _title(method, seed, "train"), words, folder / "train.txt",
+            folder / "train" / "evaluation.json", (path, sections), distributed=True,
+        )  # fmt: skip
+
+    def _benchmarks(self, method: str, seed: int, folder: Path) -> list[Stage]:
+        config, hf = self.config, folder / "hf"
+        export = ["convert", "export", "--load", str(folder / "train" / "checkpoints")]
+        export += ["--hf-reference", str(config.model), "--save", str(hf)]
+        evaluate = ["evaluate", "--hf", str(hf), "--output", str(folder / "benchmarks")]
+        evaluate += ["--tasks", *config.tasks]
+        evaluate += ["--data", *(f"{name}={path}" for name, path in config.tasks.items())]
+        return [
+            Stage(
+                _title(method, seed, "export"), export, folder / "export.txt", hf / "config.json"
+            ),
+            Stage(
+                _title(method, seed, "benchmarks"), evaluate, folder / "benchmarks.txt",
+                folder / "benchmarks" / "evaluation.json",
+            ),
+        ]  # fmt: skip
+
+    def _sets(self, sets: dict[str, str]) -> list[dict[str, Any]]:
+        return [{"name": name, "path": str(self._data(name))} for name in sets]
+
+    def command(self, stage: Stage) -> list[str]:
+        """The words to start, launcher included."""
+        config = self.config
+        if stage.distributed and config.launcher:
+            start = config.launcher.split()
+        elif stage.distributed and config.ranks > 1:
+            start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            start += ["--nproc_per_node", str(config.ranks)]
+        else:
+            start = [sys.executable]
+        return [*start, "-m", "megatron_scalebio", *stage.words]
+
+
+def _title(method: str, seed: int, what: str) -> str:
+    return f"{method}, seed {seed}: {what}"
