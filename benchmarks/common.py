@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
@@ -29,6 +30,15 @@ from megatron_scalebio.train.state import TrainState  # noqa: E402
 PUBLISHED = {key: PRESETS["paper"]["bilevel"][key] for key in (
     "mixture_optimizer", "lr_lambda", "lr_lambda_decay_style", "resync_interval", "floor_share"
 )}  # fmt: skip
+
+
+def prepare(files: dict[str, Path], out: Path, pieces: int, seq_length: int) -> None:
+    """Tokenizes files by name, with a SentencePiece model trained on them."""
+    command = [sys.executable, "-m", "megatron_scalebio", "prepare", "--out", str(out)]
+    command += ["--train-sentencepiece", str(pieces), "--seq-length", str(seq_length)]
+    for name, file in files.items():
+        command += ["--input", f"{name}={file}"]
+    subprocess.run(command, check=True, cwd=ROOT)
 
 
 def build(settings: dict[str, dict[str, Any]], cache: Path) -> TrainState:

@@ -11,26 +11,16 @@ The folder needs train_alpaca.json, train_gpt4_alpaca.json and val.json in Alpac
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import PUBLISHED, ROOT, build, learn, table, write_json
+from common import PUBLISHED, ROOT, build, learn, prepare, table, write_json
 
 FILES = {"alpaca": "train_alpaca.json", "gpt4": "train_gpt4_alpaca.json", "validation": "val.json"}
 PUBLIC_CODE = (0.59, 0.61)
-
-
-def prepare(data: Path, prepared: Path) -> None:
-    """Tokenizes with a SentencePiece model of 8,000 pieces, trained on these texts."""
-    command = [sys.executable, "-m", "megatron_scalebio", "prepare", "--out", str(prepared)]
-    command += ["--train-sentencepiece", "8000", "--seq-length", "256"]
-    for name, file in FILES.items():
-        command += ["--input", f"{name}={data / file}"]
-    subprocess.run(command, check=True, cwd=ROOT)
 
 
 def settings(prepared: Path, seed: int, args: Any) -> dict[str, dict]:
@@ -76,7 +66,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         prepared = args.prepared or Path(scratch)
         if not (prepared / "validation").is_dir():
-            prepare(args.data, prepared)
+            files = {name: args.data / file for name, file in FILES.items()}
+            prepare(files, prepared, pieces=8000, seq_length=256)
         runs = []
         for seed in args.seeds:
             start = time.perf_counter()

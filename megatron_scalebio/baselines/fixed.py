@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_scalebio.baselines.found import Found, normalised
 from megatron_scalebio.config import Config
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.sample.manifest import drawn_from
 from megatron_scalebio.train.start import Begun
 from megatron_scalebio.train.state import Data
 
@@ -13,15 +16,18 @@ def find(config: Config, begun: Begun) -> Found:
     """The weights that `baseline.method` stands for.
 
     uniform: every source alike. natural: by number of examples (of sequences, for packed
-    prefixes), which is what training on all sources put together amounts to. manual: the weights
-    in `data.weights` or `data.sources`.
+    prefixes), which is what training on all sources put together amounts to; a source that
+    `sample --per-source` drew counts by what it was drawn from. manual: the weights in
+    `data.weights` or `data.sources`.
     """
     data = Data(config, begun.folder / "cache")
     method = config.baseline.method
     if method == "uniform":
         weights = [1.0] * len(data.sources)
     elif method == "natural":
-        weights = [float(len(source)) for source in data.sources]
+        weights = [
+            float(drawn_from(Path(source.prefix).parent) or len(source)) for source in data.sources
+        ]
     else:
         given = config.data.weights or config.data.sources[0].initial_weight is not None
         if not given:

@@ -141,7 +141,7 @@ class Plan:
         return Run(method, seed, folder, stages)
 
     def _find(self, method: str, seed: int, folder: Path) -> Stage:
-        pool = [
+        pool: list[dict[str, Any]] = [
             {"name": name, "path": str(self.output / "pool" / name)} for name in self.config.sources
         ]
         if method == "manual":
