@@ -187,3 +187,24 @@ def test_fields_that_disagree_are_refused(sections: dict, ranks: int, words: str
 def test_fields_that_agree_pass() -> None:
     load_config(None, {"data": DATA}).validate(1)
     load_config(None, {"data": DATA, "parallel": {"tensor_model_parallel_size": 2}}).validate(8)
+
+
+def test_preset_lies_between_defaults_and_what_is_given(tmp_path: Path) -> None:
+    paper = from_flags("--preset", "paper")
+    assert (paper.bilevel.mixture_optimizer, paper.bilevel.alpha) == ("adamw", 100.0)
+    assert paper.bilevel.resync_interval is None
+    assert (paper.lisa.lisa_layers, paper.lisa.lisa_interval) == (4, 20)
+    assert paper.train.train_epochs == 1
+    path = written(tmp_path, {"bilevel": {"preset": "paper", "alpha": 7}})
+    mine = from_flags("--config", path, "--lisa-layers", "2", "--train-iters", "9")
+    assert (mine.bilevel.alpha, mine.lisa.lisa_layers, mine.lisa.lisa_interval) == (7, 2, 20)
+    assert (mine.train.train_iters, mine.train.train_epochs) == (9, None)
+    assert load_config(written(tmp_path, config_text(mine))) == mine
+    with pytest.raises(UserError, match=r"preset: 'papr' is not a choice"):
+        load_config(None, {"bilevel": {"preset": "papr"}})
+
+
+def test_epochs_become_steps() -> None:
+    config = from_flags("--train-epochs", "1.5", "--global-batch-size", "32")
+    config.train.resolve_epochs(100)
+    assert (config.train.train_iters, config.train.train_epochs) == (5, None)

@@ -91,16 +91,18 @@ class Plan:
         return given if (given / "source.json").is_file() else self.output / "data" / name
 
     def _prepare(self) -> Iterator[Stage]:
-        config = self.config
-        for name, path in {**config.sources, **config.validation, **config.test}.items():
-            folder = self._data(name)
-            if folder == Path(path):
-                continue
-            words = ["prepare", "--tokenizer", str(config.tokenizer or config.model)]
-            words += ["--seq-length", str(self.seq_length), "--input", f"{name}={path}"]
-            words += ["--out", str(folder.parent), "--overwrite"]
-            log = self.output / "logs" / f"prepare-{name}.txt"
-            yield Stage(f"prepare {name}", words, log, folder / "source.json")
+        config, data = self.config, self.output / "data"
+        given = {**config.sources, **config.validation, **config.test}
+        raw = {name: path for name, path in given.items() if self._data(name) == data / name}
+        if not raw:
+            return
+        words = ["prepare", "--tokenizer", str(config.tokenizer or config.model)]
+        words += ["--seq-length", str(self.seq_length), "--out", str(data), "--overwrite"]
+        for name, path in raw.items():
+            words += ["--input", f"{name}={path}"]
+        log = self.output / "logs" / "prepare.txt"
+        # All folders appear at once.
+        yield Stage("prepare", words, log, data / next(iter(raw)) / "source.json")
 
     def _pool(self) -> Stage:
         config, pool = self.config, self.output / "pool"

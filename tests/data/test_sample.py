@@ -220,6 +220,26 @@ def test_prepared_examples_can_be_drawn_without_the_raw_files(world: World) -> N
     assert all(old[row].tolist() in given for row in taken) and len(given) == 20
 
 
+def test_only_selected_examples_are_drawn(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    run = world.root / "run"
+    run.mkdir()
+    paths = {name: str(world.root / f"data/{name}/tokens") for name in ("big", "small")}
+    given = (("big", 0.6), ("small", 0.4))
+    weights = [{"name": name, "path": paths[name], "weight": w} for name, w in given]
+    selected = [{"name": "big", "taken": [3, 5, 8]}, {"name": "small", "taken": [0, 9]}]
+    (run / "weights.json").write_text(json.dumps({"sources": weights}))
+    (run / "selected.json").write_text(json.dumps({"sources": selected}))
+    assert command(world, "--weights", str(run), "--num-samples", "10", "--max-epochs", "4") == 0
+    assert "37 not selected" in capsys.readouterr().out
+    big, small = json.loads((world.root / "out/manifest.json").read_text())["sources"]
+    assert set(big["taken"]) == {3, 5, 8} and set(small["taken"]) == {0, 9}
+    assert (big["given"], small["given"], big["usable"]) == (6, 4, 3)
+    selected[0]["taken"] = [40]
+    (run / "selected.json").write_text(json.dumps({"sources": selected}))
+    with pytest.raises(UserError, match="'big' has 40 examples, and one chosen is beyond them"):
+        command(world, "--weights", str(run), "--num-samples", "10", "--overwrite")
+
+
 def megatron_prefix(path: Path, lengths: list[int]) -> str:
     builder = IndexedDatasetBuilder(f"{path}.bin", dtype=np.uint16)
     for number, length in enumerate(lengths):

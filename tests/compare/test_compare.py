@@ -1,0 +1,197 @@
+"""`compare`: a real comparison from raw files, gone on with, extended and read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from megatron_scalebio.cli import main
+from megatron_scalebio.compare.config import load
+from megatron_scalebio.compare.results import spread, table
+from megatron_scalebio.compare.stages import Plan
+from tests.commands import ROOT, start_command, the_only_line
+
+pytestmark = pytest.mark.slow
+TEXT = (ROOT / "README.md").read_text().split()
+
+
+def rows(kind: str, count: int, offset: int) -> str:
+    """Instructions whose answers are words of a text that all have."""
+    records = []
+    for number in range(count):
+        start = (offset + 7 * number) % (len(TEXT) - 8)
+        answer = " ".join(TEXT[start : start + 8]) if kind == "text" else "x " * 8
+        records.append({"instruction": f"{kind} {offset} {number}?", "output": answer})
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    for name, kind, count, offset in (
+        ("good", "text", 60, 0), ("junk", "junk", 60, 1), ("goal", "text", 20, 500),
+    ):  # fmt: skip
+        (folder / f"{name}.jsonl").write_text(rows(kind, count, offset))
+    # Two rows of the test set are in a source: they must not be trained on.
+    good = (folder / "good.jsonl").read_text().splitlines(keepends=True)
+    (folder / "test.jsonl").write_text("".join(good[:2]) + rows("text", 18, 900))
+    (folder / "compare.yaml").write_text(yaml.safe_dump(content(folder)))
+    return folder
+
+
+def content(folder: Path) -> dict[str, Any]:
+    return {
+        "tokenizer": str(ROOT / "tokenizers" / "english-code-1k.model"),
+        "sources": {name: str(folder / f"{name}.jsonl") for name in ("good", "junk")},
+        "validation": {"goal": str(folder / "goal.jsonl")},
+        "test": {"test": str(folder / "test.jsonl")},
+        "methods": ["uniform"],
+        "seeds": [5],
+        "per_source": 50,
+        "run": {
+            "data": {"seq_length": 32},
+            "model": {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2},
+            "train": {"train_iters": 3, "global_batch_size": 8},
+        },
+        "output": str(folder / "out"),
+    }
+
+
+@pytest.fixture(scope="module")
+def compared(folder: Path) -> Path:
+    """The comparison with one method, and then with a second one added."""
+    for methods in (["uniform"], ["uniform", "scalebio"]):
+        process = start_command(
+            "compare", "--config", folder / "compare.yaml", "--methods", *methods
+        )
+        said, complaints = process.communicate(timeout=600)
+        assert process.returncode == 0, said + complaints
+        (folder / f"said-{len(methods)}.txt").write_text(said)
+    return folder / "out"
+
+
+def test_every_method_is_trained_on_the_same_budget_and_written_side_by_side(
+    compared: Path,
+) -> None:
+    found = json.loads((compared / "compare.json").read_text())
+    assert {method["name"] for method in found["methods"]} == {"uniform", "scalebio"}
+    for method in found["methods"]:
+        [run] = method["runs"]
+        assert sum(run["given"].values()) == 24  # 3 steps of 8
+        assert sum(run["weights"].values()) == pytest.approx(1)
+        evaluated = json.loads(
+            (compared / method["name"] / "seed-5" / "train" / "evaluation.json").read_text()
+        )
+        test = next(entry for entry in evaluated["sets"] if entry["name"] == "test")
+        assert run["test_loss"] == test["sample_mean"]
+        assert method["test_loss"] == {"mean": run["test_loss"], "sd": None}
+    losses = [method["test_loss"]["mean"] for method in found["methods"]]
+    assert losses == sorted(losses)
+    by_name = {method["name"]: method for method in found["methods"]}
+    assert by_name["uniform"]["cost"]["mean"] == 0
+    # Three steps of at most twice the training batch and once the validation batch.
+    assert 2 < by_name["scalebio"]["cost"]["mean"] < 4
+    text = (compared / "compare.md").read_text()
+    assert all(line in text for line in ("| uniform |", "| scalebio |"))
+    with Image.open(compared / "compare.png") as image:
+        assert image.width > 500 and len(image.convert("RGB").getcolors(2**20) or []) > 10
+
+
+def test_what_is_done_is_not_done_again(folder: Path, compared: Path) -> None:
+    again = (folder / "said-2.txt").read_text()
+    assert "prepare" not in again and "uniform, seed 5" not in again
+    assert again.count("scalebio, seed 5") == 3
+
+
+def test_test_rows_are_in_no_pool(compared: Path) -> None:
+    manifest = json.loads((compared / "pool" / "good" / "manifest.json").read_text())
+    [source] = manifest["sources"]
+    assert source["contaminated"]["exact"] == 2 and source["given"] == 50
+
+
+def test_the_models_of_a_search_are_not_kept(compared: Path) -> None:
+    assert not list((compared / "scalebio" / "seed-5" / "find").rglob("checkpoints"))
+    assert (compared / "scalebio" / "seed-5" / "train" / "checkpoints").is_dir()
+
+
+REFUSED = [
+    ({"methods": ["lesss"]}, "methods: 'lesss' is no method (choose from scalebio, uniform"),
+    ({"sources": {"good": "good.jsonl"}}, "sources: ['good'] is no mixture"),
+    ({"seeds": []}, "seeds: [] is empty"),
+    ({"seeds": [1, 1]}, "seeds: [1, 1] names one twice"),
+    ({"methods": ["manual"]}, "weights: {} is not of the sources"),
+    ({"tokenizer": None}, "model: None and tokenizer are missing"),
+    ({"test": {"goal": "x.jsonl"}}, "test: 'goal' names two sets"),
+    ({"tasks": {"gsm8k": "x.jsonl"}}, "tasks: ['gsm8k'] need a Hugging Face model"),
+    ({"method": ["uniform"]}, "unknown key 'method' (did you mean methods?)"),
+    ({"run": {"train": {"train_iter": 3}}}, "unknown key 'train_iter' (did you mean train_iters?)"),
+    ({"train": {"data": {"seq_length": 64}}}, "data.seq_length: 32 for uniform, 64 for the final"),
+    ({"per_source": 0}, "per_source: 0 must be above 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_mistakes_are_refused_before_anything_runs(
+    change: dict, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump({**content(tmp_path), **change}))
+    assert main(["compare", "--config", str(path)]) == 2
+    assert words in the_only_line(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_comparison_in_the_same_folder_is_refused(
+    folder: Path, compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump({**content(folder), "per_source": 40}))
+    assert main(["compare", "--config", str(path)]) == 2
+    assert "per_source: 40 is not 50, with which this comparison began" in the_only_line(
+        capsys.readouterr().err
+    )
+
+
+def test_a_stage_that_fails_says_why_and_loses_nothing(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "compare.yaml"
+    changed = {**content(folder), "output": str(tmp_path / "out"), "tokenizer": "nowhere.model"}
+    path.write_text(yaml.safe_dump(changed))
+    assert main(["compare", "--config", str(path)]) == 2
+    said = capfd.readouterr().err
+    assert "prepare: " in said and "nowhere.model" in said
+
+
+def test_variants_and_presets_reach_the_command(folder: Path, tmp_path: Path) -> None:
+    variants = {"fast": {"baseline": {"method": "less"}, "optimizer": {"lr": 0.5}}}
+    path = tmp_path / "compare.yaml"
+    changed = {**content(folder), "methods": ["paper", "fast", "manual"], "variants": variants,
+               "weights": {"good": 3.0, "junk": 1.0}, "ranks": 2}  # fmt: skip
+    path.write_text(yaml.safe_dump(changed))
+    plan = Plan(load(path, {}))
+    paper, fast, manual = (run.stages[0].config[1] for run in plan.runs)  # type: ignore[index]
+    assert paper["bilevel"]["preset"] == "paper" and paper["baseline"]["method"] == "scalebio"
+    assert fast["optimizer"]["lr"] == 0.5
+    assert [s["initial_weight"] for s in manual["data"]["sources"]] == [3.0, 1.0]
+    assert "torch.distributed.run" in plan.command(plan.runs[0].stages[0])
+    assert "torch.distributed.run" not in plan.command(plan.runs[0].stages[1])
+
+
+def test_spread_and_differences_of_seeds() -> None:
+    assert spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "sd": 1.0}
+    method = {
+        "name": "m", "scores": {}, "weights": {"a": spread([1.0, 1.0])}, "cost": spread([0.5]),
+        "test_loss": spread([1.0, 3.0]), "behind": spread([0.0, 0.5]),
+        "search_seconds": spread([61.0]), "search_peak_bytes": 3 * 2**30,
+    }  # fmt: skip
+    head, [row] = table({"methods": [method], "sources": ["a"]})
+    assert dict(zip(head, row, strict=True)) == {
+        "method": "m", "test loss": "2.0000 ± 1.4142", "behind": "0.2500 ± 0.3536",
+        "a": "1.00 ± 0.00", "cost": "0.50", "search": "1 min 1 s", "memory": "3.0 GiB",
+    }  # fmt: skip
