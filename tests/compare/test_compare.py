@@ -193,5 +193,5 @@ def test_spread_and_differences_of_seeds() -> None:
     head, [row] = table({"methods": [method], "sources": ["a"]})
     assert dict(zip(head, row, strict=True)) == {
         "method": "m", "test loss": "2.0000 ± 1.4142", "behind": "0.2500 ± 0.3536",
-        "a": "1.00 ± 0.00", "cost": "0.50", "search": "1 min 1 s", "memory": "3.0 GiB",
+        "a": "1.00 ± 0.00", "cost": "0.50", "search": "61 s", "memory": "3.0 GiB",
     }  # fmt: skip
