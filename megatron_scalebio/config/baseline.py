@@ -24,7 +24,9 @@ class BaselineConfig:
         None, "regmix: small trainings [as many as cost what ScaleBiO does in train_iters steps]"
     )
     proxy_iters: int | None = option(None, "regmix: steps of each [train_iters / 5]")
-    domain_lr: float = option(1.0, "doremi, doge: step size of the exponentiated update")
+    domain_lr: float | None = option(
+        None, "doremi, doge: step size of the exponentiated update [1; 100 / train_iters]"
+    )
     select_fraction: float = option(0.05, "less, rho_loss offline: share of the examples kept")
     less_checkpoints: int = option(4, "less: epochs of the warm-up, gradients after each")
     less_warmup_fraction: float = option(0.05, "less: share of the examples it warms up on")

@@ -201,11 +201,14 @@ class RunConsole:
         usual_s = median(self._recent_s)
         left = duration(round(usual_s * (self._train_iters - int(record["step"]))))
         parts = [f"ETA {left}", f"{1000 * usual_s:.3g} ms/step"]
-        if "weights" not in record:
-            return "  ".join([f"loss {record['train_loss_w']:.4f}", *parts])
+        if loss is None or "weights" not in record:
+            parts.insert(0, f"loss {record['train_loss_w']:.4f}")
+        else:
+            parts.insert(0, f"L1 {loss:.3f}" if math.isfinite(loss) else "L1 –")
         # The weights come last: a narrow terminal cuts off the end.
-        first = f"L1 {loss:.3f}" if loss is not None and math.isfinite(loss) else "L1 –"
-        return "  ".join([first, *parts, self._top_weights(record["weights"])])
+        if "weights" in record:
+            parts.append(self._top_weights(record["weights"]))
+        return "  ".join(parts)
 
     def _top_weights(self, weights: Sequence[float]) -> str:
         top = sorted(range(len(weights)), key=lambda i: -weights[i])[:TOP_SHOWN]

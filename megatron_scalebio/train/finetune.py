@@ -31,7 +31,7 @@ from megatron_scalebio.report.console import RunConsole, SourceLine
 from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import HeldOutLoss, held_out_losses
-from megatron_scalebio.train.start import begin, resume_or_start
+from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import RunState
 
 __all__ = ["add_arguments", "run"]
@@ -50,9 +50,20 @@ def train(config: Config) -> tuple[int, FinetuneState]:
         UserError: for what the configuration, the data or the machine are at fault.
     """
     config.validate_training(runtime.world_size_from_environment())
-    begun = begin(config)
-    state = FinetuneState(config, begun.folder / "cache")
-    warnings = resume_or_start(state, begun.folder, begun.save_to)
+    return train_begun(config, begin(config))
+
+
+def train_begun(
+    config: Config, begun: Begun, part_of: Path | None = None
+) -> tuple[int, FinetuneState]:
+    """The same for ranks that have met and whose configuration is valid.
+
+    Args:
+        part_of: run whose sample indices and imported Hugging Face model it shares [its own].
+    """
+    home = part_of or begun.folder
+    state = FinetuneState(config, home / "cache")
+    warnings = resume_or_start(state, home, begun.save_to)
     parameters = outputs.parameter_count(state)
     reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
     try:

@@ -56,10 +56,15 @@ def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:
     load_from = Path(state.config.checkpoint.load or save_to)
     resumed, warnings = saver.load_latest(state, load_from, required=load_from != save_to)
     if not resumed:
-        pretrained = pretrained_checkpoint(state, folder)
-        if pretrained:
-            saver.load_pretrained(state.w, pretrained)
+        load_start(state, folder)
     return warnings
+
+
+def load_start(state: RunState, folder: Path) -> None:
+    """Loads the pretrained weights that w starts from, if there are any."""
+    pretrained = pretrained_checkpoint(state, folder)
+    if pretrained:
+        saver.load_pretrained(state.w, pretrained)
 
 
 def pretrained_checkpoint(state: RunState, folder: Path) -> Path | None:

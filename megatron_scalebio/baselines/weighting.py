@@ -1,0 +1,229 @@
+"""The loop of the methods that weight sources while one model trains: DoReMi and DoGE.
+
+    step of the method ─▶ metrics, console ─▶ checkpoint ─▶ signal? ─▶ … ─▶ mean α of all
+
+Both start from a uniform mixture and report the average of α over the steps, as published.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_scalebio import runtime
+from megatron_scalebio.checkpoint import saver
+from megatron_scalebio.config import Config
+from megatron_scalebio.config_loader import config_text
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.report.console import RunConsole, SourceLine
+from megatron_scalebio.report.metrics import MetricsLog
+from megatron_scalebio.train import outputs
+from megatron_scalebio.train.start import Begun, resume_or_start
+from megatron_scalebio.train.state import Data, RunState
+
+Record = dict[str, Any]
+
+
+class WeightingState(RunState):
+    """A model in training, and the weights α that it trains under.
+
+    Attributes:
+        log_weight_S: log α, float64, on the CPU and equal on all ranks.
+    """
+
+    def __init__(self, config: Config, cache: Path) -> None:
+        super().__init__(config, config.baseline.method, cache, with_u=False)
+        sources = len(self.data.sources)
+        self.log_weight_S = torch.zeros(sources, dtype=torch.float64).log_softmax(0)
+        self._sum_S = torch.zeros(sources, dtype=torch.float64)
+        self._count = 0
+
+    @property
+    def weight_S(self) -> torch.Tensor:
+        return self.log_weight_S.exp()
+
+    @property
+    def mean_weight_S(self) -> torch.Tensor:
+        """The average of α over the steps that were applied."""
+        return self._sum_S / self._count if self._count else self.weight_S
+
+    def move_to(self, log_weight_S: torch.Tensor) -> None:
+        self.log_weight_S = log_weight_S
+        self._sum_S = self._sum_S + self.weight_S
+        self._count += 1
+
+    def count_step(self, tokens: int, skipped: str | None) -> None:
+        self.cost.trained += tokens
+        self.step += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+
+    def common_state(self) -> dict[str, Any]:
+        learned = {"log_weight": self.log_weight_S, "sum": self._sum_S, "count": self._count}
+        return {**super().common_state(), "learned": learned}
+
+    def load_common_state(self, state: dict[str, Any]) -> None:
+        super().load_common_state(state)
+        learned = state["learned"]
+        self.log_weight_S, self._sum_S = learned["log_weight"], learned["sum"]
+        self._count = learned["count"]
+
+
+def learn(state: WeightingState, step: Callable[[], Record], begun: Begun) -> bool:
+    """Runs the method's steps to the end or to a signal, from its newest checkpoint if it has one.
+
+    Args:
+        step: one step of all ranks, which advances `state`; its record.
+
+    Returns:
+        Whether it came to the end.
+    """
+    warnings = resume_or_start(state, begun.folder, begun.save_to)
+    uniform_S = [1.0 / len(state.data.sources)] * len(state.data.sources)
+    progress = start_progress(state, begun.folder, state.step, uniform_S, warnings=warnings)
+    try:
+        finished = _steps(state, step, begun, progress)
+    finally:
+        if progress:
+            progress.close()
+    if progress and not finished:
+        progress.console.stopped(state.step)
+    return finished
+
+
+def _steps(
+    state: WeightingState, step: Callable[[], Record], begun: Begun, progress: Progress | None
+) -> bool:
+    train, interval = state.config.train, state.config.checkpoint.save_interval
+    saved_at = state.step
+    while state.step < train.train_iters:
+        start = time.perf_counter()
+        record = step()
+        problem = progress.step(record, time.perf_counter() - start) if progress else None
+        if interval > 0 and state.step % interval == 0 and not record["skipped"]:
+            saver.save(state, begun.save_to)
+            saved_at = state.step
+        refuse_skips(state, record)
+        if stops(begun, problem):
+            break
+    if saved_at != state.step and state.skipped_in_a_row == 0:
+        saver.save(state, begun.save_to)
+    return state.step == train.train_iters
+
+
+def refuse_skips(state: RunState, record: Record) -> None:
+    """Ends a run whose steps keep being not finite."""
+    if state.skipped_in_a_row >= state.config.train.skip_limit:
+        raise UserError(
+            f"{state.skipped_in_a_row} steps in a row were not finite: {record['skipped']}",
+            where=f"step {state.step}",
+            mend="lower optimizer.lr or look at that source",
+        )
+
+
+def stops(begun: Begun, problem: UserError | None) -> bool:
+    """Whether a signal reached any rank. Raises on all ranks what kept rank 0 from logging."""
+    signalled, failed = runtime.any_rank(begun.signals.received, problem is not None)
+    if failed:
+        raise problem or UserError("rank 0 could not write its log")
+    return signalled
+
+
+def refuse_run_of_another(folder: Path, method: str) -> None:
+    """Refuses an output where another method has begun, before anything costs time."""
+
+    def check() -> None:
+        try:
+            stage = json.loads((folder / "run.json").read_text())["stage"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        if stage != method:
+            raise UserError(
+                f"holds a run of `{stage}`, which {method} can't go on with",
+                where=str(folder),
+                mend="choose a new train.output",
+            )
+
+    runtime.on_main(check)
+
+
+def prior_weights(config: Config, data: Data) -> list[float]:
+    """The mixture that users would train on otherwise: the given one, else the natural one.
+
+    Natural is by number of examples (of sequences, for packed prefixes).
+    """
+    if config.data.weights or config.data.sources[0].initial_weight is not None:
+        weights = data.initial_weights()
+    else:
+        weights = [float(len(source)) for source in data.sources]
+    return [weight / sum(weights) for weight in weights]
+
+
+class Progress:
+    """What rank 0 shows and writes at each step: the console, metrics.jsonl, TensorBoard."""
+
+    def __init__(self, metrics: MetricsLog, console: RunConsole) -> None:
+        self.metrics, self.console = metrics, console
+
+    def step(self, record: Record, step_time_s: float) -> UserError | None:
+        """Logs a step. Gives a disk's refusal back: all ranks have to stop at it together."""
+        record["step_time_s"] = step_time_s
+        record["tokens_per_second"] = record["tokens"] / step_time_s
+        try:
+            self.metrics.log(record)
+        except UserError as error:
+            return error
+        self.console.step(record)
+        return None
+
+    def close(self) -> None:
+        self.console.stop()
+        self.metrics.close()
+
+
+def start_progress(
+    state: RunState,
+    folder: Path,
+    resume_step: int,
+    initial_S: list[float],
+    config: Config | None = None,
+    steps: int | None = None,
+    facts: dict[str, object] | None = None,
+    warnings: Sequence[str] = (),
+) -> Progress | None:
+    """Shows the banner on rank 0 and gives a Progress there; None on others. A collective.
+
+    Args:
+        config, steps: of the whole run, where the state is that of a part [the state's].
+        facts: more lines of the banner.
+    """
+    config = config or state.config
+    parameters = outputs.parameter_count(state)
+
+    def make() -> Progress:
+        run = outputs.write_start(state, folder, parameters)
+        outputs.write_text(folder / "config.yaml", config_text(config))
+        metrics = MetricsLog(
+            folder,
+            run["sources"],
+            run["validation"],
+            global_batch_size=config.train.global_batch_size,
+            resume_step=resume_step,
+            tensorboard_dir=config.logging.tensorboard_dir,
+            tensorboard_log_interval=config.logging.tensorboard_log_interval,
+        )
+        shares = zip(state.data.sources, run["natural"], initial_S, strict=True)
+        lines = [SourceLine(s.name, len(s), s.tokens, natural, p) for s, natural, p in shares]
+        console = RunConsole(lines, steps or config.train.train_iters, config.logging.log_interval)
+        usual = outputs.run_facts(config, run, resume_step)
+        console.banner({"method": config.baseline.method, **usual, **(facts or {})})
+        for warning in warnings:
+            console.warn(f"passed over a damaged checkpoint: {warning}")
+        console.start(resume_step)
+        return Progress(metrics, console)
+
+    return runtime.only_on_main(make)
