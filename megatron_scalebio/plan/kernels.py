@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias
 
 from megatron_scalebio.config import Config
 from megatron_scalebio.model.layers import ModelSettings
@@ -61,6 +62,8 @@ def _flash_on_cuda(
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
+    if isinstance(attn_mask, CausalBias):
+        attn_mask, is_causal = None, True
     if attn_mask is not None:  # flash attention takes no mask: the definition is computed
         return _reference(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -79,6 +82,8 @@ def _flash_on_cpu(
         return _reference(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    if attn_mask is not None:  # one of its own for every call, in the type of the scores
+        attn_mask = query.new_empty((query.shape[2], key.shape[2]))
     return _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
     )[0]

@@ -89,7 +89,7 @@ def _loss_of(
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
             model=list(chunks),
             num_microbatches=len(batches),
-            seq_length=max(batch.tokens_BS.shape[1] for batch in batches),
+            seq_length=max(batch.tokens_BS.shape[1] for batch in batches) * runtime.cp_size(),
             micro_batch_size=config.train.micro_batch_size,
             forward_only=True,
         )
@@ -138,7 +138,7 @@ def _sums(
     counted_B1 = (batch.group_B == 0).unsqueeze(1)
     mask_BS = ((batch.mask_BS > 0) & counted_B1).to(loss_BS.device)
     loss_B = torch.where(mask_BS, loss_BS.float(), 0.0).sum(dim=1, dtype=torch.float64)
-    tokens_B = mask_BS.sum(dim=1)
-    means_B = loss_B / tokens_B.clamp_min(1)
-    sums = torch.stack([means_B.sum(), loss_B.sum(), tokens_B.sum().double()])
+    # By the whole sequence's targets: this rank may hold a part of it.
+    means_B = loss_B / batch.targets_B.to(loss_B.device)
+    sums = torch.stack([means_B.sum(), loss_B.sum(), mask_BS.sum().double()])
     return loss_B.sum().float(), torch.tensor(0, dtype=torch.int), {"sums": sums}

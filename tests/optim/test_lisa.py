@@ -87,7 +87,6 @@ def test_layers_are_dealt_evenly_whatever_the_sizes(
 @pytest.mark.parametrize("case", CASES)
 def test_which_layers_come_together_changes(case: tuple[int, int, int, int]) -> None:
     """Rounds are shuffled: a layer's draws are no fixed pattern over periods, and seeds differ."""
-    _, layers, *_ = case
     periods = [[p for p in range(200) if 0 in draw(*case, p, seed)] for seed in (1, 2)]
     assert periods[0] != periods[1]
     gaps = {after - before for before, after in itertools.pairwise(periods[0])}
