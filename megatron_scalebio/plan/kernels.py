@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import CausalBias
 
 from megatron_scalebio.config import Config
+from megatron_scalebio.model import attention as core_attention
 from megatron_scalebio.model.layers import ModelSettings
 from megatron_scalebio.model.provider import transformer_config
 from megatron_scalebio.plan.fake_rank import replaced
 
 _aten = torch.ops.aten
+# Stands for torch's CausalBias, which cannot be made while a ledger looks on.
+_LOWER_RIGHT = object()
 
 
 def on_shapes(config: Config) -> Config:
@@ -49,6 +51,9 @@ def kernels_of(cuda: bool) -> Iterator[None]:
     with ExitStack() as stack:
         attention = _flash_on_cuda if cuda else _flash_on_cpu
         stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
+        stack.enter_context(
+            replaced(core_attention, "causal_lower_right", lambda q, k: _LOWER_RIGHT)
+        )
         if cuda:
             stack.enter_context(replaced(F, "rms_norm", _fused_rms_norm))
         yield
@@ -62,7 +67,7 @@ def _flash_on_cuda(
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    if isinstance(attn_mask, CausalBias):
+    if attn_mask is _LOWER_RIGHT:
         attn_mask, is_causal = None, True
     if attn_mask is not None:  # flash attention takes no mask: the definition is computed
         return _reference(
