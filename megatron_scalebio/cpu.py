@@ -1,8 +1,9 @@
 """Lets Megatron-Core 0.16 run on CPU + gloo. The only file that knows it assumes CUDA.
 
 Megatron-Core asks for `torch.cuda.current_device()`, writes `device="cuda"` literally in factory
-calls, keeps CUDA random states and checks `tensor.type()` for "torch.cuda.". `adapt()` answers
-each of these for a machine without CUDA, and refuses to act where CUDA is present.
+calls, pins memory, keeps CUDA random states and checks `tensor.type()` for "torch.cuda.".
+`adapt()` answers each of these for a machine without CUDA, and refuses to act where CUDA is
+present.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # for copies to a GPU; refused without one
         return factory(*args, **kwargs)
 
     return create

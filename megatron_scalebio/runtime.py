@@ -40,7 +40,7 @@ def world_size_from_environment() -> int:
 
 
 def start(config: Config) -> None:
-    """Joins the process group and builds Megatron's groups for TP, PP and DP.
+    """Joins the process group and builds Megatron's groups for TP, CP, PP and DP.
 
     Raises:
         UserError: if the launcher's variables are incomplete.
@@ -55,6 +55,7 @@ def start(config: Config) -> None:
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_chunks(config.model.num_layers),
+            context_parallel_size=parallel.context_parallel_size,
         )
 
 
@@ -156,6 +157,7 @@ def any_rank(*flags: int) -> list[bool]:
 
 
 def dp_rank() -> int:
+    """Which micro-batches are this rank's. Context-parallel ranks share theirs."""
     return parallel_state.get_data_parallel_rank()
 
 
@@ -163,8 +165,16 @@ def dp_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
+def cp_rank() -> int:
+    return parallel_state.get_context_parallel_rank()
+
+
+def cp_size() -> int:
+    return parallel_state.get_context_parallel_world_size()
+
+
 def reports_losses() -> bool:
-    """True on the one rank of each data-parallel replica that adds its losses to the sums."""
+    """True on one rank for each part of each sequence: it adds its losses to the sums."""
     return (
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and parallel_state.get_tensor_model_parallel_rank() == 0

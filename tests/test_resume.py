@@ -21,6 +21,7 @@ from tests.markov import write_problem
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS, SAVED, KEPT = 12, 3, 2
 TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
+CP2 = ["--context-parallel-size", 2]
 LISA = ["--lisa-layers", 1, "--lisa-interval", 4]
 BF16 = ["--bf16", "--use-distributed-optimizer"]
 DROPOUT = ["--hidden-dropout", 0.1, "--attention-dropout", 0.1]
@@ -36,6 +37,7 @@ SHORT = ["--train-iters", 9, "--save-interval", 6]
 RESUMED: dict[str, tuple[int, list]] = {
     "bf16 lisa adamw": (1, [*BF16, *LISA, "--mixture-optimizer", "adamw", "--loss-mean", "token"]),
     "bf16 dp2": (2, BF16),
+    "bf16 cp2": (2, [*BF16, *CP2]),
     "tp2": (2, TP2),
 }
 
@@ -102,6 +104,7 @@ def on_ranks(folder_name: str) -> None:
             resume(folder, name, f"{name}-resumed", flags)
     if here == 2:
         resume(folder, "tp2", "tp2-on-pp2", PP2)
+        resume(folder, "tp2", "tp2-on-cp2", CP2)
     else:
         resume(folder, "tp2", "tp2-on-one", [])
 
@@ -147,7 +150,7 @@ def test_resumed_from_a_checkpoint_equals_never_stopping(runs: Path, name: str) 
     assert metrics(runs / f"{name}-resumed") == metrics(runs / f"{name}-whole")[6:]
 
 
-@pytest.mark.parametrize("other", ["tp2-on-pp2", "tp2-on-one"])
+@pytest.mark.parametrize("other", ["tp2-on-pp2", "tp2-on-cp2", "tp2-on-one"])
 def test_resumes_under_another_layout(runs: Path, other: str) -> None:
     assert "from step 6" in ended_well(runs, other)
     for got, want in zip(metrics(runs / other), metrics(runs / "tp2-whole")[6:], strict=True):

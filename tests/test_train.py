@@ -21,6 +21,7 @@ FLAGS: dict[str, tuple[int, list]] = {
     "one-lisa": (1, ["--lisa-layers", 1, "--lisa-interval", 4]),
     "tp2": (2, ["--tensor-model-parallel-size", 2]),
     "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer"]),
+    "cp2": (2, ["--context-parallel-size", 2]),
     "vpp": (
         2,
         [
@@ -30,7 +31,7 @@ FLAGS: dict[str, tuple[int, list]] = {
     ),
     "one-deeper": (1, ["--num-layers", 4]),
 }  # fmt: skip
-SAME = [("one", "tp2"), ("one", "dp2-distributed-optimizer"), ("one-deeper", "vpp")]
+SAME = [("one", "tp2"), ("one", "dp2-distributed-optimizer"), ("one", "cp2"), ("one-deeper", "vpp")]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,12 @@ def on_ranks(folder_name: str) -> None:
     for name, (ranks, flags) in FLAGS.items():
         if ranks == dist.get_world_size():
             run(folder, name, flags)
+    if dist.get_world_size() == 2:
+        words = ["--load", folder / "one" / "checkpoints", "--context-parallel-size", 2]
+        outcome = command(
+            "evaluate", "--config", folder / "x.yaml", "--output", folder / "evaluated", *words
+        )
+        note(folder / "noted", "evaluated", outcome)
     if dist.get_world_size() == 1:
         part = folder / "from"
         shutil.copytree(folder / "one-lisa" / "checkpoints" / "iter_0000008", part / "iter_0000008")
@@ -143,6 +150,18 @@ def test_held_out_losses_equal_a_naive_evaluation(runs: Path) -> None:
     content = json.loads((runs / "one" / "evaluation.json").read_text())
     got = {entry["name"]: entry["sample_mean"] for entry in content["sets"]}
     assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_held_out_losses_do_not_depend_on_how_sequences_are_shared(runs: Path) -> None:
+    """A checkpoint of one rank, evaluated by two that hold half of each sequence."""
+    code, said = noted(runs / "noted", "evaluated")
+    assert code == 0, said
+    want = json.loads((runs / "one" / "evaluation.json").read_text())["sets"]
+    got = json.loads((runs / "evaluated" / "evaluation.json").read_text())["held_out"]["sets"]
+    assert len(got) == len(want) == 2
+    for ours, whole in zip(got, want, strict=True):
+        assert ours.pop("name") == whole.pop("name")
+        assert ours == pytest.approx(whole, rel=1e-6)
 
 
 def test_mistakes_cost_one_line(runs: Path) -> None:

@@ -91,7 +91,7 @@ def flush(
         data_iterator=iterators if len(twins) > 1 else iterators[0],
         model=twins,
         num_microbatches=len(passes),
-        seq_length=longest,
+        seq_length=longest * runtime.cp_size(),
         micro_batch_size=micro_batch_size,
         **schedule,
     )

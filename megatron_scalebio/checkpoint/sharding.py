@@ -15,7 +15,6 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
-from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint.megatron_args import megatron_args
 from megatron_scalebio.config import Config
 from megatron_scalebio.model.twin import named_parameters
@@ -112,13 +111,13 @@ def layout() -> list[int]:
     return [
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
     ]
 
 
 def random_state() -> ShardedObject:
     """Generator states of this rank; they matter to dropout only."""
-    tp, pp, _ = layout()
+    tp, pp, replicas = layout()
     states = {
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
@@ -127,6 +126,6 @@ def random_state() -> ShardedObject:
     place = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
-        runtime.dp_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
-    return ShardedObject("rng_state", states, (pp, tp, runtime.dp_size()), place)
+    return ShardedObject("rng_state", states, (pp, tp, replicas), place)

@@ -89,10 +89,12 @@ class Config:
         """What every stage that builds the model needs."""
         parallel, model = self.parallel, self.model
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        cp = parallel.context_parallel_size
         if world_size % parallel.model_parallel_size:
+            sizes = f"TP {tp} x PP {pp}" + (f" x CP {cp}" if cp > 1 else "")
             raise refuse(
-                "world size", world_size, f"is not divisible by TP {tp} x PP {pp}",
-                "start a multiple of TP x PP ranks, or lower them",
+                "world size", world_size, f"is not divisible by {sizes}",
+                "start a multiple of their product in ranks, or lower them",
             )  # fmt: skip
         if model.num_attention_heads % tp or (model.num_query_groups or tp) % tp:
             raise refuse(
@@ -131,10 +133,12 @@ class Config:
         model = self.model
         head = model.kv_channels or model.hidden_size // model.num_attention_heads
         groups = model.num_query_groups or model.num_attention_heads
-        if self.data.seq_length % (16 * tp):
+        cp = self.parallel.context_parallel_size
+        if self.data.seq_length % (16 * tp * cp):
+            ranks = f"TP {tp}" + (f" x CP {cp}" if cp > 1 else "")
             raise refuse(
                 "data.seq_length", self.data.seq_length,
-                f"is not divisible by 16 x TP {tp}, which FP8 needs", "choose a multiple",
+                f"is not divisible by 16 x {ranks}, which FP8 needs", "choose a multiple",
             )  # fmt: skip
         for name, value, on_a_rank in (
             ("hidden_size", model.hidden_size, model.hidden_size),
@@ -154,6 +158,13 @@ class Config:
             raise refuse(
                 "data.seq_length", length, f"is not divisible by TP {tp}, which sequence_parallel "
                 "needs", "choose a multiple",
+            )  # fmt: skip
+        cp = self.parallel.context_parallel_size
+        if length % self.parallel.length_divisor:
+            ranks = f"2 x CP {cp}" + (f" x TP {tp}" if self.parallel.sequence_parallel else "")
+            raise refuse(
+                "data.seq_length", length, f"is not divisible by {ranks}: each context-parallel "
+                "rank holds two equal chunks of it", "choose a multiple",
             )  # fmt: skip
         if positions is not None and positions < length:
             raise refuse(

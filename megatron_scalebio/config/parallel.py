@@ -12,6 +12,7 @@ from megatron_scalebio.config.checks import option, refuse, require_positive
 class ParallelConfig:
     tensor_model_parallel_size: int = option(1, "ranks that share each layer (TP)")
     pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)")
+    context_parallel_size: int = option(1, "ranks that share each sequence (CP)")
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "layers per virtual chunk: interleaved pipeline (VPP)"
     )
@@ -35,8 +36,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         require_positive(
             self, "tensor_model_parallel_size", "pipeline_model_parallel_size",
-            "num_layers_per_virtual_pipeline_stage", "recompute_num_layers",
-            "distributed_timeout_minutes",
+            "context_parallel_size", "num_layers_per_virtual_pipeline_stage",
+            "recompute_num_layers", "distributed_timeout_minutes",
         )  # fmt: skip
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise refuse(
@@ -63,7 +64,15 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks that work on one micro-batch together; the others are data-parallel."""
+        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        return tp * pp * self.context_parallel_size
+
+    @property
+    def length_divisor(self) -> int:
+        """What a padded sequence has to be a multiple of: CP deals it in 2 · CP chunks."""
+        cp, tp = self.context_parallel_size, self.tensor_model_parallel_size
+        return (2 * cp if cp > 1 else 1) * (tp if self.sequence_parallel else 1)
 
     def virtual_chunks(self, num_layers: int) -> int | None:
         """Virtual pipeline chunks per rank, or None without interleaving."""

@@ -23,6 +23,8 @@ from megatron_scalebio.data.sources import Source
 class MicroBatch:
     """Sequences that go through the model together, padded on the right.
 
+    Under context parallelism S is this rank's part of each sequence (`context_positions`).
+
     Attributes:
         tokens_BS, labels_BS: ids, int64.
         mask_BS: 1 where the label is a target, float32.
@@ -30,7 +32,7 @@ class MicroBatch:
         group_B: source or validation set of each sequence, int64.
         member_B: its place in the global batch, int64.
         coefficient_B: of each sequence's summed token loss in its group's mean loss, float64.
-        tokens: input tokens, padding left out.
+        tokens: input tokens here, padding left out.
     """
 
     tokens_BS: torch.Tensor
@@ -49,6 +51,7 @@ class BatchLayout:
 
     Attributes:
         pad_multiple: padded lengths are a multiple of it.
+        cp_rank, cp_size: this rank's part of each sequence.
         fixed_length: pad every micro-batch to `seq_length` (interleaved pipelines).
     """
 
@@ -58,6 +61,8 @@ class BatchLayout:
     pad_multiple: int
     seq_length: int
     fixed_length: bool = False
+    cp_rank: int = 0
+    cp_size: int = 1
 
 
 def mean_coefficients(
@@ -82,6 +87,16 @@ def mean_coefficients(
         return 1.0 / (per_group[group_B] * inclusion_S[group_B])
     per_group = np.bincount(group_B, minlength=groups)
     return 1.0 / (per_group[group_B] * targets_B * inclusion_S[group_B])
+
+
+def context_positions(length: int, rank: int, size: int) -> Ints:
+    """The positions of a sequence that a context-parallel rank holds, in Megatron's order.
+
+    Of 2 · size chunks the rank-th from either end: causal attention then costs all ranks alike.
+    """
+    if size == 1:
+        return np.arange(length)
+    return np.arange(length).reshape(2 * size, -1)[[rank, -1 - rank]].ravel()
 
 
 def micro_batches(
@@ -113,16 +128,17 @@ def micro_batches(
             tokens, targets = examples[b]
             tokens_BS[line, : len(tokens)] = tokens
             mask_BS[line, : len(targets)] = targets
+        held_S = context_positions(padded, layout.cp_rank, layout.cp_size)
         result.append(
             MicroBatch(
-                tokens_BS=torch.from_numpy(tokens_BS[:, :-1].copy()),
-                labels_BS=torch.from_numpy(tokens_BS[:, 1:].copy()),
-                mask_BS=torch.from_numpy(mask_BS[:, 1:].copy()),
-                positions_BS=torch.arange(padded).expand(len(members), -1),
+                tokens_BS=torch.from_numpy(tokens_BS.take(held_S, axis=1)),
+                labels_BS=torch.from_numpy(tokens_BS.take(held_S + 1, axis=1)),
+                mask_BS=torch.from_numpy(mask_BS.take(held_S + 1, axis=1)),
+                positions_BS=torch.from_numpy(held_S).expand(len(members), -1),
                 group_B=torch.from_numpy(picks.group_B[members]),
                 member_B=torch.from_numpy(members),
                 coefficient_B=torch.from_numpy(coefficient_B[members]),
-                tokens=int(length_B[members].sum()),
+                tokens=int((held_S < length_B[members, None]).sum()),
             )
         )
     return result

@@ -2,8 +2,8 @@
 
 Megatron-Core's local DotProductAttention builds the sequence² score matrix; this one does not,
 except where scores are soft-capped (Gemma 2). It serves the CPU, and CUDA without Transformer
-Engine. Sequences are padded on the right, so the causal mask alone keeps padding out of every real
-position.
+Engine, alone or under context parallelism. Sequences are padded on the right, so the causal mask
+alone keeps padding out of every real position.
 
 Legend: S sequence, B batch, N query heads of this rank, G key/value heads, D head size.
 """
@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
+from torch.nn.attention.bias import causal_lower_right
+
+from megatron_scalebio.model.context_parallel import chunk_spans, whole_sequences
 
 
 class SdpaAttention(MegatronModule):
@@ -59,6 +62,19 @@ class SdpaAttention(MegatronModule):
     ) -> torch.Tensor:
         """Returns the context, S × B × (N·D)."""
         assert attention_mask is None, "the causal mask is implied"
+        group = parallel_state.get_context_parallel_group()
+        if group.size() == 1:
+            return self._attend(query_SBND, key_SBGD, value_SBGD)
+        key_SBGD, value_SBGD = whole_sequences(key_SBGD, value_SBGD, group)
+        spans = chunk_spans(len(query_SBND), self.window, group)
+        return torch.cat(
+            [self._attend(query_SBND[q], key_SBGD[k], value_SBGD[k]) for q, k in spans]
+        )
+
+    def _attend(
+        self, query_SBND: torch.Tensor, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor
+    ) -> torch.Tensor:
+        """The context of the last positions of a sequence, from keys and values of all of it."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         attend = self._fused if self.softcap is None else self._soft_capped
         drops = self.training and self.dropout > 0
@@ -70,15 +86,19 @@ class SdpaAttention(MegatronModule):
     def _fused(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float
     ) -> torch.Tensor:
-        length = query.size(2)
-        windowed = self.window is not None and self.window < length
+        queries, keys = query.size(2), key.size(2)
+        mask: torch.Tensor | None = None
+        if self.window is not None and self.window < keys:
+            mask = _visible_SS(queries, keys, self.window, query.device)
+        elif queries < keys:
+            mask = causal_lower_right(queries, keys)  # not a matrix: flash attention takes it
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=_visible_SS(length, self.window, query.device) if windowed else None,
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=not windowed,
+            is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),
         )
@@ -92,14 +112,15 @@ class SdpaAttention(MegatronModule):
         scale = self.softmax_scale or 1 / math.sqrt(query.size(-1))
         scores = query @ key.transpose(2, 3) * scale
         scores = self.softcap * torch.tanh(scores / self.softcap)
-        visible = _visible_SS(query.size(2), self.window, query.device)
+        visible = _visible_SS(query.size(2), key.size(2), self.window, query.device)
         scores = scores.masked_fill(~visible, -math.inf)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
         return F.dropout(weights, dropout) @ value
 
 
 @lru_cache(maxsize=16)
-def _visible_SS(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Which position (row) sees which (column): the past, or the last `window` of it."""
-    past = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return past if window is None else past.triu(1 - window)
+def _visible_SS(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Which of the last positions (rows) sees which (columns): the past, or `window` of it."""
+    before = keys - queries
+    past = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
+    return past if window is None else past.triu(before + 1 - window)

@@ -79,6 +79,9 @@ def transformer_config(config: Config) -> ModelSettings:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_chunks(model.num_layers),
+        context_parallel_size=parallel.context_parallel_size,
+        # Transformer Engine's ring of messages takes no sliding window.
+        cp_comm_type="p2p" if model.window_size is None else "all_gather",
         sequence_parallel=parallel.sequence_parallel,
         bf16=parallel.bf16,
         fp8=parallel.fp8_format,

@@ -6,19 +6,65 @@ role, so that all go through one `forward_backward_func` call: the pipeline fill
     schedule ──▶ TwinModel ──role──▶ w (Megatron DDP ▸ Float16Module ▸ GPTModel)
                             └──────▶ u (the same)
 
-u starts as w and shares its storage parameter by parameter; a parameter gets its own storage when
-it first trains (copy on write), so u costs only the layers that were ever active.
+u is built on w's storage, parameter by parameter; a parameter gets its own storage when it first
+trains (copy on write), so u costs only the layers that were ever active.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from megatron_scalebio.config import Config
+from megatron_scalebio.model.layers import ModelSettings
+from megatron_scalebio.model.provider import build_model
+
+
+def build_twins(
+    config: Config, megatron: ModelSettings, vocab_size: int
+) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
+    """This rank's chunks of w, and of u on w's storage, at the memory of one model.
+
+    Both are built by the same code, which makes parameters in the same order: each of u's is given
+    w's storage as soon as it is made, so one at a time has its own. Buffers are each model's own.
+    """
+    made: list[torch.nn.Parameter] = []
+    with _each_new_parameter(made.append):
+        w = build_model(config, megatron, vocab_size)
+    of_w = iter(made)
+
+    def take_storage(parameter: torch.nn.Parameter) -> None:
+        parameter.data = next(of_w).data
+
+    with _each_new_parameter(take_storage):
+        u = build_model(config, megatron, vocab_size)
+    assert all(
+        p_u.shape == p_w.shape and p_u.untyped_storage()._cdata == p_w.untyped_storage()._cdata
+        for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True)
+    )
+    return w, u
+
+
+@contextmanager
+def _each_new_parameter(seen: Callable[[torch.nn.Parameter], None]) -> Iterator[None]:
+    """Calls `seen` with every parameter that a module is given within."""
+
+    def hook(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None:
+            seen(parameter)
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class TwinModel(torch.nn.Module):

@@ -2,11 +2,17 @@
 
 The layers of a period are a function of (seed, period) alone: every rank knows the whole draw
 without communication, and w and u train the same layers. Each pipeline chunk gets its equal share,
-so memory and time stay level over the stages; which chunks get the remainder rotates.
+so memory and time stay level over the stages; the chunks take turns with the remainder.
+
+Layers are dealt like cards, without replacement: a chunk's shuffled layers go round, and each
+period takes the next ones. So after any number of periods any two layers of the model have been
+drawn equally often, or one of them once more. A chunk is shuffled anew whenever a period starts
+with a round, which is known without replaying the periods before.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -28,22 +34,39 @@ def active_layers(
     if config.lisa_layers is None:
         return None
     chunks = stages * virtual
-    even, rest = divmod(config.lisa_layers, chunks)
-    # Chunks take turns with the remainder over successive periods, so that all layers are drawn
-    # equally often. The order cycles through the stages: any stretch of it is level over them.
-    turn_length = chunks // rest if rest and chunks % rest == 0 else 1
-    turn, place = divmod(period, turn_length)
-    draw_turn = np.random.default_rng((seed, 1, turn))
-    stage_order, virtual_order = draw_turn.permutation(stages), draw_turn.permutation(virtual)
-    order = [int(v) * stages + int(s) for v in virtual_order for s in stage_order]
-    lucky = set(order[place * rest : (place + 1) * rest])
     per_chunk = num_layers // chunks
+    even, rest = divmod(config.lisa_layers, chunks)
+    # A turn is as many periods as give every chunk the remainder equally often.
+    turn_periods = chunks // math.gcd(chunks, rest)
+    turn_layers = config.lisa_layers * turn_periods // chunks  # of each chunk
+    turn, place = divmod(period, turn_periods)
+    order = _remainder_order(stages, virtual, np.random.default_rng((seed, 1, turn)))
+    # Whole rounds over a chunk's layers end together with every so many turns.
+    shuffle_turns = per_chunk // math.gcd(per_chunk, turn_layers)
+    shuffle, turn_in_shuffle = divmod(turn, shuffle_turns)
     layers: list[int] = []
     for chunk in range(chunks):
-        draw = np.random.default_rng((seed, 2, period, chunk)).permutation(per_chunk)
-        chosen = np.sort(draw[: even + (chunk in lucky)])
-        layers += (chunk * per_chunk + chosen).tolist()
+        # Period q of a turn gives the remainder to places rest · q … rest · (q + 1) − 1 of `order`,
+        # which goes round.
+        position = order.index(chunk)
+        before = _visits(position, rest * place, chunks)
+        count = even + _visits(position, rest * (place + 1), chunks) - before
+        first = turn_in_shuffle * turn_layers + place * even + before
+        cards = np.random.default_rng((seed, 2, shuffle, chunk)).permutation(per_chunk)
+        chosen = cards[(first + np.arange(count)) % per_chunk]
+        layers += (chunk * per_chunk + np.sort(chosen)).tolist()
     return layers
+
+
+def _remainder_order(stages: int, virtual: int, draw: np.random.Generator) -> list[int]:
+    """All chunks, in an order of which any stretch, going round, is level over the stages."""
+    stage_order, virtual_order = draw.permutation(stages), draw.permutation(virtual)
+    return [int(v) * stages + int(s) for v in virtual_order for s in stage_order]
+
+
+def _visits(position: int, steps: int, size: int) -> int:
+    """How often so many steps round a circle of `size` places, from place 0, come to a place."""
+    return (steps - position + size - 1) // size
 
 
 def set_trainable(

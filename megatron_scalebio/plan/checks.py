@@ -42,12 +42,12 @@ class Built:
 
 
 def build_ranks(config: Config, layout: Layout) -> list[Built]:
-    """Builds the chunks of every TP × PP rank; data-parallel ranks are copies of them."""
+    """Builds the chunks of every TP × PP rank; CP and DP ranks are copies of them."""
     ranks = []
     config = on_shapes(config)
     for stage in range(layout.pp):
         for tp_rank in range(layout.tp):
-            rank = stage * layout.tp * layout.dp + tp_rank
+            rank = stage * layout.tp * layout.cp * layout.dp + tp_rank
             with playing(config, rank, layout.world, lambda name, tensor: None):
                 ranks.append(_build(config, layout, stage, tp_rank))
     return ranks

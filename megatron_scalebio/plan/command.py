@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `plan`, and every option of a run, which go over the file's."""
     group = parser.add_argument_group("plan")
     group.add_argument(
-        "--gpus", type=_positive, metavar="N", help="devices of the whole run [TP x PP]"
+        "--gpus", type=_positive, metavar="N", help="devices of the whole run [TP x CP x PP]"
     )
     group.add_argument("--gpu", default="h100-80g", metavar="KIND",
         help="h100-80g, h200, a100-80g, a100-40g or cpu [h100-80g]")  # fmt: skip

@@ -1,6 +1,6 @@
 """How long a step takes: arithmetic at a stated share of the peak, traffic, bubble, optimizer.
 
-    flush  = (n · v + p − 1) / v · slowest stage's (arithmetic + TP traffic) of a micro-batch
+    flush  = (n · v + p − 1) / v · slowest stage's (arithmetic + TP and CP traffic) of a micro-batch
     step   = flush + DP traffic + optimizer
 
 Arithmetic is what the rehearsal counted: frozen layers have no weight gradients, recomputation is
@@ -26,6 +26,7 @@ class StepCost:
     flops: float
     compute_s: float
     tensor_parallel_s: float
+    context_parallel_s: float
     bubble_s: float
     data_parallel_s: float
     optimizer_s: float
@@ -36,8 +37,8 @@ class StepCost:
     @property
     def step_s(self) -> float:
         return (
-            self.compute_s + self.tensor_parallel_s + self.bubble_s + self.data_parallel_s
-            + self.optimizer_s
+            self.compute_s + self.tensor_parallel_s + self.context_parallel_s + self.bubble_s
+            + self.data_parallel_s + self.optimizer_s
         )  # fmt: skip
 
     @property
@@ -55,18 +56,22 @@ def step_cost(
     """
     gpu, n = layout.gpu, layout.passes
     compute_s = [stage.flops_per_pass / (gpu.peak_flops * mfu) for stage in stages]
-    # Sequential ranks: TP is innermost, then DP, then the pipeline.
-    tp_rate = gpu.node_bandwidth if layout.tp <= gpu.node_gpus else gpu.network_bandwidth
-    dp_rate = (
-        gpu.node_bandwidth if layout.tp * layout.dp <= gpu.node_gpus else gpu.network_bandwidth
-    )
-    tp_s = [stage.sent_per_pass_bytes["TP"] / tp_rate for stage in stages]
-    slowest = max(range(len(stages)), key=lambda s: compute_s[s] + tp_s[s])
-    busy_s = n * (compute_s[slowest] + tp_s[slowest])
+
+    def rate(ranks: int) -> float:
+        """Of the link between neighbours that far apart."""
+        return gpu.node_bandwidth if ranks <= gpu.node_gpus else gpu.network_bandwidth
+
+    # Sequential ranks: TP is innermost, then CP, then DP, then the pipeline.
+    tp_s = [stage.sent_per_pass_bytes["TP"] / rate(layout.tp) for stage in stages]
+    cp_s = [stage.sent_per_pass_bytes["CP"] / rate(layout.tp * layout.cp) for stage in stages]
+    dp_rate = rate(layout.tp * layout.cp * layout.dp)
+    slowest = max(range(len(stages)), key=lambda s: compute_s[s] + tp_s[s] + cp_s[s])
+    busy_s = n * (compute_s[slowest] + tp_s[slowest] + cp_s[slowest])
     return StepCost(
-        flops=sum(stage.flops_per_pass for stage in stages) * n * layout.tp * layout.dp,
+        flops=sum(stage.flops_per_pass for stage in stages) * n * layout.world // layout.pp,
         compute_s=n * compute_s[slowest],
         tensor_parallel_s=n * tp_s[slowest],
+        context_parallel_s=n * cp_s[slowest],
         bubble_s=busy_s * layout.bubble / (1 - layout.bubble),
         data_parallel_s=max(sum(s.sent_per_step_bytes.values()) for s in stages) / dp_rate,
         optimizer_s=max(map(_optimizer_traffic, stages)) / gpu.memory_bandwidth,

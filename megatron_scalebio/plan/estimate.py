@@ -4,7 +4,7 @@
 
 This holds for all that is counted, in bytes and FLOPs. The rehearsals give `frozen`, `active`, and
 the `ends`: embedding on the first stage, head and logits on the last, both on the only one. They
-depend on TP and recompute alone, so a search over many layouts needs few.
+depend on TP, CP and recompute alone, so a search over many layouts needs few.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Parts:
 
 
 class Estimator:
-    """Rehearses each (TP, recompute) once.
+    """Rehearses each (TP, CP, recompute) once.
 
     Args:
         mfu: as in `step_cost`.
@@ -60,7 +60,7 @@ class Estimator:
         self._parts: dict[tuple[object, ...], _Parts] = {}
 
     def estimate(self, config: Config, layout: Layout) -> Estimate:
-        key = (layout.tp, config.parallel.recompute_granularity, layout.gpu.name)
+        key = (layout.tp, layout.cp, config.parallel.recompute_granularity, layout.gpu.name)
         if key not in self._parts:
             self._parts[key] = _rehearse_parts(config, layout)
         parts = self._parts[key]
@@ -110,7 +110,7 @@ def _small(
     parallel.pipeline_model_parallel_size = pp
     parallel.num_layers_per_virtual_pipeline_stage = None
     parallel.use_distributed_optimizer = False
-    of_small = Layout(layout.tp, pp, 1, 1, _TRAIN, 1, layout.gpu)
+    of_small = Layout(layout.tp, pp, 1, 1, _TRAIN, 1, layout.gpu, layout.cp)
     memory = rehearse(small, of_small, stage, active)
     return memory, _sizes(memory, in_flight=pp - stage)
 
@@ -125,6 +125,7 @@ def _sizes(memory: StageMemory, in_flight: int) -> Sizes:
         "communication": memory.communication_bytes,
         "flops": memory.flops_per_pass,
         "TP": memory.sent_per_pass_bytes["TP"],
+        "CP": memory.sent_per_pass_bytes["CP"],
         "parameters": memory.parameters,
         "trainable": memory.trainable,
     }
@@ -144,11 +145,12 @@ def _stage(
                  parts.frozen, len(here) - len(active))  # fmt: skip
     if end:
         sizes = _sum(sizes, getattr(parts, end))
-    shard = layout.dp if config.parallel.use_distributed_optimizer else 1
+    shard = layout.dp * layout.cp if config.parallel.use_distributed_optimizer else 1
     held = {kind: int(sizes[kind] / (shard if kind in (MASTERS, ADAM) else 1)) for kind in KINDS}
     itemsize = 2 if config.parallel.bf16 else 4
     boundary = config.train.micro_batch_size * config.data.seq_length * config.model.hidden_size
-    boundary_bytes = boundary * itemsize // (layout.tp if config.parallel.sequence_parallel else 1)
+    ranks = layout.cp * (layout.tp if config.parallel.sequence_parallel else 1)
+    boundary_bytes = boundary * itemsize // ranks
     return StageMemory(
         stage=stage,
         active_layers=tuple(active),
@@ -165,7 +167,11 @@ def _stage(
         workspace_bytes=int(parts.workspace[end or "first"]),
         communication_bytes=int(parts.only["communication"] + parts.active["communication"]),
         flops_per_pass=sizes["flops"],
-        sent_per_pass_bytes={"TP": int(sizes["TP"]), "PP": 2 * boundary_bytes},
+        sent_per_pass_bytes={
+            "TP": int(sizes["TP"]),
+            "CP": int(sizes["CP"]),
+            "PP": 2 * boundary_bytes,
+        },
         sent_per_step_bytes={"DP": _data_parallel_bytes(config, layout, held, sizes["trainable"])},
         messages=(),
     )
@@ -184,7 +190,7 @@ def _data_parallel_bytes(
     config: Config, layout: Layout, held: dict[str, int], trainable: float
 ) -> int:
     """Gradients reduced; with the distributed optimizer, to shards, and new weights gathered."""
-    share = (layout.dp - 1) / layout.dp
+    share = 1 - 1 / (layout.dp * layout.cp)
     if config.parallel.use_distributed_optimizer:
         weights = 2 * trainable * (2 if config.parallel.bf16 else 4)  # of w and u
         return int(share * (held[GRADIENTS] + weights))

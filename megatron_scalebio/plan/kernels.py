@@ -16,11 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from megatron_scalebio.config import Config
+from megatron_scalebio.model import attention as core_attention
 from megatron_scalebio.model.layers import ModelSettings
 from megatron_scalebio.model.provider import transformer_config
 from megatron_scalebio.plan.fake_rank import replaced
 
 _aten = torch.ops.aten
+# Stands for torch's CausalBias, which cannot be made while a ledger looks on.
+_LOWER_RIGHT = object()
 
 
 def on_shapes(config: Config) -> Config:
@@ -48,6 +51,9 @@ def kernels_of(cuda: bool) -> Iterator[None]:
     with ExitStack() as stack:
         attention = _flash_on_cuda if cuda else _flash_on_cpu
         stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
+        stack.enter_context(
+            replaced(core_attention, "causal_lower_right", lambda q, k: _LOWER_RIGHT)
+        )
         if cuda:
             stack.enter_context(replaced(F, "rms_norm", _fused_rms_norm))
         yield
@@ -61,6 +67,8 @@ def _flash_on_cuda(
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
+    if attn_mask is _LOWER_RIGHT:
+        attn_mask, is_causal = None, True
     if attn_mask is not None:  # flash attention takes no mask: the definition is computed
         return _reference(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -79,6 +87,8 @@ def _flash_on_cpu(
         return _reference(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    if attn_mask is not None:  # one of its own for every call, in the type of the scores
+        attn_mask = query.new_empty((query.shape[2], key.shape[2]))
     return _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
     )[0]

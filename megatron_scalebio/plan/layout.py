@@ -13,7 +13,7 @@ PERIODS_LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Layout:
-    """TP × PP × VPP × DP on devices of one kind.
+    """TP × CP × PP × VPP × DP on devices of one kind.
 
     Attributes:
         virtual: chunks per stage, 1 without interleaving.
@@ -27,6 +27,7 @@ class Layout:
     train: int
     validation: int
     gpu: Gpu
+    cp: int = 1
 
     @classmethod
     def of(cls, config: Config, gpus: int, gpu: Gpu) -> Layout:
@@ -43,11 +44,12 @@ class Layout:
             train=train.global_batch_size // (train.micro_batch_size * dp),
             validation=train.validation_batch_size // (train.micro_batch_size * dp),
             gpu=gpu,
+            cp=parallel.context_parallel_size,
         )
 
     @property
     def world(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
 
     @property
     def cuda(self) -> bool:
@@ -77,7 +79,8 @@ class Layout:
         return max(1, (needed - validation) // 2), validation
 
     def __str__(self) -> str:
-        return f"TP {self.tp} x PP {self.pp} x VPP {self.virtual} x DP {self.dp}"
+        context = f" x CP {self.cp}" if self.cp > 1 else ""
+        return f"TP {self.tp}{context} x PP {self.pp} x VPP {self.virtual} x DP {self.dp}"
 
 
 def draws(config: Config, layout: Layout, most: int = PERIODS_LOOKED_AT) -> list[list[int] | None]:

@@ -26,7 +26,7 @@ class Traffic:
     """What a rank sends. Bytes are what leaves it with ring algorithms, by parallelism.
 
     Attributes:
-        bytes_by_link: "TP", "PP", "DP" or "other" → bytes.
+        bytes_by_link: "TP", "CP", "PP", "DP" or "other" → bytes.
     """
 
     bytes_by_link: Counter[str] = field(default_factory=Counter)
@@ -150,9 +150,12 @@ def _bytes(argument: Any) -> int:
 
 
 def _attention_flops(products: float, query: torch.Tensor, key: torch.Tensor) -> float:
-    """FLOPs of causal attention: `products` matrix products over half of the score matrix."""
+    """FLOPs of causal attention: `products` matrix products over the scores that count.
+
+    The queries are the last positions of the keys': all of them without context parallelism.
+    """
     batch, heads, length, width = query.shape
-    return products * 2 * batch * heads * length * key.shape[2] * width / 2
+    return products * 2 * batch * heads * length * (key.shape[2] - length / 2) * width
 
 
 def _forward(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> float:

@@ -39,12 +39,7 @@ class Plan:
         """At worst, with what is reserved for CUDA."""
         memory = self.stages[stage]
         more_u = self.u_worst_bytes[stage] - memory.held_bytes[WEIGHTS_U]
-        running = memory.total_bytes + more_u
-        return max(running, self.start_bytes(stage)) + self.layout.gpu.reserved_bytes
-
-    def start_bytes(self, stage: int) -> int:
-        """While a run is built: u has weights of its own until it is made to share w's."""
-        return 2 * self.stages[stage].held_bytes[WEIGHTS_W]
+        return memory.total_bytes + more_u + self.layout.gpu.reserved_bytes
 
     @property
     def worst_bytes(self) -> int:
@@ -66,7 +61,6 @@ class Plan:
             entry = asdict(memory)
             del entry["messages"]
             entry["weights_u_first_bytes"] = 0  # until the first period
-            entry["start_bytes"] = self.start_bytes(memory.stage)
             entry["weights_u_worst_bytes"] = self.u_worst_bytes[memory.stage]
             entry["reserved_bytes"] = layout.gpu.reserved_bytes
             entry["total_bytes"] = self.total_bytes(memory.stage)
@@ -78,6 +72,7 @@ class Plan:
                 "tensor_model_parallel_size": layout.tp,
                 "pipeline_model_parallel_size": layout.pp,
                 "virtual_pipeline_model_parallel_size": layout.virtual,
+                "context_parallel_size": layout.cp,
                 "data_parallel_size": layout.dp,
                 "micro_batches_train": layout.train,
                 "micro_batches_validation": layout.validation,

@@ -1,6 +1,6 @@
 """One rank's step, rehearsed: the real builders, period and pipeline flush on shapes alone.
 
-    playing(rank) ─▶ build_model w, u ─▶ set_trainable ─▶ Period ─▶ flush     as TrainState does
+    playing(rank) ─▶ build_twins ─▶ set_trainable ─▶ Period ─▶ flush     as TrainState does
                                                             │         │
                                                    holdings ◀         ▶ Ledger
 
@@ -24,8 +24,8 @@ from megatron_scalebio.bilevel.objective import Role
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.model.provider import build_model, padded_vocab_size
-from megatron_scalebio.model.twin import share_storage
+from megatron_scalebio.model.provider import padded_vocab_size
+from megatron_scalebio.model.twin import build_twins
 from megatron_scalebio.optim.builder import Period
 from megatron_scalebio.optim.lisa import set_trainable
 from megatron_scalebio.plan.fake_rank import META, group_kinds, playing
@@ -35,6 +35,8 @@ from megatron_scalebio.plan.layout import Layout
 from megatron_scalebio.plan.ledger import Ledger
 
 ROLE_NAMES = {Role.TRAIN_U: "u train", Role.TRAIN_W: "w train", Role.VALID_W: "w validation"}
+
+PER_PASS = ("TP", "CP", "PP")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class StageMemory:
         communication_bytes: buffers that collectives keep.
         flops_per_pass: of the model's matrix products, one micro-batch forward and backward, mean
             over the roles, recomputation included.
-        sent_per_pass_bytes: "TP" and "PP" traffic of a micro-batch.
+        sent_per_pass_bytes: "TP", "CP" and "PP" traffic of a micro-batch.
         sent_per_step_bytes: "DP" and other traffic of a step.
         messages: the pipeline's sends and receives in their order.
     """
@@ -83,7 +85,7 @@ def rehearse(config: Config, layout: Layout, stage: int, active: list[int] | Non
         UserError: where Megatron refuses the layout or the shapes.
     """
     ledgers: list[Ledger] = []
-    rank = stage * layout.tp * layout.dp
+    rank = stage * layout.tp * layout.cp * layout.dp
     plain = on_shapes(config)
     with (
         playing(config, rank, layout.world, lambda *m: ledgers[0].on_message(*m)),
@@ -103,12 +105,10 @@ def _rehearse(
     try:
         megatron = settings_for(config, layout.cuda)
         with META:
-            w = build_model(config, megatron, vocab_size)
-            u = build_model(config, megatron, vocab_size)
+            w, u = build_twins(config, megatron, vocab_size)
     except (AssertionError, ValueError) as error:  # how Megatron-Core refuses a layout
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"Megatron-Core refuses it: {reason}", where=str(layout)) from error
-    share_storage(w, u)
     for chunks in (w, u):
         set_trainable(chunks, active, config.lisa)
     period = Period(config, megatron, w, u)
@@ -127,7 +127,7 @@ def _rehearse(
                 ddp.start_param_sync(force_sync=True)
     communication = _keep_buffers(ledger.held)
     per_step = ledger.traffic.bytes_by_link - flush_sent
-    per_step.update({link: n for link, n in flush_sent.items() if link not in ("TP", "PP")})
+    per_step.update({link: n for link, n in flush_sent.items() if link not in PER_PASS})
     parameters = [p for chunk in w for p in chunk.parameters()]
     memory = StageMemory(
         stage=stage,
@@ -141,7 +141,7 @@ def _rehearse(
         workspace_bytes=ledger.peak_bytes - ledger.held.total() - communication,
         communication_bytes=communication,
         flops_per_pass=ledger.flops / len(passes),
-        sent_per_pass_bytes={k: flush_sent[k] // len(passes) for k in ("TP", "PP")},
+        sent_per_pass_bytes={k: flush_sent[k] // len(passes) for k in PER_PASS},
         sent_per_step_bytes=dict(per_step),
         messages=tuple(ledger.traffic.messages),
     )
@@ -164,7 +164,8 @@ class _Announced(list):
 def _passes(config: Config, layout: Layout) -> list[bilevel.Pass]:
     """A step's passes on full sequences; as many as fill the pipeline."""
     train, validation = layout.shortest_flush()
-    shape = (config.train.micro_batch_size, config.data.seq_length)
+    here = config.data.seq_length // layout.cp  # of each sequence
+    shape = (config.train.micro_batch_size, here)
     ids_BS = torch.zeros(shape, dtype=torch.int64)
     batch = MicroBatch(
         member_B=torch.zeros(0, dtype=torch.int64),

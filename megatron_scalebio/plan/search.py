@@ -1,13 +1,14 @@
 """`--search`: the fastest layout that fits, and the fewest devices that hold the model.
 
-Candidates are all TP × PP × VPP × recompute that the model's sizes and the batch allow; DP is what
-remains. Each is estimated from rehearsals of a model of few layers (`estimate`), which are
+Candidates are all TP × CP × PP × VPP × recompute that the model's sizes and the batch allow; DP is
+what remains. Each is estimated from rehearsals of a model of few layers (`estimate`), which are
 linear in its layers; the best are then rehearsed in full, and only those are proposed.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ MIN_HEADROOM = 0.08  # for fragmentation and what a plan does not know
 ROWS_SHOWN = 8
 _REHEARSED = 4  # estimates are good to a few per cent: the first or second is the one
 _LISA_LAYERS = (8, 4, 2, 1)
+_TOKENS_WORTH_SPLITTING = 4096  # of a sequence on a rank: under CP each has as many
 
 
 @dataclass(frozen=True)
@@ -84,23 +86,28 @@ def _estimates(config: Config, gpus: int, gpu: Gpu, estimator: Estimator) -> lis
 
 
 def candidates(config: Config, gpus: int, gpu: Gpu) -> Iterator[Config]:
-    """The configuration under every TP × PP × VPP × recompute of that many devices."""
+    """The configuration under every TP × CP × PP × VPP × recompute of that many devices."""
     layers = config.model.num_layers
-    for tp in _powers_of_two(min(gpus, gpu.node_gpus)):
-        for pp in (n for n in range(1, gpus // tp + 1) if gpus // tp % n == 0 and layers % n == 0):
+    most_cp = max(1, config.data.seq_length // _TOKENS_WORTH_SPLITTING)
+    for tp, cp in itertools.product(
+        _powers_of_two(min(gpus, gpu.node_gpus)), _powers_of_two(min(gpus, most_cp))
+    ):
+        rest = gpus // (tp * cp)
+        for pp in (n for n in range(1, rest + 1) if rest % n == 0 and layers % n == 0):
             per_stage = layers // pp
             halves = [per_stage // n for n in (2, 4) if pp > 1 and per_stage % n == 0]
             for per_chunk in [None, *dict.fromkeys(halves)]:
                 for recompute in (None, "full"):
-                    yield _with(config, tp, pp, per_chunk, recompute, gpus // (tp * pp) > 1)
+                    yield _with(config, tp, cp, pp, per_chunk, recompute, gpus // (tp * pp) > 1)
 
 
 def _with(
-    config: Config, tp: int, pp: int, per_chunk: int | None, recompute: Any, zero: bool
+    config: Config, tp: int, cp: int, pp: int, per_chunk: int | None, recompute: Any, zero: bool
 ) -> Config:
     candidate = copy.deepcopy(config)
     parallel = candidate.parallel
     parallel.tensor_model_parallel_size = tp
+    parallel.context_parallel_size = cp
     parallel.pipeline_model_parallel_size = pp
     parallel.num_layers_per_virtual_pipeline_stage = per_chunk
     parallel.sequence_parallel = tp > 1
@@ -129,12 +136,12 @@ def _powers_of_two(largest: int) -> list[int]:
 def ranking(found: Found) -> Table:
     """The best estimates: those that fit first, then by time."""
     table = Table()
-    for name in ("TP", "PP", "VPP", "DP", "recompute", "LISA", "GB", "headroom", "s / step"):
+    for name in ("TP", "CP", "PP", "VPP", "DP", "recompute", "LISA", "GB", "headroom", "s / step"):
         table.add_column(name, justify="left" if name == "recompute" else "right")
     for estimate in found.estimates[:ROWS_SHOWN]:
         layout, parallel = estimate.plan.layout, estimate.config.parallel
         table.add_row(
-            str(layout.tp), str(layout.pp), str(layout.virtual), str(layout.dp),
+            str(layout.tp), str(layout.cp), str(layout.pp), str(layout.virtual), str(layout.dp),
             parallel.recompute_granularity or "none",
             str(estimate.config.lisa.lisa_layers or "all"),
             f"{estimate.plan.worst_bytes / 1e9:.1f}",
@@ -152,6 +159,8 @@ def as_yaml(config: Config) -> str:
         "recompute_granularity",
     )  # fmt: skip
     values = {name: getattr(parallel, name) for name in names}
+    if parallel.context_parallel_size > 1:
+        values["context_parallel_size"] = parallel.context_parallel_size
     sections: dict[str, Any] = {"parallel": {k: v for k, v in values.items() if v}}
     if config.lisa.lisa_layers is not None:
         sections["lisa"] = {"lisa_layers": config.lisa.lisa_layers}

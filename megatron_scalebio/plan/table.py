@@ -74,7 +74,6 @@ def _memory(plan: Plan, stages: range) -> Table:
     row("reserved (CUDA, NCCL)", [plan.layout.gpu.reserved_bytes] * len(memories))
     table.add_section()
     row("total", [plan.total_bytes(stage) for stage in stages])
-    row("being built: w and u whole", [plan.start_bytes(stage) for stage in stages])
     return table
 
 
@@ -92,6 +91,9 @@ def _cost(cost: StepCost, plan: Plan) -> Table:
     table.add_row(
         "TP traffic", f"{cost.tensor_parallel_s:.2f}", f"{gb(per_pass * layout.passes)} GB a rank"
     )
+    if layout.cp > 1:
+        sent = max(s.sent_per_pass_bytes["CP"] for s in plan.stages) * layout.passes
+        table.add_row("CP traffic", f"{cost.context_parallel_s:.2f}", f"{gb(sent)} GB a rank")
     table.add_row(
         "pipeline bubble", f"{cost.bubble_s:.2f}",
         f"{cost.bubble:.1%} of the flush; {gb(pipeline * layout.passes)} GB a rank sent",

@@ -234,9 +234,11 @@ def cost(run: Run) -> Cost:
     scalars = run.history.scalars
     sizes = run.info.get("world") if isinstance(run.info.get("world"), dict) else {}
     layout = {
-        name: int(number_or_none((sizes or {}).get(name)) or 1) for name in ("tp", "pp", "dp")
+        name: int(number_or_none((sizes or {}).get(name)) or 1) for name in ("tp", "cp", "pp", "dp")
     }
-    layout_words = " × ".join(f"{name.upper()} {size}" for name, size in layout.items())
+    layout_words = " × ".join(
+        f"{name.upper()} {size}" for name, size in layout.items() if name != "cp" or size > 1
+    )
     chunks = int(number_or_none((sizes or {}).get("vpp")) or 1)
     if chunks > 1:
         layout_words += f" × VPP {chunks}"

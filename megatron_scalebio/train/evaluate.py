@@ -138,7 +138,7 @@ def token_losses(
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
             model=list(chunks),
             num_microbatches=len(batches),
-            seq_length=max(batch.tokens_BS.shape[1] for batch in batches),
+            seq_length=max(batch.tokens_BS.shape[1] for batch in batches) * runtime.cp_size(),
             micro_batch_size=config.train.micro_batch_size,
             forward_only=True,
         )

@@ -91,7 +91,7 @@ def parameter_count(state: RunState) -> int:
                 count += parameter.numel()
     total = torch.tensor([count], dtype=torch.int64, device=runtime.device())
     dist.all_reduce(total)
-    return int(total) // runtime.dp_size()
+    return int(total) // (runtime.dp_size() * runtime.cp_size())
 
 
 def write_start(state: RunState, folder: Path, parameters: int) -> dict[str, Any]:
@@ -108,6 +108,7 @@ def write_start(state: RunState, folder: Path, parameters: int) -> dict[str, Any
             "tp": parallel_state.get_tensor_model_parallel_world_size(),
             "pp": parallel_state.get_pipeline_model_parallel_world_size(),
             "dp": runtime.dp_size(),
+            "cp": runtime.cp_size(),
             "vpp": config.parallel.virtual_chunks(config.model.num_layers) or 1,
         },
         "device": torch.cuda.get_device_name()
@@ -267,11 +268,12 @@ def blend_floor(config: Config) -> float:
 def run_facts(config: Config, run: dict[str, Any], step: int) -> dict[str, object]:
     """What the banner of a run says besides its sources."""
     model, world, lisa = config.model, run["world"], config.lisa
+    context = f" x CP {world['cp']}" if world["cp"] > 1 else ""
     facts: dict[str, object] = {
         "model": f"{model.num_layers} layers x {model.hidden_size}, "
         f"{run['parameters']:,} parameters" + (f", from {model.hf}" if model.hf else ""),
-        "layout": f"TP {world['tp']} x PP {world['pp']} x VPP {world['vpp']} x DP {world['dp']} "
-        f"on {run['device']}, {'bf16' if config.parallel.bf16 else 'fp32'}",
+        "layout": f"TP {world['tp']}{context} x PP {world['pp']} x VPP {world['vpp']} "
+        f"x DP {world['dp']} on {run['device']}, {'bf16' if config.parallel.bf16 else 'fp32'}",
         "steps": f"{config.train.train_iters} of {config.train.global_batch_size} sequences",
         "output": config.train.output,
     }

@@ -8,6 +8,7 @@ TrainState ─ mixture λ with its trajectory: what `reweight` has besides
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_si
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.init import initialize_weights
 from megatron_scalebio.model.provider import build_model, transformer_config
-from megatron_scalebio.model.twin import share_storage
+from megatron_scalebio.model.twin import build_twins, share_storage
 from megatron_scalebio.optim.builder import Period
 from megatron_scalebio.optim.lisa import active_layers, period_of, set_trainable
 from megatron_scalebio.sample.inputs import read_weights
@@ -78,14 +79,18 @@ class Data:
             seed + 1,
             floor_share=0.5,
         )
-        tp = config.parallel.tensor_model_parallel_size
+        parallel = config.parallel
+        tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+        multiple = 16 * tp * cp if parallel.fp8_format else 8
         self.layout = BatchLayout(
             micro_batch_size=train.micro_batch_size,
             dp_rank=runtime.dp_rank(),
             dp_size=runtime.dp_size(),
-            pad_multiple=16 * tp if config.parallel.fp8_format else max(8, tp),
+            pad_multiple=math.lcm(multiple, parallel.length_divisor),
             seq_length=config.data.seq_length,
-            fixed_length=config.parallel.num_layers_per_virtual_pipeline_stage is not None,
+            fixed_length=parallel.num_layers_per_virtual_pipeline_stage is not None,
+            cp_rank=runtime.cp_rank(),
+            cp_size=runtime.cp_size(),
         )
 
     def _open(self, cache: Path) -> None:
@@ -143,12 +148,12 @@ class RunState:
         config.train.resolve_epochs(sum(len(source) for source in self.data.sources))
         self.schedule = Schedule(config)
         self.megatron = transformer_config(config)
-        self.w = build_model(config, self.megatron, self.data.vocab_size)
-        self.models = {"w": self.w}
         if with_u:
-            self.u = build_model(config, self.megatron, self.data.vocab_size)
-            self.models["u"] = self.u
-            share_storage(self.w, self.u)
+            self.w, self.u = build_twins(config, self.megatron, self.data.vocab_size)
+            self.models = {"w": self.w, "u": self.u}
+        else:
+            self.w = build_model(config, self.megatron, self.data.vocab_size)
+            self.models = {"w": self.w}
         if not (config.model.pretrained_checkpoint or config.model.hf):
             initialize_weights(
                 self.w, config.train.seed, config.model.init_method_std, config.model.num_layers

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_scalebio.data.batch import BatchLayout, MicroBatch, mean_coefficients, micro_batches
+from megatron_scalebio.data.batch import (
+    BatchLayout,
+    MicroBatch,
+    context_positions,
+    mean_coefficients,
+    micro_batches,
+)
 from megatron_scalebio.data.blend import BlendSampler, Picks
 
 SEQ = 20
@@ -143,3 +149,29 @@ def test_like_lengths_share_a_micro_batch() -> None:
 
 def test_interleaved_pipelines_get_one_length() -> None:
     assert {b.tokens_BS.shape[1] for b in cut(2, 2, fixed_length=True)} == {SEQ}
+
+
+def test_context_parallel_ranks_hold_the_chunks_that_megatron_gives_them() -> None:
+    assert [context_positions(16, rank, 2).tolist() for rank in range(2)] == [
+        [0, 1, 2, 3, 12, 13, 14, 15],
+        [4, 5, 6, 7, 8, 9, 10, 11],
+    ]
+    # Equal work: as many visible pairs of positions on every rank.
+    pairs = {(context_positions(24, rank, 3) + 1).sum() for rank in range(3)}
+    assert len(pairs) == 1
+
+
+@pytest.mark.parametrize("mean", ["sample", "token"])
+def test_context_parallel_ranks_hold_each_sequence_once(mean: str) -> None:
+    wholes = cut(4, 1, mean, pad_multiple=4)
+    parts = [cut(4, 1, mean, pad_multiple=4, cp_rank=rank, cp_size=2) for rank in range(2)]
+    for whole, *of_ranks in zip(wholes, *parts, strict=True):
+        for name in ("tokens_BS", "labels_BS", "mask_BS", "positions_BS"):
+            together = torch.full_like(getattr(whole, name), -1)
+            for part in of_ranks:
+                together[:, part.positions_BS[0]] = getattr(part, name)
+            assert together.equal(getattr(whole, name)), name
+        assert sum(part.tokens for part in of_ranks) == whole.tokens
+        for part in of_ranks:
+            assert part.coefficient_B.equal(whole.coefficient_B)
+            assert part.targets_B.equal(whole.mask_BS.sum(1).long())

@@ -6,12 +6,14 @@ trains: gradient buffers, fp32 masters, Adam moments.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.harness import run_distributed
 from tests.markov import VOCAB, write_source
@@ -48,6 +50,34 @@ def total_bytes(tensors: Iterable[torch.Tensor]) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     storages.pop(0, None)
     return sum(storages.values())
+
+
+class PeakBytes(TorchDispatchMode):
+    """Most bytes alive at once of the storages that operations make within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._alive: dict[int, tuple[int, weakref.ref]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._enter(storage)
+        return out
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        end = weakref.ref(storage, lambda _: self._leave(key))
+        self._alive[key] = (storage.nbytes(), end)
+        self._now += storage.nbytes()
+        self.peak = max(self.peak, self._now)
+
+    def _leave(self, key: int) -> None:
+        self._now -= self._alive.pop(key)[0]
 
 
 def weights(state) -> list[torch.Tensor]:
@@ -92,6 +122,8 @@ def with_both_optimizers(folder: str, bf16: bool) -> None:
 
 
 def memory_follows_the_active_layers(folder: str, bf16: bool, distributed: bool) -> None:
+    from megatron.core.utils import unwrap_model
+
     from megatron_scalebio.train.loop import train_step
 
     full = load(Path(folder), False, bf16, distributed)
@@ -100,7 +132,12 @@ def memory_follows_the_active_layers(folder: str, bf16: bool, distributed: bool)
     full_bytes, full_count = total_bytes(training_state(full)), trainable(full)
     full.leave_period()
 
-    state = load(Path(folder), True, bf16, distributed)
+    with PeakBytes() as built:
+        state = load(Path(folder), True, bf16, distributed)
+    # Each tensor is drawn in fp32 before its shard is kept; u's are made one at a time.
+    assert one_model < built.peak < 1.25 * one_model, (built.peak, one_model)
+    for chunk_w, chunk_u in zip(state.w, state.u, strict=True):
+        same_buffers(unwrap_model(chunk_w), unwrap_model(chunk_u))
     assert total_bytes(weights(state)) == one_model, "u takes memory before it trains"
     ratio, alive = [], []
     for _ in range(PERIODS):
@@ -113,6 +150,15 @@ def memory_follows_the_active_layers(folder: str, bf16: bool, distributed: bool)
         alive.append(live_bytes())
     assert max(ratio) < 1.001 * min(ratio)
     assert max(alive[1:]) <= 1.01 * alive[0], alive
+
+
+def same_buffers(w, u) -> None:
+    """What is not a parameter is u's own and equal: rotary frequencies, and buffers if any."""
+    pairs = [(w.rotary_pos_emb.inv_freq, u.rotary_pos_emb.inv_freq)]
+    pairs += zip(w.buffers(), u.buffers(), strict=True)
+    for of_w, of_u in pairs:
+        assert of_u.device.type == "cpu" and of_w.equal(of_u)
+        assert of_w.data_ptr() != of_u.data_ptr()
 
 
 def untouched_layers_are_shared(state) -> None:

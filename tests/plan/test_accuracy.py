@@ -43,6 +43,7 @@ CASES: dict[str, tuple[int, dict, dict, dict]] = {
     "vpp-fp32": (2, VPP, {}, UNTIED),
     "tp2-sequence-parallel-lisa": (2, {**TP2, **BF16, "sequence_parallel": True}, LISA, {}),
     "dp2-distributed-optimizer-lisa": (2, {**BF16, **DIST}, LISA, {}),
+    "cp2-lisa": (2, {**BF16, "context_parallel_size": 2}, LISA, {}),
     "vpp-dp2-distributed-optimizer": (4, {**VPP, **BF16, **DIST}, {}, {}),
 }
 

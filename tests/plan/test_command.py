@@ -166,6 +166,17 @@ def test_a_search_proposes_a_layout_and_its_estimates_hold(tmp_path: Path) -> No
         assert abs(estimated_s / planned_s - 1) < 0.1, (layout, estimated_s, planned_s)
 
 
+def test_only_long_sequences_are_split_over_ranks(tmp_path: Path) -> None:
+    from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.plan.hardware import gpu_named
+    from megatron_scalebio.plan.search import candidates
+
+    for length, sizes in ((4096, {1}), (16384, {1, 2, 4})):
+        config = load_config(str(small_config(tmp_path, data={"seq_length": length})))
+        found = list(candidates(config, 8, gpu_named("h100-80g")))
+        assert {candidate.parallel.context_parallel_size for candidate in found} == sizes
+
+
 def try_faults(folder: str) -> None:
     """What a dry run says of a sound layout, and of three that were tampered with."""
     from megatron_scalebio.config_loader import load_config
@@ -197,6 +208,18 @@ def try_faults(folder: str) -> None:
     found["lost message"] = checks.problems(config, mute, ranks)
     found["u"] = [[s.held_bytes["weights u"] for s in plan.stages], list(plan.u_worst_bytes)]
     found["w"] = [s.held_bytes["weights w"] for s in plan.stages]
+    long = small_config(Path(folder), parallel={**parallel, "context_parallel_size": 2})
+    config_of_half = load_config(str(long))
+    half = Layout.of(config_of_half, 8, gpu_named("h100-80g"))
+    plan_of_half = make_plan(config_of_half, half, 0.4)
+    ranks_of_half = checks.build_ranks(config_of_half, half)
+    found["context parallel"] = checks.problems(config_of_half, plan_of_half, ranks_of_half)
+    config_of_half.parallel.context_parallel_size = 1
+    whole = make_plan(config_of_half, replace(half, cp=1), 0.4)
+    found["kept"] = [
+        [p.stages[0].activation_bytes["u train"], p.stages[0].flops_per_pass]
+        for p in (whole, plan_of_half)
+    ]
     config.parallel.fp8_format = "hybrid"
     found["fp8"] = [s.held_bytes["FP8 copies"] for s in make_plan(config, layout, 0.4).stages]
     (Path(folder) / "found.json").write_text(json.dumps(found))
@@ -209,6 +232,11 @@ def test_a_dry_run_finds_faults(tmp_path: Path) -> None:
     assert "stage 0 holds layers" in found["lost layer"][0]
     assert "the shards of" in found["lost shard"][0]
     assert "stages 0 and 1" in " ".join(found["lost message"])
+    assert found["context parallel"] == []
+    # Half of each sequence, and the keys and values of all of it.
+    (whole, whole_flops), (half, half_flops) = found["kept"]
+    assert whole / 2 < half < 0.6 * whole
+    assert half_flops == pytest.approx(whole_flops / 2, rel=1e-3)
     # Never reset, u keeps every layer it trained: in the end all.
     in_period, at_worst = found["u"]
     assert all(a < b for a, b in zip(in_period, at_worst, strict=True))
