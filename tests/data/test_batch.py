@@ -174,4 +174,3 @@ def test_context_parallel_ranks_hold_each_sequence_once(mean: str) -> None:
         assert sum(part.tokens for part in of_ranks) == whole.tokens
         for part in of_ranks:
             assert part.coefficient_B.equal(whole.coefficient_B)
-            assert part.targets_B.equal(whole.mask_BS.sum(1).long())
