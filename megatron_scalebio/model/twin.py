@@ -12,6 +12,7 @@ trains (copy on write), so u costs only the layers that were ever active.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,13 +36,15 @@ def build_twins(
     Both are built by the same code, which makes parameters in the same order: each of u's is given
     w's storage as soon as it is made, so one at a time has its own. Buffers are each model's own.
     """
-    made: list[torch.nn.Parameter] = []
-    with _each_new_parameter(made.append):
+    made: list[weakref.ref[torch.nn.Parameter]] = []  # some may be replaced while w is built
+    with _each_new_parameter(lambda parameter: made.append(weakref.ref(parameter))):
         w = build_model(config, megatron, vocab_size)
     of_w = iter(made)
 
     def take_storage(parameter: torch.nn.Parameter) -> None:
-        parameter.data = next(of_w).data
+        its_like = next(of_w)()
+        if its_like is not None:
+            parameter.data = its_like.data
 
     with _each_new_parameter(take_storage):
         u = build_model(config, megatron, vocab_size)

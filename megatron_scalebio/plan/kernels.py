@@ -83,12 +83,12 @@ def _flash_on_cpu(
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
+    if attn_mask is not None:  # one of its own for every call, in the type of the scores
+        attn_mask = query.new_empty((query.shape[2], key.shape[2]))
     if dropout_p:
         return _reference(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    if attn_mask is not None:  # one of its own for every call, in the type of the scores
-        attn_mask = query.new_empty((query.shape[2], key.shape[2]))
     return _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
