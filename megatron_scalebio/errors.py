@@ -10,6 +10,7 @@ from types import FrameType
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_SIGNALLED = 3  # stopped by SIGTERM or SIGUSR1 after saving
+EXIT_LOST = 4  # a rank died or hung, or another run took the folder over; nothing was saved
 
 
 class UserError(Exception):

@@ -19,6 +19,7 @@ BELOW = {
     "families": set(),
     "config_loader": {"config", "families"},
     "runtime": {"config", "cpu"},
+    "guard": {"runtime"},
     "report": set(),
     "data": {"config", "config_loader"},
     "sample": {"config", "config_loader", "data"},
@@ -34,7 +35,7 @@ BELOW = {
     },
     "train": {
         "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
-        "runtime", "convert", "sample",
+        "runtime", "convert", "sample", "guard",
     },
     "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},

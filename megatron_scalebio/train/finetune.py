@@ -31,7 +31,7 @@ from megatron_scalebio.report.console import RunConsole, SourceLine
 from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import HeldOutLoss, held_out_losses
-from megatron_scalebio.train.start import begin, resume_or_start
+from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import RunState
 
 __all__ = ["add_arguments", "run"]
@@ -42,7 +42,11 @@ EVALUATION_FILE = "evaluation.json"
 def run(args: argparse.Namespace) -> int:
     config = config_from_args(args)
     config.validate_training(runtime.world_size_from_environment())
-    begun = begin(config)
+    with begin(config) as begun:
+        return _run(config, begun)
+
+
+def _run(config: Config, begun: Begun) -> int:
     state = FinetuneState(config, begun.folder / "cache")
     warnings = resume_or_start(state, begun.folder, begun.save_to)
     parameters = outputs.parameter_count(state)

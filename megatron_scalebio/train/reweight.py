@@ -17,7 +17,7 @@ from megatron_scalebio.report.html import write_report
 from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.loop import StepResult, train_step
-from megatron_scalebio.train.start import begin, resume_or_start
+from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import TrainState
 
 __all__ = ["add_arguments", "run"]
@@ -26,7 +26,11 @@ __all__ = ["add_arguments", "run"]
 def run(args: argparse.Namespace) -> int:
     config = config_from_args(args)
     config.validate(runtime.world_size_from_environment())
-    begun = begin(config)
+    with begin(config) as begun:
+        return _run(config, begun)
+
+
+def _run(config: Config, begun: Begun) -> int:
     state = TrainState(config, begun.folder / "cache")
     warnings = resume_or_start(state, begun.folder, begun.save_to)
     parameters = outputs.parameter_count(state)

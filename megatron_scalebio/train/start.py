@@ -5,6 +5,8 @@ Weights come from its newest checkpoint, else from a pretrained model, else from
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.config import Config
 from megatron_scalebio.convert.importer import import_checkpoint
+from megatron_scalebio.guard.lock import PATIENCE_S, held
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.state import RunState
 
@@ -32,15 +35,24 @@ class Begun:
     save_to: Path
 
 
-def begin(config: Config) -> Begun:
-    """Joins the ranks and makes the folders, before anything costs time."""
+@contextmanager
+def begin(config: Config) -> Iterator[Begun]:
+    """Joins the ranks, makes the folders and holds them, before anything costs time.
+
+    Raises:
+        UserError: if a folder can't be written, or another run writes there.
+    """
     signals = runtime.StopSignals()
     runtime.start(config)
     folder = Path(config.train.output)
     save_to = Path(config.checkpoint.save or folder / "checkpoints")
     names = [source.name for source in config.data.sources]
     runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, names))
-    return Begun(signals, folder, save_to)
+    # The other ranks wait in a collective meanwhile.
+    patience_s = min(PATIENCE_S, 30.0 * config.parallel.distributed_timeout_minutes)
+    with ExitStack() as stack:
+        runtime.on_main(lambda: stack.enter_context(held(folder, save_to, patience_s=patience_s)))
+        yield Begun(signals, folder, save_to)
 
 
 def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:
