@@ -34,7 +34,7 @@ DROPOUT = ["--hidden-dropout", 0.1, "--attention-dropout", 0.1]
 KILLED: dict[str, tuple[int, list]] = {
     "plain": (1, DROPOUT),
     "lisa": (1, LISA),
-    "pp2-lisa": (2, [*PP2, *LISA, *DROPOUT]),
+    "pp2-lisa-async": (2, [*PP2, *LISA, *DROPOUT, "--async-save"]),
 }
 # Resumed from step 6 of a shorter run, in a new folder: name: (ranks, flags)
 SHORT = ["--train-iters", 9, "--save-interval", 6]

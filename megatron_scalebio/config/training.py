@@ -128,6 +128,7 @@ class CheckpointConfig:
     load: str | None = option(None, "checkpoint folder to resume from [save]")
     save_interval: int = option(100, "steps between checkpoints (0: only at the end)")
     keep_last: int = option(2, "checkpoints kept")
+    async_save: bool = option(False, "write checkpoints in the background while the run goes on")
 
     def __post_init__(self) -> None:
         require_positive(self, "save_interval", or_zero=True)

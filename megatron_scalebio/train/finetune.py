@@ -21,7 +21,6 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel import step as bilevel
 from megatron_scalebio.bilevel.objective import Role
-from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import add_arguments, config_from_args
 from megatron_scalebio.data.batch import micro_batches
@@ -52,7 +51,7 @@ def _run(config: Config, begun: Begun) -> int:
     parameters = outputs.parameter_count(state)
     reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
     try:
-        code = finetune(state, begun.save_to, begun.folder / "best", reporter, begun.signals)
+        code = finetune(state, begun, reporter)
         losses = state.held_out(test=True) if code == EXIT_OK else []
     finally:
         if reporter:
@@ -93,14 +92,9 @@ class FinetuneState(RunState):
         return sum(share * getattr(loss, kind) for share, loss in pairs)
 
 
-def finetune(
-    state: FinetuneState,
-    save_to: Path,
-    best: Path,
-    reporter: Reporter | None,
-    signals: runtime.StopSignals,
-) -> int:
+def finetune(state: FinetuneState, begun: Begun, reporter: Reporter | None) -> int:
     """Steps until the end or a signal; evaluates and saves on the way. Exit code."""
+    save_to, saves = begun.save_to, begun.saves
     train, interval = state.config.train, state.config.checkpoint.save_interval
     saved_at = state.step
     while state.step < train.train_iters:
@@ -110,24 +104,27 @@ def finetune(
         record["tokens_per_second"] = record["tokens"] / record["step_time_s"]
         last = state.step == train.train_iters
         if state.data.validation and (last or _is_due(state.step, train.eval_interval)):
-            _evaluate(state, record, best)
+            _evaluate(state, record, begun)
         problem = reporter.step(record) if reporter else None
         if _is_due(state.step, interval) and not record["skipped"]:
-            saver.save(state, save_to)
+            saves.save(state, save_to)
             saved_at = state.step
+        else:
+            saves.poll()
         if state.skipped_in_a_row >= train.skip_limit:
             raise UserError(
                 f"{state.skipped_in_a_row} steps in a row were not finite: {record['skipped']}",
                 where=f"step {state.step}",
                 mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
             )
-        signalled, failed = runtime.any_rank(signals.received, problem is not None)
+        signalled, failed = runtime.any_rank(begun.signals.received, problem is not None)
         if failed:
             raise problem or UserError("rank 0 could not write its log")
         if signalled:
             break
     if saved_at != state.step and state.skipped_in_a_row == 0:
-        saver.save(state, save_to)
+        saves.save(state, save_to)
+    saves.drain()
     return EXIT_OK if state.step == train.train_iters else EXIT_SIGNALLED
 
 
@@ -135,7 +132,7 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _evaluate(state: FinetuneState, record: dict[str, Any], best: Path) -> None:
+def _evaluate(state: FinetuneState, record: dict[str, Any], begun: Begun) -> None:
     losses = state.held_out()
     loss = state.validation_loss(losses)
     record["validation_loss"] = loss
@@ -143,7 +140,7 @@ def _evaluate(state: FinetuneState, record: dict[str, Any], best: Path) -> None:
     record["validation_losses"] = [getattr(each, kind) for each in losses]
     if loss < state.best_loss:
         state.best_loss = loss
-        saver.save(state, best, keep_last=1)
+        begun.saves.save(state, begun.folder / "best", keep_last=1)
 
 
 def train_step(state: FinetuneState) -> dict[str, Any]:

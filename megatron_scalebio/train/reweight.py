@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.confidence import Verdict, judge_convergence, weight_intervals
-from megatron_scalebio.checkpoint import saver
+from megatron_scalebio.checkpoint.background import Saves
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import add_arguments, config_from_args
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
@@ -36,7 +36,7 @@ def _run(config: Config, begun: Begun) -> int:
     parameters = outputs.parameter_count(state)
     reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
     try:
-        code = reweight(state, begun.save_to, reporter, begun.signals)
+        code = reweight(state, begun.save_to, reporter, begun.signals, begun.saves)
     finally:
         if reporter:
             reporter.close()
@@ -48,7 +48,11 @@ def _run(config: Config, begun: Begun) -> int:
 
 
 def reweight(
-    state: TrainState, save_to: Path, reporter: Reporter | None, signals: runtime.StopSignals
+    state: TrainState,
+    save_to: Path,
+    reporter: Reporter | None,
+    signals: runtime.StopSignals,
+    saves: Saves,
 ) -> int:
     """Steps until the end, convergence (if asked) or a signal; saves on the way. Exit code."""
     config, interval = state.config, state.config.checkpoint.save_interval
@@ -59,8 +63,10 @@ def reweight(
         result = train_step(state)
         problem = reporter.step(result, time.perf_counter() - start) if reporter else None
         if interval and state.step % interval == 0 and not result.skipped:
-            saver.save(state, save_to)
+            saves.save(state, save_to)
             saved_at = state.step
+        else:
+            saves.poll()
         _refuse_skips(state, result)
         signalled, failed = runtime.any_rank(signals.received, problem is not None)
         if failed:
@@ -71,7 +77,8 @@ def reweight(
         if config.bilevel.early_stop and verdict(state).converged:
             break
     if saved_at != state.step and state.skipped_in_a_row == 0:
-        saver.save(state, save_to)
+        saves.save(state, save_to)
+    saves.drain()
     return code
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import saver
+from megatron_scalebio.checkpoint.background import Saves
 from megatron_scalebio.config import Config
 from megatron_scalebio.convert.importer import import_checkpoint
 from megatron_scalebio.guard.lock import PATIENCE_S, held
@@ -33,6 +34,7 @@ class Begun:
     signals: runtime.StopSignals
     folder: Path
     save_to: Path
+    saves: Saves
 
 
 @contextmanager
@@ -52,7 +54,8 @@ def begin(config: Config) -> Iterator[Begun]:
     patience_s = min(PATIENCE_S, 30.0 * config.parallel.distributed_timeout_minutes)
     with ExitStack() as stack:
         runtime.on_main(lambda: stack.enter_context(held(folder, save_to, patience_s=patience_s)))
-        yield Begun(signals, folder, save_to)
+        saves = stack.enter_context(Saves(config.checkpoint.async_save))
+        yield Begun(signals, folder, save_to, saves)
 
 
 def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:
