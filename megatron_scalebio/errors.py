@@ -29,6 +29,10 @@ class UserError(Exception):
         super().__init__(" ".join(text.split()))
 
 
+class RankLost(Exception):
+    """Another rank died or hung; which one has been printed already."""
+
+
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Lets SIGTERM (a scheduler's) clean up like Ctrl-C does."""

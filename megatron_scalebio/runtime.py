@@ -26,6 +26,9 @@ from megatron_scalebio.errors import UserError
 
 T = TypeVar("T")
 
+# Minutes by which a collective outlasts the watchdog, who knows which rank it waits for.
+_BEHIND_WATCHDOG = 1
+
 
 def device() -> torch.device:
     return torch.device(torch.cuda.current_device())
@@ -55,11 +58,12 @@ def start(config: Config) -> None:
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_chunks(config.model.num_layers),
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes + _BEHIND_WATCHDOG,
         )
 
 
 def _join(parallel: ParallelConfig) -> None:
-    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes + _BEHIND_WATCHDOG)
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
@@ -116,6 +120,10 @@ def stop() -> None:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size()
 
 
 def is_main() -> bool:

@@ -24,6 +24,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.objective import Role, role_scale
 from megatron_scalebio.data.batch import MicroBatch
 from megatron_scalebio.model.twin import TwinModel
+from megatron_scalebio.progress import HERE
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def flush(
 
 def forward_step(passes: Iterator[Pass], twin: TwinModel) -> tuple[torch.Tensor, Any]:
     """Megatron's forward_step_func for one pass."""
+    HERE.mark()
     this = next(passes)
     device = runtime.device()
     output = twin(

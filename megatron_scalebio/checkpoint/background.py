@@ -25,6 +25,7 @@ from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.checkpoint.folder import BILEVEL
 from megatron_scalebio.checkpoint.sharding import bilevel_state, w_state
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.progress import HERE
 from megatron_scalebio.train.state import RunState
 
 
@@ -54,6 +55,10 @@ class Saves:
         Raises:
             UserError: if the disk refuses this one or the one before; earlier ones are untouched.
         """
+        with HERE.at("save"):
+            self._save(state, folder, keep_last)
+
+    def _save(self, state: RunState, folder: Path, keep_last: int | None) -> None:
         self.drain()
         if not self._in_background:
             saver.save(state, folder, keep_last)
@@ -80,7 +85,7 @@ class Saves:
         if this is None:
             return
         try:
-            with saver.writing(this.step, this.folder, this.temporary):
+            with HERE.at("save"), saver.writing(this.step, this.folder, this.temporary):
                 if not self._queue.maybe_finalize_async_calls(blocking=wait):
                     return
         except UserError:

@@ -24,6 +24,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
 from megatron_scalebio.data.blend import Picks
 from megatron_scalebio.data.sources import Source
+from megatron_scalebio.progress import HERE
 
 _PASSES_PER_FLUSH = 64
 
@@ -67,7 +68,8 @@ def held_out_losses(
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    result = [_loss_of(chunks, source, config, layout, limit) for source in sets]
+    with HERE.at("evaluate"):
+        result = [_loss_of(chunks, source, config, layout, limit) for source in sets]
     for chunk, training in zip(chunks, modes, strict=True):
         chunk.train(training)
     return result
@@ -122,6 +124,7 @@ def _flushes(
 
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Any]:
+    HERE.mark()
     batch, device = next(batches), runtime.device()
     output = model(
         input_ids=batch.tokens_BS.to(device, non_blocking=True),

@@ -26,10 +26,12 @@ from megatron_scalebio.config_loader import add_arguments, config_from_args
 from megatron_scalebio.data.batch import micro_batches
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
 from megatron_scalebio.optim.builder import set_rate
+from megatron_scalebio.progress import HERE
 from megatron_scalebio.report.console import RunConsole, SourceLine
 from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import HeldOutLoss, held_out_losses
+from megatron_scalebio.train.loop import Stopwatch
 from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import RunState
 
@@ -146,21 +148,27 @@ def _evaluate(state: FinetuneState, record: dict[str, Any], begun: Begun) -> Non
 def train_step(state: FinetuneState) -> dict[str, Any]:
     """One step of w on the mixture, applied unless something was not finite; its record."""
     config, settings, data = state.config, state.schedule.at(state.step), state.data
-    picks = data.sampler.next(state.probs_S.numpy())
-    batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
-    passes = [bilevel.Pass(Role.TRAIN_W, batch, state.probs_S) for batch in batches]
-    period = state.enter_period()
-    period.zero_grad()
-    records = bilevel.flush(period.twins, passes, config.train.micro_batch_size)
-    counts_S = torch.bincount(torch.from_numpy(picks.group_B), minlength=len(state.probs_S))
-    inclusion_S = torch.from_numpy(picks.inclusion_S)
-    losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, sets=1)
-    optimizer = period.optimizers["w"]
-    norm = bilevel.prepare_gradients(optimizer, config.optimizer.clip_grad)
-    skipped = losses.culprit or (None if math.isfinite(norm) else f"w: gradient norm is {norm}")
-    if skipped is None:
-        set_rate(optimizer, settings.lr_w, config.optimizer.weight_decay)
-        optimizer.step_with_ready_grads()
+    watch = Stopwatch()
+    HERE.step = state.step + 1
+    with watch.phase("data"):
+        picks = data.sampler.next(state.probs_S.numpy())
+        batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
+        passes = [bilevel.Pass(Role.TRAIN_W, batch, state.probs_S) for batch in batches]
+    with watch.phase("period"):
+        period = state.enter_period()
+        period.zero_grad()
+    with watch.phase("flush"):
+        records = bilevel.flush(period.twins, passes, config.train.micro_batch_size)
+        counts_S = torch.bincount(torch.from_numpy(picks.group_B), minlength=len(state.probs_S))
+        inclusion_S = torch.from_numpy(picks.inclusion_S)
+        losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, sets=1)
+    with watch.phase("update"):
+        optimizer = period.optimizers["w"]
+        norm = bilevel.prepare_gradients(optimizer, config.optimizer.clip_grad)
+        skipped = losses.culprit or (None if math.isfinite(norm) else f"w: gradient norm is {norm}")
+        if skipped is None:
+            set_rate(optimizer, settings.lr_w, config.optimizer.weight_decay)
+            optimizer.step_with_ready_grads()
     state.step += 1
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     return {
@@ -170,6 +178,7 @@ def train_step(state: FinetuneState) -> dict[str, Any]:
         "loss_w": losses.w_S.tolist(),
         "grad_norm_w": norm,
         "tokens": losses.tokens,
+        "time_s": watch.time_s,
         "memory_bytes": runtime.allocated_bytes(),
         "skipped": outputs.name_groups(skipped, state),
         "active_layers": state.active_layers,
@@ -205,7 +214,8 @@ class Reporter:
     def step(self, record: dict[str, Any]) -> UserError | None:
         """Logs a step. Gives a disk's refusal back: all ranks have to stop at it together."""
         try:
-            self.metrics.log(record)
+            with HERE.at("log"):
+                self.metrics.log(record)
         except UserError as error:
             return error
         self.console.step(record)

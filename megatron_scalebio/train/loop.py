@@ -18,6 +18,7 @@ from megatron_scalebio.bilevel import step as bilevel
 from megatron_scalebio.bilevel.objective import Role, hypergradient, role_scale
 from megatron_scalebio.bilevel.schedule import StepSettings
 from megatron_scalebio.optim.builder import Period, set_rate
+from megatron_scalebio.progress import HERE
 from megatron_scalebio.train.state import TrainState
 
 
@@ -44,13 +45,15 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with HERE.at(name):
+            yield
         self.time_s[name] = self.time_s.get(name, 0.0) + time.perf_counter() - start
 
 
 def train_step(state: TrainState) -> StepResult:
     """One bilevel step of all ranks; advances `state` unless something was not finite."""
     watch = Stopwatch()
+    HERE.step = state.step + 1
     settings = state.schedule.at(state.step)
     probs_S = state.mixture.probs_S
     with watch.phase("data"):

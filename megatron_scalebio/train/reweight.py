@@ -12,6 +12,7 @@ from megatron_scalebio.checkpoint.background import Saves
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import add_arguments, config_from_args
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.progress import HERE
 from megatron_scalebio.report.console import RunConsole, SourceLine
 from megatron_scalebio.report.html import write_report
 from megatron_scalebio.report.metrics import MetricsLog
@@ -143,7 +144,8 @@ class Reporter:
         start = time.perf_counter()
         record = outputs.step_record(self.state, result, step_time_s)
         try:
-            self.metrics.log(record)
+            with HERE.at("log"):
+                self.metrics.log(record)
         except UserError as error:
             return error
         self.console.step(record)

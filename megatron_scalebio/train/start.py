@@ -16,6 +16,7 @@ from megatron_scalebio.checkpoint.background import Saves
 from megatron_scalebio.config import Config
 from megatron_scalebio.convert.importer import import_checkpoint
 from megatron_scalebio.guard.lock import PATIENCE_S, held
+from megatron_scalebio.guard.watchdog import Watchdog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.state import RunState
 
@@ -52,8 +53,13 @@ def begin(config: Config) -> Iterator[Begun]:
     runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, names))
     # The other ranks wait in a collective meanwhile.
     patience_s = min(PATIENCE_S, 30.0 * config.parallel.distributed_timeout_minutes)
+    locks = ExitStack()
     with ExitStack() as stack:
-        runtime.on_main(lambda: stack.enter_context(held(folder, save_to, patience_s=patience_s)))
+        if runtime.world_size() > 1:
+            timeout_s = 60.0 * config.parallel.distributed_timeout_minutes
+            stack.enter_context(Watchdog(timeout_s, before_end=locks.close))
+        stack.enter_context(locks)
+        runtime.on_main(lambda: locks.enter_context(held(folder, save_to, patience_s=patience_s)))
         saves = stack.enter_context(Saves(config.checkpoint.async_save))
         yield Begun(signals, folder, save_to, saves)
 
