@@ -163,6 +163,20 @@ def any_rank(*flags: int) -> list[bool]:
     return [bool(flag) for flag in seen]
 
 
+@contextmanager
+def refused_together() -> Iterator[None]:
+    """Raises on all ranks the UserError that some ranks raise in the block. A collective."""
+    refusal: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        refusal = error
+    if any_rank(refusal is not None)[0]:
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, refusal and str(refusal))
+        raise UserError(next(line for line in said if line))
+
+
 def dp_rank() -> int:
     return parallel_state.get_data_parallel_rank()
 

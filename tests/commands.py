@@ -26,7 +26,7 @@ MODEL = {
     "make_vocab_size_divisible_by": 16,
 }  # fmt: skip
 # What differs between two runs of the same steps.
-UNSTABLE = ("tokens_per_second", "step_time_s", "time_s", "memory_bytes")
+UNSTABLE = ("tokens_per_second", "step_time_s", "time_s", "memory_bytes", "straggler")
 
 
 def write_config(path: Path, sources: list[dict], validation: list[dict], **sections: dict) -> Path:

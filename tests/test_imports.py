@@ -26,7 +26,7 @@ BELOW = {
     "sample": {"config", "config_loader", "data"},
     "model": {"config", "runtime"},
     "optim": {"config", "model", "runtime"},
-    "bilevel": {"config", "data", "model", "runtime"},
+    "bilevel": {"config", "data", "model", "runtime", "guard.stragglers"},
     "checkpoint": {"config", "data", "model", "optim", "bilevel", "runtime", "train.state"},
     "convert": {"config", "config_loader", "families", "checkpoint", "model", "runtime"},
     "evaluate": {"config", "config_loader", "data", "report", "train"},

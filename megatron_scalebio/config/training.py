@@ -109,7 +109,7 @@ class TrainConfig:
     )
     eval_examples: int | None = option(None, "`train`: examples of a set at such a time [all]")
     seed: int = option(1234, "seed of everything random")
-    skip_limit: int = option(5, "stop after this many steps in a row with NaN or Inf")
+    skip_limit: int = option(5, "stop after this many steps in a row with NaN, Inf or a spike")
 
     def __post_init__(self) -> None:
         require_positive(

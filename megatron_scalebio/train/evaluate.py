@@ -120,7 +120,10 @@ def _flushes(
         missing = -len(index_B) % (row * stages)
         group_B = np.repeat([0, 1], [len(index_B), missing])
         index_B = np.concatenate([index_B, np.repeat(index_B[:1], missing)])
-        yield micro_batches([source, source], Picks(group_B, index_B, np.ones(2)), layout, "sample")
+        picks = Picks(group_B, index_B, np.ones(2))
+        with runtime.refused_together():
+            batches = micro_batches([source, source], picks, layout, "sample")
+        yield batches
 
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Any]:

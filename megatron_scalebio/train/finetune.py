@@ -25,6 +25,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import add_arguments, config_from_args
 from megatron_scalebio.data.batch import micro_batches
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.guard.stragglers import Stragglers
 from megatron_scalebio.optim.builder import set_rate
 from megatron_scalebio.progress import HERE
 from megatron_scalebio.report.console import RunConsole, SourceLine
@@ -99,15 +100,18 @@ def finetune(state: FinetuneState, begun: Begun, reporter: Reporter | None) -> i
     save_to, saves = begun.save_to, begun.saves
     train, interval = state.config.train, state.config.checkpoint.save_interval
     saved_at = state.step
+    stragglers = Stragglers(state.config.logging.log_interval)
     while state.step < train.train_iters:
         start = time.perf_counter()
         record = train_step(state)
         record["step_time_s"] = time.perf_counter() - start
+        slowest, slow = stragglers.after_step(state.step, record["time_s"], record["step_time_s"])
+        record["straggler"] = slowest and slowest.as_dict()
         record["tokens_per_second"] = record["tokens"] / record["step_time_s"]
         last = state.step == train.train_iters
         if state.data.validation and (last or _is_due(state.step, train.eval_interval)):
             _evaluate(state, record, begun)
-        problem = reporter.step(record) if reporter else None
+        problem = reporter.step(record, slow) if reporter else None
         if _is_due(state.step, interval) and not record["skipped"]:
             saves.save(state, save_to)
             saved_at = state.step
@@ -115,7 +119,7 @@ def finetune(state: FinetuneState, begun: Begun, reporter: Reporter | None) -> i
             saves.poll()
         if state.skipped_in_a_row >= train.skip_limit:
             raise UserError(
-                f"{state.skipped_in_a_row} steps in a row were not finite: {record['skipped']}",
+                f"{state.skipped_in_a_row} steps in a row were not applied: {record['skipped']}",
                 where=f"step {state.step}",
                 mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
             )
@@ -146,13 +150,14 @@ def _evaluate(state: FinetuneState, record: dict[str, Any], begun: Begun) -> Non
 
 
 def train_step(state: FinetuneState) -> dict[str, Any]:
-    """One step of w on the mixture, applied unless something was not finite; its record."""
+    """One step of w on the mixture, applied unless it was not finite or spiked; its record."""
     config, settings, data = state.config, state.schedule.at(state.step), state.data
     watch = Stopwatch()
     HERE.step = state.step + 1
     with watch.phase("data"):
         picks = data.sampler.next(state.probs_S.numpy())
-        batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
+        with runtime.refused_together():
+            batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
         passes = [bilevel.Pass(Role.TRAIN_W, batch, state.probs_S) for batch in batches]
     with watch.phase("period"):
         period = state.enter_period()
@@ -166,6 +171,9 @@ def train_step(state: FinetuneState) -> dict[str, Any]:
         optimizer = period.optimizers["w"]
         norm = bilevel.prepare_gradients(optimizer, config.optimizer.clip_grad)
         skipped = losses.culprit or (None if math.isfinite(norm) else f"w: gradient norm is {norm}")
+        if skipped is None:
+            loss = outputs.mixed(state.probs_S, losses.w_S)
+            skipped = state.spikes.judge({"w: training loss": loss, "w: gradient norm": norm})
         if skipped is None:
             set_rate(optimizer, settings.lr_w, config.optimizer.weight_decay)
             optimizer.step_with_ready_grads()
@@ -211,7 +219,7 @@ class Reporter:
             self.console.warn(f"passed over a damaged checkpoint: {warning}")
         self.console.start(state.step)
 
-    def step(self, record: dict[str, Any]) -> UserError | None:
+    def step(self, record: dict[str, Any], slow: str) -> UserError | None:
         """Logs a step. Gives a disk's refusal back: all ranks have to stop at it together."""
         try:
             with HERE.at("log"):
@@ -219,6 +227,8 @@ class Reporter:
         except UserError as error:
             return error
         self.console.step(record)
+        if slow:
+            self.console.warn(slow)
         if "validation_loss" in record:
             self.console.note(f"step {record['step']}  validation {record['validation_loss']:.4f}")
         return None

@@ -17,6 +17,7 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.mixture import Mixture
 from megatron_scalebio.bilevel.schedule import Schedule
+from megatron_scalebio.bilevel.spikes import SpikeGuard
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
 from megatron_scalebio.data.blend import BlendSampler, Picks
@@ -45,6 +46,8 @@ class Data:
         self.vocab_size = shared_vocab_size(
             [*self.sources, *self.validation, *self.test], config.model.vocab_size
         )
+        for source in (*self.sources, *self.validation, *self.test):
+            source.vocab_size = self.vocab_size
         weights = np.array([entry.weight for entry in config.data.validation])
         self.shares_V = weights / weights.sum() if len(weights) else weights
         train, seed = config.train, config.train.seed
@@ -82,8 +85,9 @@ class Data:
         picks = self.sampler.next(probs_S.numpy())
         valid_picks = self.validation_sampler.next(self.shares_V)
         mean = self.config.data.loss_mean
-        train = micro_batches(self.sources, picks, self.layout, mean)
-        valid = micro_batches(self.validation, valid_picks, self.layout, mean)
+        with runtime.refused_together():
+            train = micro_batches(self.sources, picks, self.layout, mean)
+            valid = micro_batches(self.validation, valid_picks, self.layout, mean)
         return train, valid, picks
 
     def initial_weights(self) -> list[float]:
@@ -121,6 +125,7 @@ class RunState:
         self.config, self.stage = config, stage
         self.step = 0
         self.skipped_in_a_row = 0
+        self.spikes = SpikeGuard()
         self.data = Data(config, cache)
         self.schedule = Schedule(config)
         self.megatron = transformer_config(config)
@@ -199,6 +204,7 @@ class RunState:
             "stage": self.stage,
             "step": self.step,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "spikes": self.spikes.state_dict(),
             "sampler": self.data.sampler.state_dict(),
             "validation_sampler": self.data.validation_sampler.state_dict(),
             "sources": [[source.name, source.fingerprint] for source in self.data.sources],
@@ -207,6 +213,7 @@ class RunState:
     def load_common_state(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.spikes.load_state_dict(state.get("spikes", {}))
         self.data.sampler.load_state_dict(state["sampler"])
         self.data.validation_sampler.load_state_dict(state["validation_sampler"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import random
 from pathlib import Path
@@ -68,6 +70,13 @@ def test_a_save_clears_away_those_that_were_cut_off(tmp_path: Path) -> None:
     begun = folders.begin(tmp_path, 3)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "iter_0000001", begun]
     assert not list(begun.iterdir()) and begun != folders.temporary_folder(tmp_path, 3)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_and_a_used_up_quota_are_named(tmp_path: Path, number: int) -> None:
+    with pytest.raises(UserError) as refusal, folders.disk_errors_named(tmp_path / "here"):
+        raise OSError(number, os.strerror(number))
+    assert f"here: can't write: {os.strerror(number)} (choose a folder" in str(refusal.value)
 
 
 DAMAGE = {
