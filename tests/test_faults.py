@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -81,6 +82,33 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(problem: Pa
     steps = [record["step"] for record in metrics(run)]
     assert steps == list(range(1, len(steps) + 1)), "nothing is lost, nothing is there twice"
     assert not (run / LOCK_FILE).exists()
+
+
+# ---- a rank that is killed -------------------------------------------------------------------
+
+
+def test_a_killed_rank_is_named_and_costs_the_steps_since_the_last_checkpoint(
+    problem: Path,
+) -> None:
+    run = problem / "killed"
+    process = start_command(
+        "reweight", "--config", problem / "x.yaml", "--output", run, *FOREVER, ranks=2
+    )
+    try:
+        wait_for_steps(run, 2 * SAVED)
+        [victim] = [
+            child for child in psutil.Process(process.pid).children()
+            if child.environ().get("RANK") == "1"
+        ]  # fmt: skip
+        victim.kill()
+        _, complained = process.communicate(timeout=120)
+    finally:
+        kill_all(process.pid)
+    ours = [line for line in complained.splitlines() if line.startswith("megatron-scalebio: error")]
+    assert len(ours) == 1 and f"pid {victim.pid}) died, last seen in step " in ours[0], complained
+    assert process.returncode != 0
+    step, problems = newest_whole(run / "checkpoints")
+    assert step is not None and not problems and step >= len(metrics(run)) - SAVED
 
 
 # ---- files that were damaged behind the index, and a loss that jumps ---------------------------

@@ -178,16 +178,19 @@ class Watchdog:
         for status in ranks:
             before, looks = self._seen.get(status.rank, (None, 0))
             self._seen[status.rank] = (status, looks + 1 if status == before else 0)
+        over = stalled(ranks, self._timeout_s)
         for status, looks in self._seen.values():
             silent_s = looks * self._beat_s
             bound_s = min(_SILENT_S, self._timeout_s)
             if status.phase not in STEP_PHASES:
                 bound_s = self._timeout_s
+            if over and looks >= _GRACE_BEATS:
+                bound_s = 0.0
             if status.state == FAILED and (looks >= _GRACE_BEATS or self._pending):
                 return self._judge_failed(status, ranks)
             if status.state == RUNNING and silent_s >= bound_s and status.rank != self._rank:
                 return self._judge_gone(status, f"gives no sign of life for {silent_s:.0f} s")
-        if stalled(ranks, self._timeout_s):
+        if over:
             self._give(stall_line(ranks), min(r.rank for r in ranks if r.state == RUNNING))
         return None
 
