@@ -12,7 +12,7 @@ import warnings
 from typing import NoReturn
 
 from megatron_scalebio import __version__
-from megatron_scalebio.errors import EXIT_USER_ERROR, UserError
+from megatron_scalebio.errors import EXIT_LOST, EXIT_USER_ERROR, RankLost, UserError
 
 # Imported when used: `report` must not wait for Megatron.
 COMMANDS = {
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
             print(f"megatron-scalebio: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except RankLost:
+        return EXIT_LOST
     except KeyboardInterrupt:
         return 130
     finally:

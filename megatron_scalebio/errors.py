@@ -10,6 +10,7 @@ from types import FrameType
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_SIGNALLED = 3  # stopped by SIGTERM or SIGUSR1 after saving
+EXIT_LOST = 4  # a rank died or hung, or another run took the folder over; nothing was saved
 
 
 class UserError(Exception):
@@ -26,6 +27,10 @@ class UserError(Exception):
         if mend:
             text = f"{text} ({mend})"
         super().__init__(" ".join(text.split()))
+
+
+class RankLost(Exception):
+    """Another rank died or hung; which one has been printed already."""
 
 
 @contextmanager

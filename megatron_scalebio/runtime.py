@@ -26,6 +26,9 @@ from megatron_scalebio.errors import UserError
 
 T = TypeVar("T")
 
+# Minutes by which a collective outlasts the watchdog, who knows which rank it waits for.
+_BEHIND_WATCHDOG = 1
+
 
 def device() -> torch.device:
     return torch.device(torch.cuda.current_device())
@@ -56,11 +59,12 @@ def start(config: Config) -> None:
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_chunks(config.model.num_layers),
             context_parallel_size=parallel.context_parallel_size,
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes + _BEHIND_WATCHDOG,
         )
 
 
 def _join(parallel: ParallelConfig) -> None:
-    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes + _BEHIND_WATCHDOG)
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
@@ -119,6 +123,10 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    return dist.get_world_size()
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -154,6 +162,20 @@ def any_rank(*flags: int) -> list[bool]:
     seen = torch.tensor([float(flag != 0) for flag in flags], device=device())
     dist.all_reduce(seen)
     return [bool(flag) for flag in seen]
+
+
+@contextmanager
+def refused_together() -> Iterator[None]:
+    """Raises on all ranks the UserError that some ranks raise in the block. A collective."""
+    refusal: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        refusal = error
+    if any_rank(refusal is not None)[0]:
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, refusal and str(refusal))
+        raise UserError(next(line for line in said if line))
 
 
 def dp_rank() -> int:

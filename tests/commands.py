@@ -12,10 +12,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +26,7 @@ MODEL = {
     "make_vocab_size_divisible_by": 16,
 }  # fmt: skip
 # What differs between two runs of the same steps.
-UNSTABLE = ("tokens_per_second", "step_time_s", "time_s", "memory_bytes")
+UNSTABLE = ("tokens_per_second", "step_time_s", "time_s", "memory_bytes", "straggler")
 
 
 def write_config(path: Path, sources: list[dict], validation: list[dict], **sections: dict) -> Path:
@@ -83,6 +85,22 @@ def start_command(*argv: object, ranks: int = 1) -> subprocess.Popen[str]:
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
+
+
+def kill_all(pid: int) -> None:
+    """kill -9 of a launcher, its ranks and what they started; harmless if they are gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(pid)
+        for each in (*launcher.children(recursive=True), launcher):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 180
+    while not log.exists() or log.read_bytes().count(b"\n") < steps:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

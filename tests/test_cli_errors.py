@@ -293,7 +293,7 @@ def test_source_that_spoils_the_loss_is_named_and_ends_the_run(unfinished: Path)
     code, said = noted(unfinished / "noted", "spoilt")
     assert code == 2, said
     assert "Traceback" not in said
-    assert "step 3: 3 steps in a row were not finite: u: loss of source 'rare' is nan" in said
+    assert "step 3: 3 steps in a row were not applied: u: loss of source 'rare' is nan" in said
     assert "the last checkpoint is kept" in last_line(said)
     records = [json.loads(line) for line in (unfinished / "spoilt" / "metrics.jsonl").open()]
     assert [record["skipped"] for record in records] == ["u: loss of source 'rare' is nan"] * 3
@@ -304,7 +304,7 @@ def test_source_that_spoils_the_loss_is_named_and_ends_the_run(unfinished: Path)
 @pytest.mark.distributed
 def test_a_run_without_one_finite_step_is_no_result(unfinished: Path) -> None:
     code, said = noted(unfinished / "noted", "all skipped")
-    assert code == 2 and "2 steps in a row were not finite" in last_line(said), said
+    assert code == 2 and "2 steps in a row were not applied" in last_line(said), said
     assert not (unfinished / "all skipped" / "weights.json").exists()
 
 
@@ -317,7 +317,7 @@ def test_validation_set_that_spoils_the_loss_is_named(unfinished: Path) -> None:
 @pytest.mark.distributed
 def test_absurd_learning_rate_ends_the_run_and_keeps_the_last_checkpoint(unfinished: Path) -> None:
     code, said = noted(unfinished / "noted", "absurd rate")
-    assert code == 2 and "2 steps in a row were not finite" in last_line(said), said
+    assert code == 2 and "2 steps in a row were not applied" in last_line(said), said
     run = unfinished / "absurd rate"
     records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     applied = [record["step"] for record in records if record["skipped"] is None]

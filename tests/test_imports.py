@@ -10,21 +10,23 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_scalebio"
 
 # What each part of the package may import from the package, besides itself.
-LEAVES = {"errors", "__init__"}
+LEAVES = {"errors", "progress", "__init__"}
 BELOW = {
     "errors": set(),
+    "progress": set(),
     "__init__": set(),
     "cpu": set(),
     "config": LEAVES,
     "families": set(),
     "config_loader": {"config", "families"},
     "runtime": {"config", "cpu"},
+    "guard": {"runtime"},
     "report": set(),
     "data": {"config", "config_loader"},
     "sample": {"config", "config_loader", "data"},
     "model": {"config", "runtime"},
     "optim": {"config", "model", "runtime"},
-    "bilevel": {"config", "data", "model", "runtime"},
+    "bilevel": {"config", "data", "model", "runtime", "guard.stragglers"},
     "checkpoint": {"config", "data", "model", "optim", "bilevel", "runtime", "train.state"},
     "convert": {"config", "config_loader", "families", "checkpoint", "model", "runtime"},
     "evaluate": {"config", "config_loader", "data", "report", "train"},
@@ -34,11 +36,11 @@ BELOW = {
     },
     "train": {
         "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
-        "runtime", "convert", "sample",
+        "runtime", "convert", "sample", "guard",
     },
     "baselines": {
         "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
-        "runtime", "sample", "train",
+        "progress", "runtime", "sample", "train",
     },
     "compare": {"config", "config_loader", "report"},
     "cli": set(),  # stages are imported by name, when they are asked for

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch.distributed as dist
 
-from tests.commands import command, metrics, note, noted, start_command, write_config
+from tests.commands import (
+    command,
+    kill_all,
+    metrics,
+    note,
+    noted,
+    start_command,
+    write_config,
+)
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
 
@@ -30,7 +35,7 @@ DROPOUT = ["--hidden-dropout", 0.1, "--attention-dropout", 0.1]
 KILLED: dict[str, tuple[int, list]] = {
     "plain": (1, DROPOUT),
     "lisa": (1, LISA),
-    "pp2-lisa": (2, [*PP2, *LISA, *DROPOUT]),
+    "pp2-lisa-async": (2, [*PP2, *LISA, *DROPOUT, "--async-save"]),
 }
 # Resumed from step 6 of a shorter run, in a new folder: name: (ranks, flags)
 SHORT = ["--train-iters", 9, "--save-interval", 6]
@@ -75,18 +80,11 @@ def kill_on_the_way(folder: Path, name: str, ranks: int, flags: list) -> None:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.005)
     finally:
-        kill_all(process)
+        kill_all(process.pid)
+        process.communicate()
     reached = log.read_bytes().count(b"\n")
     assert reached < STEPS, "it was over before it was killed"
     shutil.copy(log, folder / f"{name}-left.jsonl")
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """The launcher, its ranks and what they started."""
-    for each in (*psutil.Process(process.pid).children(recursive=True), process):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-    process.communicate()
 
 
 def on_ranks(folder_name: str) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from tests.commands import command, metrics, note, noted, start_command, write_config
+from tests.commands import (
+    command,
+    metrics,
+    note,
+    noted,
+    start_command,
+    wait_for_steps,
+    write_config,
+)
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
 
@@ -30,13 +37,6 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train={"train_iters": 100_000}, checkpoint={"save_interval": 0},
     )  # fmt: skip
     return folder
-
-
-def wait_for_steps(run: Path, steps: int) -> None:
-    log, deadline = run / "metrics.jsonl", time.monotonic() + 180
-    while not log.exists() or log.read_bytes().count(b"\n") < steps:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def saved_step(run: Path) -> int:

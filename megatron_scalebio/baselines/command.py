@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> int:
     if method == "scalebio":
         return reweight.run(config)
     config.validate(runtime.world_size_from_environment())
-    begun = begin(config)
     rival = importlib.import_module(f"megatron_scalebio.baselines.{RIVALS[method]}")
-    found = rival.find(config, begun)
-    if found is None:
-        return EXIT_SIGNALLED
-    runtime.on_main(lambda: _finish(config, found, begun.folder))
+    with begin(config) as begun:
+        found = rival.find(config, begun)
+        if found is None:
+            return EXIT_SIGNALLED
+        runtime.on_main(lambda: _finish(config, found, begun.folder))
     return EXIT_OK
 
 

@@ -15,19 +15,15 @@ from megatron_scalebio.train.state import Data
 def find(config: Config, begun: Begun) -> Found:
     """The weights that `baseline.method` stands for.
 
-    uniform: every source alike. natural: by number of examples (of sequences, for packed
-    prefixes), which is what training on all sources put together amounts to; a source that
-    `sample --per-source` drew counts by what it was drawn from. manual: the weights in
-    `data.weights` or `data.sources`.
+    uniform: every source alike. natural: `natural_weights`. manual: the weights in `data.weights`
+    or `data.sources`.
     """
     data = Data(config, begun.folder / "cache")
     method = config.baseline.method
     if method == "uniform":
         weights = [1.0] * len(data.sources)
     elif method == "natural":
-        weights = [
-            float(drawn_from(Path(source.prefix).parent) or len(source)) for source in data.sources
-        ]
+        weights = natural_weights(data)
     else:
         given = config.data.weights or config.data.sources[0].initial_weight is not None
         if not given:
@@ -38,3 +34,12 @@ def find(config: Config, begun: Begun) -> Found:
             )
         weights = data.initial_weights()
     return Found(normalised(weights), normalised(weights))
+
+
+def natural_weights(data: Data) -> list[float]:
+    """What training on all sources put together amounts to: each one's number of examples.
+
+    Of sequences, for packed prefixes. A source that `sample --per-source` drew counts by what it
+    was drawn from.
+    """
+    return [float(drawn_from(Path(source.prefix).parent) or len(source)) for source in data.sources]

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from megatron_scalebio import runtime
-from megatron_scalebio.checkpoint import saver
+from megatron_scalebio.baselines.fixed import natural_weights
+from megatron_scalebio.baselines.found import normalised
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.progress import HERE
 from megatron_scalebio.report.console import RunConsole, SourceLine
 from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
@@ -102,16 +104,20 @@ def _steps(
     saved_at = state.step
     while state.step < train.train_iters:
         start = time.perf_counter()
+        HERE.step = state.step + 1
         record = step()
         problem = progress.step(record, time.perf_counter() - start) if progress else None
         if interval > 0 and state.step % interval == 0 and not record["skipped"]:
-            saver.save(state, begun.save_to)
+            begun.saves.save(state, begun.save_to)
             saved_at = state.step
+        else:
+            begun.saves.poll()
         refuse_skips(state, record)
         if stops(begun, problem):
             break
     if saved_at != state.step and state.skipped_in_a_row == 0:
-        saver.save(state, begun.save_to)
+        begun.saves.save(state, begun.save_to)
+    begun.saves.drain()
     return state.step == train.train_iters
 
 
@@ -152,15 +158,10 @@ def refuse_run_of_another(folder: Path, method: str) -> None:
 
 
 def prior_weights(config: Config, data: Data) -> list[float]:
-    """The mixture that users would train on otherwise: the given one, else the natural one.
-
-    Natural is by number of examples (of sequences, for packed prefixes).
-    """
+    """The mixture that users would train on otherwise: the given one, else the natural one."""
     if config.data.weights or config.data.sources[0].initial_weight is not None:
-        weights = data.initial_weights()
-    else:
-        weights = [float(len(source)) for source in data.sources]
-    return [weight / sum(weights) for weight in weights]
+        return normalised(data.initial_weights())
+    return normalised(natural_weights(data))
 
 
 class Progress:

@@ -17,6 +17,7 @@ hypergradient is zero there already while both still train, not only at their op
 from __future__ import annotations
 
 import enum
+import math
 
 import torch
 
@@ -60,3 +61,10 @@ def hypergradient(
 def logits_gradient(hypergradient_S: torch.Tensor, probs_S: torch.Tensor) -> torch.Tensor:
     """Jᵀ g with J = diag(p) − p pᵀ: the gradient of the objective in λ."""
     return probs_S * (hypergradient_S - (probs_S * hypergradient_S).sum())
+
+
+def mixed(probs_S: torch.Tensor, loss_S: torch.Tensor) -> float:
+    """Σ p_i ℓ_i over the sources of the batch, p made whole again where some are absent."""
+    present_S = ~loss_S.isnan()
+    mass = float(probs_S[present_S].sum())
+    return float((probs_S * loss_S)[present_S].sum()) / mass if mass else math.nan

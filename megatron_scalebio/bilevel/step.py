@@ -23,7 +23,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.objective import Role, role_scale
 from megatron_scalebio.data.batch import MicroBatch
+from megatron_scalebio.guard.stragglers import FORWARD
 from megatron_scalebio.model.twin import TwinModel
+from megatron_scalebio.progress import HERE
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,17 @@ def flush(
 
 def forward_step(passes: Iterator[Pass], twin: TwinModel) -> tuple[torch.Tensor, Any]:
     """Megatron's forward_step_func for one pass."""
+    HERE.mark()
     this = next(passes)
     device = runtime.device()
-    output = twin(
-        this.role is Role.TRAIN_U,
-        input_ids=this.batch.tokens_BS.to(device, non_blocking=True),
-        position_ids=this.batch.positions_BS.to(device, non_blocking=True),
-        attention_mask=None,
-        labels=this.batch.labels_BS.to(device, non_blocking=True),
-    )
+    with FORWARD.running():
+        output = twin(
+            this.role is Role.TRAIN_U,
+            input_ids=this.batch.tokens_BS.to(device, non_blocking=True),
+            position_ids=this.batch.positions_BS.to(device, non_blocking=True),
+            attention_mask=None,
+            labels=this.batch.labels_BS.to(device, non_blocking=True),
+        )
     return output, partial(loss_func, this)
 
 

@@ -5,7 +5,7 @@
     SAVE/iter_0000100/bilevel/  u where it differs from w, and both optimizers
 
 A checkpoint is written under a temporary name and renamed when whole, so a crash at any time
-leaves the last good one.
+leaves the last good one. No two attempts share a name: what writes for a killed run may outlive it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ def iteration_folder(save: Path, step: int) -> Path:
 
 
 def temporary_folder(save: Path, step: int) -> Path:
-    return save / f"iter_{step:07d}.incomplete"
+    """A new name each time."""
+    return save / f"iter_{step:07d}.{uuid.uuid4().hex[:8]}.incomplete"
 
 
 def steps_on_disk(save: Path) -> list[int]:
@@ -74,11 +76,13 @@ def steps_on_disk(save: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def begin(save: Path, step: int) -> None:
-    """Makes the temporary folder of a step, and drops what saves that were cut off left behind."""
+def begin(save: Path, step: int) -> Path:
+    """Makes a temporary folder for a step, and drops what saves that were cut off left behind."""
     for left in save.glob("iter_*.incomplete"):
         shutil.rmtree(left, ignore_errors=True)
-    make_empty(temporary_folder(save, step))
+    temporary = temporary_folder(save, step)
+    make_empty(temporary)
+    return temporary
 
 
 def make_empty(folder: Path) -> None:
@@ -88,7 +92,7 @@ def make_empty(folder: Path) -> None:
         folder.mkdir(parents=True)
 
 
-def commit(save: Path, step: int, keep_last: int) -> None:
+def commit(temporary: Path, save: Path, step: int, keep_last: int) -> None:
     """Gives a whole checkpoint its name, points the tracker to it, drops the oldest ones.
 
     Raises:
@@ -98,7 +102,7 @@ def commit(save: Path, step: int, keep_last: int) -> None:
     with disk_errors_named(final):
         if final.exists():
             shutil.rmtree(final)
-        temporary_folder(save, step).rename(final)
+        temporary.rename(final)
         tracker = save / (TRACKER + ".tmp")
         tracker.write_text(str(step))
         tracker.rename(save / TRACKER)

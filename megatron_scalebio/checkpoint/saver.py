@@ -60,7 +60,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def save(state: RunState, folder: Path, keep_last: int | None = None) -> None:
-    """Writes a checkpoint of the current step and commits it.
+    """Writes a checkpoint of the current step and commits it, before it returns.
 
     Args:
         keep_last: checkpoints that stay in the folder [checkpoint.keep_last].
@@ -69,26 +69,30 @@ def save(state: RunState, folder: Path, keep_last: int | None = None) -> None:
         UserError: if the disk refuses; the previous checkpoint is untouched.
     """
     with runtime.helpers_ignore_stop_signals():
-        _save(state, folder, keep_last or state.config.checkpoint.keep_last)
+        temporary = runtime.on_main(lambda: folders.begin(folder, state.step))
+        with writing(state.step, folder, temporary):
+            dist_checkpointing.save(w_state(state), str(temporary))
+            runtime.on_main(lambda: folders.make_empty(temporary / BILEVEL))
+            dist_checkpointing.save(bilevel_state(state), str(temporary / BILEVEL))
+        keep_last = keep_last or state.config.checkpoint.keep_last
+        runtime.on_main(lambda: folders.commit(temporary, folder, state.step, keep_last))
 
 
-def _save(state: RunState, folder: Path, keep_last: int) -> None:
-    temporary = folders.temporary_folder(folder, state.step)
-    mend = "free space; the last checkpoint is intact and the run resumes from it"
-    runtime.on_main(lambda: folders.begin(folder, state.step))
+@contextmanager
+def writing(step: int, folder: Path, temporary: Path) -> Iterator[None]:
+    """Turns what is raised over a checkpoint that can't be written into a line, and drops it."""
     try:
-        dist_checkpointing.save(w_state(state), str(temporary))
-        runtime.on_main(lambda: folders.make_empty(temporary / BILEVEL))
-        dist_checkpointing.save(bilevel_state(state), str(temporary / BILEVEL))
+        yield
     except _CHECKPOINT_ERRORS as error:
         # No collective from here on: where one rank alone failed, the others are still inside one
         # of Megatron's, and get an error of their own when this rank ends.
         if runtime.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"could not save step {state.step}: {_last_line(error)}", where=str(folder), mend=mend
+            f"could not save step {step}: {_last_line(error)}",
+            where=str(folder),
+            mend="free space; the last checkpoint is intact and the run resumes from it",
         ) from None
-    runtime.on_main(lambda: folders.commit(folder, state.step, keep_last))
 
 
 def load_latest(state: RunState, folder: Path, required: bool = False) -> tuple[bool, list[str]]:

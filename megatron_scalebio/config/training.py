@@ -116,7 +116,7 @@ class TrainConfig:
     )
     eval_examples: int | None = option(None, "`train`: examples of a set at such a time [all]")
     seed: int = option(1234, "seed of everything random")
-    skip_limit: int = option(5, "stop after this many steps in a row with NaN or Inf")
+    skip_limit: int = option(5, "stop after this many steps in a row with NaN, Inf or a spike")
 
     def __post_init__(self) -> None:
         require_positive(
@@ -141,6 +141,7 @@ class CheckpointConfig:
     load: str | None = option(None, "checkpoint folder to resume from [save]")
     save_interval: int = option(100, "steps between checkpoints (0: only at the end)")
     keep_last: int = option(2, "checkpoints kept")
+    async_save: bool = option(False, "write checkpoints in the background while the run goes on")
 
     def __post_init__(self) -> None:
         require_positive(self, "save_interval", or_zero=True)

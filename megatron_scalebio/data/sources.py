@@ -27,6 +27,7 @@ from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
 from megatron_scalebio.errors import UserError
 
 Example = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]
+UNBOUNDED = 2**31  # until all sources are open, and tell the vocabulary
 
 
 class Source(Protocol):
@@ -37,6 +38,7 @@ class Source(Protocol):
     tokens: int
     largest_id: int  # among the first tokens
     fingerprint: str  # changes when the data does
+    vocab_size: int  # a token at or above it is damage
     tokenizer: dict[str, Any] | None  # of prepared sets: type, model, vocab_size, fingerprint
 
     def __len__(self) -> int: ...
@@ -46,6 +48,8 @@ class Source(Protocol):
 
 class ExampleSource:
     """A prepared folder: one example per sequence."""
+
+    vocab_size = UNBOUNDED
 
     def __init__(self, name: str, folder: Path, seq_length: int) -> None:
         self.name, self.prefix = name, str(folder / "tokens")
@@ -77,13 +81,22 @@ class ExampleSource:
         return int(self._lengths[index]) - 1
 
     def example(self, index: int) -> Example:
-        return self._tokens[index].astype(np.int64), self._mask[index].astype(np.uint8)
+        tokens, mask = self._tokens[index].astype(np.int64), self._mask[index]
+        _check_ids(self, index, tokens)
+        if len(mask) and mask.max() > 1:
+            raise UserError(
+                f"example {index} of source {self.name!r} holds {mask.max()}, not 0 or 1",
+                where=self.prefix.removesuffix("tokens") + "loss_mask.bin",
+                mend="the file is damaged: run prepare again",
+            )
+        return tokens, mask.astype(np.uint8)
 
 
 class PackedSource:
     """A Megatron `.bin/.idx` prefix: documents run together and cut to seq_length."""
 
     tokenizer: dict[str, Any] | None = None
+    vocab_size = UNBOUNDED
 
     def __init__(self, name: str, prefix: str, config: Config, cache: Path) -> None:
         self.name, self.prefix = name, prefix
@@ -123,7 +136,20 @@ class PackedSource:
         item = self._dataset[index]
         tokens = np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
         targets = np.append(0, item["loss_mask"].numpy())
+        _check_ids(self, index, tokens)
         return tokens.astype(np.int64), targets.astype(np.uint8)
+
+
+def _check_ids(source: Source, index: int, tokens: npt.NDArray[np.integer]) -> None:
+    """Refuses what no tokenizer wrote: an embedding has no row for it, or another rank's."""
+    low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+    if low < 0 or high >= source.vocab_size:
+        raise UserError(
+            f"example {index} of source {source.name!r} holds token {low if low < 0 else high}, "
+            f"the vocabulary ends at {source.vocab_size - 1}",
+            where=f"{source.prefix}.bin",
+            mend="the file is damaged, or was made with another tokenizer: write it again",
+        )
 
 
 @dataclass(frozen=True)

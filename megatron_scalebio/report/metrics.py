@@ -199,6 +199,8 @@ class TensorBoardLog:
         yield from _pick(record, MEGATRON_TAGS)
         yield from _pick(record, BILEVEL_TAGS)
         yield from zip(self._validation_tags, record.get("validation_losses") or (), strict=False)
+        for field in ("rank", "ratio") if record.get("straggler") else ():
+            yield f"straggler/{field}", record["straggler"][field]
         for phase, seconds in (record.get("time_s") or {}).items():
             yield f"time/{phase}", seconds
 

@@ -25,6 +25,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
 from megatron_scalebio.data.blend import Ints, Picks
 from megatron_scalebio.data.sources import Source
+from megatron_scalebio.progress import HERE
 
 _PASSES_PER_FLUSH = 64
 
@@ -132,7 +133,7 @@ def token_losses(
     One flush, forward only and in evaluation mode. Every micro-batch with its losses on the rank
     that reports those of its replica (`runtime.reports_losses`); an empty list on other ranks.
     """
-    with _evaluating(chunks):
+    with _evaluating(chunks), HERE.at("evaluate"):
         records = get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
@@ -176,10 +177,13 @@ def _flushes(
         group_B = np.repeat([0, 1], [len(place_B), missing])
         place_B = np.concatenate([place_B, np.repeat(place_B[:1], missing)])
         picks = Picks(group_B, index_N[place_B], np.ones(2))
-        yield place_B, micro_batches([source, source], picks, layout, "sample")
+        with runtime.refused_together():
+            batches = micro_batches([source, source], picks, layout, "sample")
+        yield place_B, batches
 
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Any]:
+    HERE.mark()
     batch, device = next(batches), runtime.device()
     output = model(
         input_ids=batch.tokens_BS.to(device, non_blocking=True),

@@ -21,16 +21,18 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel import step as bilevel
 from megatron_scalebio.bilevel.objective import Role
-from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import add_arguments, config_from_args
 from megatron_scalebio.data.batch import micro_batches
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.guard.stragglers import Stragglers
 from megatron_scalebio.optim.builder import set_rate
+from megatron_scalebio.progress import HERE
 from megatron_scalebio.report.console import RunConsole, SourceLine
 from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import HeldOutLoss, held_out_losses
+from megatron_scalebio.train.loop import Stopwatch
 from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import RunState
 
@@ -50,7 +52,8 @@ def train(config: Config) -> tuple[int, FinetuneState]:
         UserError: for what the configuration, the data or the machine are at fault.
     """
     config.validate_training(runtime.world_size_from_environment())
-    return train_begun(config, begin(config))
+    with begin(config) as begun:
+        return train_begun(config, begun)
 
 
 def train_begun(
@@ -67,7 +70,7 @@ def train_begun(
     parameters = outputs.parameter_count(state)
     reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
     try:
-        code = finetune(state, begun.save_to, begun.folder / "best", reporter, begun.signals)
+        code = finetune(state, begun, reporter)
         losses = state.held_out(test=True) if code == EXIT_OK else []
     finally:
         if reporter:
@@ -108,41 +111,42 @@ class FinetuneState(RunState):
         return sum(share * getattr(loss, kind) for share, loss in pairs)
 
 
-def finetune(
-    state: FinetuneState,
-    save_to: Path,
-    best: Path,
-    reporter: Reporter | None,
-    signals: runtime.StopSignals,
-) -> int:
+def finetune(state: FinetuneState, begun: Begun, reporter: Reporter | None) -> int:
     """Steps until the end or a signal; evaluates and saves on the way. Exit code."""
+    save_to, saves = begun.save_to, begun.saves
     train, interval = state.config.train, state.config.checkpoint.save_interval
     saved_at = state.step
+    stragglers = Stragglers(state.config.logging.log_interval)
     while state.step < train.train_iters:
         start = time.perf_counter()
         record = train_step(state)
         record["step_time_s"] = time.perf_counter() - start
+        slowest, slow = stragglers.after_step(state.step, record["time_s"], record["step_time_s"])
+        record["straggler"] = slowest and slowest.as_dict()
         record["tokens_per_second"] = record["tokens"] / record["step_time_s"]
         last = state.step == train.train_iters
         if state.data.validation and (last or _is_due(state.step, train.eval_interval)):
-            _evaluate(state, record, best)
-        problem = reporter.step(record) if reporter else None
+            _evaluate(state, record, begun)
+        problem = reporter.step(record, slow) if reporter else None
         if _is_due(state.step, interval) and not record["skipped"]:
-            saver.save(state, save_to)
+            saves.save(state, save_to)
             saved_at = state.step
+        else:
+            saves.poll()
         if state.skipped_in_a_row >= train.skip_limit:
             raise UserError(
-                f"{state.skipped_in_a_row} steps in a row were not finite: {record['skipped']}",
+                f"{state.skipped_in_a_row} steps in a row were not applied: {record['skipped']}",
                 where=f"step {state.step}",
                 mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
             )
-        signalled, failed = runtime.any_rank(signals.received, problem is not None)
+        signalled, failed = runtime.any_rank(begun.signals.received, problem is not None)
         if failed:
             raise problem or UserError("rank 0 could not write its log")
         if signalled:
             break
     if saved_at != state.step and state.skipped_in_a_row == 0:
-        saver.save(state, save_to)
+        saves.save(state, save_to)
+    saves.drain()
     return EXIT_OK if state.step == train.train_iters else EXIT_SIGNALLED
 
 
@@ -150,7 +154,7 @@ def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _evaluate(state: FinetuneState, record: dict[str, Any], best: Path) -> None:
+def _evaluate(state: FinetuneState, record: dict[str, Any], begun: Begun) -> None:
     losses = state.held_out()
     loss = state.validation_loss(losses)
     record["validation_loss"] = loss
@@ -158,27 +162,37 @@ def _evaluate(state: FinetuneState, record: dict[str, Any], best: Path) -> None:
     record["validation_losses"] = [getattr(each, kind) for each in losses]
     if loss < state.best_loss:
         state.best_loss = loss
-        saver.save(state, best, keep_last=1)
+        begun.saves.save(state, begun.folder / "best", keep_last=1)
 
 
 def train_step(state: FinetuneState) -> dict[str, Any]:
-    """One step of w on the mixture, applied unless something was not finite; its record."""
+    """One step of w on the mixture, applied unless it was not finite or spiked; its record."""
     config, settings, data = state.config, state.schedule.at(state.step), state.data
-    picks = data.sampler.next(state.probs_S.numpy())
-    batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
-    passes = [bilevel.Pass(Role.TRAIN_W, batch, state.probs_S) for batch in batches]
-    period = state.enter_period()
-    period.zero_grad()
-    records = bilevel.flush(period.twins, passes, config.train.micro_batch_size)
-    counts_S = torch.bincount(torch.from_numpy(picks.group_B), minlength=len(state.probs_S))
-    inclusion_S = torch.from_numpy(picks.inclusion_S)
-    losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, sets=1)
-    optimizer = period.optimizers["w"]
-    norm = bilevel.prepare_gradients(optimizer, config.optimizer.clip_grad)
-    skipped = losses.culprit or (None if math.isfinite(norm) else f"w: gradient norm is {norm}")
-    if skipped is None:
-        set_rate(optimizer, settings.lr_w, config.optimizer.weight_decay)
-        optimizer.step_with_ready_grads()
+    watch = Stopwatch()
+    HERE.step = state.step + 1
+    with watch.phase("data"):
+        picks = data.sampler.next(state.probs_S.numpy())
+        with runtime.refused_together():
+            batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
+        passes = [bilevel.Pass(Role.TRAIN_W, batch, state.probs_S) for batch in batches]
+    with watch.phase("period"):
+        period = state.enter_period()
+        period.zero_grad()
+    with watch.phase("flush"):
+        records = bilevel.flush(period.twins, passes, config.train.micro_batch_size)
+        counts_S = torch.bincount(torch.from_numpy(picks.group_B), minlength=len(state.probs_S))
+        inclusion_S = torch.from_numpy(picks.inclusion_S)
+        losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, sets=1)
+    with watch.phase("update"):
+        optimizer = period.optimizers["w"]
+        norm = bilevel.prepare_gradients(optimizer, config.optimizer.clip_grad)
+        skipped = losses.culprit or (None if math.isfinite(norm) else f"w: gradient norm is {norm}")
+        if skipped is None:
+            loss = outputs.mixed(state.probs_S, losses.w_S)
+            skipped = state.spikes.judge({"w: training loss": loss, "w: gradient norm": norm})
+        if skipped is None:
+            set_rate(optimizer, settings.lr_w, config.optimizer.weight_decay)
+            optimizer.step_with_ready_grads()
     state.cost.trained += losses.tokens
     state.step += 1
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
@@ -189,6 +203,7 @@ def train_step(state: FinetuneState) -> dict[str, Any]:
         "loss_w": losses.w_S.tolist(),
         "grad_norm_w": norm,
         "tokens": losses.tokens,
+        "time_s": watch.time_s,
         "memory_bytes": runtime.allocated_bytes(),
         "skipped": outputs.name_groups(skipped, state),
         "active_layers": state.active_layers,
@@ -221,13 +236,16 @@ class Reporter:
             self.console.warn(f"passed over a damaged checkpoint: {warning}")
         self.console.start(state.step)
 
-    def step(self, record: dict[str, Any]) -> UserError | None:
+    def step(self, record: dict[str, Any], slow: str) -> UserError | None:
         """Logs a step. Gives a disk's refusal back: all ranks have to stop at it together."""
         try:
-            self.metrics.log(record)
+            with HERE.at("log"):
+                self.metrics.log(record)
         except UserError as error:
             return error
         self.console.step(record)
+        if slow:
+            self.console.warn(slow)
         if "validation_loss" in record:
             self.console.note(f"step {record['step']}  validation {record['validation_loss']:.4f}")
         return None

@@ -1,4 +1,4 @@
-"""The `reweight` loop: data → flush → finite check → updates → log → save.
+"""The `reweight` loop: data → flush → check → updates → log → save.
 
 Read top to bottom; the mathematics is in `bilevel.objective`, the flush in `bilevel.step`.
 """
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from megatron_scalebio.bilevel import step as bilevel
-from megatron_scalebio.bilevel.objective import Role, hypergradient, role_scale
+from megatron_scalebio.bilevel.objective import Role, hypergradient, mixed, role_scale
 from megatron_scalebio.bilevel.schedule import StepSettings
 from megatron_scalebio.optim.builder import Period, set_rate
+from megatron_scalebio.progress import HERE
 from megatron_scalebio.train.state import TrainState
 
 
@@ -44,13 +45,15 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with HERE.at(name):
+            yield
         self.time_s[name] = self.time_s.get(name, 0.0) + time.perf_counter() - start
 
 
 def train_step(state: TrainState) -> StepResult:
-    """One bilevel step of all ranks; advances `state` unless something was not finite."""
+    """One bilevel step of all ranks; advances `state` unless something was not finite or spiked."""
     watch = Stopwatch()
+    HERE.step = state.step + 1
     settings = state.schedule.at(state.step)
     probs_S = state.mixture.probs_S
     with watch.phase("data"):
@@ -83,6 +86,22 @@ def train_step(state: TrainState) -> StepResult:
     return result
 
 
+def _watched(state: TrainState, result: StepResult) -> dict[str, float]:
+    """The values in which a spike shows, by the names of `spikes.WATCHED`."""
+    losses = result.losses
+    of_w, of_u = (mixed(result.probs_S, loss_S) for loss_S in (losses.w_S, losses.u_S))
+    return {
+        "w: training loss": of_w,
+        "u: training loss": of_u,
+        "w: validation loss": float(
+            (torch.from_numpy(state.data.shares_V) * losses.validation_V).sum()
+        ),
+        "w: gradient norm": result.grad_norm_w,
+        "u: gradient norm": result.grad_norm_u,
+        "w and u: distance of their training losses": abs(of_w - of_u),
+    }
+
+
 def _update_models(state: TrainState, period: Period, result: StepResult) -> None:
     """Steps w and u, both or neither."""
     optimizer = state.config.optimizer
@@ -92,6 +111,8 @@ def _update_models(state: TrainState, period: Period, result: StepResult) -> Non
     for role, norm in (("w", result.grad_norm_w), ("u", result.grad_norm_u)):
         if result.skipped is None and not math.isfinite(norm):
             result.skipped = f"{role}: gradient norm is {norm}"
+    if result.skipped is None:
+        result.skipped = state.spikes.judge(_watched(state, result))
     if result.skipped is None:
         set_rate(period.optimizers["w"], result.settings.lr_w, optimizer.weight_decay)
         set_rate(period.optimizers["u"], result.settings.lr_u, optimizer.weight_decay)

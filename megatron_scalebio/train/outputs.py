@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import platform
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from megatron.core.utils import unwrap_model
 import megatron_scalebio
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.confidence import Verdict, WeightIntervals
+from megatron_scalebio.bilevel.objective import mixed
 from megatron_scalebio.checkpoint.folder import disk_errors_named
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
@@ -158,13 +158,6 @@ def step_record(state: TrainState, result: StepResult, step_time_s: float) -> di
         "skipped": name_groups(result.skipped, state),
         "active_layers": state.active_layers,
     }
-
-
-def mixed(probs_S: torch.Tensor, loss_S: torch.Tensor) -> float:
-    """Σ p_i ℓ_i over the sources of the batch, p made whole again where some are absent."""
-    present_S = ~loss_S.isnan()
-    mass = float(probs_S[present_S].sum())
-    return float((probs_S * loss_S)[present_S].sum()) / mass if mass else math.nan
 
 
 def name_groups(skipped: str | None, state: RunState) -> str | None:

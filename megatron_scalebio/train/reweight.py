@@ -7,28 +7,34 @@ from pathlib import Path
 
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.confidence import Verdict, judge_convergence, weight_intervals
-from megatron_scalebio.checkpoint import saver
+from megatron_scalebio.checkpoint.background import Saves
 from megatron_scalebio.config import Config
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.guard.stragglers import Slowest, Stragglers
+from megatron_scalebio.progress import HERE
 from megatron_scalebio.report.console import RunConsole, SourceLine
 from megatron_scalebio.report.html import write_report
 from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.loop import StepResult, train_step
-from megatron_scalebio.train.start import begin, resume_or_start
+from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import TrainState
 
 
 def run(config: Config) -> int:
     """A whole run, resumed where there is one; its exit code."""
     config.validate(runtime.world_size_from_environment())
-    begun = begin(config)
+    with begin(config) as begun:
+        return _run(config, begun)
+
+
+def _run(config: Config, begun: Begun) -> int:
     state = TrainState(config, begun.folder / "cache")
     warnings = resume_or_start(state, begun.folder, begun.save_to)
     parameters = outputs.parameter_count(state)
     reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
     try:
-        code = reweight(state, begun.save_to, reporter, begun.signals)
+        code = reweight(state, begun.save_to, reporter, begun.signals, begun.saves)
     finally:
         if reporter:
             reporter.close()
@@ -40,19 +46,28 @@ def run(config: Config) -> int:
 
 
 def reweight(
-    state: TrainState, save_to: Path, reporter: Reporter | None, signals: runtime.StopSignals
+    state: TrainState,
+    save_to: Path,
+    reporter: Reporter | None,
+    signals: runtime.StopSignals,
+    saves: Saves,
 ) -> int:
     """Steps until the end, convergence (if asked) or a signal; saves on the way. Exit code."""
     config, interval = state.config, state.config.checkpoint.save_interval
     saved_at = state.step
     code = EXIT_OK
+    stragglers = Stragglers(config.logging.log_interval)
     while state.step < config.train.train_iters:
         start = time.perf_counter()
         result = train_step(state)
-        problem = reporter.step(result, time.perf_counter() - start) if reporter else None
+        step_time_s = time.perf_counter() - start
+        slow = stragglers.after_step(state.step, result.time_s, step_time_s)
+        problem = reporter.step(result, step_time_s, *slow) if reporter else None
         if interval and state.step % interval == 0 and not result.skipped:
-            saver.save(state, save_to)
+            saves.save(state, save_to)
             saved_at = state.step
+        else:
+            saves.poll()
         _refuse_skips(state, result)
         signalled, failed = runtime.any_rank(signals.received, problem is not None)
         if failed:
@@ -63,17 +78,18 @@ def reweight(
         if config.bilevel.early_stop and verdict(state).converged:
             break
     if saved_at != state.step and state.skipped_in_a_row == 0:
-        saver.save(state, save_to)
+        saves.save(state, save_to)
+    saves.drain()
     return code
 
 
 def _refuse_skips(state: TrainState, result: StepResult) -> None:
-    """Ends a run whose steps keep being not finite, or of which none was by its end."""
+    """Ends a run whose steps keep not being applied, or of which none was by its end."""
     train, applied = state.config.train, state.mixture.steps
     over = state.step == train.train_iters and applied == 0
     if result.skipped and (over or state.skipped_in_a_row >= train.skip_limit):
         raise UserError(
-            f"{state.skipped_in_a_row} steps in a row were not finite: "
+            f"{state.skipped_in_a_row} steps in a row were not applied: "
             f"{outputs.name_groups(result.skipped, state)}",
             where=f"step {state.step}",
             mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
@@ -123,15 +139,21 @@ class Reporter:
             self.console.warn(f"passed over a damaged checkpoint: {warning}")
         self.console.start(state.step)
 
-    def step(self, result: StepResult, step_time_s: float) -> UserError | None:
+    def step(
+        self, result: StepResult, step_time_s: float, slowest: Slowest | None = None, slow: str = ""
+    ) -> UserError | None:
         """Logs a step. Gives a disk's refusal back: all ranks have to stop at it together."""
         start = time.perf_counter()
         record = outputs.step_record(self.state, result, step_time_s)
+        record["straggler"] = slowest and slowest.as_dict()
         try:
-            self.metrics.log(record)
+            with HERE.at("log"):
+                self.metrics.log(record)
         except UserError as error:
             return error
         self.console.step(record)
+        if slow:
+            self.console.warn(slow)
         # Shown with the next step: a line can't hold the time of its own writing.
         result.time_s["log"] = time.perf_counter() - start
         return None

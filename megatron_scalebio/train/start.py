@@ -5,13 +5,18 @@ Weights come from its newest checkpoint, else from a pretrained model, else from
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import saver
+from megatron_scalebio.checkpoint.background import Saves
 from megatron_scalebio.config import Config
 from megatron_scalebio.convert.importer import import_checkpoint
+from megatron_scalebio.guard.lock import PATIENCE_S, held
+from megatron_scalebio.guard.watchdog import Watchdog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.state import RunState
 
@@ -30,17 +35,33 @@ class Begun:
     signals: runtime.StopSignals
     folder: Path
     save_to: Path
+    saves: Saves
 
 
-def begin(config: Config) -> Begun:
-    """Joins the ranks and makes the folders, before anything costs time."""
+@contextmanager
+def begin(config: Config) -> Iterator[Begun]:
+    """Joins the ranks, makes the folders and holds them, before anything costs time.
+
+    Raises:
+        UserError: if a folder can't be written, or another run writes there.
+    """
     signals = runtime.StopSignals()
     runtime.start(config)
     folder = Path(config.train.output)
     save_to = Path(config.checkpoint.save or folder / "checkpoints")
     names = [source.name for source in config.data.sources]
     runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, names))
-    return Begun(signals, folder, save_to)
+    # The other ranks wait in a collective meanwhile.
+    patience_s = min(PATIENCE_S, 30.0 * config.parallel.distributed_timeout_minutes)
+    locks = ExitStack()
+    with ExitStack() as stack:
+        if runtime.world_size() > 1:
+            timeout_s = 60.0 * config.parallel.distributed_timeout_minutes
+            stack.enter_context(Watchdog(timeout_s, before_end=locks.close))
+        stack.enter_context(locks)
+        runtime.on_main(lambda: locks.enter_context(held(folder, save_to, patience_s=patience_s)))
+        saves = stack.enter_context(Saves(config.checkpoint.async_save))
+        yield Begun(signals, folder, save_to, saves)
 
 
 def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:

@@ -19,6 +19,7 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.mixture import Mixture
 from megatron_scalebio.bilevel.schedule import Schedule
+from megatron_scalebio.bilevel.spikes import SpikeGuard
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
 from megatron_scalebio.data.blend import BlendSampler, Picks
@@ -63,6 +64,8 @@ class Data:
         self.vocab_size = shared_vocab_size(
             [*self.sources, *self.validation, *self.test], config.model.vocab_size
         )
+        for source in (*self.sources, *self.validation, *self.test):
+            source.vocab_size = self.vocab_size
         weights = np.array([entry.weight for entry in config.data.validation])
         self.shares_V = weights / weights.sum() if len(weights) else weights
         train, seed = config.train, config.train.seed
@@ -104,8 +107,9 @@ class Data:
         picks = self.sampler.next(probs_S.numpy())
         valid_picks = self.validation_sampler.next(self.shares_V)
         mean = self.config.data.loss_mean
-        train = micro_batches(self.sources, picks, self.layout, mean)
-        valid = micro_batches(self.validation, valid_picks, self.layout, mean)
+        with runtime.refused_together():
+            train = micro_batches(self.sources, picks, self.layout, mean)
+            valid = micro_batches(self.validation, valid_picks, self.layout, mean)
         return train, valid, picks
 
     def initial_weights(self) -> list[float]:
@@ -144,6 +148,7 @@ class RunState:
         self.step = 0
         self.skipped_in_a_row = 0
         self.cost = TokenCost()
+        self.spikes = SpikeGuard()
         self.data = Data(config, cache)
         config.train.resolve_epochs(sum(len(source) for source in self.data.sources))
         self.schedule = Schedule(config)
@@ -224,6 +229,7 @@ class RunState:
             "step": self.step,
             "skipped_in_a_row": self.skipped_in_a_row,
             "cost": asdict(self.cost),
+            "spikes": self.spikes.state_dict(),
             "sampler": self.data.sampler.state_dict(),
             "validation_sampler": self.data.validation_sampler.state_dict(),
             "sources": [[source.name, source.fingerprint] for source in self.data.sources],
@@ -233,6 +239,7 @@ class RunState:
         self.step = state["step"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.cost = TokenCost(**state["cost"])
+        self.spikes.load_state_dict(state.get("spikes", {}))
         self.data.sampler.load_state_dict(state["sampler"])
         self.data.validation_sampler.load_state_dict(state["validation_sampler"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import random
 from pathlib import Path
@@ -46,8 +48,8 @@ def test_newest_is_the_last_one_committed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("keep", "left"), [(1, [40]), (2, [30, 40]), (9, [10, 20, 30, 40])])
 def test_commit_keeps_the_last_ones(tmp_path: Path, keep: int, left: list[int]) -> None:
     for step in (10, 20, 30, 40):
-        write_checkpoint(tmp_path, step, folders.temporary_folder)
-        folders.commit(tmp_path, step, keep)
+        whole = write_checkpoint(tmp_path, step, folders.temporary_folder)
+        folders.commit(whole, tmp_path, step, keep)
         assert (tmp_path / folders.TRACKER).read_text() == str(step)
     assert folders.steps_on_disk(tmp_path) == left
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.incomplete"))
@@ -56,8 +58,8 @@ def test_commit_keeps_the_last_ones(tmp_path: Path, keep: int, left: list[int]) 
 def test_commit_never_drops_what_it_has_just_written(tmp_path: Path) -> None:
     """After falling back, later (damaged) steps lie in the folder too."""
     write_checkpoint(tmp_path, 90)
-    write_checkpoint(tmp_path, 20, folders.temporary_folder)
-    folders.commit(tmp_path, 20, keep_last=1)
+    whole = write_checkpoint(tmp_path, 20, folders.temporary_folder)
+    folders.commit(whole, tmp_path, 20, keep_last=1)
     assert 20 in folders.steps_on_disk(tmp_path)
 
 
@@ -65,12 +67,16 @@ def test_a_save_clears_away_those_that_were_cut_off(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 1)
     write_checkpoint(tmp_path, 2, folders.temporary_folder)
     write_checkpoint(tmp_path, 3, folders.temporary_folder)
-    folders.begin(tmp_path, 3)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        "iter_0000001",
-        "iter_0000003.incomplete",
-    ]
-    assert not list(folders.temporary_folder(tmp_path, 3).iterdir())
+    begun = folders.begin(tmp_path, 3)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "iter_0000001", begun]
+    assert not list(begun.iterdir()) and begun != folders.temporary_folder(tmp_path, 3)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_and_a_used_up_quota_are_named(tmp_path: Path, number: int) -> None:
+    with pytest.raises(UserError) as refusal, folders.disk_errors_named(tmp_path / "here"):
+        raise OSError(number, os.strerror(number))
+    assert f"here: can't write: {os.strerror(number)} (choose a folder" in str(refusal.value)
 
 
 DAMAGE = {

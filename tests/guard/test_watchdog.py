@@ -1,0 +1,150 @@
+"""A rank that dies, hangs, freezes or fails: the others end, and one line names it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from megatron_scalebio.errors import EXIT_LOST
+from megatron_scalebio.guard.process import Process
+from megatron_scalebio.guard.status import Status, behind, spans, stall_line
+from tests.commands import ROOT
+
+# Ranks that reduce over and over, and one that stops doing so in its fifth step.
+RANK = """
+import os, signal, sys, time
+import torch, torch.distributed as dist
+from megatron_scalebio.errors import EXIT_LOST, RankLost, UserError
+from megatron_scalebio.guard.watchdog import Watchdog
+from megatron_scalebio.progress import HERE
+bad, fault = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo")
+def hang():
+    time.sleep(3600)
+def fail():
+    raise ValueError("of its own")
+def refuse():
+    raise UserError("the disk is full")
+faults = {"hang": hang, "fail": fail, "refuse": refuse,
+          "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
+          "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP)}
+try:
+    with Watchdog(timeout_s=3.0, before_end=lambda: print("tidied", flush=True), beat_s=0.2):
+        for step in range(1, 10):
+            HERE.step = step
+            with HERE.at("data"):
+                if step == 5 and dist.get_rank() == bad:
+                    time.sleep(0.6)  # so that its place is known
+                    faults[fault]()
+            with HERE.at("flush"):
+                dist.all_reduce(torch.ones(1))
+except RankLost:
+    sys.exit(EXIT_LOST)
+except UserError:
+    sys.exit(2)
+"""
+RANKS = 3
+
+
+def run(bad: int, fault: str) -> tuple[list[subprocess.Popen[str]], list[str], float]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = time.monotonic()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(bad), fault],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": str(RANKS),
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(RANKS)
+    ]  # fmt: skip
+    said = ["" for _ in ranks]
+    try:
+        for number, rank in enumerate(ranks):
+            if not (fault == "freeze" and number == bad):
+                said[number] = rank.communicate(timeout=90)[1]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return ranks, said, time.monotonic() - started
+
+
+def our_line(said: list[str]) -> str:
+    lines = [
+        line for text in said for line in text.splitlines() if line.startswith("megatron-scalebio")
+    ]
+    assert len(lines) == 1, said
+    return lines[0]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("bad", "fault", "words"),
+    [
+        (
+            1,
+            "hang",
+            "is behind: nothing has moved for 3 s in step 5, phase data; ranks 0, 2 ",
+        ),
+        (
+            0,
+            "hang",
+            "is behind: nothing has moved for 3 s in step 5, phase data; ranks 1-2 ",
+        ),
+        (1, "freeze", "gives no sign of life for "),
+        (1, "die", "died, last seen in step 5, phase data; ranks 0, 2 waiting for it in step"),
+        (0, "die", "is gone with its store, last seen in step"),
+        (1, "fail", "ended with ValueError: of its own, last seen in step 5, phase data; ranks 0"),
+        (2, "refuse", "ended with UserError: the disk is full, last seen in step 5, phase data;"),
+    ],
+)
+def test_the_rank_is_named_and_all_end(bad: int, fault: str, words: str) -> None:
+    ranks, said, _ = run(bad, fault)
+    line = our_line(said)
+    assert f"rank {bad} ({Process.this().host}, pid {ranks[bad].pid}) {words}" in line
+    own = {"hang": EXIT_LOST, "die": -signal.SIGKILL, "freeze": -signal.SIGKILL, "fail": 1}
+    codes = [rank.returncode for rank in ranks]
+    assert codes == [own.get(fault, 2) if n == bad else EXIT_LOST for n in range(RANKS)], said
+    if fault == "hang":
+        assert "(all_reduce)" in line, "the collective that they wait in"
+    assert ("ValueError" in said[bad]) == (fault == "fail"), "a bug has its traceback"
+
+
+# ---- who is behind, without processes ---------------------------------------------------------
+
+
+def waiting(rank: int, step: int = 7, seconds: float = 600.0) -> Status:
+    near = Process("node1", "", 100 + rank, 0)
+    return Status(
+        rank, near, step=step, phase="flush", place="all_reduce", still_s=600, waiting_s=seconds
+    )
+
+
+def test_behind_is_who_waits_for_nobody_else_who_is_in_an_earlier_step() -> None:
+    ranks = [waiting(rank) for rank in range(6)]
+    assert behind([*ranks[:3], waiting(3, seconds=0), *ranks[4:]]) == [waiting(3, seconds=0)]
+    assert behind([*ranks[:3], waiting(3, step=6), *ranks[4:]]) == [waiting(3, step=6)]
+    assert behind(ranks) == ranks
+    assert "no rank is behind the others: 6 in step 7, phase flush (all_reduce)" in stall_line(
+        ranks
+    )
+    late = replace(waiting(3, seconds=0), phase="data", place="example (data/sources.py:88)")
+    assert stall_line([*ranks[:3], late, *ranks[4:]]) == (
+        "rank 3 (node1, pid 103) is behind: nothing has moved for 600 s in step 7, phase data "
+        "(example (data/sources.py:88)); ranks 0-2, 4-5 waiting for it in step 7, phase flush "
+        "(all_reduce)"
+    )
+
+
+def test_ranks_are_listed_briefly() -> None:
+    assert spans([9, 0, 2, 3, 4, 7, 8]) == "0, 2-4, 7-9"
