@@ -53,10 +53,10 @@ def second_runs(folder_name: str, pid: int) -> None:
     flags = ["--config", folder / "x.yaml", "--output", folder / "shared"]
     for stage in ("reweight", "train"):
         note(folder / "noted", f"second {stage}", command(stage, *flags))
-    reached = len(metrics(folder / "shared"))
     if dist.get_rank() == 0:
         kill_all(pid)
     dist.barrier()
+    reached = len((folder / "shared" / "metrics.jsonl").read_bytes().splitlines())
     few_more = [*FOREVER[2:], "--train-iters", reached + 9]
     note(folder / "noted", "after", command("reweight", *flags, *few_more))
 

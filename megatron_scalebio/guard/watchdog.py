@@ -110,6 +110,7 @@ class Watchdog:
         self._wake.set()
         self._thread.join(timeout=10)
         if self._pending and self._verdict:
+            time.sleep(2 * self._beat_s if self._rank == 0 else 0)  # others read it in its store
             raise RankLost(self._verdict) from None
         if error is None:
             with contextlib.suppress(dist.DistError):  # the store's keeper may have ended first

@@ -31,6 +31,7 @@ SHIPPED_SLOW = {
     "gpt-neox-20b": (8, "gpt-neox-20b"),
     "yi-34b": (8, "yi-34b"),
     "qwen2.5-32b-8xh100": (8, "qwen2.5-32b"),
+    "qwen2.5-32b-long-8xh100": (8, "qwen2.5-32b"),
     "llama-3-70b-16xh100": (16, "llama-3-70b"),
 }
 HEADROOM = 0.08
