@@ -204,6 +204,9 @@ class RunConsole:
         if "weights" not in record:
             return "  ".join([f"loss {record['train_loss_w']:.4f}", *parts])
         # The weights come last: a narrow terminal cuts off the end.
+        if "validation_loss" not in record:  # of methods that have no L1
+            first = f"loss {record['train_loss_w']:.4f}"
+            return "  ".join([first, *parts, self._top_weights(record["weights"])])
         first = f"L1 {loss:.3f}" if loss is not None and math.isfinite(loss) else "L1 –"
         return "  ".join([first, *parts, self._top_weights(record["weights"])])
 
