@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Chunks:
         for number in missing:
             row_n = self.rows_of[number]
             values = work(row_n)
-            runtime.on_main(lambda n=number, v=values: self._write(n, v))
+            runtime.on_main(partial(self._write, number, values))
             fresh += len(row_n)
             now = time.perf_counter()
             if runtime.is_main() and (now - said > _SECONDS_BETWEEN_LINES or number == missing[-1]):

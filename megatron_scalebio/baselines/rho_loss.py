@@ -169,7 +169,7 @@ def _online(config: Config, begun: Begun, irreducible_N: Floats, cost: TokenCost
             state.reducible_N,
             irreducible=irreducible_N.astype(np.float32),
             chosen=state.chosen_N,
-        )  # fmt: skip
+        )
     )
     row_K = np.repeat(np.arange(len(state.pool)), state.chosen_N)
     return found_from_rows(state.pool, row_K, cost + state.cost, state.step, online=True)

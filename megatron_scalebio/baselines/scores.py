@@ -22,7 +22,7 @@ from megatron_scalebio.train.state import TokenCost
 SCORES_FILE = "scores.npz"
 
 
-def write_scores(folder: Path, pool: Pool, score_N: Floats, **more: np.ndarray) -> None:
+def write_scores(folder: Path, pool: Pool, score_N: Floats, **more: Any) -> None:
     source_N, index_N = pool.locate(np.arange(len(pool)))
     path = folder / SCORES_FILE
     temporary = path.with_name(path.name + ".tmp")
