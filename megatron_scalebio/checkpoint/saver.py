@@ -117,6 +117,19 @@ def load_latest(state: RunState, folder: Path, required: bool = False) -> tuple[
     return step is not None, problems
 
 
+def load_step(state: RunState, folder: Path, step: int) -> None:
+    """Goes back to the checkpoint of one step.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
+    source = folders.iteration_folder(folder, step)
+    problem = runtime.on_main(lambda: folders.damage(source))
+    if problem:
+        raise UserError(problem, where=str(folder), mend="remove the folder to train it again")
+    _load(state, source)
+
+
 def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
     """Loads the weights of an ordinary Megatron checkpoint, whatever its layout.
 

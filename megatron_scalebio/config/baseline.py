@@ -18,7 +18,9 @@ class BaselineConfig:
 
     method: Method = option("scalebio", "how the weights are found")
     reference_iters: int | None = option(
-        None, "doremi, rho_loss: steps that train the reference model [train_iters]"
+        None,
+        "doremi, rho_loss: steps that train the reference model [train_iters; rho_loss: at most "
+        "three epochs of the validation sets]",
     )
     proxies: int | None = option(
         None, "regmix: small trainings [as many as cost what ScaleBiO does in train_iters steps]"

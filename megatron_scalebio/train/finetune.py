@@ -24,6 +24,7 @@ from megatron_scalebio.bilevel.objective import Role
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import add_arguments, config_from_args
 from megatron_scalebio.data.batch import micro_batches
+from megatron_scalebio.data.blend import Picks
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
 from megatron_scalebio.guard.stragglers import Stragglers
 from megatron_scalebio.optim.builder import set_rate
@@ -83,10 +84,10 @@ def train_begun(
 
 
 class FinetuneState(RunState):
-    """The state of a `train` run on this rank."""
+    """The state of a `train` run, or of another that trains w alone, on this rank."""
 
-    def __init__(self, config: Config, cache: Path) -> None:
-        super().__init__(config, "train", cache, with_u=False)
+    def __init__(self, config: Config, cache: Path, stage: str = "train") -> None:
+        super().__init__(config, stage, cache, with_u=False)
         weights = torch.tensor(self.data.initial_weights(), dtype=torch.float64)
         self.probs_S = weights / weights.sum()
         self.best_loss = math.inf
@@ -97,6 +98,14 @@ class FinetuneState(RunState):
     def load_common_state(self, state: dict[str, Any]) -> None:
         super().load_common_state(state)
         self.best_loss = state["best_loss"]
+
+    def draw(self) -> Picks:
+        """The examples of the next step, whose sources weigh `probs_S`."""
+        return self.data.sampler.next(self.probs_S.numpy())
+
+    def also_recorded(self) -> dict[str, Any]:
+        """What a step's record holds besides."""
+        return {}
 
     def held_out(self, test: bool = False) -> list[HeldOutLoss]:
         """Losses on the validation sets (some examples of each), or on all of all sets."""
@@ -171,7 +180,7 @@ def train_step(state: FinetuneState) -> dict[str, Any]:
     watch = Stopwatch()
     HERE.step = state.step + 1
     with watch.phase("data"):
-        picks = data.sampler.next(state.probs_S.numpy())
+        picks = state.draw()
         with runtime.refused_together():
             batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
         passes = [bilevel.Pass(Role.TRAIN_W, batch, state.probs_S) for batch in batches]
@@ -207,6 +216,7 @@ def train_step(state: FinetuneState) -> dict[str, Any]:
         "memory_bytes": runtime.allocated_bytes(),
         "skipped": outputs.name_groups(skipped, state),
         "active_layers": state.active_layers,
+        **state.also_recorded(),
     }
 
 
