@@ -127,6 +127,7 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
 def _model_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
     """The model of a Hugging Face folder; values given beside it must not say otherwise."""
     _, architecture = read_family(values["hf"])
+    build(ModelConfig, architecture, f"{values['hf']}: model")  # refuses what is wrong there
     free = {key: value for key, value in values.items() if key in _FREE_WITH_HF}
     model = build(ModelConfig, {**architecture, **free}, where)
     given = build(ModelConfig, values, where)

@@ -98,7 +98,20 @@ REFUSED = [
     ("parallel", "fp8_format", "hybrid", "fp8_format: 'hybrid' needs bf16"),
     ("parallel", "fp8_param_gather", True, "needs fp8_format and use_distributed_optimizer"),
     ("model", "window_attn_skip_freq", 2, "window_attn_skip_freq: 2 needs a window_size"),
-    ("model", "rope_scaling", {"rope_type": "yarn", "factor": 2}, "choose from llama3, linear"),
+    ("model", "rope_scaling", {"rope_type": "ntk", "factor": 2}, "choose from llama3, linear"),
+    ("model", "rope_scaling", {"rope_type": "yarn"}, "factor is missing"),
+    ("model", "rope_scaling", {"rope_type": "yarn", "factor": 2, "beta_fast": 0.5},
+     "rope_scaling.beta_fast: 0.5 is below beta_slow 1.0"),
+    ("model", "rope_scaling", {"rope_type": "linear", "factor": 2, "beta_fast": 16},
+     "rope_scaling.beta_fast: 16.0 has no part in linear scaling"),
+    ("model", "rope_scaling", {"rope_type": "yarn", "factor": 2, "attention_factor": 0},
+     "rope_scaling.attention_factor: 0.0 must be above 0"),
+    ("model", "rope_scaling", {"rope_type": "longrope", "factor": 2, "short_factor": [1, 0]},
+     "rope_scaling.short_factor: [1.0, 0.0] is no list of numbers above 0"),
+    ("model", "rope_scaling", {"rope_type": "longrope", "factor": 2, "long_factor": [2] * 16,
+                               "short_factor": [1] * 15},
+     "rope_scaling.short_factor: [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, "
+     "1.0, 1.0] has 15 numbers for 16 frequencies"),
     ("lisa", "lisa_layers", -2, "lisa_layers: -2 must be above 0"),
     ("checkpoint", "keep_last", 0, "keep_last: 0 must be above 0"),
     ("data", "seq_length", 0, "seq_length: 0 must be above 0"),
@@ -174,6 +187,13 @@ DISAGREEING = [
     ({"parallel": {"bf16": True, "fp8_format": "hybrid", "context_parallel_size": 2},
       "data": {"seq_length": 48}}, 2, "data.seq_length: 48 is not divisible by 16 x TP 1 x CP 2"),
     ({"model": {"max_position_embeddings": 8}}, 1, "8 is below data.seq_length 1024"),
+    ({"model": {"max_position_embeddings": 1023, "rope_scaling": {"rope_type": "dynamic",
+                                                                  "factor": 2}}}, 1,
+     "model.rope_scaling.rope_type: 'dynamic' has other frequencies for each length above "
+     "max_position_embeddings 1023"),
+    ({"model": {"max_position_embeddings": 256, "rope_scaling": {
+        "rope_type": "yarn", "factor": 3, "original_max_position_embeddings": 256}}}, 1,
+     "max_position_embeddings: 256 is below data.seq_length 1024"),
     ({"model": {"ffn_hidden_size": 33}, "parallel": {"tensor_model_parallel_size": 2}}, 2,
      "ffn_hidden_size: 33 is not divisible by TP 2"),
     ({"parallel": {"bf16": True, "fp8_format": "hybrid"}, "model": {"hidden_size": 120}}, 1,
@@ -197,6 +217,9 @@ def test_fields_that_disagree_are_refused(sections: dict, ranks: int, words: str
 def test_fields_that_agree_pass() -> None:
     load_config(None, {"data": DATA}).validate(1)
     load_config(None, {"data": DATA, "parallel": {"tensor_model_parallel_size": 2}}).validate(8)
+    yarn = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 256}
+    model = {"max_position_embeddings": 256, "rope_scaling": yarn}
+    load_config(None, {"data": DATA, "model": model}).validate(1)  # 1024 tokens
 
 
 def test_preset_lies_between_defaults_and_what_is_given(tmp_path: Path) -> None:

@@ -100,8 +100,12 @@ def test_a_killed_rank_is_named_and_costs_the_steps_since_the_last_checkpoint(
             child for child in psutil.Process(process.pid).children()
             if child.environ().get("RANK") == "1"
         ]  # fmt: skip
+        helpers = victim.children(recursive=True)  # they outlive it, and hold its stderr open
         victim.kill()
-        _, complained = process.communicate(timeout=120)
+        process.wait(timeout=120)
+        for helper in helpers:
+            kill_all(helper.pid)
+        _, complained = process.communicate(timeout=60)
     finally:
         kill_all(process.pid)
     ours = [line for line in complained.splitlines() if line.startswith("megatron-scalebio: error")]

@@ -166,7 +166,14 @@ class Config:
                 "data.seq_length", length, f"is not divisible by {ranks}: each context-parallel "
                 "rank holds two equal chunks of it", "choose a multiple",
             )  # fmt: skip
-        if positions is not None and positions < length:
+        scaling = self.model.rope_scaling
+        if positions is not None and max(positions, scaling.longest if scaling else 0) < length:
+            if scaling and scaling.rope_type == "dynamic":
+                raise refuse(
+                    "model.rope_scaling.rope_type", "dynamic", "has other frequencies for each "
+                    f"length above max_position_embeddings {positions}; data.seq_length is "
+                    f"{length}", f"lower seq_length to {positions}",
+                )  # fmt: skip
             raise refuse(
                 "model.max_position_embeddings", positions, f"is below data.seq_length {length}",
                 "raise it or lower seq_length",

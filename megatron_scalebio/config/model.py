@@ -6,23 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_scalebio.config.checks import option, refuse, require_positive, require_within_one
-
-
-@dataclass
-class RopeScaling:
-    """How rope's frequencies are stretched beyond the length that a model was first trained on."""
-
-    rope_type: Literal["llama3", "linear"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        require_positive(
-            self, "factor", "low_freq_factor", "high_freq_factor",
-            "original_max_position_embeddings",
-        )  # fmt: skip
+from megatron_scalebio.config.rope import RopeScaling
 
 
 @dataclass
@@ -109,10 +93,21 @@ class ModelConfig:
                 f"does not divide num_attention_heads {self.num_attention_heads}",
                 "choose a divisor",
             )  # fmt: skip
-        turned = int((self.kv_channels or self.hidden_size // self.num_attention_heads)
-                     * self.rotary_percent)  # fmt: skip
-        if self.position_embedding_type == "rope" and (turned % 2 or not turned):
+        if self.position_embedding_type == "rope":
+            self._check_rope(self.kv_channels or self.hidden_size // self.num_attention_heads)
+        elif self.rope_scaling:
+            raise refuse(
+                "rope_scaling", self.rope_scaling.rope_type,
+                f"does not go with position_embedding_type {self.position_embedding_type}",
+                "drop one of them",
+            )  # fmt: skip
+
+    def _check_rope(self, head: int) -> None:
+        turned = int(head * self.rotary_percent)
+        if turned % 2 or not turned:
             raise refuse(
                 "kv_channels", self.kv_channels, f"makes rope turn {turned} channels of a head",
                 "choose an even number, two or more",
             )  # fmt: skip
+        if self.rope_scaling:
+            self.rope_scaling.check_model(self.rotary_base, turned, head)

@@ -50,6 +50,7 @@ def verify(hf: Path, load: Path, which: str = "w") -> list[Step]:
     assert config.model.vocab_size is not None
     generator = torch.Generator().manual_seed(0)
     length = min(_LENGTH, config.model.max_position_embeddings or _LENGTH)
+    config.data.seq_length = length  # longrope's frequencies go by it
     tokens_BS = torch.randint(config.model.vocab_size, (_PROMPTS, length), generator=generator)
     theirs = _run_transformers(hf, tokens_BS)
     ours = _run_megatron(config, plan, tokens_BS)

@@ -110,24 +110,33 @@ def pair(megatron: str, hf: str, **keywords: Any) -> tuple[TensorMap, TensorMap]
     )
 
 
+_SCALINGS = ("linear", "llama3", "yarn", "longrope", "dynamic")
+
+
 def rope(config: HfConfig) -> dict[str, Any]:
     """Rope's fields of ModelConfig."""
-    values = dict(config.take("rope_parameters"))
+    # transformers takes its defaults for null, but for `truncate`, where null is false.
+    given = config.take("rope_parameters")
+    values = {k: v for k, v in given.items() if v is not None or k == "truncate"}
     kind = values.pop("rope_type", "default")
+    values.pop("type", None)  # what `rope_type` was called
+    theta = values.pop("rope_theta")
+    if theta != int(theta):
+        raise config.refuse("rope_parameters", "rope_theta must be a whole number")
     fields: dict[str, Any] = {
-        "rotary_base": int(values.pop("rope_theta")),
+        "rotary_base": int(theta),
         "rotary_percent": values.pop("partial_rotary_factor", 1.0),
     }
     if kind == "default":
         return fields
-    names = {
-        "linear": {"factor"},
-        "llama3": {
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-        },
-    }.get(kind)  # fmt: skip
-    if names is None or set(values) - names:
-        raise config.refuse("rope_parameters", "supported: default, linear and llama3 scaling")
+    if kind not in _SCALINGS:
+        raise config.refuse("rope_parameters", f"supported: default, {', '.join(_SCALINGS)}")
+    if kind in ("llama3", "yarn", "longrope"):
+        # Beside rope's options it goes before the same among them, as in transformers.
+        original = config.take("original_max_position_embeddings")
+        original = original or values["original_max_position_embeddings"]
+        values["original_max_position_embeddings"] = original
+        values.setdefault("factor", config.take("max_position_embeddings") / original)
     return {**fields, "rope_scaling": {"rope_type": kind, **values}}
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
@@ -18,9 +17,10 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.config.model import ModelConfig, RopeScaling
+from megatron_scalebio.config.model import ModelConfig
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.layers import ModelSettings, block_spec
+from megatron_scalebio.model.rope import scale_rope, softmax_scale
 
 try:
     import transformer_engine  # noqa: F401
@@ -72,7 +72,7 @@ def transformer_config(config: Config) -> ModelSettings:
         # Megatron counts the tokens to the left of a position.
         window_size=None if model.window_size is None else (model.window_size - 1, 0),
         window_attn_skip_freq=model.window_attn_skip_freq,
-        softmax_scale=model.softmax_scale,
+        softmax_scale=softmax_scale(model),
         attn_logit_softcapping=model.attn_logit_softcapping,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
@@ -186,23 +186,10 @@ def build_chunk(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
-    if model.rope_scaling and model.position_embedding_type == "rope":
-        _scale_rope(gpt.rotary_pos_emb, model.rope_scaling)
+    if model.rope_scaling:
+        scale_rope(gpt.rotary_pos_emb, model, config.data.seq_length)
     _hook_ends(gpt, model, vocab_size)
     return gpt
-
-
-def _scale_rope(rope: RotaryEmbedding, scaling: RopeScaling) -> None:
-    if scaling.rope_type == "linear":
-        rope.inv_freq = rope.inv_freq / scaling.factor
-    else:
-        rope.inv_freq = rope._apply_scaling(
-            rope.inv_freq,
-            factor=scaling.factor,
-            low_freq_factor=scaling.low_freq_factor,
-            high_freq_factor=scaling.high_freq_factor,
-            original_max_position_embeddings=scaling.original_max_position_embeddings,
-        )
 
 
 def _hook_ends(gpt: GPTModel, model: ModelConfig, vocab_size: int) -> None:

@@ -21,6 +21,13 @@ _ROPE3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
 }  # fmt: skip
+# tests/model/test_parity.py has shorter original lengths; here sequences of 64 are within it.
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 80,
+    "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 4.0],
+}  # fmt: skip
+_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "beta_fast": 16, "truncate": False,
+         "original_max_position_embeddings": 64}  # fmt: skip
 _GPT2 = {"n_embd": 24, "n_head": 4, "n_layer": 3, "n_positions": 40, "vocab_size": 97}
 _NEOX = {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"} | {"hidden_size": 32}
 
@@ -37,6 +44,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied-rope3": (
         "Llama", {**_SMALL, "tie_word_embeddings": True, "rope_parameters": _ROPE3},
     ),
+    "llama-longrope": (
+        "Llama", {**_SMALL, "max_position_embeddings": 160, "rope_parameters": _LONGROPE},
+    ),
     "llama-odd-9-3": (
         "Llama",
         {**_SMALL, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3},
@@ -45,6 +55,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {**_SMALL, "sliding_window": 8}),
     "qwen2": ("Qwen2", {**_SMALL, "tie_word_embeddings": False}),
     "qwen2-tied": ("Qwen2", {**_SMALL, "tie_word_embeddings": True}),
+    "qwen2-yarn": ("Qwen2", {**_SMALL, "rope_parameters": _YARN}),
     "qwen3": ("Qwen3", {**_SMALL, "head_dim": 10}),
     "gemma2": (
         "Gemma2",

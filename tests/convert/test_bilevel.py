@@ -22,8 +22,8 @@ LLAMA = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4,
     "num_hidden_layers": 4, "vocab_size": VOCAB, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
 }  # fmt: skip
-VERIFIED = ("gpt2", "gpt2-untied", "neox", "neox-serial-tied", "llama-tied-rope3", "qwen3",
-            "gemma2")  # fmt: skip
+VERIFIED = ("gpt2", "gpt2-untied", "neox", "neox-serial-tied", "llama-tied-rope3",
+            "llama-longrope", "qwen2-yarn", "qwen3", "gemma2")  # fmt: skip
 
 
 def commands(folder_name: str) -> None:

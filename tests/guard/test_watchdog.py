@@ -71,7 +71,7 @@ def run(bad: int, fault: str) -> tuple[list[subprocess.Popen[str]], list[str], f
     try:
         for number, rank in enumerate(ranks):
             if not (fault == "freeze" and number == bad):
-                said[number] = rank.communicate(timeout=90)[1]
+                said[number] = rank.communicate(timeout=240)[1]
     finally:
         for rank in ranks:
             rank.kill()

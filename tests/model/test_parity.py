@@ -22,6 +22,14 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
 }  # fmt: skip
+# Both were first trained on 16 tokens; a base of 100 puts a channel on yarn's ramp.
+YARN = {
+    "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 4.0],
+}  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}
 SHAPE = {
     "vocab_size": 101, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 4,
@@ -46,6 +54,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mqa-linear-rope": (
         "Llama",
         {**SHAPE, **UNTIED, "num_key_value_heads": 1, "rope_parameters": LINEAR, "head_dim": 16},
+    ),
+    "llama-longrope": ("Llama", {**SHAPE, **UNTIED, "rope_parameters": LONGROPE}),
+    "qwen2-yarn": (
+        "Qwen2", {**SHAPE, **UNTIED, "max_position_embeddings": 16, "rope_parameters": YARN},
     ),
     "mistral-window": ("Mistral", {**SHAPE, **UNTIED, "sliding_window": 7}),
     "qwen2-tied": ("Qwen2", {**SHAPE, **TIED}),
@@ -75,11 +87,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, PP2),
     "vpp": (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1}),
     "cp2": (2, {"context_parallel_size": 2}),
+    "recompute": (1, {"recompute_granularity": "full"}),
     "tp2-pp2": (4, {**TP2, **PP2}),
 }
 NOT_DIVISIBLE_BY_2 = ("llama-9-heads-3-groups", "llama-mqa-linear-rope")
 # One of each way to know positions and to mask: learned, part of a head turned, windows, caps.
 UNDER_CP = ("gpt2", "gpt-neox", "llama-mqa-linear-rope", "qwen2-window", "gemma2")
+# Positions are what can differ between these, and the whole sequence's length.
+OF_STRETCHED = ("one", "tp2-sequence-parallel", "cp2", "recompute")
+STRETCHED = ("llama-longrope", "qwen2-yarn")
 
 
 def cases(ranks: int | None = None) -> list[tuple[str, str]]:
@@ -89,7 +105,8 @@ def cases(ranks: int | None = None) -> list[tuple[str, str]]:
         for model in MODELS
         if ranks in (None, world_size)
         and not (model in NOT_DIVISIBLE_BY_2 and "tp2" in layout)
-        and (model in UNDER_CP or layout != "cp2")
+        and (layout in OF_STRETCHED if model in STRETCHED else layout != "recompute")
+        and (model in UNDER_CP + STRETCHED or layout != "cp2")
     ]
 
 
