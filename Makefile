@@ -27,7 +27,7 @@ demo: environment
 	$(BIN)/python examples/demo/run.py --output demo-run
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25
 
 test-long: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m long
