@@ -33,10 +33,12 @@ def adam_update(
 ) -> torch.Tensor:
     """Γ of a part of a parameter's gradient: the move, up to −lr, that Adam would make of it."""
     beta1, beta2, t = config.adam_beta1, config.adam_beta2, moments.step + 1
-    m = torch.mul(moments.m[part], beta1).add_(gradient, alpha=1 - beta1)
-    v = torch.mul(moments.v[part], beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = v.div_(1 - beta2**t).sqrt_().add_(config.adam_eps)
-    return m.div_(root).div_(1 - beta1**t)
+    scale1, scale2 = 1 / (1 - beta1**t), 1 / (1 - beta2**t)
+    m = torch.mul(moments.m[part], beta1 * scale1)
+    m.add_(gradient, alpha=(1 - beta1) * scale1)
+    v = torch.mul(moments.v[part], beta2 * scale2)
+    v.addcmul_(gradient, gradient, value=(1 - beta2) * scale2)
+    return m.div_(v.sqrt_().add_(config.adam_eps))
 
 
 def adam_moments(

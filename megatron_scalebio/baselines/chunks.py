@@ -1,7 +1,7 @@
 """Something about every row, worked out chunk by chunk and kept on disk: a stopped run goes on.
 
 FOLDER/made_for.json     what it belongs to; another run's is refused
-FOLDER/chunk-00000.npy   rows 0 to 255, [rows, …]
+FOLDER/chunk-00000.npy   rows 0 to 127, [rows, …]
 FOLDER/chunk-00001.npy   …
 """
 
@@ -35,7 +35,7 @@ class Chunks:
         made_for: plain values that decide what the chunks hold.
     """
 
-    def __init__(self, folder: Path, rows: int, made_for: dict[str, Any], size: int = 256) -> None:
+    def __init__(self, folder: Path, rows: int, made_for: dict[str, Any], size: int = 128) -> None:
         self.folder, self.size = folder, size
         self.rows_of = np.array_split(np.arange(rows), range(size, rows, size))
         self._made_for = {**made_for, "rows": rows, "chunk": size}

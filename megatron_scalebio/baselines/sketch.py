@@ -21,7 +21,7 @@ import hashlib
 import numpy as np
 import torch
 
-PIECE = 1 << 16  # stays in a CPU's cache
+PIECE = 1 << 15  # what is worked out of it stays in a CPU's cache
 _TABLE = 1 << 20
 
 

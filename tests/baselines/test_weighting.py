@@ -22,35 +22,30 @@ pytestmark = pytest.mark.distributed
 
 TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
 VPP = ["--num-layers", 4, *PP2, "--num-layers-per-virtual-pipeline-stage", 1]
-SHORT = ["--train-iters", 4]
+SHORT, DOREMI = ["--train-iters", 4], ["--train-iters", 6, "--reference-iters", 4]
+# Whole micro-batches of each of three sources, and as many of them as a multiple of two stages.
+EVEN = ["--micro-batch-size", 1, "--global-batch-size", 12, "--validation-batch-size", 8]
 # name: (ranks, method, flags)
 RUNS: dict[str, tuple[int, str, list]] = {
-    "doge": (1, "doge", ["--train-iters", 60]),
+    "doge": (1, "doge", ["--train-iters", 40]),
     "regmix": (1, "regmix", ["--train-iters", 40]),
-    "doremi": (1, "doremi", ["--train-iters", 6, "--reference-iters", 4]),
+    "regmix-short": (1, "regmix", ["--proxies", 4, "--proxy-iters", 3]),
+    "doremi": (1, "doremi", DOREMI),
     "doremi-few-places": (
         1, "doremi", [*SHORT, "--micro-batch-size", 1, "--global-batch-size", 2],
     ),
     "doge-one": (1, "doge", SHORT),
-    "doge-one-lisa": (1, "doge", [*SHORT, "--lisa-layers", 1, "--lisa-interval", 2]),
-    "doge-one-deeper": (1, "doge", [*SHORT, "--num-layers", 4]),
-    "doremi-one": (1, "doremi", SHORT),
+    "doge-one-deeper": (1, "doge", [*SHORT, *EVEN, "--num-layers", 4]),
     "doge-tp2": (2, "doge", [*SHORT, *TP2, "--sequence-parallel"]),
     "doge-pp2": (2, "doge", [*SHORT, *PP2]),
-    "doge-vpp": (2, "doge", [*SHORT, *VPP]),
+    "doge-vpp": (2, "doge", [*SHORT, *EVEN, *VPP]),
     "doge-dp2": (2, "doge", [*SHORT, "--use-distributed-optimizer", "--micro-batch-size", 1]),
-    "doge-dp2-lisa": (
-        2, "doge",
-        [*SHORT, "--lisa-layers", 1, "--lisa-interval", 2, "--use-distributed-optimizer",
-         "--micro-batch-size", 1],
-    ),
-    "doremi-pp2": (2, "doremi", [*SHORT, *PP2]),
-    "doremi-dp2": (2, "doremi", [*SHORT, "--use-distributed-optimizer"]),
+    "doremi-pp2": (2, "doremi", [*DOREMI, *PP2]),
+    "doremi-dp2": (2, "doremi", [*DOREMI, "--use-distributed-optimizer"]),
 }  # fmt: skip
 SAME = [
     ("doge-one", "doge-tp2"), ("doge-one", "doge-pp2"), ("doge-one", "doge-dp2"),
-    ("doge-one-deeper", "doge-vpp"), ("doge-one-lisa", "doge-dp2-lisa"),
-    ("doremi-one", "doremi-pp2"), ("doremi-one", "doremi-dp2"),
+    ("doge-one-deeper", "doge-vpp"), ("doremi", "doremi-pp2"), ("doremi", "doremi-dp2"),
 ]  # fmt: skip
 
 
@@ -78,11 +73,11 @@ def on_ranks(folder_name: str) -> None:
     if dist.get_world_size() == 1:
         stop_and_go_on(folder, "doge-stopped", "doge-one", [("", 2)])
         stop_and_go_on(folder, "doremi-stopped", "doremi", [("reference", 2), ("", 3)])
-        stop_and_go_on(folder, "regmix-stopped", "regmix", [("", 20)])
-        shutil.copytree(folder / "regmix", folder / "regmix-longer")
+        stop_and_go_on(folder, "regmix-stopped", "regmix-short", [("", 5)])
+        shutil.copytree(folder / "regmix-short", folder / "regmix-longer")
         mistakes = {
             "regmix-few": ("regmix", ["--proxies", 3]),
-            "regmix-longer": ("regmix", ["--train-iters", 40, "--proxy-iters", 9]),
+            "regmix-longer": ("regmix", ["--proxies", 4, "--proxy-iters", 4]),
             "doge-one": ("doremi", SHORT),
         }
         for name, (method, flags) in mistakes.items():
@@ -127,10 +122,15 @@ def test_ends_in_whole_weights(runs: Path, name: str) -> None:
     assert sum(shares) == pytest.approx(1.0) and min(shares) >= 0
 
 
-@pytest.mark.parametrize("name", ["doge", "regmix"])
-def test_finds_the_useful_sources(runs: Path, name: str) -> None:
-    first, second, junk = (entry["weight"] for entry in weights(runs / name)["sources"])
+def test_doge_finds_the_useful_sources(runs: Path) -> None:
+    first, second, junk = (entry["weight"] for entry in weights(runs / "doge")["sources"])
     assert junk < 0.2 < min(first, second)
+
+
+def test_regmix_leaves_the_useless_source_out(runs: Path) -> None:
+    """How it shares between the useful ones is beyond 15 trainings of 8 steps."""
+    *_, junk = (entry["weight"] for entry in weights(runs / "regmix")["sources"])
+    assert junk < 0.1
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
@@ -152,7 +152,7 @@ def test_weights_are_the_average_of_all_steps(runs: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("stopped", "times", "whole"),
     [("doge-stopped", 1, "doge-one"), ("doremi-stopped", 2, "doremi"),
-     ("regmix-stopped", 1, "regmix")],
+     ("regmix-stopped", 1, "regmix-short")],
 )  # fmt: skip
 def test_stopped_and_started_again_equals_undisturbed(
     runs: Path, stopped: str, times: int, whole: str
