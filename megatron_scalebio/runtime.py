@@ -49,6 +49,8 @@ def start(config: Config) -> None:
         UserError: if the launcher's variables are incomplete.
     """
     parallel = config.parallel
+    # Kernels start in the order they are queued, which TP and CP communication beside GEMMs needs.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         cpu.adapt()
     if not dist.is_initialized():

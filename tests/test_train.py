@@ -21,6 +21,7 @@ FLAGS: dict[str, tuple[int, list]] = {
     "one-lisa": (1, ["--lisa-layers", 1, "--lisa-interval", 4]),
     "tp2": (2, ["--tensor-model-parallel-size", 2]),
     "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer"]),
+    "dp2-overlap": (2, ["--overlap-grad-reduce", "--lisa-interval", 4]),
     "cp2": (2, ["--context-parallel-size", 2]),
     "vpp": (
         2,
@@ -31,7 +32,13 @@ FLAGS: dict[str, tuple[int, list]] = {
     ),
     "one-deeper": (1, ["--num-layers", 4]),
 }  # fmt: skip
-SAME = [("one", "tp2"), ("one", "dp2-distributed-optimizer"), ("one", "cp2"), ("one-deeper", "vpp")]
+SAME = [
+    ("one", "tp2"),
+    ("one", "dp2-distributed-optimizer"),
+    ("one", "dp2-overlap"),
+    ("one", "cp2"),
+    ("one-deeper", "vpp"),
+]
 
 
 @pytest.fixture(scope="module")

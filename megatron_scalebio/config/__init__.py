@@ -57,6 +57,12 @@ class Config:
             )  # fmt: skip
         if not self.data.validation:
             raise refuse("data.validation", [], "is empty", "name the validation set you aim at")
+        if self.parallel.overlap_grad_reduce:
+            raise refuse(
+                "parallel.overlap_grad_reduce", True, "does not go with two models in one flush: "
+                "Megatron starts the reduction at the flush's last micro-batch, which is w's alone",
+                "drop it here; `train` takes it",
+            )  # fmt: skip
         train = self.train
         assert train.validation_batch_size is not None
         self._validate_batches(

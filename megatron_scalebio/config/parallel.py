@@ -18,6 +18,9 @@ class ParallelConfig:
     )
     sequence_parallel: bool = option(False, "split norms along the sequence over TP")
     use_distributed_optimizer: bool = option(False, "shard optimizer state over DP (ZeRO-1)")
+    overlap_grad_reduce: bool = option(
+        False, "`train`: reduce gradients over DP while the backward pass still runs"
+    )
     bf16: bool = option(False, "bfloat16 weights with fp32 masters and gradient sums")
     fp8_format: Literal["hybrid", "e4m3"] | None = option(
         None, "FP8 matrix products by Transformer Engine; hybrid: e4m3 forward, e5m2 backward"

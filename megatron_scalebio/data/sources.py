@@ -265,6 +265,16 @@ def _largest_id(prefix: str, indexed: IndexedDataset) -> int:
     return int(np.fromfile(f"{prefix}.bin", indexed.index.dtype, IDS_LOOKED_AT).max(initial=0))
 
 
+def vocab_size_told(config: Config) -> int | None:
+    """The vocabulary of the first prepared set, without opening its data."""
+    data = config.data
+    for folder in [e.path for e in data.sources] + [e.path for e in data.validation]:
+        path = Path(folder) / "source.json"
+        if path.is_file():
+            return int(_read_description(path)["tokenizer"]["vocab_size"])
+    return None
+
+
 def shared_vocab_size(sources: Sequence[Source], configured: int | None) -> int:
     """Vocabulary size that all prepared sets agree on, or the configured one.
 

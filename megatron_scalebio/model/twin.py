@@ -86,22 +86,42 @@ class TwinModel(torch.nn.Module):
         self.share_embeddings_and_output_weights = gpt.share_embeddings_and_output_weights
         self.vp_stage = gpt.vp_stage
         self._input: torch.Tensor | None = None
+        self._period = object()  # a twin lives as long
 
     def set_input_tensor(self, tensor: Any) -> None:
         self._input = tensor
 
     def set_is_first_microbatch(self) -> None:
-        """Both models refresh the FP8 copies of their weights (Transformer Engine)."""
-        for ddp in (self.w, self.u):
-            for module in (ddp.module, unwrap_model(ddp)):
-                if hasattr(module, "set_is_first_microbatch"):
-                    module.set_is_first_microbatch()
+        """Has Transformer Engine make the FP8 copies of both models' weights anew.
+
+        Those of what trains, in every step; those of frozen layers when their period begins.
+        """
+        if self.config.fp8 is None:
+            return
+        for ddp in {id(ddp): ddp for ddp in (self.w, self.u)}.values():
+            gpt: Any = unwrap_model(ddp)
+            made = getattr(gpt, _COPIES_OF, None) is self._period
+            for module in gpt.modules():
+                if hasattr(module, "is_first_microbatch"):
+                    trains = any(p.requires_grad for p in module.parameters())
+                    module.is_first_microbatch |= trains or not made
+            setattr(gpt, _COPIES_OF, self._period)
 
     def forward(self, on_u: bool, *args: Any, **kwargs: Any) -> torch.Tensor:
         ddp = self.u if on_u else self.w
         gpt: Any = unwrap_model(ddp)
         gpt.set_input_tensor(self._input)
         return ddp(*args, **kwargs)
+
+
+# On a GPT chunk: the period for which its weights' FP8 copies were made.
+_COPIES_OF = "_fp8_copies_of"
+
+
+def forget_weight_copies(chunks: Iterable[torch.nn.Module]) -> None:
+    """For after a pass outside the twin: the FP8 copies it made lack what a backward pass needs."""
+    for chunk in chunks:
+        setattr(unwrap_model(chunk), _COPIES_OF, None)
 
 
 def finalize_twin_grads(

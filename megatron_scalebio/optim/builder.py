@@ -44,7 +44,7 @@ class Period:
         w: list[torch.nn.Module],
         u: list[torch.nn.Module] | None = None,
     ) -> None:
-        self._models = {"w": w}
+        self._models, self._megatron = {"w": w}, megatron
         if u is not None:
             unshare_storage(w, u)
             self._models["u"] = u
@@ -55,6 +55,10 @@ class Period:
         sides = zip(self.ddp["w"], self.ddp.get("u", self.ddp["w"]), strict=True)
         self.twins = [TwinModel(ddp_w, ddp_u) for ddp_w, ddp_u in sides]
         megatron.finalize_model_grads_func = finalize_twin_grads
+        if config.parallel.overlap_grad_reduce:  # only the last micro-batch starts the reduction
+            megatron.no_sync_func = [chunk.no_sync for chunk in self.ddp["w"]]
+            if len(self.twins) == 1:
+                [megatron.no_sync_func] = megatron.no_sync_func
         self.optimizers = {name: _optimizer(config, ddp) for name, ddp in self.ddp.items()}
 
     def zero_grad(self) -> None:
@@ -97,6 +101,7 @@ class Period:
                 if parameter.requires_grad:
                     # With the distributed optimizer the weight is a view into a flat buffer.
                     parameter.data = parameter.data.clone()
+        self._megatron.no_sync_func = None  # it would keep the buffers alive
         del self.twins, self.ddp, self.optimizers
 
 
@@ -106,7 +111,7 @@ def _wrap(
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         fp8_param_gather=config.parallel.fp8_param_gather,
     )
     return DistributedDataParallel(megatron, settings, chunk, disable_bucketing=number > 0)

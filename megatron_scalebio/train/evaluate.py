@@ -25,6 +25,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
 from megatron_scalebio.data.blend import Ints, Picks
 from megatron_scalebio.data.sources import Source
+from megatron_scalebio.model.twin import forget_weight_copies
 from megatron_scalebio.progress import HERE
 
 _PASSES_PER_FLUSH = 64
@@ -158,6 +159,7 @@ def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     finally:
         for chunk, training in zip(chunks, modes, strict=True):
             chunk.train(training)
+        forget_weight_copies(chunks)
 
 
 def _flushes(

@@ -94,6 +94,16 @@ def parameter_count(state: RunState) -> int:
     return int(total) // (runtime.dp_size() * runtime.cp_size())
 
 
+def adam_named() -> str:
+    """Whose AdamW the run steps with: Megatron takes the first of these that is installed."""
+    from megatron.core.optimizer import Adam
+
+    library = Adam.__module__.partition(".")[0]
+    return {
+        "transformer_engine": "Transformer Engine's fused Adam", "apex": "Apex's fused Adam",
+    }.get(library, "torch's AdamW")  # fmt: skip
+
+
 def write_start(state: RunState, folder: Path, parameters: int) -> dict[str, Any]:
     """Writes config.yaml, command.txt and run.json; returns run.json's content."""
     config = state.config
@@ -115,6 +125,7 @@ def write_start(state: RunState, folder: Path, parameters: int) -> dict[str, Any
         if runtime.on_cuda()
         else f"cpu ({platform.machine()})",
         "parameters": parameters,
+        "adam": adam_named(),
         "started": now(),
         "ended": None,
         "versions": {
@@ -265,6 +276,7 @@ def run_facts(config: Config, run: dict[str, Any], step: int) -> dict[str, objec
     facts: dict[str, object] = {
         "model": f"{model.num_layers} layers x {model.hidden_size}, "
         f"{run['parameters']:,} parameters" + (f", from {model.hf}" if model.hf else ""),
+        "adam": run["adam"],
         "layout": f"TP {world['tp']}{context} x PP {world['pp']} x VPP {world['vpp']} "
         f"x DP {world['dp']} on {run['device']}, {'bf16' if config.parallel.bf16 else 'fp32'}",
         "steps": f"{config.train.train_iters} of {config.train.global_batch_size} sequences",

@@ -18,6 +18,7 @@ from megatron_scalebio.convert.importer import import_checkpoint
 from megatron_scalebio.guard.lock import PATIENCE_S, held
 from megatron_scalebio.guard.watchdog import Watchdog
 from megatron_scalebio.train import outputs
+from megatron_scalebio.train.memory import out_of_memory_named
 from megatron_scalebio.train.state import RunState
 
 IMPORTED = "hf_import"  # beside the run: the Hugging Face model as a Megatron checkpoint
@@ -60,6 +61,7 @@ def begin(config: Config) -> Iterator[Begun]:
             stack.enter_context(Watchdog(timeout_s, before_end=locks.close))
         stack.enter_context(locks)
         runtime.on_main(lambda: locks.enter_context(held(folder, save_to, patience_s=patience_s)))
+        stack.enter_context(out_of_memory_named(config, folder))
         saves = stack.enter_context(Saves(config.checkpoint.async_save))
         yield Begun(signals, folder, save_to, saves)
 

@@ -1,0 +1,75 @@
+"""A GPU that runs out of memory: one line, with what the plan predicted beside what was there.
+
+OUTPUT/memory_snapshot-rank-0003.pickle   every allocation, for https://pytorch.org/memory_viz
+OUTPUT/memory_plan.json                   what `plan` says of this configuration
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_scalebio import runtime
+from megatron_scalebio.config import Config
+from megatron_scalebio.config_loader import config_text
+from megatron_scalebio.data.sources import vocab_size_told
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.progress import HERE
+
+_HISTORY = 100_000  # allocations and frees that are remembered
+_PLAN_TIMEOUT_S = 300
+
+
+@contextmanager
+def out_of_memory_named(config: Config, folder: Path) -> Iterator[None]:
+    """Turns an allocation that fails into a line; remembers allocations meanwhile, on a GPU."""
+    if runtime.on_cuda():
+        torch.cuda.memory._record_memory_history(max_entries=_HISTORY, stacks="python")
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(config, folder, error) from None
+
+
+def out_of_memory(config: Config, folder: Path, error: Exception) -> UserError:
+    """What is told when an allocation of this rank has failed."""
+    found, extra = str(error).splitlines()[0], ""
+    if runtime.on_cuda():
+        snapshot = folder / f"memory_snapshot-rank-{runtime.rank():04d}.pickle"
+        torch.cuda.memory._dump_snapshot(str(snapshot))
+        taken = torch.cuda.max_memory_allocated() / 1e9
+        extra = f"; {taken:.1f} GB were allocated at most, see {snapshot}"
+    return UserError(
+        f"rank {runtime.rank()} ran out of memory in {HERE.phase} of step {HERE.step}: {found}"
+        f"{extra}; {prediction(config, folder)}",
+        where="train.micro_batch_size",
+        mend="lower it, set recompute_granularity or lisa_layers, or ask `plan --search`",
+    )
+
+
+def prediction(config: Config, folder: Path) -> str:
+    """What `plan` says of the configuration, asked in a process of its own."""
+    asked, told = folder / "memory_plan.yaml", folder / "memory_plan.json"
+    size = config.model.vocab_size or vocab_size_told(config)
+    asked.write_text(config_text(replace(config, model=replace(config.model, vocab_size=size))))
+    words = [sys.executable, "-m", "megatron_scalebio", "plan", "--config", str(asked)]
+    words += ["--gpus", str(runtime.world_size()), "--json", str(told)]
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in launcher}
+    try:
+        subprocess.run(
+            words, check=True, capture_output=True, timeout=_PLAN_TIMEOUT_S, env=environment
+        )
+        stages = json.loads(told.read_text())["stages"]
+    except (OSError, subprocess.SubprocessError, ValueError, KeyError):
+        return "there is no plan of it"
+    most = max(stage["total_bytes"] for stage in stages)
+    return f"the plan of it is {most / 1e9:.1f} GB on the fullest rank"

@@ -1,0 +1,102 @@
+"""What is told when memory runs out, and when FP8 copies of weights are made anew."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_scalebio import runtime
+from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.model.twin import forget_weight_copies
+from megatron_scalebio.train.evaluate import held_out_losses
+from megatron_scalebio.train.loop import train_step
+from megatron_scalebio.train.memory import out_of_memory_named
+from megatron_scalebio.train.state import TrainState
+from tests.commands import write_config
+from tests.distributed.harness import run_distributed
+from tests.markov import write_problem
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory")
+    sources, validation = write_problem(
+        folder / "data", [0.6, 0.4], 0, length=17, examples=40, validation=20
+    )
+    write_config(
+        folder / "x.yaml", sources, validation, lisa={"lisa_layers": 1, "lisa_interval": 2}
+    )
+    run_distributed(on_a_rank, 1, str(folder))
+    return folder
+
+
+def on_a_rank(folder_name: str) -> None:
+    folder = Path(folder_name)
+    config = load_config(str(folder / "x.yaml"))
+    runtime.start(config)
+    said = ""
+    try:
+        with out_of_memory_named(config, folder):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    except UserError as error:
+        said = str(error)
+    (folder / "said.txt").write_text(said)
+    (folder / "made.json").write_text(json.dumps(weight_copies(TrainState(config, folder))))
+
+
+def weight_copies(state: TrainState) -> dict[str, list[list[str]]]:
+    """Which layers of w and of u are told to renew their weights' FP8 copies, at each step.
+
+    The layers of this machine have no FP8; they are given the mark that Transformer Engine's have,
+    and the real schedule and loop do the rest.
+    """
+    renewed: dict[str, list[list[str]]] = {"w": [], "u": []}
+    marked = {
+        side: {
+            f"layer {number}": layer.mlp.linear_fc1
+            for number, layer in enumerate(chunks[0].decoder.layers)
+        }
+        for side, chunks in state.models.items()
+    }
+    for step in range(5):
+        for layers in marked.values():
+            for layer in layers.values():
+                layer.is_first_microbatch = False
+        state.megatron.fp8 = None
+        state.enter_period()
+        state.megatron.fp8 = "hybrid"  # as the schedule's question sees it
+        for twin in state.period.twins:
+            twin.set_is_first_microbatch()
+        for side, layers in marked.items():
+            renewed[side].append([name for name, m in layers.items() if m.is_first_microbatch])
+        state.megatron.fp8 = None
+        train_step(state)
+        if step == 2:  # in the middle of a period
+            held_out_losses(state.w, state.data.validation, state.config, state.data.layout)
+    assert forget_weight_copies(state.w) is None
+    return renewed
+
+
+def test_memory_that_runs_out_is_told_with_its_plan(folder: Path) -> None:
+    said = (folder / "said.txt").read_text()
+    assert said.startswith("train.micro_batch_size: rank 0 ran out of memory in start of step 0")
+    assert "Tried to allocate 2.00 GiB." in said and "more" not in said
+    assert re.search(r"the plan of it is \d+\.\d GB on the fullest rank", said), said
+
+
+def test_fp8_copies_of_frozen_layers_are_made_once_a_period(folder: Path) -> None:
+    made = json.loads((folder / "made.json").read_text())
+    both = ["layer 0", "layer 1"]
+    for side, after_evaluation in (("w", both), ("u", None)):
+        first, second, third, fourth, fifth = made[side]
+        assert first == third == fifth == both  # periods begin at steps 1, 3 and 5
+        assert len(second) == 1  # the layer that trains
+        assert fourth == after_evaluation if after_evaluation else len(fourth) == 1
+    assert made["w"][1] == made["u"][1]
