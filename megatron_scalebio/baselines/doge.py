@@ -13,8 +13,12 @@ moves where gradients are small. m is taken from the step before (‖g‖ at fir
 added to the sum, times α'_i, as soon as it is known, and no two gradients of sources are held.
 
 η / μ is `domain_lr` times the decay of the learning rate. The paper's 5e-4 / 0.05 for 10,000 steps
-is brought to the run's number of steps: 100 / train_iters. With a literal η = lr the weights of a
-short run, or of fine-tuning at 1e-5, would stay where they are.
+is brought to the run's number of steps: 100 / train_iters, at most 1, above which the noise of
+single batches decides. With a literal η = lr the weights of a short run, or of fine-tuning at
+1e-5, would stay where they are.
+
+A source has as many whole micro-batches in a step as fit its share of `global_batch_size`, at
+least one.
 
 Every source is a flush of its own: a step of S sources fills and drains the pipeline S + 1 times.
 Under LISA the gradients are those of the active layers.
@@ -118,8 +122,8 @@ def doge_step(state: DogeState) -> Record:
     train, valid = state.next_batches()
     period = state.enter_period()
     run = GradientRun(state, period)
-    reach = config.baseline.domain_lr or PUBLISHED_REACH / config.train.train_iters
-    rate = reach * settings.lr_w / config.optimizer.lr
+    usual = min(1.0, PUBLISHED_REACH / config.train.train_iters)
+    rate = (config.baseline.domain_lr or usual) * settings.lr_w / config.optimizer.lr
 
     run.backward(Role.VALID_W, valid, torch.from_numpy(state.data.shares_V))
     target = [part.clone() for part in run.gradient()]

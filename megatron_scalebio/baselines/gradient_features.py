@@ -37,6 +37,7 @@ from megatron_scalebio.bilevel.step import Pass, loss_func
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
 from megatron_scalebio.data.blend import Ints, Picks
 from megatron_scalebio.data.sources import Source
+from megatron_scalebio.progress import HERE
 from megatron_scalebio.train.state import RunState
 
 _PASSES_PER_FLUSH = 64
@@ -162,7 +163,8 @@ class GradientFeatures:
             missing = -len(place_B) % whole
             filled_B = np.concatenate([place_B, np.repeat(place_B[:1], missing)])
             picks = Picks(np.zeros_like(filled_B), row_N[filled_B], np.ones(1))
-            batches = micro_batches([source], picks, layout, "sample")
+            with runtime.refused_together():
+                batches = micro_batches([source], picks, layout, "sample")
             yield np.concatenate([place_B, np.full(missing, -1)]), batches
 
     def _flush(self, batches: list[MicroBatch], row_P: list[int], out_RD: torch.Tensor) -> None:
@@ -174,15 +176,16 @@ class GradientFeatures:
         self._state.megatron.finalize_model_grads_func = None  # there is nothing to reduce
         for chunk in chunks:
             chunk.eval()
-        get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
-            model=list(chunks),
-            num_microbatches=len(batches),
-            seq_length=max(batch.tokens_BS.shape[1] for batch in batches),
-            micro_batch_size=len(batches[0].tokens_BS),
-            forward_only=False,
-        )
+        with HERE.at("gradients"):
+            get_forward_backward_func()(
+                forward_step_func=_forward_step,
+                data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+                model=list(chunks),
+                num_microbatches=len(batches),
+                seq_length=max(batch.tokens_BS.shape[1] for batch in batches),
+                micro_batch_size=len(batches[0].tokens_BS),
+                forward_only=False,
+            )
         for chunk in chunks:
             chunk.train()
         assert all(matrix.passes == len(batches) for matrix in self._matrices)
@@ -217,6 +220,7 @@ def _weighted(batch: MicroBatch, loss_mean: str, first_filler: int) -> MicroBatc
 
 
 def _forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    HERE.mark()
     batch, device = next(batches), runtime.device()
     output = model(
         input_ids=batch.tokens_BS.to(device, non_blocking=True),

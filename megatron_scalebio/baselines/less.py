@@ -64,6 +64,11 @@ def find(config: Config, begun: Begun) -> Found | None:
         raise UserError(
             "less needs the Adam state of all layers", where="lisa.lisa_layers", mend="drop it"
         )
+    if config.parallel.context_parallel_size > 1:
+        raise UserError(
+            "less needs an example's whole gradient on one rank, for Adam's update is not linear",
+            where="parallel.context_parallel_size", mend="set it to 1",
+        )  # fmt: skip
     data = Data(config, begun.folder / "cache")
     pool = Pool(data.sources)
     row_W, epoch_steps = warmup_plan(config, len(pool))

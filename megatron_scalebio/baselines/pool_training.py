@@ -29,7 +29,7 @@ def training_config(config: Config, train_iters: int) -> Config:
     return replace(
         config,
         data=replace(config.data, validation=[], test=[], weights=None),
-        train=replace(config.train, train_iters=train_iters),
+        train=replace(config.train, train_iters=train_iters, train_epochs=None),
     )
 
 

@@ -86,6 +86,7 @@ def irreducible_losses(config: Config, begun: Begun) -> tuple[Floats, TokenCost]
     cache = begun.folder / "cache"
     data = Data(config, cache)
     pool = Pool(data.sources)
+    config.train.resolve_epochs(len(pool))
     reference = reference_config(config, sum(len(source) for source in data.validation))
     cost_file = begun.folder / "reference" / "cost.json"
     losses = Chunks(begun.folder / "irreducible", len(pool), {

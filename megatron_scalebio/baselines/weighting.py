@@ -122,8 +122,9 @@ def _steps(
 
 
 def refuse_skips(state: RunState, record: Record) -> None:
-    """Ends a run whose steps keep being not finite."""
-    if state.skipped_in_a_row >= state.config.train.skip_limit:
+    """Ends a training whose steps keep being not finite, or of which none was."""
+    train = state.config.train
+    if state.skipped_in_a_row >= min(train.skip_limit, train.train_iters):
         raise UserError(
             f"{state.skipped_in_a_row} steps in a row were not finite: {record['skipped']}",
             where=f"step {state.step}",

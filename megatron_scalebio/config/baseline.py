@@ -27,7 +27,7 @@ class BaselineConfig:
     )
     proxy_iters: int | None = option(None, "regmix: steps of each [train_iters / 5]")
     domain_lr: float | None = option(
-        None, "doremi, doge: step size of the exponentiated update [1; 100 / train_iters]"
+        None, "doremi, doge: step size of the exponentiated update [1; 100 / train_iters up to 1]"
     )
     select_fraction: float = option(0.05, "less, rho_loss offline: share of the examples kept")
     less_checkpoints: int = option(4, "less: epochs of the warm-up, gradients after each")

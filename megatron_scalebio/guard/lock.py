@@ -122,10 +122,16 @@ class FolderLock:
         """Takes the folder and keeps it.
 
         Raises:
-            UserError: if another run writes to it.
+            UserError: if another run writes to it, or the disk refuses.
         """
-        while not (self._create() or self._take_over(patience_s)):
-            pass
+        try:
+            while not (self._create() or self._take_over(patience_s)):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"can't write: {error.strerror or error}", where=str(self.path),
+                mend="choose a folder on a disk with room, that you may write to",
+            ) from None  # fmt: skip
         self._thread = threading.Thread(target=self._renew, name="folder lock", daemon=True)
         self._thread.start()
 
@@ -143,13 +149,12 @@ class FolderLock:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
-        except OSError as error:
-            raise UserError(
-                f"can't write: {error.strerror}", where=str(self.path),
-                mend="choose a folder that you may write to",
-            ) from None  # fmt: skip
-        with os.fdopen(descriptor, "wb") as stream:
-            self._write(stream)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                self._write(stream)
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            raise
         return True
 
     def _take_over(self, patience_s: float) -> bool:
@@ -220,7 +225,7 @@ class FolderLock:
                     stream.seek(0)
                     self._write(stream)
             except FileNotFoundError:  # someone tidied up
-                with contextlib.suppress(UserError):
+                with contextlib.suppress(OSError):
                     self._create()
             except OSError:  # a full disk or a server that is away: next time, then
                 continue

@@ -27,7 +27,7 @@ SHORT, DOREMI = ["--train-iters", 4], ["--train-iters", 6, "--reference-iters", 
 EVEN = ["--micro-batch-size", 1, "--global-batch-size", 12, "--validation-batch-size", 8]
 # name: (ranks, method, flags)
 RUNS: dict[str, tuple[int, str, list]] = {
-    "doge": (1, "doge", ["--train-iters", 40]),
+    "doge": (1, "doge", ["--train-iters", 40, "--domain-lr", 2.5]),
     "regmix": (1, "regmix", ["--train-iters", 40]),
     "regmix-short": (1, "regmix", ["--proxies", 4, "--proxy-iters", 3]),
     "doremi": (1, "doremi", DOREMI),
