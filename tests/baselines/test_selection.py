@@ -73,6 +73,8 @@ def on_ranks(folder_name: str) -> None:
         mistakes(folder)
         torch.save(naive_less(folder), folder / "naive-less.pt")
         torch.save(naive_rho(folder), folder / "naive-rho.pt")
+    else:
+        run(folder, "cp", [*LESS, "--context-parallel-size", 2])
 
 
 def run(folder: Path, output: str, flags: list, noted_as: str | None = None) -> None:
@@ -353,6 +355,7 @@ def test_mistakes_cost_one_line(runs: Path) -> None:
         "other-dimensions": ("features/checkpoint-1", "other data or options"),
         "lisa": ("lisa.lisa_layers",),
         "damaged": ("chunk-00001.npy", "remove it"),
+        "cp": ("parallel.context_parallel_size", "set it to 1"),
         "no-share": ("select_fraction", "1.5"),
     }.items():
         code, said = noted(runs / "noted", name)
