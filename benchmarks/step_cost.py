@@ -68,6 +68,7 @@ def write_data(folder: Path, sources: int, seq_length: int) -> dict[str, Any]:
 
 def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
     batch = args.micro_batches * args.micro_batch_size
+    fp8 = {"fp8_format": "hybrid", "fp8_recipe": args.fp8_recipe} if args.fp8_recipe else {}
     return {
         "data": data,
         "model": {
@@ -76,7 +77,7 @@ def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
             "num_attention_heads": args.hidden // 64,
             "transformer_impl": args.transformer_impl,
         },
-        "parallel": {"bf16": args.bf16},
+        "parallel": {"bf16": args.bf16, **fp8},
         "logging": {"log_interval": 10**6},
         "train": {
             "train_iters": 1000,
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=4, help="m, a third of a step's")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--transformer-impl", default="auto")
+    parser.add_argument("--fp8-recipe", help="FP8 (hybrid) with this scaling; needs --bf16")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()

@@ -3,9 +3,12 @@
     tools/gpu_check.sh [--rehearse] [--output DIR] [--parts PART ...]
 
     environment  device, driver's limits, versions
-    parity       ten bilevel steps: CPU fp32 against GPU fp32, bf16, each layer implementation, LISA
+    parity       ten bilevel steps: CPU fp32 against GPU fp32, bf16, FP8 of each recipe, each layer
+                 implementation, LISA
     resume       ten steps against six and four resumed; and ten steps twice, for the noise of it
-    speed        plain and bilevel steps of Qwen2.5-7B-shaped layers, bf16, sequence 4096
+    memory       `plan` against the peak of four layouts of Qwen2.5-7B-shaped layers
+    speed        plain and bilevel steps of such layers, sequence 4096, bf16 and FP8 of each recipe
+    largest      the deepest Qwen2.5-32B-shaped model whose bilevel LISA step fits on one card
     tests        what pytest has marked `gpu`
 
 `--rehearse` runs every part in its CPU form, at a small size: it checks this script, not the GPU.
@@ -27,6 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from gpu_memory import largest, memory  # noqa: E402
+
 from tests.commands import metrics, write_config  # noqa: E402
 from tests.markov import write_problem  # noqa: E402
 
@@ -44,6 +49,11 @@ PARITY: dict[str, tuple[bool, list[str]]] = {
     "gpu-fp32-local-lisa": (True, ["--transformer-impl", "local", *LISA]),
     "gpu-bf16-te-lisa": (True, [*TE, "--bf16", *LISA]),
 }
+RECIPES = ("tensorwise", "delayed", "blockwise")
+for recipe in RECIPES:
+    FP8 = ["--bf16", "--fp8-format", "hybrid", "--fp8-recipe", recipe]
+    PARITY[f"gpu-fp8-{recipe}-te"] = (True, [*TE, *FP8])
+    PARITY[f"gpu-fp8-{recipe}-te-lisa"] = (True, [*TE, *FP8, *LISA])
 
 
 def reweight(folder: Path, name: str, flags: list[str], gpu: bool) -> list[dict[str, Any]]:
@@ -138,15 +148,20 @@ def speed(folder: Path, rehearse: bool) -> dict[str, Any]:
     if rehearse:
         size = ["--layers", "4", "--hidden", "128", "--seq-length", "64", "--rounds", "2"]
     result: dict[str, Any] = {}
-    for kind in ("local",) if rehearse else ("local", "transformer_engine"):
+    kinds = [("local", "")] if rehearse else [("local", ""), ("transformer_engine", "")]
+    if not rehearse:
+        kinds += [("transformer_engine", recipe) for recipe in RECIPES]
+    for kind, recipe in kinds:
+        name = "-".join(filter(None, (kind, recipe)))
         words = [sys.executable, str(ROOT / "benchmarks" / "step_cost.py"), "--parts", "plain",
                  "--micro-batch-size", "1", "--transformer-impl", kind, *size,
-                 "--json", str(folder / f"{kind}.json")]  # fmt: skip
+                 "--json", str(folder / f"{name}.json")]  # fmt: skip
+        words += ["--fp8-recipe", recipe] if recipe else []
         ended = subprocess.run(words, capture_output=True, text=True, check=False)
         if ended.returncode:
-            result[kind] = f"exit {ended.returncode}: {ended.stderr[-1500:]}"
+            result[name] = f"exit {ended.returncode}: {ended.stderr[-1500:]}"
         else:
-            result[kind] = json.loads((folder / f"{kind}.json").read_text())
+            result[name] = json.loads((folder / f"{name}.json").read_text())
     return result
 
 
@@ -157,7 +172,8 @@ def tests(folder: Path, rehearse: bool) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
-    "environment": environment, "parity": parity, "resume": resume, "speed": speed, "tests": tests,
+    "environment": environment, "parity": parity, "resume": resume, "memory": memory,
+    "speed": speed, "largest": largest, "tests": tests,
 }  # fmt: skip
 
 
