@@ -13,6 +13,7 @@ TOGETHER = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests of a file go to one worker: most files run one scenario and look at it often."""
     for item in items:
