@@ -27,7 +27,8 @@ demo: environment
 	$(BIN)/python examples/demo/run.py --output demo-run
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=25
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=25 -m "not long and not slurm"
+	$(BIN)/python -m pytest -m "slurm and not long"
 
 test-long: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m long
