@@ -17,7 +17,10 @@ SCRIPT = ROOT / "launch" / "slurm" / "reweight.sbatch"
 
 
 def weights(run: Path) -> dict[str, Any]:
-    return json.loads((run / "weights.json").read_text())
+    """The content of weights.json without what is measured and not learned."""
+    content = json.loads((run / "weights.json").read_text())
+    del content["cost"]["peak_bytes"]
+    return content
 
 
 def start(cluster: Cluster, config: Path, run: Path, *sbatch: str, **environment: str) -> Job:
