@@ -68,8 +68,8 @@ def _read_run(plan: Plan, run: Run) -> Content | None:
         "weights": {entry["name"]: entry["weight"] for entry in found["sources"]},
         "given": {entry["name"]: entry["given"] for entry in drawn["sources"]},
         "cost": (spent["trained_tokens"] + spent["scored_tokens"] / 3) / budget,
-        "search_peak_bytes": spent["peak_bytes"],
-        "training_peak_bytes": trained["cost"]["peak_bytes"],
+        "search_peak_bytes": _read(run.folder / "find" / "memory.json")["peak_bytes"],
+        "training_peak_bytes": _read(run.folder / "train" / "memory.json")["peak_bytes"],
         "seconds": {stage.log.stem: _seconds(stage.log) for stage in run.stages},
         "scores": scores,
     }

@@ -276,6 +276,7 @@ class Reporter:
                 "best_validation_loss": self.state.best_loss,
                 "cost": outputs.cost_entry(self.state.cost),
             }
+            outputs.write_memory(self.folder)
             outputs.write_json(self.folder / EVALUATION_FILE, {**content, "sets": sets})
             self.console.losses(sets)
             paths["losses"] = self.folder / EVALUATION_FILE

@@ -30,6 +30,8 @@ from megatron_scalebio.report.metrics import METRICS_FILE
 from megatron_scalebio.train.loop import StepResult
 from megatron_scalebio.train.state import RunState, TokenCost, TrainState
 
+MEMORY_FILE = "memory.json"
+
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step, so that a reader never sees half of it."""
@@ -232,12 +234,13 @@ def weight_entries(
 
 
 def cost_entry(cost: TokenCost) -> dict[str, int]:
-    """What finding the weights took: tokens of all ranks, memory of this rank."""
-    return {
-        "trained_tokens": cost.trained,
-        "scored_tokens": cost.scored,
-        "peak_bytes": runtime.allocated_bytes(),
-    }
+    """What finding the weights took: tokens of all ranks."""
+    return {"trained_tokens": cost.trained, "scored_tokens": cost.scored}
+
+
+def write_memory(folder: Path) -> None:
+    """Writes memory.json: measured, so apart from what equal runs leave alike."""
+    write_json(folder / MEMORY_FILE, {"peak_bytes": runtime.allocated_bytes()})
 
 
 def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list[str]:
@@ -247,6 +250,7 @@ def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list
         Names of the sources below the floor, which the blend leaves out: Megatron-LM's
         dataset builder fails on weights that round to no sample.
     """
+    write_memory(folder)
     write_json(folder / "weights.json", content)
     floor = blend_floor(config)
     kept = [e for e in content["sources"] if e["weight"] >= floor]

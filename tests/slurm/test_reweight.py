@@ -17,10 +17,7 @@ SCRIPT = ROOT / "launch" / "slurm" / "reweight.sbatch"
 
 
 def weights(run: Path) -> dict[str, Any]:
-    """The content of weights.json without what is measured and not learned."""
-    content = json.loads((run / "weights.json").read_text())
-    del content["cost"]["peak_bytes"]
-    return content
+    return json.loads((run / "weights.json").read_text())
 
 
 def start(cluster: Cluster, config: Path, run: Path, *sbatch: str, **environment: str) -> Job:
