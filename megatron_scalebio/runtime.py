@@ -107,7 +107,8 @@ def _adopt_slurm_variables() -> None:
         os.environ["MASTER_ADDR"] = (listed.stdout.split() or [socket.gethostname()])[0]
     if "MASTER_PORT" not in os.environ:
         job = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
-        os.environ["MASTER_PORT"] = str(20000 + job % 20000)
+        # Below 32768, from where the kernel takes the ports of outgoing connections.
+        os.environ["MASTER_PORT"] = str(10000 + job % 20000)
 
 
 def stop_model_parallel() -> None:

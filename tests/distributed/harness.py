@@ -6,19 +6,18 @@ Everything that adapts torch to Megatron on CPU happens in the ranks, never in p
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch.multiprocessing as mp
 
+from tests.ports import free_port
+
 
 def run_distributed(function: Callable[..., None], world_size: int, *args: Any) -> None:
     """Calls `function(*args)` on each of `world_size` ranks; raises what a rank raises."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank_main, (world_size, port, function, args), nprocs=world_size, join=True)
+    arguments = (world_size, free_port(), function, args)
+    mp.spawn(_rank_main, arguments, nprocs=world_size, join=True)
 
 
 def _rank_main(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from megatron_scalebio.errors import EXIT_LOST
 from megatron_scalebio.guard.process import Process
 from megatron_scalebio.guard.status import Status, behind, spans, stall_line
 from tests.commands import ROOT
+from tests.ports import free_port
 
 # Ranks that reduce over and over, and one that stops doing so in its fifth step.
 RANK = """
@@ -54,9 +54,7 @@ RANKS = 3
 
 
 def run(bad: int, fault: str) -> tuple[list[subprocess.Popen[str]], list[str], float]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     started = time.monotonic()
     ranks = [
         subprocess.Popen(
