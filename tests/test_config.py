@@ -96,6 +96,7 @@ REFUSED = [
     ("parallel", "sequence_parallel", True, "sequence_parallel: True needs tensor parallelism"),
     ("parallel", "num_layers_per_virtual_pipeline_stage", 1, "needs pipeline parallelism"),
     ("parallel", "fp8_format", "hybrid", "fp8_format: 'hybrid' needs bf16"),
+    ("parallel", "overlap_param_gather", True, "needs overlap_grad_reduce and"),
     ("parallel", "fp8_param_gather", True, "needs fp8_format and use_distributed_optimizer"),
     ("model", "window_attn_skip_freq", 2, "window_attn_skip_freq: 2 needs a window_size"),
     ("model", "rope_scaling", {"rope_type": "ntk", "factor": 2}, "choose from llama3, linear"),

@@ -16,12 +16,17 @@ from tests.markov import write_problem
 
 pytestmark = pytest.mark.distributed
 STEPS = 9
+GATHER = ["--overlap-grad-reduce", "--use-distributed-optimizer", "--overlap-param-gather"]
 FLAGS: dict[str, tuple[int, list]] = {
     "one": (1, []),
     "one-lisa": (1, ["--lisa-layers", 1, "--lisa-interval", 4]),
     "tp2": (2, ["--tensor-model-parallel-size", 2]),
     "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer"]),
     "dp2-overlap": (2, ["--overlap-grad-reduce", "--lisa-interval", 4]),
+    "dp2-overlap-gather": (
+        2, [*GATHER, "--lisa-layers", 1, "--lisa-interval", 4, "--save-interval", 3,
+            "--keep-last", 4],
+    ),
     "cp2": (2, ["--context-parallel-size", 2]),
     "vpp": (
         2,
@@ -36,6 +41,7 @@ SAME = [
     ("one", "tp2"),
     ("one", "dp2-distributed-optimizer"),
     ("one", "dp2-overlap"),
+    ("one-lisa", "dp2-overlap-gather"),
     ("one", "cp2"),
     ("one-deeper", "vpp"),
 ]
@@ -77,6 +83,12 @@ def on_ranks(folder_name: str) -> None:
             "evaluate", "--config", folder / "x.yaml", "--output", folder / "evaluated", *words
         )
         note(folder / "noted", "evaluated", outcome)
+        if dist.get_rank() == 0:  # saved where no evaluation had gathered the weights before
+            saved = folder / "dp2-overlap-gather" / "checkpoints" / "iter_0000003"
+            shutil.copytree(saved, folder / "from-gather" / saved.name)
+        dist.barrier()
+        words = [*FLAGS["dp2-overlap-gather"][1], "--load", folder / "from-gather"]
+        run(folder, "resumed-gather", words)
     if dist.get_world_size() == 1:
         part = folder / "from"
         shutil.copytree(folder / "one-lisa" / "checkpoints" / "iter_0000008", part / "iter_0000008")
@@ -150,6 +162,12 @@ def test_resumed_equals_never_stopping(runs: Path) -> None:
     code, said = noted(runs / "noted", "resumed")
     assert code == 0 and "from step 8" in said, said
     assert metrics(runs / "resumed") == metrics(runs / "one-lisa")[8:]
+
+
+def test_a_checkpoint_waits_for_overlapped_gathering(runs: Path) -> None:
+    code, said = noted(runs / "noted", "resumed-gather")
+    assert code == 0 and "from step 3" in said, said
+    assert metrics(runs / "resumed-gather") == metrics(runs / "dp2-overlap-gather")[3:]
 
 
 def test_held_out_losses_equal_a_naive_evaluation(runs: Path) -> None:

@@ -42,9 +42,9 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
 from megatron_scalebio.data.blend import BlendSampler, Picks
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.optim.builder import Period, set_rate
-from megatron_scalebio.train import outputs
+from megatron_scalebio.optim.builder import Period
 from megatron_scalebio.train.start import Begun
+from megatron_scalebio.train.update import step_w
 
 LARGEST_SCORE = 5.0
 PUBLISHED_REACH = 100.0  # η / μ times the number of steps: 5e-4 / 0.05 · 10,000
@@ -107,13 +107,15 @@ class DogeState(WeightingState):
         uniform_S = torch.full((sources,), 1 / sources, dtype=torch.float64)
         picks = self.data.sampler.next(uniform_S.numpy())
         mean, layout = self.config.data.loss_mean, self.data.layout
-        train = []
-        for i in range(sources):
-            mine = picks.group_B == i
-            part = Picks(picks.group_B[mine], picks.index_B[mine], picks.inclusion_S)
-            train.append(micro_batches(self.data.sources, part, layout, mean))
         valid_picks = self.data.validation_sampler.next(self.data.shares_V)
-        return train, micro_batches(self.data.validation, valid_picks, layout, mean)
+        train = []
+        with runtime.refused_together():
+            for i in range(sources):
+                mine = picks.group_B == i
+                part = Picks(picks.group_B[mine], picks.index_B[mine], picks.inclusion_S)
+                train.append(micro_batches(self.data.sources, part, layout, mean))
+            valid = micro_batches(self.data.validation, valid_picks, layout, mean)
+        return train, valid
 
 
 def doge_step(state: DogeState) -> Record:
@@ -147,30 +149,18 @@ def doge_step(state: DogeState) -> Record:
     summed.give_back(1.0 / float(log_weight_S.exp().sum()))
 
     losses = run.losses()
-    optimizer = period.optimizers["w"]
-    norm = bilevel.prepare_gradients(optimizer, config.optimizer.clip_grad)
-    skipped = losses.culprit or (None if math.isfinite(norm) else f"w: gradient norm is {norm}")
-    if skipped is None:
-        set_rate(optimizer, settings.lr_w, config.optimizer.weight_decay)
-        optimizer.step_with_ready_grads()
+    moved_S = log_weight_S.log_softmax(0)
+    record = step_w(state, period, settings, losses, moved_S.exp())
+    if not record["skipped"]:
         state.mean_norm = float(norm_S.mean())
-        state.move_to(log_weight_S.log_softmax(0))
-    state.count_step(losses.tokens, skipped)
+        state.move_to(moved_S)
     shares_V = torch.from_numpy(state.data.shares_V)
     return {
-        "step": state.step,
-        "lr_w": settings.lr_w,
+        **record,
         "validation_loss": float((shares_V * losses.validation_V).sum()),
         "validation_losses": losses.validation_V.tolist(),
         "weights": state.weight_S.tolist(),
         "alignment": score_S.tolist(),
-        "train_loss_w": outputs.mixed(state.weight_S, losses.w_S),
-        "loss_w": losses.w_S.tolist(),
-        "grad_norm_w": norm,
-        "tokens": losses.tokens,
-        "memory_bytes": runtime.allocated_bytes(),
-        "skipped": outputs.name_groups(skipped, state),
-        "active_layers": state.active_layers,
     }
 
 

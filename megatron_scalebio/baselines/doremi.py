@@ -21,7 +21,6 @@ known only after a forward pass over all of them.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,12 +44,12 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
 from megatron_scalebio.errors import EXIT_OK
 from megatron_scalebio.model.provider import build_model
-from megatron_scalebio.optim.builder import set_rate
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import token_losses
 from megatron_scalebio.train.finetune import train_begun
 from megatron_scalebio.train.start import Begun
 from megatron_scalebio.train.state import Data, TokenCost
+from megatron_scalebio.train.update import step_w
 
 DOMAIN_LR = 1.0  # η
 SMOOTHING = 1e-3  # c
@@ -136,7 +135,8 @@ def doremi_step(state: DoremiState, reference: Chunks) -> Record:
     config, settings, data = state.config, state.schedule.at(state.step), state.data
     sources = len(data.sources)
     picks = data.sampler.next(torch.full((sources,), 1 / sources, dtype=torch.float64).numpy())
-    batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
+    with runtime.refused_together():
+        batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
     period = state.enter_period()
     score_S = excess_losses(state.w, reference, batches, config, state.score_S)
     eta = config.baseline.domain_lr or DOMAIN_LR
@@ -148,29 +148,12 @@ def doremi_step(state: DoremiState, reference: Chunks) -> Record:
     counts_S = torch.bincount(torch.from_numpy(picks.group_B), minlength=sources)
     inclusion_S = torch.from_numpy(picks.inclusion_S)
     losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, sets=1)
-    optimizer = period.optimizers["w"]
-    norm = bilevel.prepare_gradients(optimizer, config.optimizer.clip_grad)
-    skipped = losses.culprit or (None if math.isfinite(norm) else f"w: gradient norm is {norm}")
-    if skipped is None:
-        set_rate(optimizer, settings.lr_w, config.optimizer.weight_decay)
-        optimizer.step_with_ready_grads()
+    record = step_w(state, period, settings, losses, log_weight_S.exp())
+    state.cost.scored += 2 * losses.tokens
+    if not record["skipped"]:
         state.score_S = score_S
         state.move_to(log_weight_S)
-    state.cost.scored += 2 * losses.tokens
-    state.count_step(losses.tokens, skipped)
-    return {
-        "step": state.step,
-        "lr_w": settings.lr_w,
-        "weights": state.weight_S.tolist(),
-        "excess_loss": score_S.tolist(),
-        "train_loss_w": outputs.mixed(state.weight_S, losses.w_S),
-        "loss_w": losses.w_S.tolist(),
-        "grad_norm_w": norm,
-        "tokens": losses.tokens,
-        "memory_bytes": runtime.allocated_bytes(),
-        "skipped": outputs.name_groups(skipped, state),
-        "active_layers": state.active_layers,
-    }
+    return {**record, "weights": state.weight_S.tolist(), "excess_loss": score_S.tolist()}
 
 
 def excess_losses(

@@ -221,12 +221,5 @@ def _weighted(batch: MicroBatch, loss_mean: str, first_filler: int) -> MicroBatc
 
 def _forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     HERE.mark()
-    batch, device = next(batches), runtime.device()
-    output = model(
-        input_ids=batch.tokens_BS.to(device, non_blocking=True),
-        position_ids=batch.positions_BS.to(device, non_blocking=True),
-        attention_mask=None,
-        labels=batch.labels_BS.to(device, non_blocking=True),
-    )
-    this = Pass(Role.TRAIN_W, batch, torch.ones(1, dtype=torch.float64))
-    return output, partial(loss_func, this)
+    this = Pass(Role.TRAIN_W, next(batches), torch.ones(1, dtype=torch.float64))
+    return model(**this.batch.inputs(runtime.device())), partial(loss_func, this)

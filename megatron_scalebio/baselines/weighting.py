@@ -59,11 +59,6 @@ class WeightingState(RunState):
         self._sum_S = self._sum_S + self.weight_S
         self._count += 1
 
-    def count_step(self, tokens: int, skipped: str | None) -> None:
-        self.cost.trained += tokens
-        self.step += 1
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-
     def common_state(self) -> dict[str, Any]:
         learned = {"log_weight": self.log_weight_S, "sum": self._sum_S, "count": self._count}
         return {**super().common_state(), "learned": learned}
@@ -122,11 +117,11 @@ def _steps(
 
 
 def refuse_skips(state: RunState, record: Record) -> None:
-    """Ends a training whose steps keep being not finite, or of which none was."""
+    """Ends a training whose steps keep not being applied, or of which none was."""
     train = state.config.train
     if state.skipped_in_a_row >= min(train.skip_limit, train.train_iters):
         raise UserError(
-            f"{state.skipped_in_a_row} steps in a row were not finite: {record['skipped']}",
+            f"{state.skipped_in_a_row} steps in a row were not applied: {record['skipped']}",
             where=f"step {state.step}",
             mend="lower optimizer.lr or look at that source",
         )

@@ -103,15 +103,8 @@ def forward_step(passes: Iterator[Pass], twin: TwinModel) -> tuple[torch.Tensor,
     """Megatron's forward_step_func for one pass."""
     HERE.mark()
     this = next(passes)
-    device = runtime.device()
     with FORWARD.running():
-        output = twin(
-            this.role is Role.TRAIN_U,
-            input_ids=this.batch.tokens_BS.to(device, non_blocking=True),
-            position_ids=this.batch.positions_BS.to(device, non_blocking=True),
-            attention_mask=None,
-            labels=this.batch.labels_BS.to(device, non_blocking=True),
-        )
+        output = twin(this.role is Role.TRAIN_U, **this.batch.inputs(runtime.device()))
     return output, partial(loss_func, this)
 
 

@@ -31,6 +31,9 @@ _OPTIMIZER = {
 
 
 def w_state(state: RunState) -> dict[str, Any]:
+    """Sharded state of w, in Megatron's own form. A collective."""
+    if state.period is not None:
+        state.period.gather_parameters()
     return {
         **model_state(state.w, None),
         "args": megatron_args(state.config, state.data.vocab_size),

@@ -21,6 +21,9 @@ class ParallelConfig:
     overlap_grad_reduce: bool = option(
         False, "`train`: reduce gradients over DP while the backward pass still runs"
     )
+    overlap_param_gather: bool = option(
+        False, "`train`: gather updated weights over DP while the next forward pass runs"
+    )
     bf16: bool = option(False, "bfloat16 weights with fp32 masters and gradient sums")
     fp8_format: Literal["hybrid", "e4m3"] | None = option(
         None, "FP8 matrix products by Transformer Engine; hybrid: e4m3 forward, e5m2 backward"
@@ -60,6 +63,13 @@ class ParallelConfig:
             raise refuse(
                 "fp8_param_gather", True, "needs fp8_format and use_distributed_optimizer",
                 "set both or drop it",
+            )  # fmt: skip
+        if self.overlap_param_gather and not (
+            self.overlap_grad_reduce and self.use_distributed_optimizer
+        ):
+            raise refuse(
+                "overlap_param_gather", True, "needs overlap_grad_reduce and "
+                "use_distributed_optimizer", "set both or drop it",
             )  # fmt: skip
         if self.recompute_granularity == "full":
             self.recompute_method = self.recompute_method or "uniform"

@@ -44,6 +44,15 @@ class MicroBatch:
     coefficient_B: torch.Tensor
     tokens: int
 
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+        """The arguments of Megatron's GPTModel, whose output is then the loss of each label."""
+        return {
+            "input_ids": self.tokens_BS.to(device, non_blocking=True),
+            "position_ids": self.positions_BS.to(device, non_blocking=True),
+            "attention_mask": None,
+            "labels": self.labels_BS.to(device, non_blocking=True),
+        }
+
 
 @dataclass(frozen=True)
 class BatchLayout:

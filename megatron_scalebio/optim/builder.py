@@ -61,6 +61,20 @@ class Period:
                 [megatron.no_sync_func] = megatron.no_sync_func
         self.optimizers = {name: _optimizer(config, ddp) for name, ddp in self.ddp.items()}
 
+    def gather_parameters(self) -> None:
+        """Makes this rank's weights whole, where gathering them was left to the next forward pass.
+
+        For whatever reads weights between two steps. A collective.
+        """
+        for chunk in self._gathering():
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
+
+    def _gathering(self) -> list[DistributedDataParallel]:
+        """The chunks whose forward passes gather weights."""
+        chunks = [chunk for chunks in self.ddp.values() for chunk in chunks]
+        return [chunk for chunk in chunks if chunk.use_forward_hook]
+
     def zero_grad(self) -> None:
         for name, optimizer in self.optimizers.items():
             for ddp in self.ddp[name]:
@@ -92,6 +106,8 @@ class Period:
 
     def close(self) -> None:
         """Takes the parameters out of the period's buffers, which can then be freed."""
+        for chunk in self._gathering():
+            chunk.disable_forward_pre_hook(param_sync=True)
         for model in self._models.values():
             for _, parameter in named_parameters(model):
                 for name in _LEFT_ON_PARAMETERS:
@@ -112,6 +128,7 @@ def _wrap(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
         fp8_param_gather=config.parallel.fp8_param_gather,
     )
     return DistributedDataParallel(megatron, settings, chunk, disable_bucketing=number > 0)
@@ -131,6 +148,7 @@ def _optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Megatro
         bf16=parallel.bf16,
         params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
         fp8_recipe=parallel.fp8_recipe if parallel.fp8_format else None,
     )
     return get_megatron_optimizer(settings, chunks)

@@ -186,14 +186,8 @@ def _flushes(
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Any]:
     HERE.mark()
-    batch, device = next(batches), runtime.device()
-    output = model(
-        input_ids=batch.tokens_BS.to(device, non_blocking=True),
-        position_ids=batch.positions_BS.to(device, non_blocking=True),
-        attention_mask=None,
-        labels=batch.labels_BS.to(device, non_blocking=True),
-    )
-    return output, partial(_keep, batch)
+    batch = next(batches)
+    return model(**batch.inputs(runtime.device())), partial(_keep, batch)
 
 
 def _keep(

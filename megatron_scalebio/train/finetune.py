@@ -27,7 +27,6 @@ from megatron_scalebio.data.batch import micro_batches
 from megatron_scalebio.data.blend import Picks
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
 from megatron_scalebio.guard.stragglers import Stragglers
-from megatron_scalebio.optim.builder import set_rate
 from megatron_scalebio.progress import HERE
 from megatron_scalebio.report.console import RunConsole, SourceLine
 from megatron_scalebio.report.metrics import MetricsLog
@@ -36,6 +35,7 @@ from megatron_scalebio.train.evaluate import HeldOutLoss, held_out_losses
 from megatron_scalebio.train.loop import Stopwatch
 from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import RunState
+from megatron_scalebio.train.update import step_w
 
 __all__ = ["add_arguments", "run"]
 
@@ -193,31 +193,8 @@ def train_step(state: FinetuneState) -> dict[str, Any]:
         inclusion_S = torch.from_numpy(picks.inclusion_S)
         losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, sets=1)
     with watch.phase("update"):
-        optimizer = period.optimizers["w"]
-        norm = bilevel.prepare_gradients(optimizer, config.optimizer.clip_grad)
-        skipped = losses.culprit or (None if math.isfinite(norm) else f"w: gradient norm is {norm}")
-        if skipped is None:
-            loss = outputs.mixed(state.probs_S, losses.w_S)
-            skipped = state.spikes.judge({"w: training loss": loss, "w: gradient norm": norm})
-        if skipped is None:
-            set_rate(optimizer, settings.lr_w, config.optimizer.weight_decay)
-            optimizer.step_with_ready_grads()
-    state.cost.trained += losses.tokens
-    state.step += 1
-    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-    return {
-        "step": state.step,
-        "lr_w": settings.lr_w,
-        "train_loss_w": outputs.mixed(state.probs_S, losses.w_S),
-        "loss_w": losses.w_S.tolist(),
-        "grad_norm_w": norm,
-        "tokens": losses.tokens,
-        "time_s": watch.time_s,
-        "memory_bytes": runtime.allocated_bytes(),
-        "skipped": outputs.name_groups(skipped, state),
-        "active_layers": state.active_layers,
-        **state.also_recorded(),
-    }
+        record = step_w(state, period, settings, losses, state.probs_S)
+    return {**record, "time_s": watch.time_s, **state.also_recorded()}
 
 
 class Reporter:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -17,9 +17,9 @@ import torch
 from megatron_scalebio.bilevel import step as bilevel
 from megatron_scalebio.bilevel.objective import Role, hypergradient, mixed, role_scale
 from megatron_scalebio.bilevel.schedule import StepSettings
-from megatron_scalebio.optim.builder import Period, set_rate
 from megatron_scalebio.progress import HERE
 from megatron_scalebio.train.state import TrainState
+from megatron_scalebio.train.update import update_models
 
 
 @dataclass
@@ -29,8 +29,7 @@ class StepResult:
     settings: StepSettings
     losses: bilevel.Losses
     probs_S: torch.Tensor
-    grad_norm_w: float = math.nan
-    grad_norm_u: float = math.nan
+    grad_norms: Mapping[str, float]  # of "w" and "u"
     grad_norm_lambda: float = math.nan
     skipped: str | None = None
     time_s: dict[str, float] = field(default_factory=dict)
@@ -72,49 +71,29 @@ def train_step(state: TrainState) -> StepResult:
         if once:
             period.add_gradients_of_u(role_scale(Role.TRAIN_W, settings.alpha))
             losses = replace(losses, w_S=losses.u_S)
-    result = StepResult(settings, losses, probs_S, time_s=watch.time_s)
     with watch.phase("update"):
-        _update_models(state, period, result)
+        watched = _watched_losses(state, probs_S, losses)
+        update = update_models(state, period, settings, losses, watched)
+    result = StepResult(
+        settings, losses, probs_S, update.norms, skipped=update.skipped, time_s=watch.time_s
+    )
     with watch.phase("mixture"):
         if result.skipped is None:
             excess_S = losses.w_S - losses.u_S
             gradient_S = hypergradient(excess_S, probs_S, inclusion_S, settings.alpha)
             result.grad_norm_lambda = state.mixture.step(gradient_S, settings.lr_lambda)
-    state.cost.trained += losses.tokens
-    state.step += 1
-    state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
     return result
 
 
-def _watched(state: TrainState, result: StepResult) -> dict[str, float]:
-    """The values in which a spike shows, by the names of `spikes.WATCHED`."""
-    losses = result.losses
-    of_w, of_u = (mixed(result.probs_S, loss_S) for loss_S in (losses.w_S, losses.u_S))
+def _watched_losses(
+    state: TrainState, probs_S: torch.Tensor, losses: bilevel.Losses
+) -> dict[str, float]:
+    """The losses in which a spike shows, by the names of `spikes.WATCHED`."""
+    of_w, of_u = (mixed(probs_S, loss_S) for loss_S in (losses.w_S, losses.u_S))
+    shares_V = torch.from_numpy(state.data.shares_V)
     return {
         "w: training loss": of_w,
         "u: training loss": of_u,
-        "w: validation loss": float(
-            (torch.from_numpy(state.data.shares_V) * losses.validation_V).sum()
-        ),
-        "w: gradient norm": result.grad_norm_w,
-        "u: gradient norm": result.grad_norm_u,
+        "w: validation loss": float((shares_V * losses.validation_V).sum()),
         "w and u: distance of their training losses": abs(of_w - of_u),
     }
-
-
-def _update_models(state: TrainState, period: Period, result: StepResult) -> None:
-    """Steps w and u, both or neither."""
-    optimizer = state.config.optimizer
-    result.grad_norm_w = bilevel.prepare_gradients(period.optimizers["w"], optimizer.clip_grad)
-    result.grad_norm_u = bilevel.prepare_gradients(period.optimizers["u"], optimizer.clip_grad)
-    result.skipped = result.losses.culprit or None
-    for role, norm in (("w", result.grad_norm_w), ("u", result.grad_norm_u)):
-        if result.skipped is None and not math.isfinite(norm):
-            result.skipped = f"{role}: gradient norm is {norm}"
-    if result.skipped is None:
-        result.skipped = state.spikes.judge(_watched(state, result))
-    if result.skipped is None:
-        set_rate(period.optimizers["w"], result.settings.lr_w, optimizer.weight_decay)
-        set_rate(period.optimizers["u"], result.settings.lr_u, optimizer.weight_decay)
-        period.optimizers["w"].step_with_ready_grads()
-        period.optimizers["u"].step_with_ready_grads()

@@ -160,32 +160,17 @@ def step_record(state: TrainState, result: StepResult, step_time_s: float) -> di
         "loss_w": losses.w_S.tolist(),
         "loss_u": losses.u_S.tolist(),
         "excess_loss": (losses.w_S - losses.u_S).tolist(),
-        "grad_norm_w": result.grad_norm_w,
-        "grad_norm_u": result.grad_norm_u,
+        "grad_norm_w": result.grad_norms["w"],
+        "grad_norm_u": result.grad_norms["u"],
         "grad_norm_lambda": result.grad_norm_lambda,
         "tokens": losses.tokens,
         "tokens_per_second": losses.tokens / step_time_s,
         "step_time_s": step_time_s,
         "time_s": result.time_s,
         "memory_bytes": runtime.allocated_bytes(),
-        "skipped": name_groups(result.skipped, state),
+        "skipped": result.skipped,
         "active_layers": state.active_layers,
     }
-
-
-def name_groups(skipped: str | None, state: RunState) -> str | None:
-    """Puts the name of a source or validation set in place of its number."""
-    if skipped is None:
-        return None
-    for kind, sets in (
-        ("source", state.data.sources),
-        ("validation set", state.data.validation),
-    ):
-        head, found, tail = skipped.partition(f"{kind} ")
-        if found:
-            number, _, rest = tail.partition(" ")
-            return f"{head}{kind} {sets[int(number)].name!r} {rest}"
-    return skipped
 
 
 def weights_content(

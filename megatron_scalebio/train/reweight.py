@@ -89,8 +89,7 @@ def _refuse_skips(state: TrainState, result: StepResult) -> None:
     over = state.step == train.train_iters and applied == 0
     if result.skipped and (over or state.skipped_in_a_row >= train.skip_limit):
         raise UserError(
-            f"{state.skipped_in_a_row} steps in a row were not applied: "
-            f"{outputs.name_groups(result.skipped, state)}",
+            f"{state.skipped_in_a_row} steps in a row were not applied: {result.skipped}",
             where=f"step {state.step}",
             mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
         )
