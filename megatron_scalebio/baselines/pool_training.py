@@ -111,8 +111,6 @@ def train_on_pool(state: PoolState, begun: Begun, what: str, save_to: Path | Non
 
 def _finish(reporter: Reporter | None, code: int) -> None:
     assert reporter is not None
-    reporter.metrics.close()
-    reporter.run["ended"] = outputs.now()
-    outputs.write_json(reporter.folder / "run.json", reporter.run)
+    reporter.end()
     if code != EXIT_OK:
         reporter.console.stopped(reporter.state.step)

@@ -26,11 +26,11 @@ from megatron_scalebio import runtime
 from megatron_scalebio.baselines.found import Found
 from megatron_scalebio.baselines.mixture_regression import best_mixture, draw_mixture, fit
 from megatron_scalebio.baselines.weighting import (
-    Progress,
     Record,
+    log_step,
     prior_weights,
     refuse_skips,
-    start_progress,
+    start_log,
     stops,
 )
 from megatron_scalebio.config import Config
@@ -38,6 +38,7 @@ from megatron_scalebio.data.blend import Floats
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.finetune import FinetuneState, train_step
+from megatron_scalebio.train.run_log import RunLog
 from megatron_scalebio.train.start import Begun, load_start
 from megatron_scalebio.train.state import Data, TokenCost
 
@@ -150,18 +151,18 @@ def train_proxies(config: Config, begun: Begun, iters: int, ledger: Ledger) -> b
     """Trains the missing proxies one after the other; whether the last one is finished."""
     short = replace(config, train=replace(config.train, train_iters=iters))
     state = start_proxy(short, begun, ledger.next_mixture())
-    progress = start_progress(
+    log = start_log(
         state,
-        begun.folder,
+        begun,
+        ledger.prior_S.tolist(),
         resume_step=len(ledger.proxies) * iters,
-        initial_S=ledger.prior_S.tolist(),
         config=config,
         steps=ledger.count * iters,
         facts={"steps": f"{ledger.count} x {iters} of {config.train.global_batch_size} sequences"},
     )
     try:
         while True:
-            loss = train_proxy(state, begun, progress, len(ledger.proxies) * iters)
+            loss = train_proxy(state, begun, log, len(ledger.proxies) * iters)
             if loss is not None:
                 ledger.add(loss, state.cost)
             if loss is None or not ledger.missing:
@@ -171,10 +172,11 @@ def train_proxies(config: Config, begun: Begun, iters: int, ledger: Ledger) -> b
             gc.collect()  # two models at once are more than a run plans for
             state = start_proxy(short, begun, ledger.next_mixture())
     finally:
-        if progress:
-            progress.close()
-    if progress and ledger.missing:
-        progress.console.stopped(len(ledger.proxies) * iters)
+        if log:
+            log.close()
+            log.metrics.close()
+    if log and ledger.missing:
+        log.console.stopped(len(ledger.proxies) * iters)
     return not ledger.missing
 
 
@@ -187,7 +189,7 @@ def start_proxy(config: Config, begun: Begun, mixture_S: Floats) -> FinetuneStat
 
 
 def train_proxy(
-    state: FinetuneState, begun: Begun, progress: Progress | None, before: int
+    state: FinetuneState, begun: Begun, log: RunLog | None, before: int
 ) -> float | None:
     """Trains to the end and gives its L1, or None at a signal.
 
@@ -203,7 +205,7 @@ def train_proxy(
         if state.step == iters:
             loss = record["validation_loss"] = state.validation_loss(state.held_out())
             state.cost.scored += _scored_tokens(state)
-        problem = progress.step(record, time.perf_counter() - start) if progress else None
+        problem = log_step(log, record, time.perf_counter() - start)
         refuse_skips(state, record)
         if stops(begun, problem):
             return loss

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,10 @@ from megatron_scalebio import runtime
 from megatron_scalebio.baselines.fixed import natural_weights
 from megatron_scalebio.baselines.found import normalised
 from megatron_scalebio.config import Config
-from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.progress import HERE
-from megatron_scalebio.report.console import RunConsole, SourceLine
-from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
+from megatron_scalebio.train.run_log import RunLog
 from megatron_scalebio.train.start import Begun, resume_or_start
 from megatron_scalebio.train.state import Data, RunState
 
@@ -81,19 +79,20 @@ def learn(state: WeightingState, step: Callable[[], Record], begun: Begun) -> bo
     """
     warnings = resume_or_start(state, begun.folder, begun.save_to)
     uniform_S = [1.0 / len(state.data.sources)] * len(state.data.sources)
-    progress = start_progress(state, begun.folder, state.step, uniform_S, warnings=warnings)
+    log = start_log(state, begun, uniform_S, warnings=warnings)
     try:
-        finished = _steps(state, step, begun, progress)
+        finished = _steps(state, step, begun, log)
     finally:
-        if progress:
-            progress.close()
-    if progress and not finished:
-        progress.console.stopped(state.step)
+        if log:
+            log.close()
+            log.metrics.close()
+    if log and not finished:
+        log.console.stopped(state.step)
     return finished
 
 
 def _steps(
-    state: WeightingState, step: Callable[[], Record], begun: Begun, progress: Progress | None
+    state: WeightingState, step: Callable[[], Record], begun: Begun, log: RunLog | None
 ) -> bool:
     train, interval = state.config.train, state.config.checkpoint.save_interval
     saved_at = state.step
@@ -101,7 +100,7 @@ def _steps(
         start = time.perf_counter()
         HERE.step = state.step + 1
         record = step()
-        problem = progress.step(record, time.perf_counter() - start) if progress else None
+        problem = log_step(log, record, time.perf_counter() - start)
         if interval > 0 and state.step % interval == 0 and not record["skipped"]:
             begun.saves.save(state, begun.save_to)
             saved_at = state.step
@@ -160,67 +159,23 @@ def prior_weights(config: Config, data: Data) -> list[float]:
     return normalised(natural_weights(data))
 
 
-class Progress:
-    """What rank 0 shows and writes at each step: the console, metrics.jsonl, TensorBoard."""
-
-    def __init__(self, metrics: MetricsLog, console: RunConsole) -> None:
-        self.metrics, self.console = metrics, console
-
-    def step(self, record: Record, step_time_s: float) -> UserError | None:
-        """Logs a step. Gives a disk's refusal back: all ranks have to stop at it together."""
-        record["step_time_s"] = step_time_s
-        record["tokens_per_second"] = record["tokens"] / step_time_s
-        try:
-            self.metrics.log(record)
-        except UserError as error:
-            return error
-        self.console.step(record)
-        return None
-
-    def close(self) -> None:
-        self.console.stop()
-        self.metrics.close()
-
-
-def start_progress(
-    state: RunState,
-    folder: Path,
-    resume_step: int,
-    initial_S: list[float],
-    config: Config | None = None,
-    steps: int | None = None,
-    facts: dict[str, object] | None = None,
-    warnings: Sequence[str] = (),
-) -> Progress | None:
-    """Shows the banner on rank 0 and gives a Progress there; None on others. A collective.
+def start_log(
+    state: RunState, begun: Begun, initial_S: list[float], **options: Any
+) -> RunLog | None:
+    """Shows the banner on rank 0 and gives a RunLog there; None on others. A collective.
 
     Args:
-        config, steps: of the whole run, where the state is that of a part [the state's].
-        facts: more lines of the banner.
+        options: more arguments of `RunLog`.
     """
-    config = config or state.config
     parameters = outputs.parameter_count(state)
+    facts = {"method": state.config.baseline.method, **options.pop("facts", {})}
+    return runtime.only_on_main(
+        lambda: RunLog(state, begun.folder, parameters, initial_S, facts=facts, **options)
+    )
 
-    def make() -> Progress:
-        run = outputs.write_start(state, folder, parameters)
-        outputs.write_text(folder / "config.yaml", config_text(config))
-        metrics = MetricsLog(
-            folder,
-            run["sources"],
-            run["validation"],
-            global_batch_size=config.train.global_batch_size,
-            resume_step=resume_step,
-            tensorboard_dir=config.logging.tensorboard_dir,
-            tensorboard_log_interval=config.logging.tensorboard_log_interval,
-        )
-        shares = zip(state.data.sources, run["natural"], initial_S, strict=True)
-        lines = [SourceLine(s.name, len(s), s.tokens, natural, p) for s, natural, p in shares]
-        console = RunConsole(lines, steps or config.train.train_iters, config.logging.log_interval)
-        usual = outputs.run_facts(config, run, resume_step)
-        console.banner({"method": config.baseline.method, **usual, **(facts or {})})
-        for warning in warnings:
-            console.warn(f"passed over a damaged checkpoint: {warning}")
-        console.start(resume_step)
-        return Progress(metrics, console)
 
-    return runtime.only_on_main(make)
+def log_step(log: RunLog | None, record: Record, step_time_s: float) -> UserError | None:
+    """Logs a step, where there is a log. Gives a disk's refusal back."""
+    record["step_time_s"] = step_time_s
+    record["tokens_per_second"] = record["tokens"] / step_time_s
+    return log.log(record) if log else None

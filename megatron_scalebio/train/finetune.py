@@ -28,11 +28,10 @@ from megatron_scalebio.data.blend import Picks
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
 from megatron_scalebio.guard.stragglers import Stragglers
 from megatron_scalebio.progress import HERE
-from megatron_scalebio.report.console import RunConsole, SourceLine
-from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import HeldOutLoss, held_out_losses
 from megatron_scalebio.train.loop import Stopwatch
+from megatron_scalebio.train.run_log import RunLog
 from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import RunState
 from megatron_scalebio.train.update import step_w
@@ -197,54 +196,24 @@ def train_step(state: FinetuneState) -> dict[str, Any]:
     return {**record, "time_s": watch.time_s, **state.also_recorded()}
 
 
-class Reporter:
+class Reporter(RunLog):
     """Everything that rank 0 shows and writes besides checkpoints."""
 
     def __init__(
         self, state: FinetuneState, folder: Path, parameters: int, warnings: list[str]
     ) -> None:
-        self.state, self.folder = state, folder
-        config, data = state.config, state.data
-        self.run = outputs.write_start(state, folder, parameters)
-        self.metrics = MetricsLog(
-            folder,
-            self.run["sources"],
-            self.run["validation"],
-            global_batch_size=config.train.global_batch_size,
-            resume_step=state.step,
-            tensorboard_dir=config.logging.tensorboard_dir,
-            tensorboard_log_interval=config.logging.tensorboard_log_interval,
-        )
-        shares = zip(data.sources, self.run["natural"], state.probs_S.tolist(), strict=True)
-        lines = [SourceLine(s.name, len(s), s.tokens, natural, p) for s, natural, p in shares]
-        self.console = RunConsole(lines, config.train.train_iters, config.logging.log_interval)
-        self.console.banner(outputs.run_facts(config, self.run, state.step))
-        for warning in warnings:
-            self.console.warn(f"passed over a damaged checkpoint: {warning}")
-        self.console.start(state.step)
+        super().__init__(state, folder, parameters, state.probs_S.tolist(), warnings)
+        self.state = state
 
     def step(self, record: dict[str, Any], slow: str) -> UserError | None:
-        """Logs a step. Gives a disk's refusal back: all ranks have to stop at it together."""
-        try:
-            with HERE.at("log"):
-                self.metrics.log(record)
-        except UserError as error:
-            return error
-        self.console.step(record)
-        if slow:
-            self.console.warn(slow)
-        if "validation_loss" in record:
+        problem = self.log(record, slow)
+        if "validation_loss" in record and problem is None:
             self.console.note(f"step {record['step']}  validation {record['validation_loss']:.4f}")
-        return None
-
-    def close(self) -> None:
-        self.console.stop()
+        return problem
 
     def finish(self, losses: list[HeldOutLoss]) -> None:
         """Writes the final losses, and says where everything is."""
-        self.metrics.close()
-        self.run["ended"] = outputs.now()
-        outputs.write_json(self.folder / "run.json", self.run)
+        self.end()
         paths = {"checkpoints": self.folder / "checkpoints"}
         if losses:
             sets = [loss.as_dict() for loss in losses]

@@ -11,12 +11,10 @@ from megatron_scalebio.checkpoint.background import Saves
 from megatron_scalebio.config import Config
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
 from megatron_scalebio.guard.stragglers import Slowest, Stragglers
-from megatron_scalebio.progress import HERE
-from megatron_scalebio.report.console import RunConsole, SourceLine
 from megatron_scalebio.report.html import write_report
-from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.loop import StepResult, train_step
+from megatron_scalebio.train.run_log import RunLog
 from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import TrainState
 
@@ -108,35 +106,16 @@ def verdict(state: TrainState) -> Verdict:
     )
 
 
-class Reporter:
+class Reporter(RunLog):
     """Everything that rank 0 shows and writes besides checkpoints."""
 
     def __init__(
         self, state: TrainState, folder: Path, parameters: int, warnings: list[str]
     ) -> None:
-        self.state, self.folder = state, folder
-        config, data = state.config, state.data
         folder.mkdir(parents=True, exist_ok=True)
-        self.run = outputs.write_start(state, folder, parameters)
-        self.metrics = MetricsLog(
-            folder,
-            self.run["sources"],
-            self.run["validation"],
-            global_batch_size=config.train.global_batch_size,
-            resume_step=state.step,
-            tensorboard_dir=config.logging.tensorboard_dir,
-            tensorboard_log_interval=config.logging.tensorboard_log_interval,
-        )
-        shares = zip(data.sources, self.run["natural"], state.mixture.initial_S, strict=True)
-        lines = [
-            SourceLine(source.name, len(source), source.tokens, natural, float(initial))
-            for source, natural, initial in shares
-        ]
-        self.console = RunConsole(lines, config.train.train_iters, config.logging.log_interval)
-        self.console.banner(_facts(config, self.run, state.step))
-        for warning in warnings:
-            self.console.warn(f"passed over a damaged checkpoint: {warning}")
-        self.console.start(state.step)
+        initial_S = state.mixture.initial_S.tolist()
+        super().__init__(state, folder, parameters, initial_S, warnings, _facts(state.config))
+        self.state = state
 
     def step(
         self, result: StepResult, step_time_s: float, slowest: Slowest | None = None, slow: str = ""
@@ -145,33 +124,20 @@ class Reporter:
         start = time.perf_counter()
         record = outputs.step_record(self.state, result, step_time_s)
         record["straggler"] = slowest and slowest.as_dict()
-        try:
-            with HERE.at("log"):
-                self.metrics.log(record)
-        except UserError as error:
-            return error
-        self.console.step(record)
-        if slow:
-            self.console.warn(slow)
+        problem = self.log(record, slow)
         # Shown with the next step: a line can't hold the time of its own writing.
         result.time_s["log"] = time.perf_counter() - start
-        return None
-
-    def close(self) -> None:
-        """Leaves the terminal in order, whatever ended the run."""
-        self.console.stop()
+        return problem
 
     def finish(self) -> None:
         """Writes the weights and the report, and says where everything is."""
         state, folder = self.state, self.folder
-        self.metrics.close()
         bilevel = state.config.bilevel
         blocks_BS = state.mixture.trajectory.tail(bilevel.average_fraction)
         intervals = weight_intervals(blocks_BS, bilevel.confidence)
         content = outputs.weights_content(state, intervals, verdict(state))
         left_out = outputs.write_weights(folder, content, state.config)
-        self.run["ended"] = outputs.now()
-        outputs.write_json(folder / "run.json", self.run)
+        self.end()
         report = write_report(folder)
         self.console.result(
             content,
@@ -188,10 +154,9 @@ class Reporter:
             self.console.warn(f"below {floor:g}, left out of the blend: {', '.join(left_out)}")
 
 
-def _facts(config: Config, run: dict, step: int) -> dict[str, object]:
+def _facts(config: Config) -> dict[str, object]:
     train, bilevel = config.train, config.bilevel
     return {
-        **outputs.run_facts(config, run, step),
         "steps": f"{train.train_iters} of {train.global_batch_size} training and "
         f"{train.validation_batch_size} validation sequences",
         "mixture": f"{bilevel.mixture_optimizer} lr {bilevel.lr_lambda:g}, alpha {bilevel.alpha:g}",
