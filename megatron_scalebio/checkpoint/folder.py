@@ -183,3 +183,25 @@ def _damage_of_common(path: Path) -> str:
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
         return f"{path}: unreadable ({error})"
     return f"{path}: {broken} is damaged" if broken else ""
+
+
+def find_checkpoint(load: Path) -> Path:
+    """The folder that holds a checkpoint's tensors.
+
+    Args:
+        load: that folder, or one with a tracker file (a run's `checkpoints`).
+
+    Raises:
+        UserError: if there is none.
+    """
+    tracker = load / TRACKER
+    if tracker.is_file():
+        step = tracker.read_text(errors="replace").strip()
+        if step != "release" and not step.isdecimal():
+            raise UserError(f"{step[:40]!r} is no step", where=str(tracker), mend="write it again")
+        return load / step if step == "release" else iteration_folder(load, int(step))
+    if (load / "metadata.json").is_file():
+        return load
+    raise UserError(
+        "is no Megatron checkpoint", where=str(load), mend=f"point to a folder with {TRACKER}"
+    )

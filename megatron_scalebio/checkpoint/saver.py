@@ -136,7 +136,7 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
     Raises:
         UserError: if there is none, it is damaged, or its shapes are not the model's.
     """
-    source = _resolve(path)
+    source = folders.find_checkpoint(path)
     problem = runtime.on_main(lambda: folders.damage(source))
     if problem:
         raise UserError(problem, where="model.pretrained_checkpoint", mend="fetch it again")
@@ -144,24 +144,6 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
     _check_shapes(wanted, source)
     with _reading(source):
         _load_models(chunks, wanted, source)
-
-
-def _resolve(path: Path) -> Path:
-    tracker = path / folders.TRACKER
-    if tracker.is_file():
-        step = tracker.read_text(errors="replace").strip()
-        if step == "release":
-            return path / step
-        if not step.isdecimal():
-            raise UserError(f"{step[:40]!r} is no step", where=str(tracker), mend="write it again")
-        return folders.iteration_folder(path, int(step))
-    if (path / "metadata.json").is_file():
-        return path
-    raise UserError(
-        "is no Megatron checkpoint",
-        where=str(path),
-        mend=f"point to a folder with {folders.TRACKER}",
-    )
 
 
 def _load(state: RunState, source: Path) -> None:

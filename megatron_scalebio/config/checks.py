@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import field
 from typing import Any
 
@@ -33,3 +34,16 @@ def require_within_one(section: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(section, name) < 1:
             raise refuse(name, getattr(section, name), "is outside [0, 1)", "choose within")
+
+
+def require_one_of(flag: str, value: str | None, allowed: Collection[str]) -> None:
+    """Refuses a command's option that is none of the allowed words (None: not given)."""
+    if value is not None and value not in allowed:
+        known = ", ".join(allowed)
+        raise UserError(f"unknown value {value!r}", where=flag, mend=f"one of {known}")
+
+
+def require_at_least(flag: str, value: float | None, least: float) -> None:
+    """Refuses a command's number that is too small (None: not given)."""
+    if value is not None and value < least:
+        raise UserError(f"is {value}, must be at least {least}", where=flag)

@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_scalebio.checkpoint.folder import find_checkpoint
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.convert.carry import carry, files_to_carry
 from megatron_scalebio.convert.layout import OutFile, OutTensor, fresh_layout, layout_of
 from megatron_scalebio.convert.megatron_reader import (
     MegatronFolder,
-    find_checkpoint,
     open_u,
     padding_multiple,
 )

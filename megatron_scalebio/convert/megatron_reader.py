@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_scalebio.checkpoint.folder import BILEVEL, TRACKER, damage, iteration_folder
+from megatron_scalebio.checkpoint.folder import BILEVEL, damage
 from megatron_scalebio.convert.table import Whole
 from megatron_scalebio.errors import UserError
 
@@ -143,28 +143,6 @@ def padding_multiple(folder: Path) -> int | None:
     divisor = getattr(args, "make_vocab_size_divisible_by", None)
     tp = getattr(args, "tensor_model_parallel_size", None)
     return divisor * tp if isinstance(divisor, int) and isinstance(tp, int) else None
-
-
-def find_checkpoint(load: Path) -> Path:
-    """The folder that holds a checkpoint's tensors.
-
-    Args:
-        load: that folder, or one with a tracker file (a run's `checkpoints`).
-
-    Raises:
-        UserError: if there is none.
-    """
-    tracker = load / TRACKER
-    if tracker.is_file():
-        step = tracker.read_text(errors="replace").strip()
-        if step != "release" and not step.isdecimal():
-            raise UserError(f"{step[:40]!r} is no step", where=str(tracker), mend="write it again")
-        return load / step if step == "release" else iteration_folder(load, int(step))
-    if (load / "metadata.json").is_file():
-        return load
-    raise UserError(
-        "is no Megatron checkpoint", where=str(load), mend=f"point to a folder with {TRACKER}"
-    )
 
 
 def open_u(folder: Path) -> MegatronFolder:

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_scalebio.config.checks import require_at_least, require_one_of
 from megatron_scalebio.data.encode_pool import Batch, EncodePool, EncodeSettings
 from megatron_scalebio.data.formats import FORMATS, detect_format
 from megatron_scalebio.data.records import Record, RecordReader
@@ -81,21 +82,12 @@ class PrepareConfig:
     allow_download: bool = False
 
     def __post_init__(self) -> None:
-        for field, value, allowed in (
-            ("--format", self.format, ("auto", *FORMATS)),
-            ("--too-long", self.too_long, (None, *TOO_LONG)),
-        ):
-            if value not in allowed:
-                known = ", ".join(name for name in allowed if name)
-                raise UserError(f"unknown value {value!r}", where=field, mend=f"one of {known}")
-        for field, number, least in (
-            ("--seq-length", self.seq_length, 1),
-            ("--max-examples", self.max_examples, 1),
-            ("--train-sentencepiece", self.train_sentencepiece, 1),
-            ("--workers", self.workers, 0),
-        ):
-            if number is not None and number < least:
-                raise UserError(f"is {number}, must be at least {least}", where=field)
+        require_one_of("--format", self.format, ("auto", *FORMATS))
+        require_one_of("--too-long", self.too_long, TOO_LONG)
+        require_at_least("--seq-length", self.seq_length, 1)
+        require_at_least("--max-examples", self.max_examples, 1)
+        require_at_least("--train-sentencepiece", self.train_sentencepiece, 1)
+        require_at_least("--workers", self.workers, 0)
         if not self.sources:
             raise UserError("no source is given", where="--input", mend="--input name=file.jsonl")
         if bool(self.tokenizer) == (self.train_sentencepiece is not None):

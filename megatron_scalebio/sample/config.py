@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_scalebio.config.checks import require_at_least, require_one_of
 from megatron_scalebio.data.formats import FORMATS
 from megatron_scalebio.data.prepare import TOO_LONG
 from megatron_scalebio.errors import UserError
@@ -60,24 +61,15 @@ class SampleConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for field, value, allowed in (
-            ("--format", self.format, ("auto", *FORMATS)),
-            ("--too-long", self.too_long, (None, *TOO_LONG)),
-        ):
-            if value not in allowed:
-                known = ", ".join(name for name in allowed if name)
-                raise UserError(f"unknown value {value!r}", where=field, mend=f"one of {known}")
-        for field, number, least in (
-            ("--num-samples", self.num_samples, 1),
-            ("--per-source", self.per_source, 1),
-            ("--max-epochs", self.max_epochs, 1),
-            ("--ngram", self.ngram, 2),
-            ("--seq-length", self.seq_length, 1),
-            ("--workers", self.workers, 1),
-            ("--seed", self.seed, 0),
-        ):
-            if number is not None and number < least:
-                raise UserError(f"is {number}, must be at least {least}", where=field)
+        require_one_of("--format", self.format, ("auto", *FORMATS))
+        require_one_of("--too-long", self.too_long, TOO_LONG)
+        require_at_least("--num-samples", self.num_samples, 1)
+        require_at_least("--per-source", self.per_source, 1)
+        require_at_least("--max-epochs", self.max_epochs, 1)
+        require_at_least("--ngram", self.ngram, 2)
+        require_at_least("--seq-length", self.seq_length, 1)
+        require_at_least("--workers", self.workers, 1)
+        require_at_least("--seed", self.seed, 0)
         if self.seed >= 2**32:
             raise UserError(f"{self.seed} does not fit 32 bits", where="--seed")
         if (self.num_samples is None) == (self.per_source is None):
