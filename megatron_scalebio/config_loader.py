@@ -35,8 +35,13 @@ _FREE_WITH_HF = {
 }  # fmt: skip
 
 
-def load_config(path: str | None, overrides: dict[str, dict[str, Any]] | None = None) -> Config:
+def load_config(
+    path: str | None, overrides: dict[str, dict[str, Any]] | None = None, from_flags: bool = False
+) -> Config:
     """Reads a YAML file (None: defaults only) and lays section-wise overrides over it.
+
+    Args:
+        from_flags: the overrides are command-line flags, and are refused under those names.
 
     Raises:
         UserError: for a missing or malformed file, an unknown key (with the nearest known one),
@@ -57,11 +62,23 @@ def load_config(path: str | None, overrides: dict[str, dict[str, Any]] | None = 
         cls = typing.get_type_hints(Config)[section.name]
         merged = {**preset.get(name, {}), **given[name]}
         section_where = f"{where}: {name}"
-        if cls is ModelConfig and merged.get("hf"):
-            sections[name] = _model_from_hf(merged, section_where)
-        else:
-            sections[name] = build(cls, merged, section_where)
+        make = build if cls is not ModelConfig or not merged.get("hf") else _model_from_hf
+        try:
+            sections[name] = make(cls, merged, section_where)
+        except UserError as error:
+            flags = (overrides or {}).get(name, {}) if from_flags else {}
+            raise _under_its_flag(error, section_where, flags) from None
     return Config(**sections)
+
+
+def _under_its_flag(error: UserError, where: str, flags: Iterable[str]) -> UserError:
+    """The refusal of a field by the name of its flag, if that is where its value came from."""
+    said = str(error)
+    for name in flags:
+        head = f"{where}.{name}"
+        if said.startswith((f"{head}:", f"{head}[")):
+            return UserError("--" + name.replace("_", "-") + said.removeprefix(head))
+    return error
 
 
 def _preset(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -92,7 +109,11 @@ def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "is not text"
-        raise UserError(f"not valid YAML: {problem}", where=f"{path}{line}") from None
+        raise UserError(
+            f"not valid YAML: {problem}",
+            where=f"{path}{line}",
+            mend="check its indentation",
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -117,14 +138,14 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
     for spec in fields(cls):
         required = spec.default is MISSING and spec.default_factory is MISSING
         if required and spec.name not in converted:
-            raise UserError(f"{spec.name} is missing", where=where)
+            raise UserError(f"{spec.name} is missing", where=where, mend="add it")
     try:
         return cls(**converted)
     except UserError as error:
         raise UserError(f"{where}.{error}") from None
 
 
-def _model_from_hf(values: dict[str, Any], where: str) -> ModelConfig:
+def _model_from_hf(cls: type, values: dict[str, Any], where: str) -> ModelConfig:
     """The model of a Hugging Face folder; values given beside it must not say otherwise."""
     _, architecture = read_family(values["hf"])
     build(ModelConfig, architecture, f"{values['hf']}: model")  # refuses what is wrong there
@@ -157,17 +178,20 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin is list:
         if not isinstance(value, list):
-            raise UserError(f"{value!r} is not a list", where=where)
+            raise UserError(f"{value!r} is not a list", where=where, mend="write [a, b]")
         return [_convert(item, args[0], f"{where}[{n}]") for n, item in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{value!r} is not a mapping", where=where)
+            raise UserError(f"{value!r} is not a mapping", where=where, mend="write {name: value}")
         return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if is_dataclass(hint):
         if not isinstance(value, dict):
-            raise UserError(f"{value!r} is not a mapping", where=where)
+            raise UserError(f"{value!r} is not a mapping", where=where, mend="write {name: value}")
         return build(typing.cast(type, hint), value, where)
     return _convert_scalar(value, hint, where)
+
+
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
 
 
 def _convert_scalar(value: Any, hint: type, where: str) -> Any:
@@ -178,7 +202,9 @@ def _convert_scalar(value: Any, hint: type, where: str) -> Any:
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{value!r} is not of type {hint.__name__}", where=where)
+    raise UserError(
+        f"{value!r} is not of type {hint.__name__}", where=where, mend=f"give {_WANTED[hint]}"
+    )
 
 
 class _NamedPaths(argparse.Action):
@@ -246,4 +272,4 @@ def config_from_args(args: argparse.Namespace) -> Config:
         section, dot, key = dest.partition(".")
         if dot:
             overrides.setdefault(section, {})[key] = value
-    return load_config(getattr(args, "config", None), overrides)
+    return load_config(getattr(args, "config", None), overrides, from_flags=True)

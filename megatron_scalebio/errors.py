@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2
 EXIT_SIGNALLED = 3  # stopped by SIGTERM or SIGUSR1 after saving
 EXIT_LOST = 4  # a rank died or hung, or another run took the folder over; nothing was saved
+
+WRITABLE = "choose a folder on a disk with room, that you may write to"
 
 
 class UserError(Exception):
@@ -45,3 +48,14 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Turns what a disk refuses into a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"can't write: {error.strerror or error}", where=str(path), mend=WRITABLE
+        ) from None

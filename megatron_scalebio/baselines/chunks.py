@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_scalebio import runtime
-from megatron_scalebio.checkpoint.folder import disk_errors_named
 from megatron_scalebio.data.blend import Ints
-from megatron_scalebio.errors import UserError
+from megatron_scalebio.errors import UserError, disk_errors_named
 from megatron_scalebio.report.console import RunConsole
 from megatron_scalebio.train import outputs
 

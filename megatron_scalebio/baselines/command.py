@@ -11,12 +11,15 @@ import importlib
 from pathlib import Path
 
 from megatron_scalebio import runtime
+from megatron_scalebio.baselines import fixed
 from megatron_scalebio.baselines.found import Found, write_found
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import add_arguments, config_from_args, config_text
 from megatron_scalebio.data.sources import open_sources
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
 from megatron_scalebio.report.console import RunConsole, SourceLine
+from megatron_scalebio.report.html import write_report
+from megatron_scalebio.report.metrics import METRICS_FILE
 from megatron_scalebio.sample.inputs import SELECTED_FILE
 from megatron_scalebio.train import outputs, reweight
 from megatron_scalebio.train.start import begin
@@ -41,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if method == "scalebio":
         return reweight.run(config)
     config.validate(runtime.world_size_from_environment())
+    if method == "manual":
+        fixed.require_weights(config)
     rival = importlib.import_module(f"megatron_scalebio.baselines.{RIVALS[method]}")
     with begin(config) as begun:
         found = rival.find(config, begun)
@@ -54,14 +59,12 @@ def _finish(config: Config, found: Found, folder: Path) -> None:
     sources = open_sources(config.data.sources, config, folder / "cache")
     outputs.write_text(folder / "config.yaml", config_text(config))
     content = write_found(folder, found, sources, config)
-    tokens = [source.tokens for source in sources]
-    natural = [count / sum(tokens) for count in tokens]
-    lines = [
-        SourceLine(source.name, len(source), source.tokens, share, initial)
-        for source, share, initial in zip(sources, natural, found.initial_S, strict=True)
-    ]
+    shares = zip(sources, outputs.natural_shares(sources), found.initial_S, strict=True)
+    lines = [SourceLine(s.name, len(s), s.tokens, natural, p) for s, natural, p in shares]
     places = {"weights": folder / "weights.json", "blend": folder / "blend.txt"}
     if found.selected_S is not None:
         places["selected"] = folder / SELECTED_FILE
+    if (folder / METRICS_FILE).exists():  # it trained: there is something to draw
+        places["report"] = write_report(folder)
     console = RunConsole(lines, config.train.train_iters, config.logging.log_interval)
     console.result(content, places, config.data.known_weights)

@@ -31,6 +31,7 @@ class Found:
         cost: what went through models until then.
         step: training steps of its last model.
         selected_S: chosen examples of each source, indices, ascending; None: it chooses none.
+        remarks: what speaks against trusting the weights.
         details: what else a reader may want, by name; goes into weights.json.
     """
 
@@ -39,6 +40,7 @@ class Found:
     cost: TokenCost = field(default_factory=TokenCost)
     step: int = 0
     selected_S: list[list[int]] | None = None
+    remarks: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -62,8 +64,9 @@ def write_found(
     content = {
         "method": method,
         "step": found.step,
+        "complete": True,
         "converged": False,
-        "reason": f"{method} gives no intervals",
+        "reason": "; ".join([f"{method} gives no intervals", *found.remarks]),
         "cost": outputs.cost_entry(found.cost),
         **found.details,
         "sources": outputs.weight_entries(sources, found.weight_S, found.initial_S),

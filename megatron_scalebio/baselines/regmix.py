@@ -56,12 +56,20 @@ def find(config: Config, begun: Begun) -> Found | None:
     ledger = Ledger(begun.folder / PROXIES_FILE, data, iters, prior_S, mixtures)
     if ledger.missing and not train_proxies(config, begun, iters, ledger):
         return None
-    regression = fit(np.stack(mixtures), np.array([p["loss"] for p in ledger.proxies]))
+    losses = np.array([p["loss"] for p in ledger.proxies])
+    regression = fit(np.stack(mixtures), losses)
+    remarks = []
+    if regression.error > losses.std() / 2:
+        remarks.append(
+            f"its regression misses a proxy left out by {regression.error:.2g}, and they differ by "
+            f"{losses.std():.2g}: raise proxy_iters or proxies"
+        )
     return Found(
         weight_S=best_mixture(regression, prior_S, config.train.seed).tolist(),
         initial_S=prior_S.tolist(),
         cost=ledger.cost,
         step=iters,
+        remarks=remarks,
         details={
             "regression": {"features": regression.features, "left_out_error": regression.error},
             "proxies": [{"weights": p["weights"], "loss": p["loss"]} for p in ledger.proxies],

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from megatron_scalebio import runtime
-from megatron_scalebio.baselines.fixed import natural_weights
 from megatron_scalebio.baselines.found import normalised
 from megatron_scalebio.config import Config
 from megatron_scalebio.errors import UserError
@@ -156,7 +155,7 @@ def prior_weights(config: Config, data: Data) -> list[float]:
     """The mixture that users would train on otherwise: the given one, else the natural one."""
     if config.data.weights or config.data.sources[0].initial_weight is not None:
         return normalised(data.initial_weights())
-    return normalised(natural_weights(data))
+    return outputs.natural_shares(data.sources)
 
 
 def start_log(

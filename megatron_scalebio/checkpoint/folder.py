@@ -15,12 +15,10 @@ import re
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.errors import UserError
+from megatron_scalebio.errors import UserError, disk_errors_named
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BILEVEL = "bilevel"
@@ -109,19 +107,6 @@ def commit(temporary: Path, save: Path, step: int, keep_last: int) -> None:
     for old in steps_on_disk(save)[:-keep_last]:
         if old != step:
             shutil.rmtree(iteration_folder(save, old), ignore_errors=True)
-
-
-@contextmanager
-def disk_errors_named(path: Path) -> Iterator[None]:
-    """Turns what a disk refuses into a UserError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"can't write: {error.strerror or error}",
-            where=str(path),
-            mend="choose a folder on a disk with room, that you may write to",
-        ) from None
 
 
 def newest_whole(save: Path) -> tuple[int | None, list[str]]:

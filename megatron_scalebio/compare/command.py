@@ -14,25 +14,29 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
 
 from megatron_scalebio.compare.config import CompareConfig, load, resolved_text
 from megatron_scalebio.compare.results import collect, write
-from megatron_scalebio.compare.stages import Plan, Stage
-from megatron_scalebio.config_loader import read_yaml
+from megatron_scalebio.compare.stages import WEIGHTS_FILE, Plan, Stage
+from megatron_scalebio.config_loader import build, read_yaml
 from megatron_scalebio.errors import (
     EXIT_OK,
     EXIT_SIGNALLED,
     EXIT_USER_ERROR,
     UserError,
+    disk_errors_named,
     sigterm_interrupts,
 )
 from megatron_scalebio.report.summary import duration
 
 # What may change between two starts of one comparison: runs are added, none made invalid.
 EXTENDABLE = ("methods", "seeds", "tasks", "ranks", "launcher", "variants", "weights")
+CONFIG_FILE = "compare.yaml"
+NARROWEST = 120  # columns of the closing table
 TIMING_FILE = "timing.json"
 _LOG_TAIL = 15  # lines
 
@@ -52,17 +56,21 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, {k: v for k, v in given.items() if v is not None})
     plan = Plan(config)
     console = Console(highlight=False)
+    console = Console(highlight=False, width=max(NARROWEST, console.width))
+    whole = _joined_with_earlier(config, plan)
     if args.dry_run:
-        for stage in plan:
-            if not stage.product.exists():
-                console.print(f"# {stage.title}\n{' '.join(plan.command(stage))}", soft_wrap=True)
+        todo = [stage for stage in plan if not stage.done]
+        for stage in todo:
+            console.print(f"# {stage.title}\n{' '.join(plan.command(stage))}", soft_wrap=True)
+        if not todo:
+            console.print(f"nothing is left to run in {config.output}")
         return EXIT_OK
-    _keep_or_refuse(config)
+    _write(Path(config.output) / CONFIG_FILE, resolved_text(whole))
     stages = list(plan)
     try:
         with sigterm_interrupts():
             for number, stage in enumerate(stages, 1):
-                if not stage.product.exists():
+                if not stage.done:
                     console.print(f"[{number}/{len(stages)}] {stage.title} ...", markup=False)
                     seconds = run_stage(stage, plan.command(stage))
                     console.print(f"    {duration(round(seconds))}")
@@ -71,27 +79,44 @@ def run(args: argparse.Namespace) -> int:
         console.print("compare: stopped; the same command goes on from there")
         return EXIT_SIGNALLED
     finally:
-        comparison = collect(plan)
+        comparison = collect(Plan(whole))
         if comparison["methods"]:
             write(plan.output, comparison, console)
     return EXIT_OK
 
 
-def _keep_or_refuse(config: CompareConfig) -> None:
-    """Writes the comparison's configuration to its output, or checks that it is the one there."""
-    path = Path(config.output) / "compare.yaml"
-    if path.exists():
-        earlier = read_yaml(str(path), known=vars(config))
-        now = yaml.safe_load(resolved_text(config))
-        for name, value in now.items():
-            if name not in EXTENDABLE and earlier.get(name) != value:
-                raise UserError(
-                    f"{value!r} is not {earlier.get(name)!r}, with which this comparison began",
-                    where=f"{path}: {name}",
-                    mend="set it back, or choose a new output",
-                )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, resolved_text(config))
+def _joined_with_earlier(config: CompareConfig, plan: Plan) -> CompareConfig:
+    """The comparison in its output with what this one adds, or this one where none has begun.
+
+    Raises:
+        UserError: if the one there differs in what would make its runs invalid.
+    """
+    path = Path(config.output) / CONFIG_FILE
+    if not path.exists() or not any(stage.done for stage in plan):
+        return config
+    earlier = read_yaml(str(path), known=vars(config))
+    now = yaml.safe_load(resolved_text(config))
+    for name, value in now.items():
+        if name not in EXTENDABLE:
+            _refuse_difference(f"{path}: {name}", earlier.get(name), value)
+    for name in ("methods", "seeds"):
+        kept = [each for each in earlier.get(name) or [] if each not in now[name]]
+        now[name] = [*kept, *now[name]]
+    for name in ("variants", "weights"):
+        now[name] = {**(earlier.get(name) or {}), **now[name]}
+    return build(CompareConfig, now, str(path))
+
+
+def _refuse_difference(where: str, earlier: Any, now: Any) -> None:
+    """Refuses a changed value by its own name, however deep it lies."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        for name in {**earlier, **now}:
+            _refuse_difference(f"{where}.{name}", earlier.get(name), now.get(name))
+    elif earlier != now:
+        raise UserError(
+            f"is {now!r} now, and this comparison began with {earlier!r}",
+            where=where, mend="set it back, or choose a new output",
+        )  # fmt: skip
 
 
 def run_stage(stage: Stage, command: list[str]) -> float:
@@ -101,7 +126,8 @@ def run_stage(stage: Stage, command: list[str]) -> float:
         UserError: with the stage's own line, if it refuses its input.
         SystemExit: with its exit code, if it fails otherwise; the tail of its log is shown.
     """
-    stage.log.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors_named(stage.log.parent):
+        stage.log.parent.mkdir(parents=True, exist_ok=True)
     if stage.config is not None:
         path, sections = stage.config
         _write(path, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
@@ -120,7 +146,7 @@ def run_stage(stage: Stage, command: list[str]) -> float:
             seconds = _add_time(stage, time.monotonic() - begun)
     if code == EXIT_SIGNALLED:
         raise KeyboardInterrupt
-    if code or not stage.product.exists():
+    if code or not stage.done:
         _refuse(stage, code)
     return seconds
 
@@ -149,15 +175,14 @@ def _drop_training_state(stage: Stage) -> None:
 
     The weights, the report and every step's record stay.
     """
-    if stage.product.name == "weights.json" and stage.product.exists():
+    if stage.product.name == WEIGHTS_FILE:
         for path in stage.product.parent.rglob("checkpoints"):
             shutil.rmtree(path)
 
 
 def _write(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with disk_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write: {error.strerror}", where=str(path)) from None

@@ -86,7 +86,10 @@ class CompareConfig:
             if method not in known:
                 raise refuse("methods", method, "is no method", f"choose from {', '.join(known)}")
         if "manual" in self.methods and set(self.weights) != set(self.sources):
-            raise refuse("weights", self.weights, "is not of the sources", "give each its weight")
+            raise refuse(
+                "weights", self.weights, "are not those of the sources, which method manual needs",
+                f"give one each of {', '.join(self.sources)}",
+            )  # fmt: skip
         if not (self.model or self.tokenizer):
             raise refuse("model", None, "and tokenizer are missing", "name a Hugging Face folder")
         if self.tasks and not self.model:
@@ -127,9 +130,19 @@ def load(path: Path, overrides: dict[str, Any]) -> CompareConfig:
     config: CompareConfig = build(
         CompareConfig, {**read_yaml(str(path), known=_FIELDS), **overrides}, str(path)
     )
-    for method in config.methods:
+    for method in dict.fromkeys([*config.methods, *config.variants]):
         _check(config.sections_of(method), f"{path}: {method}")
     _check(config.sections_of_training(), f"{path}: train")
+    given = {"model": config.model, "tokenizer": config.tokenizer}
+    for section in ("sources", "validation", "test", "tasks"):
+        for name, file in getattr(config, section).items():
+            given[f"{section}.{name}"] = file
+    for field_name, file in given.items():
+        if file is not None and not Path(file).exists():
+            raise UserError(
+                f"{file}: no such file or folder", where=f"{path}: {field_name}",
+                mend="paths are relative to where you start from",
+            )  # fmt: skip
     return config
 
 

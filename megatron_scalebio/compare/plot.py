@@ -24,9 +24,9 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
         mean, sd = method["test_loss"]["mean"], method["test_loss"]["sd"] or 0.0
         losses.errorbar(mean, row, xerr=sd, fmt="o", color="#1b4f72", capsize=4)
         seeds = [run["test_loss"] for run in method["runs"]]
-        losses.plot(seeds, [row] * len(seeds), "|", color="#7f8c8d", markersize=9)
+        losses.plot(seeds, [row - 0.22] * len(seeds), ".", color="#7f8c8d", markersize=6)
     losses.set_yticks(range(len(methods)), names)
-    losses.set_xlabel("test loss (nats), mean ± sd; a bar a seed")
+    losses.set_xlabel("test loss (nats), mean ± sd; grey: each seed")
     losses.grid(axis="x", alpha=0.3)
     start = [0.0] * len(methods)
     for number, source in enumerate(_largest(comparison)):
@@ -37,7 +37,7 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
     rest = [1.0 - value for value in start]
     if max(rest) > 1e-6:
         weights.barh(range(len(methods)), rest, left=start, label="others", color="#d5d8dc")
-    weights.set_xlabel("weights")
+    weights.set_xlabel("weights, mean over seeds")
     weights.set_xlim(0, 1)
     weights.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=150, format="png")

@@ -2,7 +2,8 @@
 
 Cost is given in equivalents of the final training: tokens that went through a model of its size
 while the mixture was searched, a forward pass counted as a third of forward and backward, over the
-tokens of the final training. What LISA spares and recomputation adds is left out of both.
+tokens of the final training (the mean of all runs: one unit for all). What LISA spares and
+recomputation adds is left out of both.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_scalebio.compare.plot import draw
-from megatron_scalebio.compare.stages import Plan, Run
-from megatron_scalebio.errors import UserError
+from megatron_scalebio.compare.stages import WEIGHTS_FILE, Plan, Run, read
+from megatron_scalebio.errors import disk_errors_named
 from megatron_scalebio.report.summary import duration
 
 Content = dict[str, Any]
@@ -29,12 +30,15 @@ Content = dict[str, Any]
 
 def collect(plan: Plan) -> Content:
     """Everything that is there yet; a method appears once one of its runs is complete."""
-    methods = []
-    for name in plan.config.methods:
-        runs = [_read_run(plan, run) for run in plan.runs if run.method == name]
-        done = [run for run in runs if run is not None]
-        if done:
-            methods.append({"name": name, "runs": done, **_summary(done)})
+    complete: dict[str, list[Content]] = {}
+    for planned in plan.runs:
+        content = _read_run(plan, planned)
+        if content is not None:
+            complete.setdefault(planned.method, []).append(content)
+    unit = fmean([run["training_tokens"] for runs in complete.values() for run in runs] or [1])
+    for run in (run for runs in complete.values() for run in runs):
+        run["cost"] = run["search_tokens"] / unit
+    methods = [{"name": name, "runs": runs, **_summary(runs)} for name, runs in complete.items()]
     methods.sort(key=lambda method: method["test_loss"]["mean"])
     for method in methods:
         method["behind"] = _behind(methods[0]["runs"], method["runs"])
@@ -43,22 +47,23 @@ def collect(plan: Plan) -> Content:
         "seeds": plan.config.seeds,
         "test": list(plan.config.test),
         "num_samples": plan.num_samples,
+        "max_epochs": plan.config.max_epochs,
         "methods": methods,
     }
 
 
 def _read_run(plan: Plan, run: Run) -> Content | None:
-    if not all(stage.product.exists() for stage in run.stages):
+    if not all(stage.done for stage in run.stages):
         return None
-    found = _read(run.folder / "find" / "weights.json")
-    drawn = _read(run.folder / "sample" / "manifest.json")
-    trained = _read(run.folder / "train" / "evaluation.json")
+    found = read(run.folder / "find" / WEIGHTS_FILE)
+    drawn = read(run.folder / "sample" / "manifest.json")
+    trained = read(run.folder / "train" / "evaluation.json")
     kind = f"{_loss_mean(plan)}_mean"
     losses = {entry["name"]: entry[kind] for entry in trained["sets"]}
-    spent, budget = found["cost"], trained["cost"]["trained_tokens"]
+    spent = found["cost"]
     scores = {}
     if plan.config.tasks:
-        tasks = _read(run.folder / "benchmarks" / "evaluation.json")["benchmarks"]
+        tasks = read(run.folder / "benchmarks" / "evaluation.json")["benchmarks"]
         scores = {task: next(iter(entry["scores"].values())) for task, entry in tasks.items()}
     return {
         "seed": run.seed,
@@ -67,9 +72,11 @@ def _read_run(plan: Plan, run: Run) -> Content | None:
         "validation_losses": {name: losses[name] for name in plan.config.validation},
         "weights": {entry["name"]: entry["weight"] for entry in found["sources"]},
         "given": {entry["name"]: entry["given"] for entry in drawn["sources"]},
-        "cost": (spent["trained_tokens"] + spent["scored_tokens"] / 3) / budget,
-        "search_peak_bytes": _read(run.folder / "find" / "memory.json")["peak_bytes"],
-        "training_peak_bytes": _read(run.folder / "train" / "memory.json")["peak_bytes"],
+        "rows": sum(entry["given"] for entry in drawn["sources"]),
+        "search_tokens": spent["trained_tokens"] + spent["scored_tokens"] / 3,
+        "training_tokens": trained["cost"]["trained_tokens"],
+        "search_peak_bytes": read(run.folder / "find" / "memory.json")["peak_bytes"],
+        "training_peak_bytes": read(run.folder / "train" / "memory.json")["peak_bytes"],
         "seconds": {stage.log.stem: _seconds(stage.log) for stage in run.stages},
         "scores": scores,
     }
@@ -88,16 +95,7 @@ def _loss_mean(plan: Plan) -> str:
 
 def _seconds(log: Path) -> float:
     path = log.with_suffix(".timing.json")
-    return float(_read(path)["seconds"]) if path.exists() else math.nan
-
-
-def _read(path: Path) -> Content:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"damaged ({error})", where=str(path), mend="remove it, and compare again"
-        ) from None
+    return float(read(path)["seconds"]) if path.exists() else math.nan
 
 
 def _summary(runs: Sequence[Content]) -> Content:
@@ -106,6 +104,7 @@ def _summary(runs: Sequence[Content]) -> Content:
         "weights": {
             name: spread(run["weights"][name] for run in runs) for name in runs[0]["weights"]
         },
+        "rows": spread(run["rows"] for run in runs),
         "cost": spread(run["cost"] for run in runs),
         "search_seconds": spread(run["seconds"]["find"] for run in runs),
         "training_seconds": spread(run["seconds"]["train"] for run in runs),
@@ -149,6 +148,7 @@ def table(comparison: Content) -> tuple[list[str], list[list[str]]]:
         "behind",
         *tasks,
         *comparison["sources"],
+        "rows",
         "cost",
         "search",
         "memory",
@@ -162,6 +162,7 @@ def table(comparison: Content) -> tuple[list[str], list[list[str]]]:
                 shown(method["behind"], "{:.4f}".format),
                 *(shown(method["scores"][task], "{:.3f}".format) for task in tasks),
                 *(shown(method["weights"][s], "{:.2f}".format) for s in comparison["sources"]),
+                f"{method['rows']['mean']:,.0f}",
                 f"{method['cost']['mean']:.2f}",
                 duration(round(method["search_seconds"]["mean"])),
                 f"{method['search_peak_bytes'] / 2**30:.1f} GiB",
@@ -192,13 +193,15 @@ def markdown(comparison: Content, head: list[str], rows: list[list[str]]) -> str
 Mean ± standard deviation over {seeds} seeds. Every method's training set has up to
 {comparison["num_samples"]:,} rows and is trained on for the same number of steps, from the same
 model. *test loss*: mean over {", ".join(comparison["test"])}, at the last step. *behind*: how much
-more than the best method under the same seed. *cost*: tokens that
-went through a model while the mixture was searched, in units of the final training (a forward pass
-alone counts a third). *search*, *memory*: wall time and peak memory of a rank meanwhile.
+more than the best method under the same seed. *rows*: of the training set; a method that chooses
+few examples gets fewer, each at most {comparison["max_epochs"]} times. *cost*: tokens that went
+through a model while the mixture was searched, in units of the mean final training (a forward pass
+alone counts a third). *search*, *memory*: wall time and peak memory of rank 0 meanwhile.
 """
 
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with disk_errors_named(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)

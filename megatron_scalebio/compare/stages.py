@@ -13,6 +13,7 @@ OUTPUT/
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from megatron_scalebio.compare.config import CompareConfig, Sections, merged
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.errors import UserError
 
+WEIGHTS_FILE = "weights.json"
 POOL_ALL = 10**9  # rows of each source where per_source sets no limit
 
 
@@ -34,7 +36,7 @@ class Stage:
         title: what the log of the comparison calls it.
         words: of the command, without the launcher.
         log: receives what it prints, and beside it `timing.json`.
-        product: exists once the stage is done.
+        product: the last thing that it writes.
         config: written to a YAML file that the words name, or None.
         distributed: runs under the launcher.
     """
@@ -45,6 +47,13 @@ class Stage:
     product: Path
     config: tuple[Path, Sections] | None = None
     distributed: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the product is there, and not what a stopped search has found so far."""
+        if not self.product.exists():
+            return False
+        return self.product.name != WEIGHTS_FILE or read(self.product).get("complete", True)
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,7 @@ class Plan:
         words = ["reweight", "--config", str(path)]
         return Stage(
             _title(method, seed, "find the mixture"), words, folder / "find.txt",
-            folder / "find" / "weights.json", (path, sections), distributed=True,
+            folder / "find" / WEIGHTS_FILE, (path, sections), distributed=True,
         )  # fmt: skip
 
     def _sample(self, method: str, seed: int, folder: Path) -> Stage:
@@ -224,6 +233,16 @@ class Plan:
         else:
             start = [sys.executable]
         return [*start, "-m", "megatron_scalebio", *stage.words]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file that a stage left."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"damaged ({error})", where=str(path), mend="remove it, and compare again"
+        ) from None
 
 
 def _title(method: str, seed: int, what: str) -> str:

@@ -20,7 +20,7 @@ from megatron_scalebio.config.checks import require_at_least, require_one_of
 from megatron_scalebio.data.encode_pool import Batch, EncodePool, EncodeSettings
 from megatron_scalebio.data.formats import FORMATS, detect_format
 from megatron_scalebio.data.records import Record, RecordReader
-from megatron_scalebio.data.source_writer import SourceWriter, Staging
+from megatron_scalebio.data.source_writer import SourceWriter, Staging, staging_error
 from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_scalebio.data.train_tokenizer import train_sentencepiece
 from megatron_scalebio.errors import UserError
@@ -144,8 +144,7 @@ def prepare(
             staging.commit()
             return reports
     except OSError as error:
-        place = error.filename or config.out
-        raise UserError(f"{error.strerror or error}", where=str(place)) from error
+        raise staging_error(error, config.out) from error
 
 
 def _prepare_source(

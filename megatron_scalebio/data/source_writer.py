@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scalebio.errors import UserError
+from megatron_scalebio.errors import WRITABLE, UserError
 
 FORMAT_VERSION = 1
 SOURCE_FILE = "source.json"
@@ -151,3 +151,11 @@ class Staging:
                 where=str(target),
                 mend="choose another --out or source name",
             )
+
+
+def staging_error(error: OSError, out: Path) -> UserError:
+    """What an operating system's refusal is to a user, who knows of `out` and of no staging."""
+    place = Path(error.filename or out)
+    if place == out or out in place.parents or ".prepare-" in place.name:
+        return UserError(f"can't write: {error.strerror or error}", where=str(out), mend=WRITABLE)
+    return UserError(f"{error.strerror or error}", where=str(place), mend="check this file")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.errors import EXIT_LOST, UserError
+from megatron_scalebio.errors import EXIT_LOST, WRITABLE, UserError
 from megatron_scalebio.guard.process import Process
 
 LOCK_FILE = "run.lock"
@@ -129,9 +129,8 @@ class FolderLock:
                 pass
         except OSError as error:
             raise UserError(
-                f"can't write: {error.strerror or error}", where=str(self.path),
-                mend="choose a folder on a disk with room, that you may write to",
-            ) from None  # fmt: skip
+                f"can't write: {error.strerror or error}", where=str(self.path), mend=WRITABLE
+            ) from None
         self._thread = threading.Thread(target=self._renew, name="folder lock", daemon=True)
         self._thread.start()
 

@@ -26,7 +26,7 @@ _COLLECTIVES = (
     "megatron/core/pipeline_parallel/p2p_communication.py",
     "megatron/core/distributed/param_and_grad_buffer.py",
 )
-_ASIDE = ("/guard/", "/progress.py")
+_ASIDE = ("/guard/", "/progress.py", "/train/start.py")
 # In these a rank that stands still is stuck even if it is seen in no collective.
 STEP_PHASES = ("data", "period", "flush", "update", "mixture")
 RUNNING, ENDED, FAILED = "running", "ended", "failed"
@@ -167,8 +167,8 @@ def stall_line(ranks: Sequence[Status]) -> str:
 
 
 def gone_line(gone: Status, what: str, ranks: Sequence[Status]) -> str:
-    """Which rank is no more, where it was last seen, and who waits for it."""
-    return f"{gone} {what}, last seen in {gone.where}; {waiting_line(ranks, [gone])}"
+    """Which rank is no more, where it was last heard of, and who waits for it."""
+    return f"{gone} {what}, last heard of in {gone.where}; {waiting_line(ranks, [gone])}"
 
 
 def waiting_line(ranks: Sequence[Status], late: Sequence[Status]) -> str:

@@ -194,15 +194,17 @@ def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[s
     written."""
     lines = []
     moved = sum(manifest["redistributed"] for manifest in manifests)
-    if moved:
-        capped = [e["name"] for m in manifests for e in m["sources"] if e["surplus"]]
+    entries = [entry for manifest in manifests for entry in manifest["sources"]]
+    capped = [entry["name"] for entry in entries if entry["surplus"]]
+    if moved and len(capped) < len(entries):
         lines.append(
             f"{moved:,} rows above {config.max_epochs} epochs of {', '.join(capped)} were asked of "
             "the other sources instead"
         )
     short = [m["asked"] - m["given"] for m in manifests if m["given"] < m["asked"]]
     if short:
-        lines.append(f"{sum(short):,} rows fewer than asked: the sources have no more")
+        cap = f", {config.max_epochs} times each" if config.num_samples is not None else ""
+        lines.append(f"{sum(short):,} rows fewer than asked: the sources have no more{cap}")
     against = [entry["name"] for entry in manifests[0]["contamination"]["against"]]
     lines.append(
         f"compared with {', '.join(against)}" if against

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_scalebio.data.prepare import Progress
-from megatron_scalebio.data.source_writer import Staging
+from megatron_scalebio.data.source_writer import Staging, staging_error
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.sample.config import SampleConfig
 from megatron_scalebio.sample.manifest import Drawn, manifest
@@ -64,8 +64,7 @@ def sample(
             staging.commit()
             return manifests
     except OSError as error:
-        place = error.filename or config.out
-        raise UserError(f"{error.strerror or error}", where=str(place)) from error
+        raise staging_error(error, config.out) from error
 
 
 def _leave_unselected(source: OpenSource) -> None:

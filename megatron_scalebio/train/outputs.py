@@ -21,12 +21,12 @@ import megatron_scalebio
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.confidence import Verdict, WeightIntervals
 from megatron_scalebio.bilevel.objective import mixed
-from megatron_scalebio.checkpoint.folder import disk_errors_named
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.sources import Source
-from megatron_scalebio.errors import UserError
+from megatron_scalebio.errors import UserError, disk_errors_named
 from megatron_scalebio.report.metrics import METRICS_FILE
+from megatron_scalebio.sample.manifest import drawn_from
 from megatron_scalebio.train.loop import StepResult
 from megatron_scalebio.train.state import RunState, TokenCost, TrainState
 
@@ -74,10 +74,14 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def natural_shares(state: RunState) -> list[float]:
-    """Each source's share of all training tokens."""
-    tokens = [source.tokens for source in state.data.sources]
-    return [count / sum(tokens) for count in tokens]
+def natural_shares(sources: Sequence[Source]) -> list[float]:
+    """What training on all sources put together amounts to: each one's share of the examples.
+
+    Of sequences, for packed prefixes. A source that `sample --per-source` drew counts by what it
+    was drawn from.
+    """
+    counts = [drawn_from(Path(source.prefix).parent) or len(source) for source in sources]
+    return [count / sum(counts) for count in counts]
 
 
 def parameter_count(state: RunState) -> int:
@@ -115,7 +119,7 @@ def write_start(state: RunState, folder: Path, parameters: int) -> dict[str, Any
         "stage": state.stage,
         "sources": [source.name for source in state.data.sources],
         "validation": [source.name for source in state.data.validation],
-        "natural": natural_shares(state),
+        "natural": natural_shares(state.data.sources),
         "world": {
             "tp": parallel_state.get_tensor_model_parallel_world_size(),
             "pp": parallel_state.get_pipeline_model_parallel_world_size(),
@@ -174,12 +178,17 @@ def step_record(state: TrainState, result: StepResult, step_time_s: float) -> di
 
 
 def weights_content(
-    state: TrainState, intervals: WeightIntervals, verdict: Verdict
+    state: TrainState, intervals: WeightIntervals, verdict: Verdict, complete: bool
 ) -> dict[str, Any]:
-    """The content of a `reweight` run's weights.json."""
+    """The content of a `reweight` run's weights.json.
+
+    Args:
+        complete: the run came to its end; otherwise these are its weights so far.
+    """
     return {
         "method": "scalebio",
         "step": state.step,
+        "complete": complete,
         "converged": verdict.converged,
         "reason": verdict.reason,
         "confidence": state.config.bilevel.confidence,

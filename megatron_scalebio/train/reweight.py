@@ -37,7 +37,7 @@ def _run(config: Config, begun: Begun) -> int:
         if reporter:
             reporter.close()
     if reporter:
-        reporter.finish()
+        reporter.finish(complete=code == EXIT_OK)
         if code == EXIT_SIGNALLED:
             reporter.console.stopped(state.step)
     return code
@@ -129,13 +129,17 @@ class Reporter(RunLog):
         result.time_s["log"] = time.perf_counter() - start
         return problem
 
-    def finish(self) -> None:
-        """Writes the weights and the report, and says where everything is."""
+    def finish(self, complete: bool) -> None:
+        """Writes the weights and the report, and says where everything is.
+
+        Args:
+            complete: the run came to its end; otherwise these are the weights so far.
+        """
         state, folder = self.state, self.folder
         bilevel = state.config.bilevel
         blocks_BS = state.mixture.trajectory.tail(bilevel.average_fraction)
         intervals = weight_intervals(blocks_BS, bilevel.confidence)
-        content = outputs.weights_content(state, intervals, verdict(state))
+        content = outputs.weights_content(state, intervals, verdict(state), complete)
         left_out = outputs.write_weights(folder, content, state.config)
         self.end()
         report = write_report(folder)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron_scalebio.checkpoint import folder as folders
-from megatron_scalebio.errors import UserError
+from megatron_scalebio.errors import UserError, disk_errors_named
 
 
 def write_part(folder: Path, size: int = 100) -> None:
@@ -74,7 +74,7 @@ def test_a_save_clears_away_those_that_were_cut_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_and_a_used_up_quota_are_named(tmp_path: Path, number: int) -> None:
-    with pytest.raises(UserError) as refusal, folders.disk_errors_named(tmp_path / "here"):
+    with pytest.raises(UserError) as refusal, disk_errors_named(tmp_path / "here"):
         raise OSError(number, os.strerror(number))
     assert f"here: can't write: {os.strerror(number)} (choose a folder" in str(refusal.value)
 

@@ -124,7 +124,7 @@ REFUSED = [
     ({"sources": {"good": "good.jsonl"}}, "sources: ['good'] is no mixture"),
     ({"seeds": []}, "seeds: [] is empty"),
     ({"seeds": [1, 1]}, "seeds: [1, 1] names one twice"),
-    ({"methods": ["manual"]}, "weights: {} is not of the sources"),
+    ({"methods": ["manual"]}, "weights: {} are not those of the sources, which method manual"),
     ({"tokenizer": None}, "model: None and tokenizer are missing"),
     ({"test": {"goal": "x.jsonl"}}, "test: 'goal' names two sets"),
     ({"tasks": {"gsm8k": "x.jsonl"}}, "tasks: ['gsm8k'] need a Hugging Face model"),
@@ -132,6 +132,10 @@ REFUSED = [
     ({"run": {"train": {"train_iter": 3}}}, "unknown key 'train_iter' (did you mean train_iters?)"),
     ({"train": {"data": {"seq_length": 64}}}, "data.seq_length: 32 for uniform, 64 for the final"),
     ({"per_source": 0}, "per_source: 0 must be above 0"),
+    ({"tokenizer": "nowhere.model"}, "tokenizer: nowhere.model: no such file or folder"),
+    ({"test": {"test": "nowhere.json"}}, "test.test: nowhere.json: no such file or folder"),
+    ({"variants": {"x": {"baseline": {"method": "les"}}}}, "x: baseline.method: 'les' is not a"),
+    ({"output": "/proc/x"}, "/proc/x/compare.yaml: can't write"),
 ]
 
 
@@ -139,6 +143,8 @@ REFUSED = [
 def test_mistakes_are_refused_before_anything_runs(
     change: dict, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in ("good", "junk", "goal", "test"):
+        (tmp_path / f"{name}.jsonl").touch()
     path = tmp_path / "compare.yaml"
     path.write_text(yaml.safe_dump({**content(tmp_path), **change}))
     assert main(["compare", "--config", str(path)]) == 2
@@ -146,26 +152,67 @@ def test_mistakes_are_refused_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"per_source": 40}, "per_source: is 40 now, and this comparison began with 50"),
+        (
+            {"run": {**content(Path())["run"], "data": {"seq_length": 64}}},
+            "run.data.seq_length: is 64 now, and this comparison began with 32",
+        ),
+    ],
+)
 def test_another_comparison_in_the_same_folder_is_refused(
-    folder: Path, compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    compared: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict,
+    words: str,
+    options: list[str],
 ) -> None:
     path = tmp_path / "compare.yaml"
-    path.write_text(yaml.safe_dump({**content(folder), "per_source": 40}))
-    assert main(["compare", "--config", str(path)]) == 2
-    assert "per_source: 40 is not 50, with which this comparison began" in the_only_line(
-        capsys.readouterr().err
-    )
+    path.write_text(yaml.safe_dump({**content(folder), **change}))
+    assert main(["compare", "--config", str(path), *options]) == 2
+    assert words in the_only_line(capsys.readouterr().err)
 
 
-def test_a_stage_that_fails_says_why_and_loses_nothing(
+def test_methods_of_earlier_starts_stay_in_the_comparison(folder: Path, compared: Path) -> None:
+    """The fixture's second start had both; one that names the first alone drops none."""
+    assert main(["compare", "--config", str(folder / "compare.yaml")]) == 0
+    found = json.loads((compared / "compare.json").read_text())
+    assert {method["name"] for method in found["methods"]} == {"uniform", "scalebio"}
+
+
+def test_a_stage_that_fails_says_why_and_can_be_mended(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "compare.yaml"
-    changed = {**content(folder), "output": str(tmp_path / "out"), "tokenizer": "nowhere.model"}
-    path.write_text(yaml.safe_dump(changed))
+    """What fails before anything was made does not bind the next start to its mistake."""
+    path, empty = tmp_path / "compare.yaml", tmp_path / "empty.jsonl"
+    empty.touch()
+    changed = {**content(folder), "output": str(tmp_path / "out")}
+    path.write_text(yaml.safe_dump({**changed, "test": {"test": str(empty)}}))
     assert main(["compare", "--config", str(path)]) == 2
     said = capfd.readouterr().err
-    assert "prepare: " in said and "nowhere.model" in said
+    assert "prepare: " in said and "empty.jsonl" in said
+    path.write_text(yaml.safe_dump(changed))
+    assert main(["compare", "--config", str(path), "--dry-run"]) == 0
+    assert "# prepare" in capfd.readouterr().out
+
+
+def test_the_weights_of_a_stopped_search_are_not_its_end(folder: Path, compared: Path) -> None:
+    [stage] = [
+        stage for stage in Plan(load(folder / "compare.yaml", {"methods": ["scalebio"]}))
+        if stage.product.name == "weights.json"
+    ]  # fmt: skip
+    assert stage.done
+    whole = stage.product.read_text()
+    try:
+        stage.product.write_text(json.dumps({**json.loads(whole), "complete": False}))
+        assert not stage.done
+    finally:
+        stage.product.write_text(whole)
 
 
 def test_variants_and_presets_reach_the_command(folder: Path, tmp_path: Path) -> None:
@@ -187,11 +234,11 @@ def test_spread_and_differences_of_seeds() -> None:
     assert spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "sd": 1.0}
     method = {
         "name": "m", "scores": {}, "weights": {"a": spread([1.0, 1.0])}, "cost": spread([0.5]),
-        "test_loss": spread([1.0, 3.0]), "behind": spread([0.0, 0.5]),
+        "rows": spread([1234]), "test_loss": spread([1.0, 3.0]), "behind": spread([0.0, 0.5]),
         "search_seconds": spread([61.0]), "search_peak_bytes": 3 * 2**30,
     }  # fmt: skip
     head, [row] = table({"methods": [method], "sources": ["a"]})
     assert dict(zip(head, row, strict=True)) == {
         "method": "m", "test loss": "2.0000 ± 1.4142", "behind": "0.2500 ± 0.3536",
-        "a": "1.00 ± 0.00", "cost": "0.50", "search": "61 s", "memory": "3.0 GiB",
+        "a": "1.00 ± 0.00", "rows": "1,234", "cost": "0.50", "search": "61 s", "memory": "3.0 GiB",
     }  # fmt: skip
