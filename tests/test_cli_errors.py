@@ -36,7 +36,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # (flags, words of the answer)
 FLAGS: list[tuple[list[str], str]] = [
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-    (["--lr", "-1"], "optimizer.lr: -1.0 must be above 0"),
+    (["--lr", "-1"], "--lr: -1.0 must be above 0"),
     (["--lrr", "1"], "unknown argument '--lrr' (did you mean --lr?)"),
     (["--global-batchsize=8"], "did you mean --global-batch-size?"),
     (["--mixture-optimizer", "sgd"], "invalid choice: 'sgd'"),

@@ -354,9 +354,9 @@ def test_mistakes_cost_one_line(runs: Path) -> None:
         "lisa": ("lisa.lisa_layers",),
         "damaged": ("chunk-00001.npy", "remove it"),
         "cp": ("parallel.context_parallel_size", "set it to 1"),
-        "no-share": ("select_fraction", "1.5"),
+        "no-share": ("--select-fraction", "1.5"),
     }.items():
         code, said = noted(runs / "noted", name)
         line = said.strip().splitlines()[-1]
         assert code == 2 and all(word in line for word in words), (name, said)
-    assert "select_fraction" in the_only_line(noted(runs / "noted", "no-share")[1])
+    assert "--select-fraction" in the_only_line(noted(runs / "noted", "no-share")[1])

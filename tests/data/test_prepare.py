@@ -237,7 +237,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, sentence_piece
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"out: File too large"):
+        with pytest.raises(UserError, match=r"out: can't write: File too large"):
             prepare(config(tmp_path / "out", sentence_piece, source))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
