@@ -109,7 +109,8 @@ def test_a_killed_rank_is_named_and_costs_the_steps_since_the_last_checkpoint(
     finally:
         kill_all(process.pid)
     ours = [line for line in complained.splitlines() if line.startswith("megatron-scalebio: error")]
-    assert len(ours) == 1 and f"pid {victim.pid}) died, last heard of in step " in ours[0], complained
+    assert len(ours) == 1, complained
+    assert f"pid {victim.pid}) died, last heard of in step " in ours[0]
     assert process.returncode != 0
     step, problems = newest_whole(run / "checkpoints")
     assert step is not None and not problems and step >= len(metrics(run)) - SAVED
