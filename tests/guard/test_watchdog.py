@@ -103,7 +103,7 @@ def our_line(said: list[str]) -> str:
         (1, "die", "died, last heard of in step 5, phase data; ranks 0, 2 waiting for it in step"),
         (0, "die", "is gone with its store, last heard of in step"),
         (1, "fail", "ended with ValueError: of its own, last heard of in step 5, phase data"),
-        (2, "refuse", "ended with UserError: the disk is full, last heard of in step 5, phase data"),
+        (2, "refuse", "ended with UserError: the disk is full, last heard of in step 5, phase"),
     ],
 )
 def test_the_rank_is_named_and_all_end(bad: int, fault: str, words: str) -> None:
