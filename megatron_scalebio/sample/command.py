@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from megatron_scalebio.sample.inputs import (
     parse_weights,
     read_selected,
     read_weights,
+    stopped_at,
     validation_of_run,
 )
 from megatron_scalebio.sample.stage import OnProgress, sample
@@ -125,6 +127,11 @@ def _sources(
         path = Path(args.weights[0])
         path = path / WEIGHTS_FILE if path.is_dir() else path
         told = read_weights(path)
+        step = stopped_at(path)
+        if step is not None:
+            print(
+                f"warning: {path}: weights so far of a run stopped at step {step}", file=sys.stderr
+            )
         weights = {name: weight for name, (weight, _) in told.items()}
         paths = {name: where for name, (_, where) in told.items()} | inputs
         exclude = validation_of_run(path.parent)

@@ -125,6 +125,12 @@ def read_weights(path: Path) -> dict[str, tuple[float, str]]:
     return found
 
 
+def stopped_at(path: Path) -> int | None:
+    """The step at which the run of a ``weights.json`` was stopped; None if it came to its end."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return None if content.get("complete", True) else int(content["step"])
+
+
 def read_selected(path: Path) -> dict[str, tuple[int, ...]]:
     """The examples of each source that a method chose; nothing if it chose none.
 

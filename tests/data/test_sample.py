@@ -234,6 +234,10 @@ def test_only_selected_examples_are_drawn(world: World, capsys: pytest.CaptureFi
     big, small = json.loads((world.root / "out/manifest.json").read_text())["sources"]
     assert set(big["taken"]) == {3, 5, 8} and set(small["taken"]) == {0, 9}
     assert (big["given"], small["given"], big["usable"]) == (6, 4, 3)
+    so_far = {"sources": weights, "complete": False, "step": 7}
+    (run / "weights.json").write_text(json.dumps(so_far))
+    assert command(world, "--weights", str(run), "--num-samples", "10", "--overwrite") == 0
+    assert "weights so far of a run stopped at step 7" in capsys.readouterr().err
     selected[0]["taken"] = [40]
     (run / "selected.json").write_text(json.dumps({"sources": selected}))
     with pytest.raises(UserError, match="'big' has 40 examples, and one chosen is beyond them"):
