@@ -19,7 +19,9 @@ STEPS = 9
 GATHER = ["--overlap-grad-reduce", "--use-distributed-optimizer", "--overlap-param-gather"]
 FLAGS: dict[str, tuple[int, list]] = {
     "one": (1, []),
-    "one-lisa": (1, ["--lisa-layers", 1, "--lisa-interval", 4]),
+    "one-lisa": (
+        1, ["--lisa-layers", 1, "--lisa-interval", 4, "--save-interval", 1, "--keep-last", STEPS],
+    ),
     "tp2": (2, ["--tensor-model-parallel-size", 2]),
     "dp2-distributed-optimizer": (2, ["--use-distributed-optimizer"]),
     "dp2-overlap": (2, ["--overlap-grad-reduce", "--lisa-interval", 4]),
@@ -89,6 +91,17 @@ def on_ranks(folder_name: str) -> None:
         dist.barrier()
         words = [*FLAGS["dp2-overlap-gather"][1], "--load", folder / "from-gather"]
         run(folder, "resumed-gather", words)
+        for name in ("one-lisa", "dp2-overlap-gather"):
+            load = folder / name / "checkpoints" / "iter_0000003"
+            words = [
+                "--config",
+                folder / "x.yaml",
+                "--output",
+                folder / f"{name}-3",
+                "--load",
+                load,
+            ]
+            note(folder / "noted", f"{name}-3", command("evaluate", *words))
     if dist.get_world_size() == 1:
         part = folder / "from"
         shutil.copytree(folder / "one-lisa" / "checkpoints" / "iter_0000008", part / "iter_0000008")
@@ -168,6 +181,12 @@ def test_a_checkpoint_waits_for_overlapped_gathering(runs: Path) -> None:
     code, said = noted(runs / "noted", "resumed-gather")
     assert code == 0 and "from step 3" in said, said
     assert metrics(runs / "resumed-gather") == metrics(runs / "dp2-overlap-gather")[3:]
+    want, got = (
+        json.loads((runs / f"{name}-3" / "evaluation.json").read_text())["held_out"]["sets"]
+        for name in ("one-lisa", "dp2-overlap-gather")
+    )
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours["sample_mean"] == pytest.approx(theirs["sample_mean"], rel=1e-5)
 
 
 def test_held_out_losses_equal_a_naive_evaluation(runs: Path) -> None:
