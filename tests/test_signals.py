@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -56,6 +57,7 @@ def test_the_command_saves_after_its_step_and_exits_3(problem: Path) -> None:
     assert saved_step(run) == steps[-1]
     for name in ("weights.json", "blend.txt", "report.html"):
         assert (run / name).is_file(), "what was learned so far is there"
+    assert json.loads((run / "weights.json").read_text())["complete"] is False
 
 
 def signalled(folder_name: str) -> None:

@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("methods", "seeds", "output")}
     config = load(args.config, {k: v for k, v in given.items() if v is not None})
     plan = Plan(config)
-    console = Console(highlight=False)
-    console = Console(highlight=False, width=max(NARROWEST, console.width))
+    console = Console(highlight=False, width=max(NARROWEST, Console().width))
     whole = _joined_with_earlier(config, plan)
     if args.dry_run:
         todo = [stage for stage in plan if not stage.done]

@@ -110,9 +110,8 @@ def adam_named() -> str:
     }.get(library, "torch's AdamW")  # fmt: skip
 
 
-def write_start(state: RunState, folder: Path, parameters: int) -> dict[str, Any]:
+def write_start(state: RunState, config: Config, folder: Path, parameters: int) -> dict[str, Any]:
     """Writes config.yaml, command.txt and run.json; returns run.json's content."""
-    config = state.config
     write_text(folder / "config.yaml", config_text(config))
     write_text(folder / "command.txt", " ".join(sys.argv) + "\n")
     run = {

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scalebio.config import Config
-from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.progress import HERE
 from megatron_scalebio.report.console import RunConsole, SourceLine
@@ -42,8 +41,7 @@ class RunLog:
         self.folder = folder
         config = config or state.config
         resume_step = state.step if resume_step is None else resume_step
-        self.run = outputs.write_start(state, folder, parameters)
-        outputs.write_text(folder / "config.yaml", config_text(config))
+        self.run = outputs.write_start(state, config, folder, parameters)
         self.metrics = MetricsLog(
             folder,
             self.run["sources"],

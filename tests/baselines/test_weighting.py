@@ -116,7 +116,9 @@ def weights(run: Path) -> dict:
 def test_ends_in_whole_weights(runs: Path, name: str) -> None:
     code, said = noted(runs / "noted", name)
     assert code == 0, said
-    shares = [entry["weight"] for entry in weights(runs / name)["sources"]]
+    found = weights(runs / name)
+    assert found["complete"] and (runs / name / "report.html").is_file()
+    shares = [entry["weight"] for entry in found["sources"]]
     assert sum(shares) == pytest.approx(1.0) and min(shares) >= 0
 
 
@@ -129,6 +131,12 @@ def test_regmix_leaves_the_useless_source_out(runs: Path) -> None:
     """How it shares between the useful ones is beyond 15 trainings of 8 steps."""
     *_, junk = (entry["weight"] for entry in weights(runs / "regmix")["sources"])
     assert junk < 0.1
+
+
+def test_regmix_says_when_its_regression_explains_nothing(runs: Path) -> None:
+    """Four proxies of three steps hardly differ; forty steps' worth of them tell the junk apart."""
+    assert "raise proxy_iters or proxies" in weights(runs / "regmix-short")["reason"]
+    assert weights(runs / "regmix")["reason"] == "regmix gives no intervals"
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)

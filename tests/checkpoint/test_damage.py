@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_scalebio.checkpoint.folder import steps_on_disk
 from tests.commands import command, metrics, note, noted, the_only_line, write_config
@@ -60,7 +61,7 @@ def flip(path: Path) -> None:
 
 def plant_object(part: Path, taken: Path) -> None:
     """Puts a pickle in place of an object that the checkpoint holds beside its tensors."""
-    metadata = pickle.loads((part / ".metadata").read_bytes())
+    metadata = FileSystemReader(part).read_metadata()
     blob = io.BytesIO()
     torch.save({"torch": Touch(taken)}, blob)
     index = next(i for i in metadata.storage_data if i.fqn.startswith("rng_state"))

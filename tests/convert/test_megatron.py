@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_scalebio.convert.exporter import export_checkpoint
@@ -85,7 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def metadata(folder: Path) -> Metadata:
-    return pickle.loads((folder / ".metadata").read_bytes())
+    return FileSystemReader(folder).read_metadata()
 
 
 def tensors(held: Metadata) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
