@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.safe_globals import register_safe_globals
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import folder as folders
+from megatron_scalebio.checkpoint import fp8_state
 from megatron_scalebio.checkpoint.folder import BILEVEL
 from megatron_scalebio.checkpoint.sharding import (
     PER_LAYER,
@@ -131,7 +132,7 @@ def load_step(state: RunState, folder: Path, step: int) -> None:
 
 
 def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
-    """Loads the weights of an ordinary Megatron checkpoint, whatever its layout.
+    """Loads the weights of an ordinary Megatron checkpoint, whatever its layout, and no FP8 state.
 
     Raises:
         UserError: if there is none, it is damaged, or its shapes are not the model's.
@@ -143,7 +144,7 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
     wanted = model_state(chunks, None)
     _check_shapes(wanted, source)
     with _reading(source):
-        _load_models(chunks, wanted, source)
+        _load_models(chunks, wanted, source, keep_fp8_state=False)
 
 
 def _load(state: RunState, source: Path) -> None:
@@ -159,7 +160,7 @@ def _load_whole(state: RunState, source: Path) -> None:
     state.load_common_state(common["run"])
     _load_models(state.w, model_state(state.w, None), source)
     if "u" in state.models:
-        on_disk = dist_checkpointing.load_tensors_metadata(str(source / BILEVEL))
+        on_disk = dist_checkpointing.serialization.load_sharded_metadata(str(source / BILEVEL))
         _load_u(state, source / BILEVEL, set(on_disk))
     if period_of(state.step, state.config.lisa) == common["period"]:
         _check_optimizer_kind(state.config, common["optimizer_kind"], source)
@@ -239,10 +240,15 @@ def _load_u(state: RunState, source: Path, on_disk: set[str]) -> None:
     u = state.models["u"]
     wanted = model_state(u, PER_LAYER)
     held = {
-        chunk: {k: v for k, v in tensors.items() if f"u.{getattr(v, 'key', '')}" in on_disk}
+        chunk: {k: v for k, v in tensors.items() if f"u.{_key_on_disk(v)}" in on_disk}
         for chunk, tensors in wanted.items()
     }
-    own = {entry.data.data_ptr() for tensors in held.values() for entry in tensors.values()}
+    own = {
+        entry.data.data_ptr()
+        for tensors in held.values()
+        for entry in tensors.values()
+        if isinstance(entry.data, torch.Tensor)
+    }
     for _, parameter in named_parameters(u):
         if parameter.data_ptr() in own:
             parameter.data = parameter.data.clone()
@@ -252,13 +258,28 @@ def _load_u(state: RunState, source: Path, on_disk: set[str]) -> None:
     _load_models(u, held, source, strict=False)
 
 
+def _key_on_disk(entry: Any) -> str:
+    if isinstance(entry, ShardedObject):
+        return entry.unique_key
+    return getattr(entry, "key", "")
+
+
 def _load_models(
-    chunks: list[torch.nn.Module], wanted: dict[str, Any], source: Path, strict: bool = True
+    chunks: list[torch.nn.Module],
+    wanted: dict[str, Any],
+    source: Path,
+    strict: bool = True,
+    keep_fp8_state: bool = True,
 ) -> None:
     register_safe_globals()
     loaded = dist_checkpointing.load(wanted, str(source))
     for chunk, key in zip(chunks, sorted(wanted, key=lambda k: (len(k), k)), strict=True):
-        unwrap_model(chunk).load_state_dict(loaded.get(key, {}), strict=strict)
+        model = loaded.get(key, {})
+        if keep_fp8_state:
+            fp8_state.refuse_code(model)
+        else:
+            fp8_state.drop(model)
+        unwrap_model(chunk).load_state_dict(model, strict=strict)
 
 
 def _check_shapes(wanted: dict[str, Any], source: Path) -> None:

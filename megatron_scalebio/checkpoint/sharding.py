@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
+from megatron_scalebio.checkpoint import fp8_state
 from megatron_scalebio.checkpoint.megatron_args import megatron_args
 from megatron_scalebio.config import Config
 from megatron_scalebio.model.twin import named_parameters
@@ -71,7 +72,7 @@ def model_state(chunks: list[torch.nn.Module], metadata: dict[str, Any] | None) 
 
 
 def _own_state_of_u(state: RunState) -> dict[str, Any]:
-    """Sharded state of the parameters in which u has storage of its own."""
+    """Sharded state of the parameters in which u has storage of its own, and its FP8 state."""
     shared = {
         p_u.data_ptr()
         for (_, p_w), (_, p_u) in zip(
@@ -81,16 +82,18 @@ def _own_state_of_u(state: RunState) -> dict[str, Any]:
     }
     whole = model_state(state.models["u"], PER_LAYER)
     own = {
-        chunk: {k: v for k, v in tensors.items() if not _is_among(v, shared)}
+        chunk: {k: v for k, v in tensors.items() if fp8_state.is_kept(v) or _is_apart(v, shared)}
         for chunk, tensors in whole.items()
     }
     add_prefix_for_sharding(own, "u.")
     return own
 
 
-def _is_among(entry: Any, pointers: set[int]) -> bool:
+def _is_apart(entry: Any, shared: set[int]) -> bool:
+    if isinstance(entry, ShardedObject):
+        return False
     data = getattr(entry, "data", None)
-    return not isinstance(data, torch.Tensor) or data.data_ptr() in pointers
+    return isinstance(data, torch.Tensor) and data.data_ptr() not in shared
 
 
 def optimizer_states(state: RunState, is_loading: bool = False) -> dict[str, Any]:
