@@ -4,18 +4,55 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_scalebio.config import Config, ModelConfig
-from megatron_scalebio.model.provider import padded_vocab_size
+from megatron_scalebio.model.provider import padded_vocab_size, uses_transformer_engine
+
+# What models here do not have, by the values that say so. Megatron-Bridge looks for each of them.
+_WITHOUT: dict[str, Any] = {
+    "config_logger_dir": "",
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "experimental_attention_variant": None,
+    "fp16": False,
+    "fp16_lm_cross_entropy": False,
+    "heterogeneous_layers_config_path": None,
+    "hybrid_override_pattern": None,
+    "init_method_xavier_uniform": False,
+    "init_model_with_meta_device": False,
+    "is_hybrid_model": False,
+    "moe_grouped_gemm": False,
+    "moe_use_legacy_grouped_gemm": False,
+    "mtp_num_layers": None,
+    "multi_latent_attention": False,
+    "no_persist_layer_norm": True,
+    "num_experts": None,
+    "qk_l2_norm": False,
+    "rotary_interleaved": False,
+    "spec": None,
+    "squared_relu": False,
+    "use_legacy_models": False,
+}
 
 
-def megatron_args(config: Config, vocab_size: int) -> argparse.Namespace:
-    """The arguments that Megatron-LM and its converters look for in `common.pt`."""
+def megatron_args(
+    config: Config, vocab_size: int, tokenizer: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
+    """The arguments that Megatron-LM, Megatron-Bridge and converters look for in `common.pt`.
+
+    Args:
+        vocab_size: of the model, without padding.
+        tokenizer: its `type` under Megatron-LM's name and its `model`, where the data tell them.
+    """
     model, parallel = config.model, config.parallel
     return argparse.Namespace(
+        **_WITHOUT,
+        **_tokenizer(tokenizer),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -30,6 +67,7 @@ def megatron_args(config: Config, vocab_size: int) -> argparse.Namespace:
         **_positions(model),
         normalization=model.normalization,
         norm_epsilon=model.norm_epsilon,
+        layernorm_epsilon=model.norm_epsilon,
         swiglu=model.swiglu,
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
@@ -43,6 +81,12 @@ def megatron_args(config: Config, vocab_size: int) -> argparse.Namespace:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        overlap_p2p_comm=parallel.num_layers_per_virtual_pipeline_stage is not None,
+        cp_comm_type=["p2p"],
+        transformer_impl="transformer_engine" if uses_transformer_engine(config) else "local",
+        fp8_param_gather=parallel.fp8_param_gather,
+        bias_swiglu_fusion=model.swiglu,
+        bias_gelu_fusion=model.activation == "gelu_tanh",  # which that fusion is, too
         bf16=parallel.bf16,
         params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -52,6 +96,16 @@ def megatron_args(config: Config, vocab_size: int) -> argparse.Namespace:
         dist_ckpt_format="torch_dist",
         use_dist_ckpt=True,
     )
+
+
+def _tokenizer(tokenizer: Mapping[str, Any] | None) -> dict[str, str]:
+    if tokenizer is None:
+        return {}
+    model = Path(tokenizer["model"])
+    return {
+        "tokenizer_type": tokenizer["type"],
+        "tokenizer_model": str(model.absolute() if model.exists() else model),
+    }
 
 
 def _positions(model: ModelConfig) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def w_state(state: RunState) -> dict[str, Any]:
         state.period.gather_parameters()
     return {
         **model_state(state.w, None),
-        "args": megatron_args(state.config, state.data.vocab_size),
+        "args": megatron_args(state.config, state.data.vocab_size, state.data.tokenizer),
         "checkpoint_version": 3.0,
         "iteration": state.step,
         "content_metadata": {"singleton_local_shards": False},

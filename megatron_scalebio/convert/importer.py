@@ -182,7 +182,8 @@ class ImportPlan:
 def _arguments(config: Config, dtypes: dict[str, torch.dtype]) -> argparse.Namespace:
     """What Megatron-LM looks for in a checkpoint; the dtype is that of the linear layers."""
     assert config.model.vocab_size is not None, "a family sets it"
-    args = megatron_args(config, config.model.vocab_size)
+    tokenizer = {"type": "HuggingFaceTokenizer", "model": config.model.hf}
+    args = megatron_args(config, config.model.vocab_size, tokenizer)
     args.params_dtype = dtypes["decoder.layers.self_attention.linear_proj.weight"]
     args.bf16 = args.params_dtype == torch.bfloat16
     args.fp16 = args.params_dtype == torch.float16

@@ -61,10 +61,10 @@ class Data:
         runtime.on_main(lambda: self._open(cache))
         if not runtime.is_main():
             self._open(cache)
-        self.vocab_size = shared_vocab_size(
-            [*self.sources, *self.validation, *self.test], config.model.vocab_size
-        )
-        for source in (*self.sources, *self.validation, *self.test):
+        every = [*self.sources, *self.validation, *self.test]
+        self.vocab_size = shared_vocab_size(every, config.model.vocab_size)
+        self.tokenizer = next((source.tokenizer for source in every if source.tokenizer), None)
+        for source in every:
             source.vocab_size = self.vocab_size
         weights = np.array([entry.weight for entry in config.data.validation])
         self.shares_V = weights / weights.sum() if len(weights) else weights
