@@ -33,7 +33,7 @@ class CompareConfig:
         methods: names of `reweight --method`, of `VARIANTS`, or of `variants`.
         seeds: one run of everything for each.
         model: Hugging Face folder that all stages start from; its tokenizer prepares the data.
-        tokenizer: where there is no `model`, or another one is wanted.
+        tokenizer: where there is no `model`, or another one is wanted; prepared sets need neither.
         per_source: rows of each source that the methods learn from and draw from [all].
         num_samples: rows of the final training set [what the final training takes in one pass].
         max_epochs: the most times that a row is in it.
@@ -90,7 +90,8 @@ class CompareConfig:
                 "weights", self.weights, "are not those of the sources, which method manual needs",
                 f"give one each of {', '.join(self.sources)}",
             )  # fmt: skip
-        if not (self.model or self.tokenizer):
+        sets = [*self.sources.values(), *self.validation.values(), *self.test.values()]
+        if not (self.model or self.tokenizer or all(map(is_prepared, sets))):
             raise refuse("model", None, "and tokenizer are missing", "name a Hugging Face folder")
         if self.tasks and not self.model:
             raise refuse("tasks", list(self.tasks), "need a Hugging Face model", "name model")
@@ -105,6 +106,10 @@ class CompareConfig:
 
     def _model(self) -> Sections:
         return {"model": {"hf": self.model}} if self.model else {}
+
+
+def is_prepared(path: str) -> bool:
+    return (Path(path) / "source.json").is_file()
 
 
 def merged(*layers: Sections) -> Sections:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.compare.config import CompareConfig, Sections, merged
+from megatron_scalebio.compare.config import CompareConfig, Sections, is_prepared, merged
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.errors import UserError
 
@@ -96,8 +96,8 @@ class Plan:
     def _data(self, name: str) -> Path:
         """The prepared folder of a source or set: made here, or the user's own."""
         config = self.config
-        given = Path({**config.sources, **config.validation, **config.test}[name])
-        return given if (given / "source.json").is_file() else self.output / "data" / name
+        given = {**config.sources, **config.validation, **config.test}[name]
+        return Path(given) if is_prepared(given) else self.output / "data" / name
 
     def _prepare(self) -> Iterator[Stage]:
         config, data = self.config, self.output / "data"
