@@ -1,9 +1,9 @@
-"""Which method finds a known mixture, and what is it worth? Markov-chain sources, through `compare`.
+"""Which method finds a known mixture, and what is it worth? Markov chains, through `compare`.
 
-20 sources, of which 12 are junk; validation and test sets are drawn from the true mixture. `compare`
-runs every method, and `manual` with the truth itself: the best that any fixed mixture can be
-expected to do. Beside its test losses stands the L1 distance Σ|p_i − truth_i| of each method's
-weights. A stopped benchmark goes on in the same --output.
+20 sources, of which 12 are junk; validation and test sets are drawn from the true mixture. Every
+method runs, and `manual` with the truth itself: the best that any fixed mixture can be expected to
+do. Beside the test losses stands the L1 distance Σ|p_i − truth_i| of each method's weights. A
+stopped benchmark goes on in the same --output.
 """
 
 from __future__ import annotations
