@@ -20,6 +20,10 @@ if [[ ${1:--} != -* ]]; then
     command=$1
     shift
 fi
+for word in "$@"; do
+    [[ ${previous:-} != --config || -f $word ]] || refuse "--config $word: no such file"
+    previous=$word
+done
 type -P torchrun > /dev/null || refuse "torchrun is not on PATH (activate the environment first)"
 # torch counts what CUDA_VISIBLE_DEVICES leaves, as the ranks will.
 ranks=${ranks:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}

@@ -95,6 +95,23 @@ def config_text(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
+class _TwiceError(yaml.constructor.ConstructorError):
+    """A key that a mapping has twice."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML forbids it, and PyYAML lets the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise _TwiceError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
     """The mapping that a YAML file holds; `known` are the keys that it may have.
 
@@ -102,7 +119,7 @@ def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
         UserError: for a missing or malformed file, or something else than a mapping.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.load(Path(path).read_text(), Loader=_Loader)
     except OSError as error:
         raise UserError(error.strerror or str(error), where=path, mend="check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -112,7 +129,7 @@ def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
         raise UserError(
             f"not valid YAML: {problem}",
             where=f"{path}{line}",
-            mend="check its indentation",
+            mend="keep one of them" if isinstance(error, _TwiceError) else "check its indentation",
         ) from None
     if tree is None:
         return {}

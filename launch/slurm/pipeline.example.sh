@@ -17,6 +17,7 @@ all_sbatch=(--account=my-account --partition=batch --output=%x-%j.out)
 prepare=(
     megatron-scalebio prepare --tokenizer "$model" --seq-length 1024 --out data
     --input alpaca=raw/alpaca.json --input math=raw/math --input goal=raw/goal.jsonl
+    --input test=raw/test.jsonl
 )
 prepare_sbatch=(--cpus-per-task=16 --time=2:00:00)
 
@@ -27,14 +28,17 @@ convert_import_sbatch=(--mem=100G --time=1:00:00)
 reweight=("$LAUNCH/reweight.sbatch" --config run.yaml --output "$run")
 reweight_sbatch=("${eight_gpus[@]}" --time=4:00:00)
 
-sample=(megatron-scalebio sample --weights "$run/weights.json" --out data/mixed)
+sample=(
+    megatron-scalebio sample --weights "$run" --num-samples 10000 --out data/mixed
+    --exclude raw/test.jsonl
+)
 sample_sbatch=(--cpus-per-task=8 --time=1:00:00)
 
-train=("$LAUNCH/reweight.sbatch" train --config train.yaml)
+train=("$LAUNCH/reweight.sbatch" train --config train.yaml --output runs/mixed)
 train_sbatch=("${eight_gpus[@]}" --time=4:00:00)
 
 convert_export=(
-    megatron-scalebio convert export --load runs/train/checkpoints --hf-reference "$model"
+    megatron-scalebio convert export --load runs/mixed/best --hf-reference "$model"
     --save models/mixed
 )
 convert_export_sbatch=(--mem=100G --time=1:00:00)

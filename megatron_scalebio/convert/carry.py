@@ -23,7 +23,7 @@ def files_to_carry(reference: Path) -> list[Path]:
     """The files of a Hugging Face folder that are not weights or code, relative to it.
 
     Raises:
-        UserError: if it has no tokenizer, or a file that links out of the folder.
+        UserError: if a file links out of the folder.
     """
     if not reference.is_dir():
         raise UserError("is no folder", where=str(reference), mend="point to a Hugging Face folder")
@@ -35,14 +35,13 @@ def files_to_carry(reference: Path) -> list[Path]:
         and not path.name.startswith(".")
         and not path.is_dir()
     ]
-    if not any(str(name) in _TOKENIZERS for name in names):
-        raise UserError(
-            f"holds no tokenizer ({', '.join(_TOKENIZERS)})", where=str(reference),
-            mend="add the tokenizer's files, without which the export can't be used",
-        )  # fmt: skip
     for name in names:
         _refuse_foreign(reference, reference / name)
     return names
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
 def carry(reference: Path, names: list[Path], save: Path, dtype: torch.dtype | None) -> None:

@@ -23,6 +23,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from megatron_scalebio.convert.carry import has_tokenizer
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 
 _LINE_EVERY_S = 10.0
@@ -74,6 +75,11 @@ def run(args: argparse.Namespace) -> int:
         console.print("convert: stopped; nothing was written")
         return EXIT_SIGNALLED
     console.print(f"convert: {args.save} in {time.monotonic() - begin:.0f} s", highlight=False)
+    if args.direction == "export" and not has_tokenizer(Path(args.save)):
+        console.print(
+            f"convert: warning: {args.hf_reference} holds no tokenizer, so {args.save} has none: "
+            "add its files to use the model", highlight=False,
+        )  # fmt: skip
     if args.verify:
         _verify(args, console)
     return EXIT_OK

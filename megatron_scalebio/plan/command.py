@@ -11,10 +11,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from megatron_scalebio import config_loader
 from megatron_scalebio.config import Config
+from megatron_scalebio.config.data import SourceConfig, ValidationConfig
 from megatron_scalebio.errors import EXIT_OK, UserError
 
 NARROWEST = 80
@@ -53,6 +55,14 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.mfu <= 1:
         raise UserError(f"{args.mfu:g} is outside (0, 1]", where="--mfu", mend="try 0.4")
     config = config_loader.config_from_args(args)
+    if config.baseline.method != "scalebio":
+        raise UserError(
+            f"{config.baseline.method!r} can't be planned, only the step of scalebio is rehearsed",
+            where="baseline.method", mend="drop it",
+        )  # fmt: skip
+    if args.json and not Path(args.json).parent.is_dir():
+        raise UserError("no such folder", where=f"--json: {args.json}", mend="make it first")
+    _name_data(config)
     if config.model.vocab_size is None:
         raise UserError(
             "is not set", where="model.vocab_size",
@@ -64,6 +74,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         _write(Path(args.json), content)
     return EXIT_OK
+
+
+def _name_data(config: Config) -> None:
+    """A plan opens no data: where none is named, any will do."""
+    if not config.data.sources:
+        config.data.sources = [SourceConfig(name, name) for name in ("one", "another")]
+    if not config.data.validation:
+        config.data.validation = [ValidationConfig("goal", "goal")]
 
 
 def _plan(args: argparse.Namespace, config: Config, console: Console) -> dict[str, Any]:
@@ -102,11 +120,16 @@ def _search(args: argparse.Namespace, config: Config, console: Console) -> dict[
 
     gpu = gpu_named(args.gpu)
     gpus = args.gpus or gpu.node_gpus
-    with console.status("searching"):
-        found = search.search(config, gpus, gpu, args.mfu)
-    console.print("Layouts, estimated: those that fit first, fastest first")
-    console.print(search.ranking(found))
+    with console.status("searching") as status:
+        found = search.search(
+            config, gpus, gpu, args.mfu, lambda layout: status.update(f"rehearsing {layout}")
+        )
     best = found.best
+    console.print(
+        "Layouts, estimated: those that fit, fastest first (within 5 %: simplest first)"
+        if best else "Layouts, estimated: none fits, smallest first", highlight=False,
+    )  # fmt: skip
+    console.print(search.ranking(found))
     if best is None:
         raise UserError(
             f"no layout of {gpus} x {gpu.name} holds the model"
@@ -114,9 +137,17 @@ def _search(args: argparse.Namespace, config: Config, console: Console) -> dict[
             where="--search", mend="more GPUs, fewer lisa_layers or a shorter seq_length",
         )  # fmt: skip
     table.show(console, best)
+    lisa = found.best_config.lisa.lisa_layers
+    if lisa != config.lisa.lisa_layers:
+        console.print(
+            f"no layout trains all layers at once: proposed with lisa_layers {lisa}, which is "
+            "another training, not only another layout", highlight=False,
+        )  # fmt: skip
     console.print(f"fewest {gpu.name} that hold it: {found.fewest}", highlight=False)
-    console.print(search.as_yaml(found.best_config), highlight=False)
-    return {**best.as_json(), "fewest_gpus": found.fewest}
+    console.print("these sections, whole, take the place of the file's:\n", highlight=False)
+    sections = search.sections(found.best_config)
+    console.print(yaml.safe_dump(sections, sort_keys=False), highlight=False)
+    return {**best.as_json(), "fewest_gpus": found.fewest, "sections": sections}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

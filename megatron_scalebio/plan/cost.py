@@ -2,6 +2,7 @@
 
     flush  = (n · v + p − 1) / v · slowest stage's (arithmetic + TP and CP traffic) of a micro-batch
     step   = flush + DP traffic + optimizer
+    run    = train_iters steps; loading, evaluation and saving come on top
 
 Arithmetic is what the rehearsal counted: frozen layers have no weight gradients, recomputation is
 included. Traffic is not overlapped with arithmetic, as the run does not overlap it either; pipeline
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_scalebio.config import Config
 from megatron_scalebio.plan.holdings import ADAM, GRADIENTS, MASTERS
 from megatron_scalebio.plan.layout import Layout
 from megatron_scalebio.plan.rehearsal import StageMemory
@@ -32,6 +34,7 @@ class StepCost:
     optimizer_s: float
     bubble: float
     tokens: int
+    steps: int
     mfu: float
 
     @property
@@ -42,20 +45,23 @@ class StepCost:
         )  # fmt: skip
 
     @property
+    def run_s(self) -> float:
+        return self.step_s * self.steps
+
+    @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.step_s
 
 
-def step_cost(
-    layout: Layout, stages: list[StageMemory], tokens_per_pass: int, mfu: float
-) -> StepCost:
+def step_cost(config: Config, layout: Layout, stages: list[StageMemory], mfu: float) -> StepCost:
     """Cost of one step, from one rank of each stage.
 
     Args:
         mfu: share of the peak that the arithmetic of a micro-batch reaches, in (0, 1].
     """
     gpu, n = layout.gpu, layout.passes
-    compute_s = [stage.flops_per_pass / (gpu.peak_flops * mfu) for stage in stages]
+    peak_flops = gpu.peak_flops if config.parallel.bf16 else gpu.fp32_flops
+    compute_s = [stage.flops_per_pass / (peak_flops * mfu) for stage in stages]
 
     def rate(ranks: int) -> float:
         """Of the link between neighbours that far apart."""
@@ -76,7 +82,8 @@ def step_cost(
         data_parallel_s=max(sum(s.sent_per_step_bytes.values()) for s in stages) / dp_rate,
         optimizer_s=max(map(_optimizer_traffic, stages)) / gpu.memory_bandwidth,
         bubble=layout.bubble,
-        tokens=n * layout.dp * tokens_per_pass,
+        tokens=n * layout.dp * config.train.micro_batch_size * config.data.seq_length,
+        steps=config.train.train_iters,
         mfu=mfu,
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_scalebio.config import Config
@@ -53,15 +54,17 @@ class Estimator:
 
     Args:
         mfu: as in `step_cost`.
+        on_layout: hears for which layout it rehearses.
     """
 
-    def __init__(self, mfu: float) -> None:
-        self.mfu = mfu
+    def __init__(self, mfu: float, on_layout: Callable[[str], None] = lambda layout: None) -> None:
+        self.mfu, self._on_layout = mfu, on_layout
         self._parts: dict[tuple[object, ...], _Parts] = {}
 
     def estimate(self, config: Config, layout: Layout) -> Estimate:
         key = (layout.tp, layout.cp, config.parallel.recompute_granularity, layout.gpu.name)
         if key not in self._parts:
+            self._on_layout(str(layout))
             self._parts[key] = _rehearse_parts(config, layout)
         parts = self._parts[key]
         drawn = draws(config, layout, _PERIODS)
@@ -71,8 +74,7 @@ class Estimator:
             draw = worst_draw(config, layout, stage, drawn)
             active = here if draw is None else here.intersection(draw)
             stages.append(_stage(config, layout, stage, sorted(here), sorted(active), parts))
-        tokens = config.train.micro_batch_size * config.data.seq_length
-        cost = step_cost(layout, stages, tokens, self.mfu)
+        cost = step_cost(config, layout, stages, self.mfu)
         u_worst = tuple(stage.held_bytes[WEIGHTS_U] for stage in stages)
         return Estimate(config, Plan(layout, tuple(stages), u_worst, cost))
 

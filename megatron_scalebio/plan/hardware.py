@@ -24,6 +24,7 @@ class Gpu:
         memory_bytes: that a plan may use: the nameplate's decimal gigabytes. (An H100-80G reports
             81,559 MiB, 85.5e9 bytes: what is above the nameplate stays unplanned.)
         peak_flops: dense bf16 FLOP/s.
+        fp32_flops: FLOP/s of fp32 products, without TF32.
         memory_bandwidth: bytes/s of the device's memory.
         node_bandwidth: bytes/s to the other GPUs of a node, in one direction.
         network_bandwidth: bytes/s to other nodes, in one direction, per GPU.
@@ -34,6 +35,7 @@ class Gpu:
     name: str
     memory_bytes: int
     peak_flops: float
+    fp32_flops: float
     memory_bandwidth: float
     node_bandwidth: float
     network_bandwidth: float
@@ -51,19 +53,19 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         # NVLink 4: 900 GB/s in both directions together.
-        Gpu("h100-80g", int(80 * GB), 989e12, 3350 * GB, 450 * GB, _INFINIBAND),
-        Gpu("h200", int(141 * GB), 989e12, 4800 * GB, 450 * GB, _INFINIBAND),
+        Gpu("h100-80g", int(80 * GB), 989e12, 67e12, 3350 * GB, 450 * GB, _INFINIBAND),
+        Gpu("h200", int(141 * GB), 989e12, 67e12, 4800 * GB, 450 * GB, _INFINIBAND),
         # NVLink 3: 600 GB/s in both directions together.
-        Gpu("a100-80g", int(80 * GB), 312e12, 2039 * GB, 300 * GB, _HDR),
-        Gpu("a100-40g", int(40 * GB), 312e12, 1555 * GB, 300 * GB, _HDR),
+        Gpu("a100-80g", int(80 * GB), 312e12, 19.5e12, 2039 * GB, 300 * GB, _HDR),
+        Gpu("a100-40g", int(40 * GB), 312e12, 19.5e12, 1555 * GB, 300 * GB, _HDR),
         # A core or two of this package's test machines; only the memory is of interest.
-        Gpu("cpu", int(16 * GB), 0.2e12, 20 * GB, 5 * GB, 1 * GB, node_gpus=64, cuda=False),
+        Gpu("cpu", int(16 * GB), 0.2e12, 0.1e12, 20 * GB, 5 * GB, 1 * GB, node_gpus=64, cuda=False),
     )
 }
 
 
 def gpu_named(name: str) -> Gpu:
     """Raises UserError where there is none of that name."""
-    if name not in GPUS:
+    if name.lower() not in GPUS:
         raise UserError(f"{name!r} is not known", where="--gpu", mend=f"one of {', '.join(GPUS)}")
-    return GPUS[name]
+    return GPUS[name.lower()]

@@ -19,6 +19,8 @@ from megatron_scalebio.plan.layout import (
 )
 from megatron_scalebio.plan.rehearsal import StageMemory, rehearse
 
+MIN_HEADROOM = 0.08  # for fragmentation and what a plan does not know
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,6 +56,10 @@ class Plan:
     def fits(self) -> bool:
         return self.headroom >= 0
 
+    @property
+    def fits_narrowly(self) -> bool:
+        return 0 <= self.headroom < MIN_HEADROOM
+
     def as_json(self) -> dict[str, Any]:
         layout, cost = self.layout, self.cost
         stages = []
@@ -78,8 +84,14 @@ class Plan:
                 "micro_batches_validation": layout.validation,
             },
             "stages": stages,
-            "cost": {**asdict(cost), "step_s": cost.step_s, "tokens_per_s": cost.tokens_per_s},
+            "cost": {
+                **asdict(cost),
+                "step_s": cost.step_s,
+                "run_s": cost.run_s,
+                "tokens_per_s": cost.tokens_per_s,
+            },
             "fits": self.fits,
+            "fits_narrowly": self.fits_narrowly,
             "headroom": self.headroom,
         }
 
@@ -104,8 +116,7 @@ def make_plan(
         memory = rehearse(config, layout, stage, worst_draw(config, layout, stage, drawn))
         stages.append(memory)
         u_worst.append(_u_at_worst(config, memory, drawn, stage_layers(config, layout, stage)))
-    tokens = config.train.micro_batch_size * config.data.seq_length
-    return Plan(layout, tuple(stages), tuple(u_worst), step_cost(layout, stages, tokens, mfu))
+    return Plan(layout, tuple(stages), tuple(u_worst), step_cost(config, layout, stages, mfu))
 
 
 def _u_at_worst(

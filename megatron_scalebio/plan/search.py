@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
 from rich.table import Table
 
-from megatron_scalebio.config import Config
+from megatron_scalebio.config import Config, LisaConfig, ParallelConfig
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.plan.estimate import Estimate, Estimator
 from megatron_scalebio.plan.hardware import Gpu
 from megatron_scalebio.plan.layout import Layout
-from megatron_scalebio.plan.planner import Plan, make_plan
+from megatron_scalebio.plan.planner import MIN_HEADROOM, Plan, make_plan
+from megatron_scalebio.plan.table import seconds
 
-MIN_HEADROOM = 0.08  # for fragmentation and what a plan does not know
 ROWS_SHOWN = 8
 _REHEARSED = 4  # estimates are good to a few per cent: the first or second is the one
 _LISA_LAYERS = (8, 4, 2, 1)
+_SAME_TIME = 1.05  # nearer than a stated MFU tells apart
 _TOKENS_WORTH_SPLITTING = 4096  # of a sequence on a rank: under CP each has as many
 
 
@@ -35,7 +35,8 @@ class Found:
     """What a search gives.
 
     Attributes:
-        estimates: all candidates, those that fit first, then by time.
+        estimates: all candidates: those that fit, the simplest of the fastest and then by time;
+            those that do not, the smallest first.
         best: the fastest that fits with `MIN_HEADROOM`, rehearsed; None where none does.
         fewest: devices, a power of two or a whole number of nodes, that hold the model; None where
             not even 64 nodes do.
@@ -47,9 +48,15 @@ class Found:
     fewest: int | None
 
 
-def search(config: Config, gpus: int, gpu: Gpu, mfu: float) -> Found:
-    """Raises UserError where no layout divides the model and the batch."""
-    estimator = Estimator(mfu)
+def search(
+    config: Config, gpus: int, gpu: Gpu, mfu: float, on_layout: Callable[[str], None]
+) -> Found:
+    """Looks for a layout; `on_layout` hears which one is being estimated or rehearsed.
+
+    Raises:
+        UserError: where none divides the model and the batch.
+    """
+    estimator = Estimator(mfu, on_layout)
     estimates = _estimates(config, gpus, gpu, estimator)
     if not estimates:
         raise UserError(
@@ -66,6 +73,7 @@ def search(config: Config, gpus: int, gpu: Gpu, mfu: float) -> Found:
     for estimate in estimates[:_REHEARSED]:
         if not estimate.fits(MIN_HEADROOM / 2):
             break
+        on_layout(f"{estimate.plan.layout}, whole")
         plan = make_plan(estimate.config, estimate.plan.layout, mfu)
         if plan.headroom >= MIN_HEADROOM:
             fewest = _fewest(estimate.config, gpus, gpu, estimator)
@@ -82,7 +90,29 @@ def _estimates(config: Config, gpus: int, gpu: Gpu, estimator: Estimator) -> lis
         except UserError:
             continue  # does not divide the model or the batch
         found.append(estimator.estimate(candidate, layout))
-    return sorted(found, key=lambda e: (not e.fits(MIN_HEADROOM), e.plan.cost.step_s))
+    return in_order(found)
+
+
+def in_order(estimates: list[Estimate]) -> list[Estimate]:
+    """Those that fit, by time, of equally fast ones the simplest first; then the rest, by size."""
+
+    def time(estimate: Estimate) -> float:
+        return estimate.plan.cost.step_s
+
+    fitting = sorted((e for e in estimates if e.fits(MIN_HEADROOM)), key=time)
+    fastest = [e for e in fitting if time(e) <= _SAME_TIME * time(fitting[0])]
+    rest = [e for e in estimates if not e.fits(MIN_HEADROOM)]
+    return [
+        *sorted(fastest, key=_complexity),
+        *fitting[len(fastest) :],
+        *sorted(rest, key=lambda e: e.plan.worst_bytes),
+    ]
+
+
+def _complexity(estimate: Estimate) -> tuple[float, ...]:
+    """Pipelines with virtual chunks, then pipelines, context and tensor parallelism; then time."""
+    layout = estimate.plan.layout
+    return layout.virtual, layout.pp, layout.cp, layout.tp, estimate.plan.cost.step_s
 
 
 def candidates(config: Config, gpus: int, gpu: Gpu) -> Iterator[Config]:
@@ -145,23 +175,21 @@ def ranking(found: Found) -> Table:
             parallel.recompute_granularity or "none",
             str(estimate.config.lisa.lisa_layers or "all"),
             f"{estimate.plan.worst_bytes / 1e9:.1f}",
-            f"{estimate.plan.headroom:.1%}", f"{estimate.plan.cost.step_s:.2f}",
+            f"{estimate.plan.headroom:.1%}", seconds(estimate.plan.cost.step_s),
         )  # fmt: skip
     return table
 
 
-def as_yaml(config: Config) -> str:
-    """The proposal as sections for the run's file."""
-    parallel = config.parallel
-    names = (
-        "tensor_model_parallel_size", "pipeline_model_parallel_size",
-        "num_layers_per_virtual_pipeline_stage", "sequence_parallel", "use_distributed_optimizer",
-        "recompute_granularity",
-    )  # fmt: skip
-    values = {name: getattr(parallel, name) for name in names}
-    if parallel.context_parallel_size > 1:
-        values["context_parallel_size"] = parallel.context_parallel_size
-    sections: dict[str, Any] = {"parallel": {k: v for k, v in values.items() if v}}
-    if config.lisa.lisa_layers is not None:
-        sections["lisa"] = {"lisa_layers": config.lisa.lisa_layers}
-    return yaml.safe_dump(sections, sort_keys=False)
+def sections(config: Config) -> dict[str, dict[str, Any]]:
+    """The sections parallel and lisa as they were searched, for the run's file."""
+    chosen = {
+        "parallel": _chosen(config.parallel, ParallelConfig()),
+        "lisa": _chosen(config.lisa, LisaConfig()),
+    }
+    return {name: values for name, values in chosen.items() if values}
+
+
+def _chosen(section: Any, default: Any) -> dict[str, Any]:
+    """What a section says that is not the default."""
+    values = {spec.name: getattr(section, spec.name) for spec in fields(section)}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from megatron_scalebio.plan.cost import StepCost
 from megatron_scalebio.plan.holdings import GRADIENTS, KINDS, WEIGHTS_U, WEIGHTS_W
 from megatron_scalebio.plan.ledger import LOGITS, PIPELINE
-from megatron_scalebio.plan.planner import Plan
+from megatron_scalebio.plan.planner import MIN_HEADROOM, Plan
 from megatron_scalebio.plan.rehearsal import ROLE_NAMES
 
 STAGES_A_TABLE = 5  # in 80 columns
@@ -30,6 +30,8 @@ def verdict(plan: Plan) -> str:
     gpu = plan.layout.gpu
     fullest = max(plan.stages, key=lambda s: plan.total_bytes(s.stage)).stage
     answer = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
+    if plan.fits_narrowly:
+        answer = f"[yellow]fits narrowly[/] (fragmentation may take {MIN_HEADROOM:.0%})"
     return (
         f"{plan.layout} on {plan.layout.world} x {gpu.name}: {answer}, headroom "
         f"{plan.headroom:.1%}\nfullest: stage {fullest}, {gb(plan.worst_bytes)} of "
@@ -85,21 +87,38 @@ def _cost(cost: StepCost, plan: Plan) -> Table:
     pipeline = max(s.sent_per_pass_bytes["PP"] for s in plan.stages)
     flush = f"{layout.passes} micro-batches a rank: {layout.train} u, {layout.train} w, "
     table.add_row(
-        "arithmetic", f"{cost.compute_s:.2f}",
-        f"{cost.flops / 1e15:,.1f} PFLOP; {flush}{layout.validation} validation",
+        "arithmetic", seconds(cost.compute_s),
+        f"{_pflop(cost.flops)} PFLOP; {flush}{layout.validation} validation",
     )  # fmt: skip
     table.add_row(
-        "TP traffic", f"{cost.tensor_parallel_s:.2f}", f"{gb(per_pass * layout.passes)} GB a rank"
+        "TP traffic", seconds(cost.tensor_parallel_s), f"{gb(per_pass * layout.passes)} GB a rank"
     )
     if layout.cp > 1:
         sent = max(s.sent_per_pass_bytes["CP"] for s in plan.stages) * layout.passes
-        table.add_row("CP traffic", f"{cost.context_parallel_s:.2f}", f"{gb(sent)} GB a rank")
+        table.add_row("CP traffic", seconds(cost.context_parallel_s), f"{gb(sent)} GB a rank")
     table.add_row(
-        "pipeline bubble", f"{cost.bubble_s:.2f}",
+        "pipeline bubble", seconds(cost.bubble_s),
         f"{cost.bubble:.1%} of the flush; {gb(pipeline * layout.passes)} GB a rank sent",
     )  # fmt: skip
-    table.add_row("DP traffic", f"{cost.data_parallel_s:.2f}", f"{gb(per_step)} GB a rank")
-    table.add_row("optimizers", f"{cost.optimizer_s:.2f}", "w and u, by memory bandwidth",
+    table.add_row("DP traffic", seconds(cost.data_parallel_s), f"{gb(per_step)} GB a rank")
+    table.add_row("optimizers", seconds(cost.optimizer_s), "w and u, by memory bandwidth",
                   end_section=True)  # fmt: skip
-    table.add_row("step", f"{cost.step_s:.2f}", f"{cost.tokens_per_s:,.0f} tokens/s (u and w)")
+    passed = f"{cost.tokens_per_s:,.0f} tokens/s through u and w"
+    table.add_row("step", seconds(cost.step_s), passed)
+    table.add_row(f"{cost.steps:,} steps", duration(cost.run_s), "without loading, saving, tests")
     return table
+
+
+def seconds(value: float) -> str:
+    """Two digits behind the point, or two that tell something."""
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def _pflop(flops: float) -> str:
+    value = flops / 1e15
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def duration(value: float) -> str:
+    hours = value / 3600
+    return f"{hours:.1f} h" if hours >= 1 else f"{value / 60:.1f} min"

@@ -183,10 +183,6 @@ def smaller_vocabulary(folder: Path) -> None:
     make(folder / "hf", "llama", vocab_size=50)
 
 
-def no_tokenizer(folder: Path) -> None:
-    (folder / "hf" / "tokenizer.json").unlink()
-
-
 def secret_link(folder: Path) -> None:
     (folder / "secret").write_text("key")
     (folder / "hf" / "notes.txt").symlink_to(folder / "secret")
@@ -215,7 +211,6 @@ EXPORTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no metadata": (
         lambda folder: (folder / RELEASE / ".metadata").unlink(), ["release: lacks .metadata"],
     ),
-    "missing tokenizer": (no_tokenizer, ["hf: holds no tokenizer"]),
     "missing config": (
         lambda folder: (folder / "hf" / "config.json").unlink(), ["config.json: No such file"],
     ),
@@ -247,6 +242,15 @@ def test_export_refuses(folder: Path, capsys: Any, name: str) -> None:
     spoil(folder)
     words = ("--hf-reference", folder / "hf", "--save", folder / "out")
     assert_refused(folder, fragments, capsys, "export", "--load", folder / "megatron", *words)
+
+
+def test_export_without_a_tokenizer_warns(folder: Path, capsys: Any) -> None:
+    (folder / "hf" / "tokenizer.json").unlink()
+    words = ["--load", folder / "megatron", "--hf-reference", folder / "hf"]
+    assert convert("export", *words, "--save", folder / "out") == 0
+    assert (folder / "out" / "config.json").is_file()
+    warning = " ".join(capsys.readouterr().err.split())
+    assert "hf holds no tokenizer, so" in warning
 
 
 def test_export_refuses_u_of_an_imported_checkpoint(folder: Path, capsys: Any) -> None:

@@ -81,8 +81,9 @@ MISTAKES = {
     "gpus": (["--gpus", "3", "--tensor-model-parallel-size", "2"], "world size: 3 is not"),
     "no-gpus": (["--gpus", "0"], "argument --gpus: '0' is not a positive number"),
     "mfu": (["--mfu", "2"], "--mfu: 2 is outside (0, 1]"),
-    "json": (["--json", "/nowhere/plan.json"], "/nowhere/plan.json: No such file"),
+    "json": (["--json", "/nowhere/plan.json"], "--json: /nowhere/plan.json: no such folder"),
     "heads": (["--tensor-model-parallel-size", "8"], "tensor_model_parallel_size: 8 does not"),
+    "method": (["--method", "doge"], "baseline.method: 'doge' can't be planned"),
     "search": (["--search", "--gpus", "7"], "--gpus: no layout of 7 devices divides"),
 }
 
@@ -141,6 +142,13 @@ def search_and_compare(folder: str) -> None:
         "plan", "--config", path, "--search", "--gpus", 4, "--json", Path(folder) / "best.json"
     )
     note(Path(folder), "search", said)
+    tree = yaml.safe_load(path.read_text())
+    tree.update(json.loads((Path(folder) / "best.json").read_text())["sections"])
+    adopted = Path(folder) / "adopted.yaml"
+    adopted.write_text(yaml.safe_dump(tree))
+    again = Path(folder) / "again.json"
+    said = command("plan", "--config", adopted, "--gpus", 4, "--json", again)
+    note(Path(folder), "adopted", said)
     estimator, pairs = Estimator(0.4), []
     for candidate in list(candidates(load_config(str(path)), 4, gpu))[::3]:
         try:
@@ -154,12 +162,70 @@ def search_and_compare(folder: str) -> None:
     (Path(folder) / "pairs.json").write_text(json.dumps(pairs))
 
 
+def plan_without_data(folder: str) -> None:
+    """bf16, fp32 and a device that is nearly full; no source is named."""
+    path = small_config(Path(folder), data={"sources": [], "validation": []})
+    for name, words in (("bf16", []), ("fp32", ["--no-bf16"])):
+        out = Path(folder) / f"{name}.json"
+        note(Path(folder), name, command("plan", "--config", path, *words, "--json", out))
+
+
+def test_a_plan_needs_no_data_and_knows_fp32(tmp_path: Path) -> None:
+    run_distributed(plan_without_data, 1, str(tmp_path))
+    costs = {}
+    for name in ("bf16", "fp32"):
+        assert noted(tmp_path, name) == (0, "")
+        costs[name] = json.loads((tmp_path / f"{name}.json").read_text())["cost"]
+    slower = costs["fp32"]["compute_s"] / costs["bf16"]["compute_s"]
+    assert slower == pytest.approx(989 / 67, rel=1e-6)
+    assert costs["bf16"]["run_s"] == pytest.approx(20 * costs["bf16"]["step_s"])
+
+
+def test_of_equally_fast_layouts_the_simplest_is_first_and_none_that_does_not_fit() -> None:
+    from types import SimpleNamespace
+
+    from megatron_scalebio.plan.search import in_order
+
+    # name: (virtual chunks, stages, TP, seconds, bytes, fits)
+    layouts = {
+        "small": (1, 1, 1, 0.5, 5, False), "interleaved": (4, 2, 1, 1.0, 1, True),
+        "plain": (1, 1, 2, 1.04, 1, True), "slow": (1, 1, 1, 1.06, 1, True),
+        "pipeline": (1, 2, 1, 1.01, 1, True), "large": (1, 1, 1, 0.4, 9, False),
+    }  # fmt: skip
+    estimates = []
+    for name, (virtual, pp, tp, step_s, size, fits) in layouts.items():
+        layout = SimpleNamespace(virtual=virtual, pp=pp, tp=tp, cp=1)
+        plan = SimpleNamespace(layout=layout, cost=SimpleNamespace(step_s=step_s), worst_bytes=size)
+        estimates.append(
+            SimpleNamespace(name=name, plan=plan, fits=lambda headroom, fits=fits: fits)
+        )
+    names = [estimate.name for estimate in in_order(estimates)]  # type: ignore
+    assert names == ["plain", "pipeline", "interleaved", "slow", "small", "large"]
+
+
+@pytest.mark.parametrize("left, words", [(0.2, "fits, "), (0.05, "narrowly"), (-0.1, "not fit")])
+def test_the_verdict_tells_a_narrow_fit(left: float, words: str) -> None:
+    from types import SimpleNamespace
+
+    from megatron_scalebio.plan import planner, table
+
+    used = int(1e9 * (1 - left))
+    stage = SimpleNamespace(stage=0, total_bytes=used, held_bytes={"weights u": 0})
+    gpu = SimpleNamespace(memory_bytes=10**9, reserved_bytes=0, name="x")
+    layout = SimpleNamespace(gpu=gpu, world=1)
+    plan = planner.Plan(layout, (stage,), (0,), None)  # type: ignore[arg-type]
+    assert words in table.verdict(plan).replace("[/]", "")
+
+
 @pytest.mark.long
 def test_a_search_proposes_a_layout_and_its_estimates_hold(tmp_path: Path) -> None:
     run_distributed(search_and_compare, 1, str(tmp_path))
     assert noted(tmp_path, "search") == (0, "")
     best = json.loads((tmp_path / "best.json").read_text())
     assert best["fits"] and best["gpus"] == 4 and best["fewest_gpus"] == 1
+    assert noted(tmp_path, "adopted") == (0, "")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again == {name: best[name] for name in again}
     pairs = json.loads((tmp_path / "pairs.json").read_text())
     assert len(pairs) >= 4
     for layout, (estimated, planned), (estimated_s, planned_s) in pairs:
