@@ -48,8 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: what weights.json names)")  # fmt: skip
     add("--out", required=True, metavar="DIR", help="receives the sample; with --per-source, one "
         "folder a source")  # fmt: skip
-    add("--num-samples", type=int, metavar="N", help="rows in all, dealt by weight")
-    add("--per-source", type=int, metavar="N", help="N rows of each source, none twice")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--num-samples", type=int, metavar="N", help="rows in all, dealt by weight")
+    size.add_argument(
+        "--per-source", type=int, metavar="N", help="N rows of each source, none twice"
+    )
     add("--exclude", action="append", default=[], metavar="[NAME=]PATH", help="validation or test "
         "set whose examples must not be drawn; repeat (the run's own validation sets always "
         "are)")  # fmt: skip
