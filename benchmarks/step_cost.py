@@ -3,6 +3,7 @@
     plain     3m micro-batches through one model, one Adam step                (the unit)
     bilevel   m of u on train, m of w on train, m of w on validation, two Adam steps, λ
     lisa      the same with 2 of 12 layers active
+    casts     with FP8: lisa in units of the same with frozen layers cast in every step, not once
     thirds    bilevel in units of a plain step of m micro-batches: an ordinary step on the batch
     host      sampling, reduction of losses, λ, log lines: what is not Megatron
     sources   1,000 sources against 5, same tokens, logging included
@@ -32,6 +33,7 @@ from plain import PlainTraining
 
 from megatron_scalebio.bilevel import step as bilevel
 from megatron_scalebio.bilevel.objective import Role
+from megatron_scalebio.model.twin import forget_weight_copies
 from megatron_scalebio.train import loop, outputs
 from megatron_scalebio.train.loop import train_step
 from megatron_scalebio.train.reweight import Reporter
@@ -42,6 +44,7 @@ from tests.markov import VOCAB, write_source
 BARS = {
     "bilevel": 1.08,
     "lisa": 0.80,
+    "casts": 1.0,
     "thirds": 3.0,
     "host": 0.02,
     "sources": 1.03,
@@ -125,16 +128,23 @@ def against_plain(folder: Path, args: Any) -> dict[str, dict[str, float]]:
     lisa = build(settings(data, args, lisa={"lisa_layers": 2, "lisa_interval": 1000}), folder)
     train, valid, _ = twin.data.next(twin.mixture.probs_S)
     plain = PlainTraining(twin.config, twin.data.vocab_size)
-    times = interleave(
-        {
-            "third": lambda: plain.step(train),
-            "plain": lambda: plain.step(train + train + valid),
-            "bilevel": lambda: train_step(twin),
-            "lisa": lambda: train_step(lisa),
-        },
-        args.rounds,
-    )
+
+    def cast_in_every_step() -> None:
+        forget_weight_copies([*lisa.w, *lisa.models["u"]])
+        train_step(lisa)
+
+    contestants: dict[str, Callable[[], Any]] = {
+        "third": lambda: plain.step(train),
+        "plain": lambda: plain.step(train + train + valid),
+        "bilevel": lambda: train_step(twin),
+        "lisa": lambda: train_step(lisa),
+    }
+    if args.fp8_recipe:
+        contestants["recast"] = cast_in_every_step
+    times = interleave(contestants, args.rounds)
     found = {name: ratio(times, name, "plain") for name in ("bilevel", "lisa")}
+    if args.fp8_recipe:
+        found["casts"] = ratio(times, "lisa", "recast")
     return {**found, "thirds": ratio(times, "bilevel", "third")}
 
 

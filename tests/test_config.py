@@ -145,7 +145,10 @@ def test_refused_by_file_section_field_and_value(
         ("train: {seed: 1", "not valid YAML"),
         ("train: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("\x00", "not valid YAML"),
-        ("train: {seed: 1}\ntrain: {seed: 2}", ":2: not valid YAML: 'train' stands twice (keep one"),
+        (
+            "train: {seed: 1}\ntrain: {seed: 2}",
+            ":2: not valid YAML: 'train' stands twice (keep one",
+        ),
         ("a: &a {b: 1}\nc: {<<: *a, b: 2, b: 3}", ":2: not valid YAML: 'b' stands twice"),
     ],
 )

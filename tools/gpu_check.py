@@ -5,9 +5,11 @@
     environment  device, driver's limits, versions
     parity       ten bilevel steps: CPU fp32 against GPU fp32, bf16, FP8 of each recipe, each layer
                  implementation, LISA
-    resume       ten steps against six and four resumed; and ten steps twice, for the noise of it
+    resume       ten steps against six and four resumed, bf16 and FP8 with delayed scaling; and ten
+                 steps twice, for the noise of it
     memory       `plan` against the peak of four layouts of Qwen2.5-7B-shaped layers
-    speed        plain and bilevel steps of such layers, sequence 4096, bf16 and FP8 of each recipe
+    speed        plain and bilevel steps of such layers, sequence 4096, bf16 and FP8 of each recipe,
+                 and what it saves to cast frozen layers to FP8 once a LISA period
     largest      the deepest Qwen2.5-32B-shaped model whose bilevel LISA step fits on one card
     tests        what pytest has marked `gpu`
 
@@ -119,14 +121,23 @@ def parity(folder: Path, rehearse: bool) -> dict[str, Any]:
 
 def resume(folder: Path, rehearse: bool) -> dict[str, Any]:
     problem(folder)
-    flags = ["--bf16"]
-    whole = reweight(folder, "whole", flags, gpu=True)
-    again = reweight(folder, "again", flags, gpu=True)
-    source = folder / "whole" / "checkpoints"
-    (folder / "from").mkdir()
-    (source / "iter_0000006").rename(folder / "from" / "iter_0000006")
-    resumed = reweight(folder, "resumed", [*flags, "--load", str(folder / "from")], gpu=True)
-    return {"noise": difference(again, whole), "resumed": difference(resumed, whole[6:])}
+    kinds = {"bf16": ["--bf16"]}
+    if not rehearse:
+        kinds["fp8-delayed"] = [*TE, *LISA, "--bf16", "--fp8-format", "hybrid",
+                                "--fp8-recipe", "delayed"]  # fmt: skip
+    result: dict[str, Any] = {}
+    for kind, flags in kinds.items():
+        whole = reweight(folder, f"{kind}-whole", flags, gpu=True)
+        again = reweight(folder, f"{kind}-again", flags, gpu=True)
+        source = folder / f"{kind}-from"
+        source.mkdir()
+        step = "iter_0000006"
+        (folder / f"{kind}-whole" / "checkpoints" / step).rename(source / step)
+        resumed = reweight(folder, f"{kind}-resumed", [*flags, "--load", str(source)], gpu=True)
+        result[kind] = {
+            "noise": difference(again, whole), "resumed": difference(resumed, whole[6:]),
+        }  # fmt: skip
+    return result
 
 
 def problem(folder: Path) -> None:

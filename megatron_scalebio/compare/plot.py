@@ -26,6 +26,7 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
         seeds = [run["test_loss"] for run in method["runs"]]
         losses.plot(seeds, [row - 0.22] * len(seeds), ".", color="#7f8c8d", markersize=6)
     losses.set_yticks(range(len(methods)), names)
+    losses.ticklabel_format(axis="x", useOffset=False)
     losses.set_xlabel("test loss (nats), mean ± sd; grey: each seed")
     losses.grid(axis="x", alpha=0.3)
     start = [0.0] * len(methods)
