@@ -88,12 +88,17 @@ def start_command(*argv: object, ranks: int = 1) -> subprocess.Popen[str]:
 
 
 def kill_all(pid: int) -> None:
-    """kill -9 of a launcher, its ranks and what they started; harmless if they are gone."""
+    """kill -9 of a launcher, its ranks and what they started; harmless if they are gone.
+
+    On return they are dead, and may wait for their parents to notice.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(pid)
         for each in (*launcher.children(recursive=True), launcher):
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
+                while each.is_running() and each.status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(0.01)
 
 
 def wait_for_steps(run: Path, steps: int) -> None:
