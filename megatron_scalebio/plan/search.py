@@ -67,7 +67,8 @@ def search(
         for layers in _LISA_LAYERS:  # as many as fit
             with_lisa = copy.deepcopy(config)
             with_lisa.lisa.lisa_layers = layers
-            estimates = _estimates(with_lisa, gpus, gpu, estimator)
+            # None where the model has fewer layers.
+            estimates = _estimates(with_lisa, gpus, gpu, estimator) or estimates
             if estimates[0].fits(MIN_HEADROOM):
                 break
     for estimate in estimates[:_REHEARSED]:
