@@ -27,6 +27,8 @@ from megatron_scalebio.report.summary import duration
 
 Content = dict[str, Any]
 
+_ON_SCREEN = 5  # sources
+
 
 def collect(plan: Plan) -> Content:
     """Everything that is there yet; a method appears once one of its runs is complete."""
@@ -124,30 +126,43 @@ def spread(values: Iterable[float]) -> dict[str, float | None]:
 def write(folder: Path, comparison: Content, console: Console) -> None:
     """Writes the three files and shows the table."""
     _replace(folder / "compare.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
-    head, rows = table(comparison)
-    _replace(folder / "compare.md", markdown(comparison, head, rows))
+    _replace(folder / "compare.md", markdown(comparison, *table(comparison, comparison["sources"])))
     temporary = folder / "compare.tmp.png"
     draw(comparison, temporary)
     os.replace(temporary, folder / "compare.png")
+    largest = _largest(comparison)
+    head, rows = table(comparison, largest)
     screen = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in head:
         screen.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in rows:
         screen.add_row(*row)
     console.print(screen)
+    if len(largest) < len(comparison["sources"]):
+        console.print("weights of the other sources: compare.md")
     for name in ("compare.md", "compare.json", "compare.png"):
         console.print(folder / name, soft_wrap=True)
 
 
-def table(comparison: Content) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows, the lowest test loss first."""
+def _largest(comparison: Content) -> list[str]:
+    """The sources that a terminal has room for: of the largest mean weights in any method."""
+
+    def most(source: str) -> float:
+        return max(method["weights"][source]["mean"] for method in comparison["methods"])
+
+    chosen = sorted(comparison["sources"], key=most, reverse=True)[:_ON_SCREEN]
+    return [source for source in comparison["sources"] if source in chosen]
+
+
+def table(comparison: Content, sources: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows, the lowest test loss first, with the weights of some sources."""
     tasks = list(comparison["methods"][0]["scores"])
     head = [
         "method",
         "test loss",
         "behind",
         *tasks,
-        *comparison["sources"],
+        *sources,
         "rows",
         "cost",
         "search",
@@ -161,7 +176,7 @@ def table(comparison: Content) -> tuple[list[str], list[list[str]]]:
                 shown(method["test_loss"], "{:.4f}".format),
                 shown(method["behind"], "{:.4f}".format),
                 *(shown(method["scores"][task], "{:.3f}".format) for task in tasks),
-                *(shown(method["weights"][s], "{:.2f}".format) for s in comparison["sources"]),
+                *(shown(method["weights"][s], "{:.2f}".format) for s in sources),
                 f"{method['rows']['mean']:,.0f}",
                 f"{method['cost']['mean']:.2f}",
                 duration(round(method["search_seconds"]["mean"])),

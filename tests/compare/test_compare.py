@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from megatron_scalebio.cli import main
 from megatron_scalebio.compare.config import load
-from megatron_scalebio.compare.results import spread, table
+from megatron_scalebio.compare.results import spread, table, write
 from megatron_scalebio.compare.stages import Plan
 from tests.commands import ROOT, start_command, the_only_line
 
@@ -237,8 +239,30 @@ def test_spread_and_differences_of_seeds() -> None:
         "rows": spread([1234]), "test_loss": spread([1.0, 3.0]), "behind": spread([0.0, 0.5]),
         "search_seconds": spread([61.0]), "search_peak_bytes": 3 * 2**30,
     }  # fmt: skip
-    head, [row] = table({"methods": [method], "sources": ["a"]})
+    head, [row] = table({"methods": [method], "sources": ["a"]}, ["a"])
     assert dict(zip(head, row, strict=True)) == {
         "method": "m", "test loss": "2.0000 ± 1.4142", "behind": "0.2500 ± 0.3536",
         "a": "1.00 ± 0.00", "rows": "1,234", "cost": "0.50", "search": "61 s", "memory": "3.0 GiB",
     }  # fmt: skip
+
+
+def test_a_terminal_shows_the_sources_that_some_method_weighs_most(tmp_path: Path) -> None:
+    shares = {f"s{n}": n / 100 for n in range(20)}
+    methods = [
+        {"name": name, "scores": {}, "weights": {s: spread([w]) for s, w in weights.items()},
+         "cost": spread([0.5]), "rows": spread([9]), "test_loss": spread([1.0]),
+         "behind": spread([0.0]), "search_seconds": spread([61.0]), "search_peak_bytes": 2**30,
+         "runs": [{"seed": 0, "test_loss": 1.0}]}
+        for name, weights in (("one", shares), ("two", {**shares, "s3": 0.9}))
+    ]  # fmt: skip
+    comparison = {
+        "methods": methods, "sources": list(shares), "test": ["t"], "num_samples": 9,
+        "max_epochs": 4, "seeds": [0],
+    }  # fmt: skip
+    screen = io.StringIO()
+    write(tmp_path, comparison, Console(file=screen, width=120))
+    said = screen.getvalue()
+    head = said.splitlines()[1].split()
+    assert [word for word in head if word in shares] == ["s3", "s16", "s17", "s18", "s19"]
+    assert "weights of the other sources: compare.md" in said
+    assert all(f"| {source} |" in (tmp_path / "compare.md").read_text() for source in shares)
