@@ -20,8 +20,9 @@ if [[ ${1:--} != -* ]]; then
     command=$1
     shift
 fi
+previous=''
 for word in "$@"; do
-    [[ ${previous:-} != --config || -f $word ]] || refuse "--config $word: no such file"
+    [[ $previous != --config || -f $word ]] || refuse "--config $word: no such file"
     previous=$word
 done
 type -P torchrun > /dev/null || refuse "torchrun is not on PATH (activate the environment first)"

@@ -32,7 +32,7 @@ BELOW = {
     "evaluate": {"config", "config_loader", "data", "report", "train"},
     "plan": {
         "config", "config_loader", "cpu", "families", "data", "model", "optim", "bilevel",
-        "runtime",
+        "report", "runtime",
     },
     "train": {
         "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",

@@ -58,7 +58,9 @@ class SpikeGuard:
 
     def __init__(self) -> None:
         self.applied: dict[str, list[float]] = {name: [] for name in WATCHED}
-        self.last: dict[str, list[float]] = {name: [] for name in WATCHED}
+        self.last: dict[str, list[float]] = {  # refused ones too
+            name: [] for name, bound in WATCHED.items() if bound.refused_count
+        }
 
     def judge(self, values: Mapping[str, float]) -> str | None:
         """What spikes in a step; None if nothing, and then the step counts as applied.
@@ -71,7 +73,7 @@ class SpikeGuard:
         for name, value in finite.items():
             if not spikes:
                 self.applied[name] = [*self.applied[name], value][-WINDOW:]
-            if not spikes or WATCHED[name].refused_count:
+            if name in self.last:
                 self.last[name] = [*self.last[name], value][-LAST:]
         return spikes[0] if spikes else None
 
@@ -83,7 +85,8 @@ class SpikeGuard:
         if value <= max(bound.ratio * middle, middle + bound.floor):
             return None
         spread = 1.4826 * median(abs(each - middle) for each in applied)
-        if value <= max(middle + _SPREADS * spread, bound.jump * max(self.last[name])):
+        largest = max(self.last.get(name, applied[-LAST:]))
+        if value <= max(middle + _SPREADS * spread, bound.jump * largest):
             return None
         return f"{name} is {value:.4g}, its median over {len(applied)} steps {middle:.4g}"
 
@@ -95,4 +98,4 @@ class SpikeGuard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for kind, held in (("applied", self.applied), ("last", self.last)):
-            held.update({name: list(state.get(kind, {}).get(name, [])) for name in WATCHED})
+            held.update({name: list(state.get(kind, {}).get(name, [])) for name in held})

@@ -1,13 +1,17 @@
 """Amax histories and scales of FP8: `_extra_state` of Transformer Engine's modules, pickled bytes.
 
 Transformer Engine unpickles what it is given. A checkpoint may come from anywhere, so that nothing
-reaches a module before its bytes have been read as data.
+reaches a module before its bytes have been read with stand-ins for all that they name. A stand-in
+takes attributes as what it stands for does: a call that the bytes arrange is made here too, on
+something harmless.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +21,13 @@ from megatron_scalebio.errors import UserError
 
 _SUFFIX = "_extra_state"
 _RECIPES = "transformer_engine.common.recipe"
+# In what `get_extra_state` of Transformer Engine 1 and 2 writes, beside functions.
+_CLASSES = {
+    (_RECIPES, name) for name in (
+        "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling",
+        "Format", "_FormatHelper", "MMParams", "QParams",
+    )
+}  # fmt: skip
 
 
 def is_kept(entry: Any) -> bool:
@@ -44,46 +55,86 @@ def drop(model: dict[str, Any]) -> None:
 
 
 def _read(key: str, value: Any) -> None:
-    name = key
-    if isinstance(value, torch.Tensor):
-        if value.numel() == 0:
-            return
-        reader = _Reader(io.BytesIO(value.detach().cpu().numpy().tobytes()))
-        try:
-            reader.load()
-            return
-        except Exception as error:  # noqa: BLE001  damaged bytes can raise anything
-            name = f"{key}: {error}"
-    raise UserError(
-        "holds FP8 state that is not plain data", where=name,
-        mend="use a checkpoint from a source you trust",
-    )  # fmt: skip
+    try:
+        if value.numel():
+            state = _Reader(io.BytesIO(value.detach().cpu().numpy().tobytes())).load()
+            if _holds_function(state):
+                raise pickle.UnpicklingError("it keeps a function")
+    except Exception as error:  # noqa: BLE001  damaged bytes can raise anything
+        raise UserError(
+            "holds FP8 state that is not plain data", where=f"{key}: {error}",
+            mend="use a checkpoint from a source you trust",
+        ) from None  # fmt: skip
 
 
-class _Data:
-    """Stands for whatever a pickle makes; does nothing."""
+class _Sealed(type):
+    """Classes to which a pickle can't give attributes."""
 
-    def __new__(cls, *args: Any) -> _Data:
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"it sets {name} of a class")
+
+
+class _Object(metaclass=_Sealed):
+    """An object of any of the classes."""
+
+    def __new__(cls, *args: Any) -> _Object:
         return super().__new__(cls)
 
     def __init__(self, *args: Any) -> None: ...
 
-    def __setstate__(self, state: Any) -> None: ...
+
+class _Function:
+    """A function that a pickle can call, and give no attributes."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes a function")
+
+
+def _load_storage(data: bytes) -> Any:
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001  damaged bytes can raise anything
+        raise pickle.UnpicklingError("it holds a tensor that is none") from None
+
+
+_FUNCTIONS = {
+    ("torch.storage", "_load_from_bytes"): _Function(_load_storage),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(lambda *args: None),
+    ("collections", "OrderedDict"): _Function(OrderedDict),
+}
 
 
 class _Reader(pickle.Unpickler):
-    """Knows the names in what `get_extra_state` of Transformer Engine 1 and 2 writes."""
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return _read_storage
-        if (module, name) in {
-            ("torch._utils", "_rebuild_tensor_v2"),
-            ("collections", "OrderedDict"),
-        } or (module == _RECIPES and name.isidentifier()):
-            return _Data
+        if (module, name) in _CLASSES:
+            return _Object
+        if (module, name) in _FUNCTIONS:
+            return _FUNCTIONS[module, name]
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def _read_storage(data: bytes) -> Any:
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+def _holds_function(value: Any) -> bool:
+    """Whether one is left in what was read, for later code to call."""
+    left, seen = [value], set()
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, _Function | type):
+            return True
+        if isinstance(each, _Object):
+            left.append(vars(each))
+        elif isinstance(each, dict):
+            left += [*each.keys(), *each.values()]
+        elif isinstance(each, list | tuple | set | frozenset):
+            left += each
+    return False

@@ -12,6 +12,7 @@ from megatron_scalebio.plan.holdings import GRADIENTS, KINDS, WEIGHTS_U, WEIGHTS
 from megatron_scalebio.plan.ledger import LOGITS, PIPELINE
 from megatron_scalebio.plan.planner import MIN_HEADROOM, Plan
 from megatron_scalebio.plan.rehearsal import ROLE_NAMES
+from megatron_scalebio.report.summary import duration
 
 STAGES_A_TABLE = 5  # in 80 columns
 
@@ -117,8 +118,3 @@ def seconds(value: float) -> str:
 def _pflop(flops: float) -> str:
     value = flops / 1e15
     return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
-
-
-def duration(value: float) -> str:
-    hours = value / 3600
-    return f"{hours:.1f} h" if hours >= 1 else f"{value / 60:.1f} min"

@@ -99,7 +99,8 @@ def test_resume_is_exact() -> None:
     for values in [*steps[100:], {LOSS: 50.0}]:
         assert resumed.judge(values) == guard.judge(values)
     assert resumed.state_dict() == guard.state_dict()
-    for kind, most in (("applied", WINDOW), ("last", LAST)):
+    norms = {NORM, "u: gradient norm"}
+    for kind, most, names in (("applied", WINDOW, set(WATCHED)), ("last", LAST, norms)):
         held = guard.state_dict()[kind]
-        assert set(held) == set(WATCHED)
+        assert set(held) == names
         assert max(map(len, held.values())) == most
