@@ -35,6 +35,7 @@ setup(
         "gguf": ["gguf>=0.17,<1"],  # to import GGUF files
         "dev": [
             "pytest>=8,<10",
+            "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
             "ruff>=0.9,<0.18",

@@ -12,7 +12,6 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -216,23 +215,6 @@ def allocated_bytes() -> int:
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-@contextmanager
-def helpers_ignore_stop_signals() -> Iterator[None]:
-    """Keeps processes started meanwhile from dying of the signals that ask the run to save.
-
-    SLURM signals every process of a step, and Megatron saves through helper processes, one of
-    which (the manager of its result queue) lives on from the first save. A process inherits the
-    signals that its parent blocks; this one gets what came meanwhile at the end.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    resource_tracker.ensure_running()  # unblocks SIGTERM behind itself
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopSignals:

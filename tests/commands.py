@@ -17,7 +17,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,24 +80,11 @@ def start_command(*argv: object, ranks: int = 1) -> subprocess.Popen[str]:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     words = [*launcher, "-m", "megatron_scalebio", *(str(word) for word in argv)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["PYTHONFAULTHANDLER"] = "1"  # for `processes.finish`
     return subprocess.Popen(
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
-
-
-def kill_all(pid: int) -> None:
-    """kill -9 of a launcher, its ranks and what they started; harmless if they are gone.
-
-    On return they are dead, and may wait for their parents to notice.
-    """
-    with contextlib.suppress(psutil.NoSuchProcess):
-        launcher = psutil.Process(pid)
-        for each in (*launcher.children(recursive=True), launcher):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-                while each.is_running() and each.status() != psutil.STATUS_ZOMBIE:
-                    time.sleep(0.01)
 
 
 def wait_for_steps(run: Path, steps: int) -> None:

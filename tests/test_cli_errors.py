@@ -15,6 +15,7 @@ from megatron_scalebio.cli import main
 from tests.commands import command, note, noted, start_command, the_only_line, write_config
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem, write_source
+from tests.processes import finish
 
 RARE = 31  # a token that only the source "rare" holds
 
@@ -332,7 +333,7 @@ def test_absurd_learning_rate_ends_the_run_and_keeps_the_last_checkpoint(unfinis
 def test_the_real_command_says_one_line(problem: Path) -> None:
     flags = ["--config", problem / "x.yaml", "--sources", "a=nowhere/a", "b=nowhere/b"]
     process = start_command("reweight", *flags, "--output", problem / "never")
-    said, complained = process.communicate(timeout=120)
+    said, complained = finish(process)
     assert process.returncode == 2
     assert "nowhere/a: source 'a' is neither" in the_only_line(complained)
     assert said == ""
@@ -378,7 +379,7 @@ def test_two_ranks_end_together(problem: Path) -> None:
 def test_torchrun_with_a_world_that_does_not_divide(problem: Path) -> None:
     flags = ["--config", problem / "x.yaml", "--tensor-model-parallel-size", 4]
     process = start_command("reweight", *flags, "--output", problem / "never", ranks=2)
-    _, complained = process.communicate(timeout=180)
+    _, complained = finish(process)
     assert process.returncode != 0
     ours = [line for line in complained.splitlines() if line.startswith("megatron-scalebio")]
     assert len(ours) == 1, complained

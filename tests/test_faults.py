@@ -16,7 +16,6 @@ from megatron_scalebio.checkpoint.folder import newest_whole
 from megatron_scalebio.guard.lock import LOCK_FILE
 from tests.commands import (
     command,
-    kill_all,
     metrics,
     note,
     noted,
@@ -27,6 +26,7 @@ from tests.commands import (
 )
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
+from tests.processes import finish, kill_all
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SAVED = 3
@@ -70,7 +70,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead(problem: Pa
         run_distributed(second_runs, 2, str(problem), process.pid)
     finally:
         kill_all(process.pid)
-        process.communicate()
+        finish(process)
     for stage in ("reweight", "train"):
         code, said = noted(problem / "noted", f"second {stage}")
         assert code == 2
@@ -100,12 +100,8 @@ def test_a_killed_rank_is_named_and_costs_the_steps_since_the_last_checkpoint(
             child for child in psutil.Process(process.pid).children()
             if child.environ().get("RANK") == "1"
         ]  # fmt: skip
-        helpers = victim.children(recursive=True)  # they outlive it, and hold its stderr open
         victim.kill()
-        process.wait(timeout=120)
-        for helper in helpers:
-            kill_all(helper.pid)
-        _, complained = process.communicate(timeout=60)
+        _, complained = finish(process)  # its helpers, which write there too, are dead as well
     finally:
         kill_all(process.pid)
     ours = [line for line in complained.splitlines() if line.startswith("megatron-scalebio: error")]

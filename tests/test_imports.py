@@ -27,7 +27,9 @@ BELOW = {
     "model": {"config", "runtime"},
     "optim": {"config", "model", "runtime"},
     "bilevel": {"config", "data", "model", "runtime", "guard.stragglers"},
-    "checkpoint": {"config", "data", "model", "optim", "bilevel", "runtime", "train.state"},
+    "checkpoint": {
+        "config", "data", "model", "optim", "bilevel", "runtime", "guard.process", "train.state",
+    },
     "convert": {"config", "config_loader", "families", "checkpoint", "model", "runtime"},
     "evaluate": {"config", "config_loader", "data", "report", "train"},
     "plan": {

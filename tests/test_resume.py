@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from tests.commands import (
     command,
-    kill_all,
     metrics,
     note,
     noted,
@@ -22,6 +21,7 @@ from tests.commands import (
 )
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
+from tests.processes import finish, kill_all
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS, SAVED, KEPT = 12, 3, 2
@@ -77,11 +77,11 @@ def kill_on_the_way(folder: Path, name: str, ranks: int, flags: list) -> None:
     try:
         deadline = time.monotonic() + 180
         while not log.exists() or log.read_bytes().count(b"\n") < step:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            assert process.poll() is None and time.monotonic() < deadline, finish(process, 1)
             time.sleep(0.005)
     finally:
         kill_all(process.pid)
-        process.communicate()
+        finish(process)
     reached = log.read_bytes().count(b"\n")
     assert reached < STEPS, "it was over before it was killed"
     shutil.copy(log, folder / f"{name}-left.jsonl")

@@ -22,6 +22,7 @@ from tests.commands import (
 )
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
+from tests.processes import finish
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -49,7 +50,7 @@ def test_the_command_saves_after_its_step_and_exits_3(problem: Path) -> None:
     process = start_command("reweight", "--config", problem / "x.yaml", "--output", run)
     wait_for_steps(run, 3)
     process.send_signal(signal.SIGTERM)
-    said, complained = process.communicate(timeout=120)
+    said, complained = finish(process)
     assert process.returncode == 3, complained
     assert "Traceback" not in complained and said == ""
     steps = [record["step"] for record in metrics(run)]
@@ -102,7 +103,7 @@ def test_ctrl_c_saves_too_and_says_so(problem: Path) -> None:
     process = start_command("reweight", "--config", problem / "x.yaml", "--output", run)
     wait_for_steps(run, 3)
     process.send_signal(signal.SIGINT)
-    _, complained = process.communicate(timeout=120)
+    _, complained = finish(process)
     assert process.returncode == 3, complained
     assert saved_step(run) == len(metrics(run))
     assert f"saved at step {saved_step(run)}; the same command goes on" in complained

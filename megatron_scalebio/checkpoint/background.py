@@ -23,6 +23,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import folder as folders
 from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.checkpoint.folder import BILEVEL
+from megatron_scalebio.checkpoint.helpers import helpers
 from megatron_scalebio.checkpoint.sharding import bilevel_state, w_state
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.progress import HERE
@@ -63,7 +64,7 @@ class Saves:
         if not self._in_background:
             saver.save(state, folder, keep_last)
             return
-        with runtime.helpers_ignore_stop_signals():
+        with helpers():
             temporary = runtime.on_main(lambda: folders.begin(folder, state.step))
             with saver.writing(state.step, folder, temporary):
                 w = dist_checkpointing.save(w_state(state), str(temporary), async_sharded_save=True)

@@ -28,6 +28,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import folder as folders
 from megatron_scalebio.checkpoint import fp8_state
 from megatron_scalebio.checkpoint.folder import BILEVEL
+from megatron_scalebio.checkpoint.helpers import helpers
 from megatron_scalebio.checkpoint.sharding import (
     PER_LAYER,
     bilevel_state,
@@ -69,7 +70,7 @@ def save(state: RunState, folder: Path, keep_last: int | None = None) -> None:
     Raises:
         UserError: if the disk refuses; the previous checkpoint is untouched.
     """
-    with runtime.helpers_ignore_stop_signals():
+    with helpers():
         temporary = runtime.on_main(lambda: folders.begin(folder, state.step))
         with writing(state.step, folder, temporary):
             dist_checkpointing.save(w_state(state), str(temporary))

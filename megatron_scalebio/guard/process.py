@@ -1,12 +1,22 @@
-"""Which process this is, so that others can tell whether it still lives, without any clock."""
+"""Which process this is, so that others can tell whether it still lives, without any clock.
+
+Imports nothing heavy: helper processes start with it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_scalebio.errors import EXIT_LOST
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)  # looked up before any fork
 
 
 @dataclass(frozen=True)
@@ -65,3 +75,15 @@ def _started(pid: int) -> int:
     except OSError:
         return -1
     return -1 if fields[0] in "ZX" else int(fields[19])
+
+
+def die_with(parent: int) -> None:
+    """Has the kernel kill this process when its parent dies, which has that number.
+
+    Linux only; nothing elsewhere. It holds for the thread of the parent that started this process.
+    """
+    if _prctl is None:
+        return
+    _prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    if os.getppid() != parent:
+        os._exit(EXIT_LOST)  # it was faster

@@ -17,6 +17,7 @@ from megatron_scalebio.compare.config import load
 from megatron_scalebio.compare.results import spread, table, write
 from megatron_scalebio.compare.stages import Plan
 from tests.commands import ROOT, start_command, the_only_line
+from tests.processes import finish
 
 pytestmark = pytest.mark.slow
 TEXT = (ROOT / "README.md").read_text().split()
@@ -71,7 +72,7 @@ def compared(folder: Path) -> Path:
         process = start_command(
             "compare", "--config", folder / "compare.yaml", "--methods", *methods
         )
-        said, complaints = process.communicate(timeout=600)
+        said, complaints = finish(process, 600)
         assert process.returncode == 0, said + complaints
         (folder / f"said-{len(methods)}.txt").write_text(said)
     return folder / "out"

@@ -2,29 +2,56 @@
 
 Everything that adapts torch to Megatron on CPU happens in the ranks, never in pytest's process.
 They are forked from a server that has imported Megatron once: that takes 6 s of a core each time.
+Ranks that hang are ended, and what they were at is told.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
 from tests.ports import free_port
+from tests.processes import end_all, kill_all
+
+LIMIT_S = 900.0  # several times what the longest takes on a busy machine
 
 multiprocessing.set_forkserver_preload(["megatron_scalebio.train.reweight"])
 
 
 def run_distributed(function: Callable[..., None], world_size: int, *args: Any) -> None:
-    """Calls `function(*args)` on each of `world_size` ranks; raises what a rank raises."""
-    arguments = (world_size, free_port(), dict(os.environ), function, args)
+    """Calls `function(*args)` on each of `world_size` ranks; raises what a rank raises.
+
+    Raises:
+        TimeoutError: with the stacks of all ranks, if they take longer than LIMIT_S.
+    """
     # A forked process can't use a GPU that its server has looked at.
     method = "spawn" if torch.cuda.is_available() else "forkserver"
-    mp.start_processes(_rank_main, arguments, nprocs=world_size, start_method=method)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world_size, free_port(), dict(os.environ), folder, function, args)
+        context = mp.start_processes(
+            _rank_main, arguments, nprocs=world_size, join=False, start_method=method
+        )
+        deadline = time.monotonic() + LIMIT_S
+        try:
+            while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
+                    for pid in context.pids():
+                        end_all(pid)
+                    stacks = [path.read_text() for path in sorted(Path(folder).iterdir())]
+                    raise TimeoutError(f"ranks hang after {LIMIT_S:.0f} s\n" + "\n".join(stacks))
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    kill_all(process.pid)
 
 
 def _rank_main(
@@ -32,9 +59,11 @@ def _rank_main(
     world_size: int,
     port: int,
     environment: dict[str, str],
+    folder: str,
     function: Callable[..., None],
     args: tuple[Any, ...],
 ) -> None:
+    faulthandler.enable(open(Path(folder) / f"rank-{rank}.txt", "w"))  # noqa: SIM115
     os.environ.update(
         environment, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),

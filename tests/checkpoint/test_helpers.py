@@ -1,0 +1,57 @@
+"""The processes that Megatron starts to write a checkpoint end with their rank, not before."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.commands import ROOT
+from tests.processes import finish, kill_all
+
+# A rank whose writer has a writer of its own, as Megatron's have.
+RANK = """
+import multiprocessing, sys, time
+from megatron_scalebio.checkpoint.helpers import helpers
+
+fork = multiprocessing.get_context("fork")
+
+def write(depth):
+    if depth:
+        fork.Process(target=write, args=(depth - 1,)).start()
+    else:
+        print("writing", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with helpers():
+        fork.Process(target=write, args=(1,)).start()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux's kernel offers it")
+def test_they_ignore_a_stop_signal_and_die_with_the_rank() -> None:
+    rank = subprocess.Popen(
+        [sys.executable, "-c", RANK], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    family: list[psutil.Process] = []
+    try:
+        assert rank.stdout and rank.stdout.readline() == "writing\n"
+        family = psutil.Process(rank.pid).children(recursive=True)
+        assert len([each for each in family if "resource_tracker" not in each.cmdline()[-1]]) == 3
+        for each in family:
+            each.send_signal(signal.SIGTERM)
+            each.send_signal(signal.SIGUSR1)
+        assert set(psutil.wait_procs(family, timeout=1)[1]) == set(family)
+        rank.kill()
+        assert psutil.wait_procs(family, timeout=10)[1] == []
+    finally:
+        for each in (rank, *family):
+            kill_all(each.pid)
+        finish(rank, 10)
