@@ -11,7 +11,7 @@ import sys
 import warnings
 from typing import NoReturn
 
-from megatron_scalebio import __version__
+from megatron_scalebio import __version__, launcher
 from megatron_scalebio.errors import EXIT_LOST, EXIT_USER_ERROR, RankLost, UserError
 
 # Imported when used: `report` must not wait for Megatron.
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         args = _parse(argv)
         return args.run_stage(args)
     except UserError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        if launcher.is_first_rank():
             print(f"megatron-scalebio: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except RankLost:

@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from megatron_scalebio import cpu
 from megatron_scalebio.config import Config, ParallelConfig
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.launcher import world_size_from_environment
 
 T = TypeVar("T")
 
@@ -35,10 +36,6 @@ def device() -> torch.device:
 
 def on_cuda() -> bool:
     return device().type == "cuda"
-
-
-def world_size_from_environment() -> int:
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
 def start(config: Config) -> None:

@@ -186,6 +186,7 @@ def wrong_data(folder_name: str) -> None:
         "nothing to load": ["--load", folder / "nothing"],
         "nothing pretrained": ["--pretrained-checkpoint", folder / "nothing"],
         "transformer engine": ["--transformer-impl", "transformer_engine"],
+        "too large": ["--hidden-size", 10**12, "--output", folder / "too large"],
     }.items():
         note(folder / "noted", name, reweight(folder, *flags))
 
@@ -222,6 +223,7 @@ def test_damaged_sources(noted_on_wrong_data: Path, name: str) -> None:
         ("tensorboard below a file", "can't write: Not a directory"),
         ("nothing to load", "nothing: no checkpoint here"),
         ("nothing pretrained", "nothing: is no Megatron checkpoint"),
+        ("too large", "ran out of memory in "),
         ("transformer engine", "model.transformer_impl: 'transformer_engine' needs CUDA"),
     ],
 )

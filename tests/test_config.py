@@ -71,6 +71,7 @@ REFUSED = [
     ("optimizer", "lr", -1e-3, "lr: -0.001 must be above 0"),
     ("optimizer", "lr", 0, "lr: 0.0 must be above 0"),
     ("optimizer", "lr", float("nan"), "lr: nan must be above 0"),
+    ("optimizer", "lr", float("inf"), "lr: inf must be finite"),
     ("optimizer", "lr_u", 0, "lr_u: 0.0 must be above 0"),
     ("optimizer", "lr", "fast", "'fast' is not of type float"),
     ("optimizer", "lr", True, "True is not of type float"),
@@ -120,6 +121,8 @@ REFUSED = [
     ("data", "sources", [{"name": "a"}], "data.sources[0]: path is missing"),
     ("data", "sources", [{"name": "a", "path": "p", "initial_weight": -1}],
      "data.sources[0].initial_weight: -1.0 must be above 0"),
+    ("data", "sources", [{"name": "a b", "path": "p"}], "data.sources: 'a b' cannot name a source"),
+    ("data", "validation", [{"name": "../v", "path": "p"}], "data.validation: '../v' cannot name"),
     ("data", "sources", 2 * [{"name": "a", "path": "p"}], "data.sources: 'a' names two entries"),
     ("data", "known_weights", {"z": 1}, "data.known_weights: 'z' is not a source"),
 ]  # fmt: skip
@@ -201,6 +204,8 @@ DISAGREEING = [
     ({"model": {"max_position_embeddings": 256, "rope_scaling": {
         "rope_type": "yarn", "factor": 3, "original_max_position_embeddings": 256}}}, 1,
      "max_position_embeddings: 256 is below data.seq_length 1024"),
+    ({"lisa": {"lisa_layers": 2, "lisa_interval": 1}}, 1,
+     "lisa.lisa_interval: 1 leaves u no step to depart from w"),
     ({"model": {"ffn_hidden_size": 33}, "parallel": {"tensor_model_parallel_size": 2}}, 2,
      "ffn_hidden_size: 33 is not divisible by TP 2"),
     ({"parallel": {"bf16": True, "fp8_format": "hybrid"}, "model": {"hidden_size": 120}}, 1,
@@ -224,6 +229,11 @@ def test_fields_that_disagree_are_refused(sections: dict, ranks: int, words: str
 def test_fields_that_agree_pass() -> None:
     load_config(None, {"data": DATA}).validate(1)
     load_config(None, {"data": DATA, "parallel": {"tensor_model_parallel_size": 2}}).validate(8)
+    each_step = {
+        "lisa": {"lisa_layers": 2, "lisa_interval": 1},
+        "bilevel": {"resync_interval": None},
+    }
+    load_config(None, {"data": DATA, **each_step}).validate(1)
     yarn = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 256}
     model = {"max_position_embeddings": 256, "rope_scaling": yarn}
     load_config(None, {"data": DATA, "model": model}).validate(1)  # 1024 tokens

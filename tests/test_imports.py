@@ -10,9 +10,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_scalebio"
 
 # What each part of the package may import from the package, besides itself.
-LEAVES = {"errors", "progress", "__init__"}
+LEAVES = {"errors", "launcher", "progress", "__init__"}
 BELOW = {
     "errors": set(),
+    "launcher": set(),
     "progress": set(),
     "__init__": set(),
     "cpu": set(),
@@ -107,7 +108,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("part", ["errors", "config", "config_loader", "cli", "report"])
+@pytest.mark.parametrize("part", ["errors", "launcher", "config", "config_loader", "cli", "report"])
 def test_light_parts_do_not_load_megatron(part: str) -> None:
     """`report` and a wrong option must not wait for torch and Megatron."""
     heavy = ("torch", "megatron", "transformers")

@@ -17,6 +17,7 @@ from tests.commands import (
     note,
     noted,
     start_command,
+    the_only_line,
     write_config,
 )
 from tests.distributed.harness import run_distributed
@@ -105,6 +106,16 @@ def on_ranks(folder_name: str) -> None:
         resume(folder, "tp2", "tp2-on-cp2", CP2)
     else:
         resume(folder, "tp2", "tp2-on-one", [])
+        again = [*SHORT, "--load", folder / "tp2-on-one-from"]
+        note(folder / "noted", "again", command(*words(folder, "tp2-on-one", again)))
+        for goal in ("goal", "validation"):
+            flags = [*SHORT, "--validation", f"{goal}={folder / 'data' / 's0'}"]
+            note(folder / "noted", goal, command(*words(folder, "tp2-on-one", flags)))
+        shutil.copytree(folder / "tp2-on-one", folder / "ended")
+        other = ["--lr", 0.02, "--tolerance", 0.01]
+        run(folder, "ended", [*SHORT, *other])
+        longer = words(folder, "ended", ["--train-iters", 10, *other])
+        note(folder / "noted", "longer", command(*longer))
 
 
 def run(folder: Path, output: str, flags: list) -> None:
@@ -154,6 +165,28 @@ def test_resumes_under_another_layout(runs: Path, other: str) -> None:
     for got, want in zip(metrics(runs / other), metrics(runs / "tp2-whole")[6:], strict=True):
         for field in ("weights", "loss_w", "loss_u", "validation_losses"):
             assert got[field] == pytest.approx(want[field], abs=1e-4), (got["step"], field)
+
+
+def test_its_own_checkpoints_go_before_those_it_was_told_to_load(runs: Path) -> None:
+    assert "from step 9" in ended_well(runs, "again")
+
+
+def test_a_run_does_not_go_on_towards_another_goal(runs: Path) -> None:
+    code, said = noted(runs / "noted", "goal")
+    assert code == 2 and "holds a run of validation ['validation'], not ['goal']" in the_only_line(
+        said
+    )
+    code, said = noted(runs / "noted", "validation")
+    assert code == 2 and "was made for other validation sets, other data" in the_only_line(said)
+
+
+def test_other_settings_are_told_and_not_written_over_an_ended_run(runs: Path) -> None:
+    code, said = noted(runs / "noted", "ended")
+    change = "optimizer.lr 0.0003 -> 0.02, optimizer.min_lr 3e-05 -> 0.002"
+    line = the_only_line(said)
+    assert code == 2 and f"is the end of a run of other settings: {change} (" in line
+    said = ended_well(runs, "longer")
+    assert f"warning: goes on with other settings: {change}\n" in said
 
 
 def test_last_checkpoints_are_kept(runs: Path) -> None:

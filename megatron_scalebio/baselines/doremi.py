@@ -83,7 +83,9 @@ def find(config: Config, begun: Begun) -> Found | None:
 def train_reference(config: Config, begun: Begun) -> TokenCost | None:
     """Trains the reference, or what is left of it; what it cost, or None at a signal."""
     folder = begun.folder / REFERENCE
-    prior_S = prior_weights(config, Data(config, begun.folder / "cache"))
+    data = Data(config, begun.folder / "cache")
+    config.train.resolve_epochs(sum(len(source) for source in data.sources))
+    prior_S = prior_weights(config, data)
     reference = reference_config(config, prior_S, folder)
     begun = replace(begun, folder=folder, save_to=folder / "checkpoints")
     names = [source.name for source in config.data.sources]
@@ -103,7 +105,7 @@ def reference_config(config: Config, prior_S: list[float], folder: Path) -> Conf
     return replace(
         config,
         data=replace(config.data, sources=sources, weights=None, validation=[], test=[]),
-        train=replace(config.train, train_iters=iters, output=str(folder)),
+        train=replace(config.train, train_iters=iters, train_epochs=None, output=str(folder)),
         checkpoint=replace(config.checkpoint, save=None, load=None),
         logging=replace(config.logging, tensorboard_dir=None),
     )

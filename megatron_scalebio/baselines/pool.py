@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_scalebio.data.blend import Floats, Ints, shuffled_index
 from megatron_scalebio.data.sources import Example, Source
@@ -54,10 +55,19 @@ class Pool:
         source_N, within_N = self.locate(np.unique(row_N))
         return [within_N[source_N == s].tolist() for s in range(len(self.sources))]
 
+    def counts(self, row_N: Ints) -> Ints:
+        """How many of the rows are each source's."""
+        return np.bincount(self.locate(row_N)[0], minlength=len(self.sources))
+
+    def sums(self, weight_N: npt.NDArray[Any]) -> Floats:
+        """Each source's sum of the weights of all rows."""
+        source_N, _ = self.locate(np.arange(len(self)))
+        sum_S = np.bincount(source_N, weights=weight_N, minlength=len(self.sources))
+        return sum_S.astype(np.float64)
+
     def shares(self, weight_N: Floats) -> list[float]:
         """Each source's share of the weights of all rows."""
-        source_N, _ = self.locate(np.arange(len(self)))
-        whole_S = np.bincount(source_N, weights=weight_N, minlength=len(self.sources))
+        whole_S = self.sums(weight_N)
         return (whole_S / whole_S.sum()).tolist()
 
 

@@ -50,6 +50,7 @@ def find(config: Config, begun: Begun) -> Found | None:
     """Trains the proxies that are missing; the mixture they point to, or None at a signal."""
     config.validate_training(runtime.world_size_from_environment())
     data = Data(config, begun.folder / "cache")
+    config.train.resolve_epochs(sum(len(source) for source in data.sources))
     prior_S = np.array(prior_weights(config, data))
     count, iters = budget(config, len(data.sources))
     mixtures = [draw_mixture(prior_S, config.train.seed, number) for number in range(count)]
@@ -78,7 +79,7 @@ def find(config: Config, begun: Begun) -> Found | None:
 
 
 def budget(config: Config, sources: int) -> tuple[int, int]:
-    """How many proxies, and steps of each.
+    """How many proxies, and steps of each; epochs are resolved.
 
     Raises:
         UserError: if there are too few for a regression in that many sources.
@@ -157,7 +158,8 @@ class Ledger:
 
 def train_proxies(config: Config, begun: Begun, iters: int, ledger: Ledger) -> bool:
     """Trains the missing proxies one after the other; whether the last one is finished."""
-    short = replace(config, train=replace(config.train, train_iters=iters))
+    train = replace(config.train, train_iters=iters, train_epochs=None)
+    short = replace(config, train=train)
     state = start_proxy(short, begun, ledger.next_mixture())
     log = start_log(
         state,

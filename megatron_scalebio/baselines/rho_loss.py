@@ -122,6 +122,7 @@ class RhoState(PoolState):
 
     Attributes:
         chosen_N: times each row was trained on.
+        chosen_S: the same of each source's rows together.
         reducible_N: its reducible loss when last drawn, NaN before.
     """
 
@@ -129,6 +130,7 @@ class RhoState(PoolState):
         super().__init__(config, cache, "rho_loss")
         self.irreducible_N = irreducible_N
         self.chosen_N = np.zeros(len(self.pool), dtype=np.int32)
+        self.chosen_S = np.zeros(len(self.pool.sources))
         self.reducible_N = np.full(len(self.pool), np.nan)
         batch = config.train.global_batch_size
         wanted = round(batch / config.baseline.rho_batch_share)
@@ -142,11 +144,12 @@ class RhoState(PoolState):
         self.reducible_N[row_B] = reducible_B
         chosen_B = row_B[highest(reducible_B, self.config.train.global_batch_size)]
         np.add.at(self.chosen_N, chosen_B, 1)
+        self.chosen_S += self.pool.counts(chosen_B)
         return self.deal(chosen_B)
 
     def also_recorded(self) -> dict[str, Any]:
         """The weights so far."""
-        return {"weights": self.pool.shares(self.chosen_N.astype(float))}
+        return {"weights": (self.chosen_S / self.chosen_S.sum()).tolist()}
 
     def common_state(self) -> dict[str, Any]:
         chosen, reducible = torch.from_numpy(self.chosen_N), torch.from_numpy(self.reducible_N)
@@ -155,6 +158,7 @@ class RhoState(PoolState):
     def load_common_state(self, state: dict[str, Any]) -> None:
         super().load_common_state(state)
         self.chosen_N = state["chosen"].numpy()
+        self.chosen_S = self.pool.sums(self.chosen_N)
         self.reducible_N = state["reducible"].numpy()
 
 

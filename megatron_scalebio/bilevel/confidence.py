@@ -250,6 +250,8 @@ def judge_convergence(
         )
     half_width_S = random_scaling_half_width(blocks_BS, confidence)
     widest = int(half_width_S.argmax())
+    if num_sources > 1 and not half_width_S.any():
+        return Verdict(False, "no weight has moved over the averaged steps")
     if float(half_width_S[widest]) > tolerance:
         return Verdict(
             False,

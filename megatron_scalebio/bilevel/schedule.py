@@ -51,8 +51,11 @@ class Schedule:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
+        assert rates.min_lr is not None
+        floor_share = rates.min_lr / rates.lr
         self._models = [
-            {"max_lr": rate, "min_lr": rates.min_lr} for rate in (rates.lr, rates.lr_u or rates.lr)
+            {"max_lr": rate, "min_lr": floor_share * rate}
+            for rate in (rates.lr, rates.lr_u or rates.lr)
         ]
         self._mixture = {"max_lr": self.bilevel.lr_lambda, "min_lr": 0.0}
 

@@ -10,6 +10,7 @@ leaves the last good one. No two attempts share a name: what writes for a killed
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
 import shutil
@@ -123,6 +124,17 @@ def newest_whole(save: Path) -> tuple[int | None, list[str]]:
             return step, problems
         problems.append(problem)
     return None, problems
+
+
+def set_aside(save: Path, after: int) -> None:
+    """Renames the damaged checkpoints after the one that a run goes on from: `keep_last` counts
+    whole ones, and nothing is deleted.
+    """
+    for step in steps_on_disk(save):
+        if step > after:
+            folder = iteration_folder(save, step)
+            with contextlib.suppress(OSError):
+                folder.rename(folder.with_name(f"{folder.name}.damaged"))
 
 
 def damage(folder: Path) -> str:

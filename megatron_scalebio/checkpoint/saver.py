@@ -100,12 +100,16 @@ def writing(step: int, folder: Path, temporary: Path) -> Iterator[None]:
 def load_latest(state: RunState, folder: Path, required: bool = False) -> tuple[bool, list[str]]:
     """Resumes from the newest whole checkpoint under `folder`, if there is one.
 
+    Args:
+        required: it is another run's folder: it has to hold one, and is left as it is.
+
     Returns:
-        Whether there was one; a warning for each damaged checkpoint that was passed over.
+        Whether there was one; a warning for each damaged checkpoint that was passed over, and for
+        settings that have changed since.
 
     Raises:
         UserError: if all are damaged, or the checkpoint is of other sources or another model, or
-            there is none although one is required.
+            there is none although one is required, or it is the end of a run of other settings.
     """
     step, problems = runtime.on_main(lambda: folders.newest_whole(folder))
     if step is None and problems:
@@ -114,9 +118,14 @@ def load_latest(state: RunState, folder: Path, required: bool = False) -> tuple[
         )
     if step is None and required:
         raise UserError("no checkpoint here", where=f"checkpoint.load: {folder}", mend="correct it")
+    warnings = [f"passed over a damaged checkpoint: {problem}" for problem in problems]
     if step is not None:
-        _load(state, folders.iteration_folder(folder, step))
-    return step is not None, problems
+        changed = _load(state, folders.iteration_folder(folder, step))
+        if changed:
+            warnings.append(f"goes on with other settings: {', '.join(changed)}")
+        if problems and not required:
+            runtime.on_main(lambda: folders.set_aside(folder, step))
+    return step is not None, warnings
 
 
 def load_step(state: RunState, folder: Path, step: int) -> None:
@@ -148,15 +157,17 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
         _load_models(chunks, wanted, source, keep_fp8_state=False)
 
 
-def _load(state: RunState, source: Path) -> None:
+def _load(state: RunState, source: Path) -> list[str]:
+    """Returns the settings that have changed since, each with its old and its new value."""
     register_safe_globals()
     with _reading(source):
-        _load_whole(state, source)
+        return _load_whole(state, source)
 
 
-def _load_whole(state: RunState, source: Path) -> None:
+def _load_whole(state: RunState, source: Path) -> list[str]:
     common = torch.load(source / BILEVEL / "common.pt", map_location="cpu", weights_only=True)
     _check_sources(state, common, source)
+    changed = _changed_settings(state, common["run"], source)
     _check_shapes(model_state(state.w, None), source)
     state.load_common_state(common["run"])
     _load_models(state.w, model_state(state.w, None), source)
@@ -174,6 +185,7 @@ def _load_whole(state: RunState, source: Path) -> None:
             optimizer.load_state_dict(loaded[f"optimizer_{name}"])
     if common["layout"] == layout():
         _load_random_state(source / BILEVEL)
+    return changed
 
 
 @contextmanager
@@ -221,6 +233,33 @@ def _check_sources(state: RunState, common: dict[str, Any], source: Path) -> Non
             where=str(source),
             mend="restore it, or choose a new train.output",
         )
+    validation = state.common_state()["validation"]
+    if common["run"].get("validation", validation) != validation:
+        raise UserError(
+            "was made for other validation sets, other data in them, or other weights of them",
+            where=str(source),
+            mend="choose a new train.output, or the same data.validation",
+        )
+
+
+def _changed_settings(state: RunState, saved: dict[str, Any], source: Path) -> list[str]:
+    ours = state.settings()
+    theirs = saved.get("settings", ours)
+    changed = [
+        f"{name} {_shown(theirs.get(name))} -> {_shown(value)}"
+        for name, value in ours.items()
+        if theirs.get(name) != value
+    ]
+    if changed and saved["step"] >= state.config.train.train_iters:
+        raise UserError(
+            f"is the end of a run of other settings: {', '.join(changed)}", where=str(source),
+            mend="choose a new train.output, or raise train.train_iters to go on",
+        )  # fmt: skip
+    return changed
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _check_optimizer_kind(config: Config, saved: list[bool], source: Path) -> None:

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             for number, stage in enumerate(stages, 1):
                 if not stage.done:
                     console.print(f"[{number}/{len(stages)}] {stage.title} ...", markup=False)
-                    seconds = run_stage(stage, plan.command(stage))
+                    seconds = run_stage(stage, plan.command(stage), plan.environment(stage))
                     console.print(f"    {duration(round(seconds))}")
                 _drop_training_state(stage)
     except KeyboardInterrupt:
@@ -118,7 +118,7 @@ def _refuse_difference(where: str, earlier: Any, now: Any) -> None:
         )  # fmt: skip
 
 
-def run_stage(stage: Stage, command: list[str]) -> float:
+def run_stage(stage: Stage, command: list[str], environment: dict[str, str]) -> float:
     """Runs a stage to its end; returns its seconds, those of earlier attempts included.
 
     Raises:
@@ -134,7 +134,7 @@ def run_stage(stage: Stage, command: list[str]) -> float:
     with open(stage.log, "a", encoding="utf-8") as log:
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             code = child.wait()
         except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 
 from megatron_scalebio.config.baseline import Method
-from megatron_scalebio.config.checks import refuse, require_positive
+from megatron_scalebio.config.checks import NAME, refuse, require_positive
 from megatron_scalebio.config_loader import build, load_config, read_yaml
 from megatron_scalebio.errors import UserError
 
@@ -21,6 +21,13 @@ VARIANTS: dict[str, Sections] = {
     "paper": {"baseline": {"method": "scalebio"}, "bilevel": {"preset": "paper"}},
     "rho_loss_offline": {"baseline": {"method": "rho_loss", "rho_online": False}},
 }
+
+# What is in the output beside the folders of methods.
+TAKEN = (
+    "data", "pool", "model", "logs", "compare.yaml", "compare.json", "compare.md", "compare.png"
+)  # fmt: skip
+# Options that name a folder to write to or to resume from.
+SHARED = (("checkpoint", "save"), ("checkpoint", "load"), ("logging", "tensorboard_dir"))
 
 
 @dataclass
@@ -81,6 +88,13 @@ class CompareConfig:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise refuse("test", twice[0], "names two sets", "give each set its own name")
+        for name in self.variants:
+            if not NAME.fullmatch(name) or name in TAKEN:
+                raise refuse(
+                    "variants", name, "cannot name a variant, which is a folder of the output",
+                    f"use letters, digits, '.', '_' and '-', and none of {', '.join(TAKEN)}",
+                )  # fmt: skip
+        self._refuse_shared_folders()
         known = [*get_args(Method), *VARIANTS, *self.variants]
         for method in self.methods:
             if method not in known:
@@ -95,6 +109,18 @@ class CompareConfig:
             raise refuse("model", None, "and tokenizer are missing", "name a Hugging Face folder")
         if self.tasks and not self.model:
             raise refuse("tasks", list(self.tasks), "need a Hugging Face model", "name model")
+
+    def _refuse_shared_folders(self) -> None:
+        layers = {"run": self.run, "reweight": self.reweight, "train": self.train}
+        layers |= {f"variants.{name}": sections for name, sections in self.variants.items()}
+        for layer, sections in layers.items():
+            for section, key in SHARED:
+                given = sections.get(section)
+                if isinstance(given, dict) and given.get(key) is not None:
+                    raise refuse(
+                        f"{layer}.{section}.{key}", given[key], "would be one folder for all runs",
+                        "remove it: each run keeps its own under output",
+                    )  # fmt: skip
 
     def sections_of(self, method: str) -> Sections:
         """The configuration of finding the mixture by a method, without data, seed and output."""

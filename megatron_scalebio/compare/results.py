@@ -9,7 +9,6 @@ recomputation adds is left out of both.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -95,9 +94,10 @@ def _loss_mean(plan: Plan) -> str:
     return plan.config.sections_of_training().get("data", {}).get("loss_mean", "sample")
 
 
-def _seconds(log: Path) -> float:
+def _seconds(log: Path) -> float | None:
+    """None if `compare` was killed while the stage ran on to its end."""
     path = log.with_suffix(".timing.json")
-    return float(read(path)["seconds"]) if path.exists() else math.nan
+    return float(read(path)["seconds"]) if path.exists() else None
 
 
 def _summary(runs: Sequence[Content]) -> Content:
@@ -117,9 +117,12 @@ def _summary(runs: Sequence[Content]) -> Content:
     }
 
 
-def spread(values: Iterable[float]) -> dict[str, float | None]:
-    """Mean and standard deviation over seeds (null of one)."""
-    known = list(values)
+def spread(values: Iterable[float | None]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds (null of one); null where a seed's is unknown."""
+    given = list(values)
+    known = [value for value in given if value is not None]
+    if len(known) < len(given):
+        return {"mean": None, "sd": None}
     return {"mean": fmean(known), "sd": stdev(known) if len(known) > 1 else None}
 
 
@@ -170,6 +173,7 @@ def table(comparison: Content, sources: Sequence[str]) -> tuple[list[str], list[
     ]
     rows = []
     for method in comparison["methods"]:
+        seconds = method["search_seconds"]["mean"]
         rows.append(
             [
                 method["name"],
@@ -179,7 +183,7 @@ def table(comparison: Content, sources: Sequence[str]) -> tuple[list[str], list[
                 *(shown(method["weights"][s], "{:.2f}".format) for s in sources),
                 f"{method['rows']['mean']:,.0f}",
                 f"{method['cost']['mean']:.2f}",
-                duration(round(method["search_seconds"]["mean"])),
+                "-" if seconds is None else duration(round(seconds)),
                 f"{method['search_peak_bytes'] / 2**30:.1f} GiB",
             ]
         )

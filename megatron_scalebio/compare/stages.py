@@ -14,12 +14,14 @@ OUTPUT/
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_scalebio import launcher
 from megatron_scalebio.compare.config import CompareConfig, Sections, is_prepared, merged
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.errors import UserError
@@ -233,6 +235,12 @@ class Plan:
         else:
             start = [sys.executable]
         return [*start, "-m", "megatron_scalebio", *stage.words]
+
+    def environment(self, stage: Stage) -> dict[str, str]:
+        """What a stage inherits: only one under the user's launcher takes part in an allocation."""
+        if stage.distributed and self.config.launcher:
+            return dict(os.environ)
+        return {key: value for key, value in os.environ.items() if key not in launcher.VARIABLES}
 
 
 def read(path: Path) -> dict[str, Any]:

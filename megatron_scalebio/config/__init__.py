@@ -63,6 +63,11 @@ class Config:
                 "Megatron starts the reduction at the flush's last micro-batch, which is w's alone",
                 "drop it here; `train` takes it",
             )  # fmt: skip
+        if self.lisa.lisa_layers and self.lisa.lisa_interval == 1 and self.bilevel.resync_interval:
+            raise refuse(
+                "lisa.lisa_interval", 1, "leaves u no step to depart from w: a draw resets it",
+                "use 2 or more",
+            )  # fmt: skip
         train = self.train
         assert train.validation_batch_size is not None
         self._validate_batches(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from dataclasses import field
 from typing import Any
 
 from megatron_scalebio.errors import UserError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def option(default: Any, help: str) -> Any:
@@ -27,7 +30,19 @@ def require_positive(section: Any, *names: str, or_zero: bool = False) -> None:
             continue
         if not math.isfinite(value) or value < 0 or (value == 0 and not or_zero):
             bound = "at least 0" if or_zero else "above 0"
+            if math.isinf(value):
+                bound = "finite"
             raise refuse(name, value, f"must be {bound}", f"set {name} {bound}")
+
+
+def require_name(where: str, name: str) -> None:
+    """Refuses what can't name a source or a set: names become names of files and folders."""
+    if not NAME.fullmatch(name):
+        raise UserError(
+            f"{name!r} cannot name a source or a set",
+            where=where,
+            mend="use letters, digits, '.', '_' and '-'",
+        )
 
 
 def require_within_one(section: Any, *names: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_scalebio.config.checks import option, refuse, require_positive
+from megatron_scalebio.config.checks import option, refuse, require_name, require_positive
 
 
 @dataclass
@@ -56,6 +56,8 @@ class DataConfig:
             ("sources", self.sources), ("validation", self.validation), ("test", self.test),
         ):  # fmt: skip
             names = [entry.name for entry in entries]
+            for name in names:
+                require_name(kind, name)
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise refuse(kind, twice[0], "names two entries", "rename one of them")

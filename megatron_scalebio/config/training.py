@@ -17,7 +17,7 @@ class OptimizerConfig:
 
     lr: float = option(3e-4, "peak learning rate of w")
     lr_u: float | None = option(None, "peak learning rate of u [lr]")
-    min_lr: float | None = option(None, "floor of the learning rates of w and u [lr / 10]")
+    min_lr: float | None = option(None, "floor of lr [lr / 10]; lr_u has one in proportion")
     lr_decay_style: Literal["cosine", "linear", "constant"] = option("cosine", "decay of lr, lr_u")
     lr_warmup_fraction: float = option(0.03, "share of the steps spent warming up")
     weight_decay: float = option(0.0, "decoupled weight decay of w and u")
@@ -138,7 +138,7 @@ class TrainConfig:
 @dataclass
 class CheckpointConfig:
     save: str | None = option(None, "checkpoint folder [OUTPUT/checkpoints]")
-    load: str | None = option(None, "checkpoint folder to resume from [save]")
+    load: str | None = option(None, "checkpoint folder to resume from, while `save` holds none")
     save_interval: int = option(100, "steps between checkpoints (0: only at the end)")
     keep_last: int = option(2, "checkpoints kept")
     async_save: bool = option(False, "write checkpoints in the background while the run goes on")

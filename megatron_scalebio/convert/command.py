@@ -7,7 +7,6 @@ convert export --load CKPT --hf-reference DIR --save DIR     Megatron → Huggin
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from megatron_scalebio import launcher
 from megatron_scalebio.convert.carry import has_tokenizer
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 
@@ -63,9 +63,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: naming the file and the tensor or option at fault.
     """
-    is_main = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    is_main = launcher.is_first_rank()
     console = Console(stderr=True, quiet=not is_main)
-    if args.verify and int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
+    if args.verify and launcher.world_size_from_environment() > 1:
         raise UserError("runs in one process", where="--verify", mend="start it without a launcher")
     begin = time.monotonic()
     try:

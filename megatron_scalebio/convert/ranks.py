@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.launcher import world_size_from_environment
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class Ranks:
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The processes that a launcher started, joined now or by the run that this is part of."""
-    if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) == 1:
+    if world_size_from_environment() == 1:
         yield Ranks()
         return
     import torch.distributed as dist

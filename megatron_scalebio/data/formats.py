@@ -1,9 +1,11 @@
-"""The four record formats: a JSON object becomes a :class:`Text` or a :class:`Dialogue`.
+"""The record formats: a JSON object becomes a :class:`Text` or a :class:`Dialogue`.
 
 text      {"text": "..."}
 alpaca    {"instruction": "...", "input": "...", "output": "..."}
+pairs     {"prompt": "...", "completion": "..."} | {"question": "...", "answer": "..."}
 sharegpt  {"items" | "conversations": [{"from": "human" | "gpt" | ..., "value": "..."}]}
 messages  {"messages": [{"role": "user" | "assistant" | ..., "content": "..."}]}
+          content may be a list of parts, {"type": "text", "text": "..."}
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import Any
 from megatron_scalebio.data.records import RecordReader
 from megatron_scalebio.errors import UserError
 
-FORMATS = ("text", "alpaca", "sharegpt", "messages")
+FORMATS = ("text", "alpaca", "pairs", "sharegpt", "messages")
+PAIRS = (("prompt", "completion"), ("question", "answer"))
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -62,14 +65,16 @@ def detect_format(value: dict[str, Any], where: str, text_key: str = "text") -> 
         return "sharegpt"
     if "instruction" in value and "output" in value:
         return "alpaca"
+    if any(prompt in value and answer in value for prompt, answer in PAIRS):
+        return "pairs"
     if "text" in value:
         return "text"
     fields = ", ".join(sorted(map(str, value))[:8]) or "none"
     raise UserError(
         f"unknown record format; its fields are: {fields}",
         where=where,
-        mend="expecting text, or instruction and output, or items/conversations, or messages; "
-        f"--format names one of {', '.join(FORMATS)}",
+        mend="expecting text, or instruction and output, or prompt and completion, or question and "
+        f"answer, or items/conversations, or messages; --format names one of {', '.join(FORMATS)}",
     )
 
 
@@ -106,6 +111,10 @@ def parse_record(
             prompt = f"{prompt}\n\n{_string(value, 'input', where, format_name)}"
         answer = _string(value, "output", where, format_name)
         return Dialogue((("user", prompt), ("assistant", answer)))
+    if format_name == "pairs":
+        keys = next((pair for pair in PAIRS if pair[0] in value), PAIRS[0])
+        prompt, answer = (_string(value, key, where, format_name) for key in keys)
+        return Dialogue((("user", prompt), ("assistant", answer)))
     if format_name == "sharegpt":
         return _dialogue(value, ("items", "conversations"), "from", "value", where, format_name)
     if format_name == "messages":
@@ -139,8 +148,22 @@ def _dialogue(
         if role.lower() not in ROLES:
             known = ", ".join(ROLES)
             raise UserError(f"unknown role {role!r}", where=at, mend=f"known roles: {known}")
+        content = turn.get(content_key)
+        if isinstance(content, list):
+            turn = {content_key: _joined(content, at)}
         messages.append((ROLES[role.lower()], _string(turn, content_key, at, format_name)))
     return Dialogue(tuple(messages))
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(
+                f"a part of the content is of type {kind!r}", where=where,
+                mend="keep text parts alone, or leave the record out",
+            )  # fmt: skip
+    return "".join(part["text"] for part in parts)
 
 
 def _string(value: dict[str, Any], key: str, where: str, format_name: str) -> str:
@@ -148,7 +171,11 @@ def _string(value: dict[str, Any], key: str, where: str, format_name: str) -> st
         raise _missing(key, where, format_name)
     text = value[key]
     if not isinstance(text, str):
-        raise UserError(f"field {key!r} is {type(text).__name__}, not a string", where=where)
+        kind = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
+        raise UserError(
+            f"field {key!r} is {kind.get(type(text), 'a number')}, not a string", where=where,
+            mend="write it as text, or leave the record out",
+        )  # fmt: skip
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from megatron_scalebio import launcher
+from megatron_scalebio.config.checks import require_name
 from megatron_scalebio.data.formats import FORMATS
 from megatron_scalebio.data.prepare import (
     TOO_LONG,
@@ -28,7 +28,6 @@ from megatron_scalebio.data.prepare import (
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 
 _SUFFIXES = (".json", ".jsonl")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LINE_EVERY_S = 10.0
 
 
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_config(config: PrepareConfig) -> int:
     """Prepares with a progress display and a closing table; returns an exit code."""
-    quiet = os.environ.get("RANK", "0") != "0"
+    quiet = not launcher.is_first_rank()
     console = Console(stderr=True, quiet=quiet)
     try:
         with sigterm_interrupts(), _display(console) as display:
@@ -115,12 +114,7 @@ def parse_input(value: str) -> SourceInput:
     if not entries:
         raise UserError(f"no path in {value!r}", where="--input", mend="--input name=file.jsonl")
     name = name or Path(entries[0]).stem
-    if not _NAME.fullmatch(name):
-        raise UserError(
-            f"{name!r} cannot name a source",
-            where="--input",
-            mend="use letters, digits, '.', '_' and '-', as in --input name=file.jsonl",
-        )
+    require_name("--input", name)
     files = [file for entry in entries for file in _files(Path(entry))]
     return SourceInput(name, tuple(files))
 

@@ -25,8 +25,10 @@ from megatron_scalebio.errors import WRITABLE, UserError
 
 FORMAT_VERSION = 1
 SOURCE_FILE = "source.json"
+MANIFEST_FILE = "manifest.json"  # of `sample`, which writes no source.json to a Megatron prefix
 TOKENS = "tokens"
 LOSS_MASK = "loss_mask"
+_MANIFEST_KEYS = {"format_version", "rows_are", "contamination", "fingerprint", "sources"}
 
 
 class SourceWriter:
@@ -144,13 +146,23 @@ class Staging:
             raise UserError(
                 "exists and is not empty", where=str(target), mend="--overwrite replaces it"
             )
-        if target.is_dir() and not (target / SOURCE_FILE).exists():
+        if target.is_dir() and not (target / SOURCE_FILE).exists() and not _is_sample(target):
             # It may be the directory of the raw data.
             raise UserError(
-                f"is no prepared source (it has no {SOURCE_FILE}), so --overwrite leaves it alone",
+                f"is no prepared source (it has no {SOURCE_FILE}) and no sample, so --overwrite "
+                "leaves it alone",
                 where=str(target),
                 mend="choose another --out or source name",
             )
+
+
+def _is_sample(folder: Path) -> bool:
+    """Whether a folder has the manifest of `sample`, and not another program's."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.keys() >= _MANIFEST_KEYS
 
 
 def staging_error(error: OSError, out: Path) -> UserError:

@@ -250,7 +250,24 @@ def load_tokenizer(
                 where=chat_template,
                 mend="give a Jinja file, or plain",
             ) from error
+        _try_template(tokenizer, chat_template)
     return tokenizer
+
+
+def _try_template(tokenizer: HuggingFaceTokenizer, where: str) -> None:
+    """Refuses a file that is no template before a record is blamed for it."""
+    import jinja2
+
+    problem = "" if (tokenizer.chat_template or "").strip() else "it is empty"
+    try:
+        tokenizer.render_chat([("user", "?")], generate=False)
+    except ChatTemplateError as error:
+        if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+            problem = f"line {error.__cause__.lineno}: {error.__cause__.message}"
+    if problem:
+        raise UserError(
+            f"is no chat template: {problem}", where=where, mend="give a Jinja file, or plain"
+        )
 
 
 def _open(path: Path) -> Tokenizer:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +43,7 @@ from megatron_scalebio.evaluate.results import (
     write_lines,
     write_section,
 )
+from megatron_scalebio.launcher import is_first_rank
 from megatron_scalebio.report.console import RunConsole
 
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("is missing", where="--output", mend="name a folder for the results")
     if config is not None:
         _held_out(config, Path(output))
-    if (args.tasks or args.mt_bench) and int(os.environ.get("RANK", "0")) == 0:
+    if (args.tasks or args.mt_bench) and is_first_rank():
         _on_hf_folder(args, hf, Path(output))
     return EXIT_OK
 
@@ -103,7 +103,7 @@ def _held_out(config: Config, output: Path) -> None:
     from megatron_scalebio.train.held_out import evaluate_config  # takes seconds
 
     losses = [loss.as_dict() for loss in evaluate_config(config)]
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    if is_first_rank():
         write_section(output, "held_out", {"sets": losses})
         console = RunConsole([], 0)
         console.losses(losses)

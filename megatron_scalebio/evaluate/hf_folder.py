@@ -68,7 +68,7 @@ def open_folder(folder: Path) -> HfModel:
     Raises:
         UserError: the folder is no model's, or of an architecture that transformers does not know.
     """
-    config = check_folder(folder)
+    check_folder(folder)
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,10 +77,15 @@ def open_folder(folder: Path) -> HfModel:
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"cannot load the model: {first}", where=str(folder)) from None
-    length = int(config.get("max_position_embeddings") or 2048)
+    # The object's attribute: in GPT-2's file it is n_positions.
+    length = int(getattr(model.config, "max_position_embeddings", None) or 2048)
     return HfModel(model.to(device).eval(), tokenizer, length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -52,7 +53,7 @@ def source_rows(run: Run) -> list[SourceRow]:
     natural = run.info.get("natural")
     known = run.setting("data", "known_weights")
     excess, loss = latest(run, "excess_loss"), latest(run, "loss_w")
-    blend_paths = set(run.blend.split()[1::2])
+    blend_paths = _blend_paths(run.blend)
     rows = []
     for i, source in enumerate(_weights(run)):
         rows.append(
@@ -67,6 +68,13 @@ def source_rows(run: Run) -> list[SourceRow]:
             )
         )  # fmt: skip
     return sorted(rows, key=lambda row: -row.weight)
+
+
+def _blend_paths(blend: str) -> set[str]:
+    try:
+        return set(shlex.split(blend)[1::2])
+    except ValueError:  # edited by hand
+        return set()
 
 
 def _weights(run: Run) -> list[SourceWeight]:

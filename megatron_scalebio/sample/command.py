@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,11 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from megatron_scalebio import launcher
+from megatron_scalebio.config.checks import require_name
 from megatron_scalebio.data.formats import FORMATS
 from megatron_scalebio.data.prepare import TOO_LONG, Progress
-from megatron_scalebio.data.prepare_cli import _NAME
+from megatron_scalebio.data.source_writer import MANIFEST_FILE
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.inputs import (
@@ -33,7 +34,6 @@ from megatron_scalebio.sample.inputs import (
     validation_of_run,
 )
 from megatron_scalebio.sample.stage import OnProgress, sample
-from megatron_scalebio.sample.writer import MANIFEST_FILE
 
 _LINE_EVERY_S = 10.0
 
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         overwrite=args.overwrite,
     )
-    quiet = os.environ.get("RANK", "0") != "0"
+    quiet = not launcher.is_first_rank()
     console = Console(stderr=True, quiet=quiet)
     try:
         with sigterm_interrupts(), _display(console) as display:
@@ -147,12 +147,7 @@ def _sources(
         if name not in weights or name not in paths:
             lacks = "--weights" if name not in weights else "--input"
             raise UserError(f"says nothing of source {name!r}", where=lacks, mend="name it in both")
-        if not _NAME.fullmatch(name):
-            raise UserError(
-                f"{name!r} cannot name a source",
-                where="--input",
-                mend="use letters, digits, '.', '_' and '-'",
-            )
+        require_name("--input", name)
     if not weights:
         raise UserError("no source is given", where="--input", mend="--input name=file.jsonl")
     sources = (WeightedSource(n, paths[n], w, selected.get(n)) for n, w in weights.items())

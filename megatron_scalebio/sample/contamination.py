@@ -53,10 +53,16 @@ class EvaluationIndex:
     def add(self, ids: Ids, prompt: Ids) -> None:
         """Adds one evaluation example; ``prompt`` is empty where it has none."""
         self.examples += 1
+        self._ids.append(np.empty(0, np.uint32))
+        self.add_form(ids, prompt)
+
+    def add_form(self, ids: Ids, prompt: Ids) -> None:
+        """Adds another form of the example added last, which rows may repeat as well."""
         self._whole.add(_digest(ids))
         if len(prompt):
             self._prompts.add(_digest(prompt))
-        self._ids.append(ids.astype(np.uint32))
+        between = np.array([UNKNOWN], np.uint32)  # no n-gram reaches over it
+        self._ids[-1] = np.concatenate([self._ids[-1], between, ids.astype(np.uint32)])
 
     def close(self) -> None:
         """Ends the adding; to be called once, before :meth:`kind`.

@@ -19,6 +19,8 @@ from megatron_scalebio.sample.rows import (
     OnProgress,
     Row,
     Statuses,
+    decoded_texts,
+    prompt_length,
 )
 
 
@@ -67,12 +69,9 @@ class TokenRows:
     def _ids(self, number: int, by_words: Callable[[str, str], tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
         """A document and its prompt (what precedes its first target) as the index takes them."""
         tokens, mask = self._row(number)
-        # Plain text has a target right behind its first token, and no prompt.
-        targets = np.flatnonzero(mask)
-        prompt = tokens[: targets[0]] if len(targets) and targets[0] > 1 else tokens[:0]
         if self._tokenizer is not None:
-            decode = self._tokenizer.decode
-            return by_words(decode(tokens.tolist()), decode(prompt.tolist()))
+            return by_words(*decoded_texts(tokens, mask, self._tokenizer))
+        prompt = tokens[: prompt_length(mask)]
         known = np.uint64(1)  # no token is unknown
         return tokens.astype(np.uint64) + known, prompt.astype(np.uint64) + known
 

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_scalebio.data.source_writer import MANIFEST_FILE
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.sample.config import SampleConfig
 from megatron_scalebio.sample.contamination import KINDS
 from megatron_scalebio.sample.plan import Ints
 from megatron_scalebio.sample.rows import STATUSES, RawRows
 from megatron_scalebio.sample.setup import OpenSource, Setup
-from megatron_scalebio.sample.writer import MANIFEST_FILE, Written
+from megatron_scalebio.sample.writer import Written
 
 FORMAT_VERSION = 1
 

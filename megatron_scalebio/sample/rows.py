@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_pool import Batch, EncodePool
 from megatron_scalebio.data.formats import detect_format, parse_record
 from megatron_scalebio.data.prepare import Progress
 from megatron_scalebio.data.records import Record, RecordReader
+from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.sample.contamination import (
     KINDS,
@@ -59,7 +61,13 @@ class Row(NamedTuple):
 
 
 class RawRows:
-    """The records of JSON and JSONL files, numbered from 0 over all files."""
+    """The records of JSON and JSONL files, numbered from 0 over all files.
+
+    Args:
+        pool: encodes what is fetched; None: nothing will be.
+        encoder: that of sources which are token ids: an evaluation set is compared as it would read
+            decoded too, with the words of the chat template.
+    """
 
     def __init__(
         self,
@@ -68,11 +76,13 @@ class RawRows:
         format: str,
         text_key: str,
         pool: EncodePool | None,
+        encoder: ExampleEncoder | None = None,
     ) -> None:
         self.name, self.files = name, files
         self.rows_in_file: list[int] = []
         self.formats: dict[str, None] = {}
         self._format, self._text_key, self._pool = format, text_key, pool
+        self._encoder = encoder
 
     def scan(self, index: EvaluationIndex, words: WordIds, on_progress: OnProgress) -> Statuses:
         """Counts the rows of every file and marks those that repeat an evaluation example."""
@@ -99,7 +109,10 @@ class RawRows:
         for file in self.files:
             count = 0
             for record in RecordReader(file):
-                index.add(*words.learn(*self._evaluation_texts(file, record)))
+                texts, *decoded = self._evaluation_forms(file, record)
+                index.add(*words.learn(*texts))
+                for form in decoded:
+                    index.add_form(*words.learn(*form))
                 count += 1
             self.rows_in_file.append(count)
 
@@ -157,18 +170,39 @@ class RawRows:
                 format_name = detect_format(record.value, where, self._text_key)
             yield format_name, record
 
-    def _evaluation_texts(self, file: Path, record: Record) -> tuple[str, str]:
-        """Of a benchmark's record in a format of its own too, which no source could have."""
+    def _evaluation_forms(self, file: Path, record: Record) -> list[tuple[str, str]]:
+        """The texts of a record, which may be in a format of a benchmark's own; also decoded."""
         try:
             format_name = detect_format(record.value, "", self._text_key)
         except UserError:
-            return any_texts(record.value)
-        return self._texts(file, format_name, record)
+            return [any_texts(record.value)]
+        forms = [self._texts(file, format_name, record)]
+        if self._encoder is not None:
+            where = f"{file}:{record.line}"
+            example = parse_record(record.value, format_name, where, self._text_key)
+            try:
+                ids, mask = self._encoder.encode(example, where)
+            except UserError:
+                return forms  # of what the chat template refuses there are no prepared rows
+            forms.append(decoded_texts(np.array(ids), np.array(mask), self._encoder.tokenizer))
+        return forms
 
     def _texts(self, file: Path, format_name: str, record: Record) -> tuple[str, str]:
         where = f"{file}:{record.line}"
         example = parse_record(record.value, format_name, where, self._text_key)
         return whole_text(example), prompt_text(example)
+
+
+def decoded_texts(tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> tuple[str, str]:
+    """The text of token ids, and that of their prompt."""
+    prompt = tokens[: prompt_length(mask)]
+    return tokenizer.decode(tokens.tolist()), tokenizer.decode(prompt.tolist())
+
+
+def prompt_length(mask: np.ndarray) -> int:
+    """How many tokens precede the first target; 0 for plain text, with one behind its first."""
+    targets = np.flatnonzero(mask)
+    return int(targets[0]) if len(targets) and targets[0] > 1 else 0
 
 
 def _pick(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_pool import EncodePool, EncodeSettings
 from megatron_scalebio.data.sources import ExampleSource
 from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
@@ -87,6 +88,7 @@ def open_setup(config: SampleConfig, stack: ExitStack) -> Setup:
             _check_options(rows, entry, setup)
     for entry in excluded:
         by_tokens = (setup.from_tokens and bool(entry.prefix)) or not entry.has_files
+        by_tokens = by_tokens and not _needs_raw_files(entry, setup)
         rows, inputs = _open_rows(config, setup, entry, from_tokens=by_tokens)
         if setup.tokenizer is None and not isinstance(rows, TokenRows):
             raise UserError(
@@ -141,7 +143,10 @@ def _open_rows(
 ) -> tuple[RawRows | TokenRows, list[dict[str, Any]]]:
     """The rows of a source or evaluation set, and its files as the manifest describes them."""
     if not from_tokens:
-        raw = RawRows(entry.name, entry.files, config.format, config.text_key, setup.pool)
+        encoder = None
+        if setup.from_tokens and setup.tokenizer:
+            encoder = ExampleEncoder(setup.tokenizer, train_on_prompt=config.train_on_prompt)
+        raw = RawRows(entry.name, entry.files, config.format, config.text_key, setup.pool, encoder)
         return raw, entry.describe_raw()
     if not entry.prefix:
         raise UserError(
@@ -177,6 +182,27 @@ def _common_tokenizer(
                 mend="prepare all with one, or name the one to use for raw records",
             )
     return first["tokenizer"]
+
+
+def _needs_raw_files(entry: Located, setup: Setup) -> bool:
+    """Whether an excluded set's ids are of another tokenizer than the one that would decode them.
+
+    Raises:
+        UserError: they are, and its raw files are gone.
+    """
+    if setup.tokenizer is None or entry.description is None:
+        return False
+    its = entry.description["tokenizer"]
+    if its["fingerprint"] == setup.tokenizer.fingerprint:
+        return False
+    if not entry.has_files:
+        raise UserError(
+            f"{entry.name!r} was prepared with {its['model']!r}, the sample is compared by "
+            f"{setup.tokenizer.model!r}, and its raw files are gone",
+            where=str(entry.folder),
+            mend=f"name them by --exclude {entry.name}=FILE, or prepare it with that tokenizer",
+        )
+    return True
 
 
 def _seq_length(config: SampleConfig, described: list[dict[str, Any]]) -> int | None:

@@ -20,12 +20,11 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_scalebio.data.source_writer import TOKENS, SourceWriter
+from megatron_scalebio.data.source_writer import MANIFEST_FILE, TOKENS, SourceWriter
 from megatron_scalebio.sample.plan import shuffled
 from megatron_scalebio.sample.spool import Spool
 
 SAMPLE_FILE = "sample.jsonl"
-MANIFEST_FILE = "manifest.json"
 
 
 class Writer(Protocol):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_scalebio import runtime
+from megatron_scalebio import launcher, runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.sources import vocab_size_told
@@ -26,6 +26,7 @@ from megatron_scalebio.progress import HERE
 
 _HISTORY = 100_000  # allocations and frees that are remembered
 _PLAN_TIMEOUT_S = 300
+_ON_CPU = "DefaultCPUAllocator"  # torch raises a bare RuntimeError there
 
 
 @contextmanager
@@ -35,13 +36,15 @@ def out_of_memory_named(config: Config, folder: Path) -> Iterator[None]:
         torch.cuda.memory._record_memory_history(max_entries=_HISTORY, stacks="python")
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and _ON_CPU not in str(error):
+            raise
         raise out_of_memory(config, folder, error) from None
 
 
 def out_of_memory(config: Config, folder: Path, error: Exception) -> UserError:
     """What is told when an allocation of this rank has failed."""
-    found, extra = str(error).splitlines()[0], ""
+    found, extra = str(error).splitlines()[0].rpartition(f"{_ON_CPU}: ")[2], ""
     if runtime.on_cuda():
         snapshot = folder / f"memory_snapshot-rank-{runtime.rank():04d}.pickle"
         torch.cuda.memory._dump_snapshot(str(snapshot))
@@ -62,8 +65,7 @@ def prediction(config: Config, folder: Path) -> str:
     asked.write_text(config_text(replace(config, model=replace(config.model, vocab_size=size))))
     words = [sys.executable, "-m", "megatron_scalebio", "plan", "--config", str(asked)]
     words += ["--gpus", str(runtime.world_size()), "--json", str(told)]
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {key: value for key, value in os.environ.items() if key not in launcher}
+    environment = {k: value for k, value in os.environ.items() if k not in launcher.VARIABLES}
     try:
         subprocess.run(
             words, check=True, capture_output=True, timeout=_PLAN_TIMEOUT_S, env=environment

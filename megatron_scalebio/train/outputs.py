@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -41,11 +42,17 @@ def write_text(path: Path, text: str) -> None:
         temporary.rename(path)
 
 
-def prepare_folders(folder: Path, save_to: Path, names: list[str]) -> None:
+def prepare_folders(
+    folder: Path, save_to: Path, sources: list[str], validation: list[str] | None = None
+) -> None:
     """Makes the output and the checkpoint folder, before anything costs time.
 
+    Args:
+        sources: names.
+        validation: names, where they decide what is learned.
+
     Raises:
-        UserError: if one can't be written, or the output holds a run of other sources.
+        UserError: if one can't be written, or the output holds a run of others.
     """
     for path in (folder, save_to):
         with disk_errors_named(path):
@@ -55,15 +62,17 @@ def prepare_folders(folder: Path, save_to: Path, names: list[str]) -> None:
     if not metrics.is_file() or metrics.stat().st_size == 0:
         return
     try:
-        earlier = json.loads((folder / "run.json").read_text())["sources"]
+        run = json.loads((folder / "run.json").read_text())
+        earlier = {"sources": run["sources"], "validation": run["validation"]}
     except (OSError, ValueError, KeyError, TypeError):
         return
-    if earlier != names:
-        raise UserError(
-            f"holds a run of sources {earlier}, not {names}",
-            where=str(folder),
-            mend="choose a new train.output, or the same data.sources in the same order",
-        )
+    for kind, names in (("sources", sources), ("validation", validation)):
+        if names is not None and earlier[kind] not in ([], names):  # []: a part that has none
+            raise UserError(
+                f"holds a run of {kind} {earlier[kind]}, not {names}",
+                where=str(folder),
+                mend=f"choose a new train.output, or the same data.{kind} in the same order",
+            )
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -237,7 +246,8 @@ def write_memory(folder: Path) -> None:
 
 
 def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list[str]:
-    """Writes weights.json, blend.txt (Megatron's --data-path) and blend.json (per split).
+    """Writes weights.json, blend.txt (Megatron's --data-path, quoted as a shell needs it) and
+    blend.json (per split).
 
     Returns:
         Names of the sources below the floor, which the blend leaves out: Megatron-LM's
@@ -251,7 +261,7 @@ def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list
     words: list[str] = []
     for entry in kept:
         words += [f"{entry['weight'] / whole:.6f}", entry["path"]]
-    write_text(folder / "blend.txt", " ".join(words) + "\n")
+    write_text(folder / "blend.txt", shlex.join(words) + "\n")
     validation: list[str] = []
     for entry in config.data.validation:
         prefix = Path(entry.path) / "tokens"

@@ -21,7 +21,7 @@ class RunLog:
     Args:
         parameters: of the whole model.
         initial_S: the weights that the sources start with.
-        warnings: damaged checkpoints that were passed over.
+        warnings: of what the run resumed from.
         facts: lines of the banner besides the usual ones, or in their place.
         config, steps, resume_step: of the whole run, where the state is a part's [the state's].
     """
@@ -59,7 +59,7 @@ class RunLog:
         usual = outputs.run_facts(config, self.run, resume_step)
         self.console.banner({**usual, **(facts or {})})
         for warning in warnings:
-            self.console.warn(f"passed over a damaged checkpoint: {warning}")
+            self.console.warn(warning)
         self.console.start(resume_step)
 
     def log(self, record: dict[str, Any], slow: str = "") -> UserError | None:

@@ -50,8 +50,11 @@ def begin(config: Config) -> Iterator[Begun]:
     runtime.start(config)
     folder = Path(config.train.output)
     save_to = Path(config.checkpoint.save or folder / "checkpoints")
-    names = [source.name for source in config.data.sources]
-    runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, names))
+    sources, validation = (
+        [entry.name for entry in entries]
+        for entries in (config.data.sources, config.data.validation)
+    )
+    runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, sources, validation))
     # The other ranks wait in a collective meanwhile.
     patience_s = min(PATIENCE_S, 30.0 * config.parallel.distributed_timeout_minutes)
     locks = ExitStack()
@@ -74,10 +77,13 @@ def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:
         save_to: its checkpoints.
 
     Returns:
-        A warning for each damaged checkpoint that was passed over.
+        Warnings of `load_latest`.
     """
-    load_from = Path(state.config.checkpoint.load or save_to)
-    resumed, warnings = saver.load_latest(state, load_from, required=load_from != save_to)
+    resumed, warnings = saver.load_latest(state, save_to)
+    load_from = state.config.checkpoint.load
+    if not resumed and load_from:
+        resumed, more = saver.load_latest(state, Path(load_from), required=True)
+        warnings += more
     if not resumed:
         load_start(state, folder)
     return warnings

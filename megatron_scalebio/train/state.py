@@ -32,6 +32,11 @@ from megatron_scalebio.optim.builder import Period
 from megatron_scalebio.optim.lisa import active_layers, period_of, set_trainable
 from megatron_scalebio.sample.inputs import read_weights
 
+# Options of the bilevel section that judge or write what was learned.
+_JUDGING = {
+    "preset", "average_fraction", "confidence", "tolerance", "early_stop", "blend_floor",
+}  # fmt: skip
+
 
 @dataclass
 class TokenCost:
@@ -222,10 +227,24 @@ class RunState:
         for chunks in self.models.values():
             set_trainable(chunks, self.active_layers, config.lisa)
 
+    def settings(self) -> dict[str, Any]:
+        """The options that decide the steps to come, besides data, model and layout, by field."""
+        config = self.config
+        sections = {
+            "optimizer": asdict(config.optimizer), "lisa": asdict(config.lisa),
+            "train": {
+                name: getattr(config.train, name)
+                for name in ("seed", "global_batch_size", "validation_batch_size")
+            },
+            "data": {"seq_length": config.data.seq_length, "loss_mean": config.data.loss_mean},
+        }  # fmt: skip
+        return {f"{name}.{k}": v for name, section in sections.items() for k, v in section.items()}
+
     def common_state(self) -> dict[str, Any]:
         """What is equal on all ranks: step and samplers."""
         return {
             "stage": self.stage,
+            "settings": self.settings(),
             "step": self.step,
             "skipped_in_a_row": self.skipped_in_a_row,
             "cost": asdict(self.cost),
@@ -233,6 +252,12 @@ class RunState:
             "sampler": self.data.sampler.state_dict(),
             "validation_sampler": self.data.validation_sampler.state_dict(),
             "sources": [[source.name, source.fingerprint] for source in self.data.sources],
+            "validation": [
+                [source.name, source.fingerprint, share]
+                for source, share in zip(
+                    self.data.validation, self.data.shares_V.tolist(), strict=True
+                )
+            ],
         }
 
     def load_common_state(self, state: dict[str, Any]) -> None:
@@ -250,6 +275,13 @@ class TrainState(RunState):
     def __init__(self, config: Config, cache: Path) -> None:
         super().__init__(config, "reweight", cache, with_u=True)
         self.mixture = Mixture(self.data.initial_weights(), config.bilevel.mixture_optimizer)
+
+    def settings(self) -> dict[str, Any]:
+        bilevel = asdict(self.config.bilevel)
+        return {
+            **super().settings(),
+            **{f"bilevel.{k}": v for k, v in bilevel.items() if k not in _JUDGING},
+        }
 
     def common_state(self) -> dict[str, Any]:
         return {**super().common_state(), "mixture": self.mixture.state_dict()}

@@ -33,6 +33,7 @@ def test_rows_are_the_sources_in_their_order(tmp_path: Path) -> None:
     assert pool.input_tokens() == sum(range(2, 10))
     assert pool.split(np.array([7, 0, 7, 2])) == [[0, 2], [], [3]]
     assert pool.shares(np.array([1.0, 1, 2, 0, 4, 0, 0, 0])) == [0.5, 0.0, 0.5]
+    assert pool.counts(np.array([7, 0, 7, 2])).tolist() == [2, 0, 2]
 
 
 def test_every_epoch_is_another_permutation() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+import unittest.mock
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +212,28 @@ def naive_rho(folder: Path) -> dict[str, Any]:
         with torch.no_grad():
             now = [float(model_losses(state.w[0], state.pool, int(row))) for row in large]
         before = state.chosen_N.copy()
-        train_step(state)
+        with locating_at_most(len(large)):  # nothing in a step may cost as much as the pool is long
+            record = train_step(state)
+        assert record["weights"] == state.pool.shares(state.chosen_N.astype(float))
         chosen = np.flatnonzero(state.chosen_N - before).tolist()
         steps.append({"large": large.tolist(), "losses": now, "chosen": chosen})
     state.leave_period()
     runtime.stop_model_parallel()
     return {"irreducible": losses, "steps": steps, "reference_steps": reference.step}
+
+
+@contextlib.contextmanager
+def locating_at_most(rows: int) -> Iterator[None]:
+    from megatron_scalebio.baselines.pool import Pool
+
+    locate = Pool.locate
+
+    def limited(pool: Pool, row_N: np.ndarray) -> Any:
+        assert len(row_N) <= rows
+        return locate(pool, row_N)
+
+    with unittest.mock.patch.object(Pool, "locate", limited):
+        yield
 
 
 def replace_order(state: Any) -> Any:

@@ -30,6 +30,10 @@ RUNS: dict[str, tuple[int, str, list]] = {
     "doge": (1, "doge", ["--train-iters", 40, "--domain-lr", 2.5]),
     "regmix": (1, "regmix", ["--train-iters", 40]),
     "regmix-short": (1, "regmix", ["--proxies", 4, "--proxy-iters", 3]),
+    "regmix-epochs": (
+        1, "regmix", ["--train-epochs", 0.1, "--proxies", 4, "--proxy-iters", 3],
+    ),
+    "doremi-epochs": (1, "doremi", ["--train-epochs", 0.08, "--reference-iters", 4]),
     "doremi": (1, "doremi", DOREMI),
     "doremi-few-places": (
         1, "doremi", [*SHORT, "--micro-batch-size", 1, "--global-batch-size", 2],
@@ -185,6 +189,13 @@ def test_cost_counts_what_went_through_models(runs: Path) -> None:
         "trained_tokens": 40 * 3 * 8 * 16,
         "scored_tokens": 15 * 60 * 16,
     }
+
+
+def test_epochs_are_of_the_run_and_not_of_its_parts(runs: Path) -> None:
+    """0.08 epochs of 600 examples are 6 steps of 8."""
+    for epochs, iters in (("regmix-epochs", "regmix-short"), ("doremi-epochs", "doremi")):
+        assert weights(runs / epochs) == weights(runs / iters)
+        assert metrics(runs / epochs) == metrics(runs / iters)
 
 
 def test_a_source_out_of_the_batch_keeps_its_score(runs: Path) -> None:

@@ -147,9 +147,11 @@ def test_drift_is_not_converged() -> None:
 
 
 def test_short_and_decayed_runs_are_not_converged() -> None:
-    still = torch.full((MIN_TAIL_STEPS - 1, 2), 0.5)
+    still = mixture_path(0.001)[: MIN_TAIL_STEPS - 1]
     assert "averaged" in judge_convergence(still).reason
     assert not judge_convergence(still).converged
     assert judge_convergence(still, block_length=2).converged  # blocks of two steps are enough
+    frozen = judge_convergence(torch.full((400, 2), 0.5))
+    assert not frozen.converged and "no weight has moved" in frozen.reason
     decayed = judge_convergence(torch.full((400, 2), 0.5), constant_rate=False)
     assert not decayed.converged and "decays" in decayed.reason

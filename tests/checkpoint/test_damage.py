@@ -153,6 +153,7 @@ def test_damaged_newest_checkpoint_is_passed_over_with_a_warning(outcomes: Path,
     assert code == 0, said
     assert "warning: passed over a damaged checkpoint: " in said and "iter_0000004" in said
     assert "from step 2" in said
+    assert (outcomes / name / f"{NEWEST}.damaged").is_dir(), "it is there, and does not count"
     assert metrics(outcomes / name) == metrics(outcomes / "base")
 
 

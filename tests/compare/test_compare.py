@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,15 @@ from PIL import Image
 from rich.console import Console
 
 from megatron_scalebio.cli import main
+from megatron_scalebio.compare.command import run_stage
 from megatron_scalebio.compare.config import load
 from megatron_scalebio.compare.results import spread, table, write
-from megatron_scalebio.compare.stages import Plan
+from megatron_scalebio.compare.stages import Plan, Stage
 from tests.commands import ROOT, start_command, the_only_line
 from tests.processes import finish
 
 pytestmark = pytest.mark.slow
+ALLOCATION = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
 TEXT = (ROOT / "README.md").read_text().split()
 
 
@@ -67,11 +71,17 @@ def content(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def compared(folder: Path) -> Path:
-    """The comparison with one method, and then with a second one added."""
+    """The comparison with one method, and then with a second one added.
+
+    Both are started as by a script of sbatch, in an allocation of two tasks.
+    """
     for methods in (["uniform"], ["uniform", "scalebio"]):
-        process = start_command(
-            "compare", "--config", folder / "compare.yaml", "--methods", *methods
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in ALLOCATION.items():
+                patch.setenv(name, value)
+            process = start_command(
+                "compare", "--config", folder / "compare.yaml", "--methods", *methods
+            )
         said, complaints = finish(process, 600)
         assert process.returncode == 0, said + complaints
         (folder / f"said-{len(methods)}.txt").write_text(said)
@@ -139,6 +149,15 @@ REFUSED = [
     ({"test": {"test": "nowhere.json"}}, "test.test: nowhere.json: no such file or folder"),
     ({"variants": {"x": {"baseline": {"method": "les"}}}}, "x: baseline.method: 'les' is not a"),
     ({"output": "/proc/x"}, "/proc/x/compare.yaml: can't write"),
+    ({"run": {"checkpoint": {"save": "ckpt"}}}, "run.checkpoint.save: 'ckpt' would be one folder"),
+    ({"train": {"checkpoint": {"load": "ckpt"}}}, "train.checkpoint.load: 'ckpt' would be one"),
+    (
+        {"variants": {"x": {"logging": {"tensorboard_dir": "tb"}}}},
+        "variants.x.logging.tensorboard_dir: 'tb' would be one folder for all runs (remove it",
+    ),
+    ({"variants": {"../x": {}}}, "variants: '../x' cannot name a variant"),
+    ({"variants": {"/x": {}}}, "variants: '/x' cannot name a variant"),
+    ({"variants": {"pool": {}}}, "variants: 'pool' cannot name a variant"),
 ]
 
 
@@ -233,8 +252,55 @@ def test_variants_and_presets_reach_the_command(folder: Path, tmp_path: Path) ->
     assert "torch.distributed.run" not in plan.command(plan.runs[0].stages[1])
 
 
+def test_only_the_launcher_of_a_stage_sees_the_allocation(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else `convert` waits for the other tasks, which nobody starts."""
+    for name, value in {**ALLOCATION, "SLURM_STEP_ID": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for change, launched in (({}, set()), ({"ranks": 2}, set()), ({"launcher": "srun x"}, {0, 2})):
+        path = tmp_path / "compare.yaml"
+        path.write_text(yaml.safe_dump({**content(folder), **change}))
+        plan = Plan(load(path, {}))
+        for number, stage in enumerate(plan.runs[0].stages):
+            seen = plan.environment(stage)
+            kept = number in launched
+            assert [name in seen for name in ("SLURM_NTASKS", "SLURM_STEP_ID", "RANK")] == [
+                kept
+            ] * 3
+            assert seen["PATH"]
+
+
+def test_a_stage_gets_its_environment_and_its_time_is_kept(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    code = f"import os; open({str(made)!r}, 'w').write(os.environ['RANK'])"
+    stage = Stage("one", [], tmp_path / "logs" / "one.txt", made)
+    run_stage(stage, [sys.executable, "-c", code], {"RANK": "7"})
+    assert made.read_text() == "7"
+    assert json.loads((tmp_path / "logs" / "one.timing.json").read_text())["seconds"] > 0
+
+
+def test_a_run_whose_time_is_unknown_is_compared_all_the_same(
+    folder: Path, compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`compare` was killed with SIGKILL, and its stage ran on to the end."""
+    timing = compared / "uniform" / "seed-5" / "find.timing.json"
+    timing.rename(tmp_path / "timing.json")
+    try:
+        assert main(["compare", "--config", str(folder / "compare.yaml")]) == 0
+        text = (compared / "compare.json").read_text()
+        assert "NaN" not in text
+        method = next(m for m in json.loads(text)["methods"] if m["name"] == "uniform")
+        assert method["search_seconds"] == {"mean": None, "sd": None}
+        assert method["runs"][0]["seconds"]["find"] is None
+        assert re.search(r"^ *uniform .* - +\S+ GiB", capsys.readouterr().out, re.MULTILINE)
+    finally:
+        (tmp_path / "timing.json").rename(timing)
+
+
 def test_spread_and_differences_of_seeds() -> None:
     assert spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "sd": 1.0}
+    assert spread([1.0, None]) == {"mean": None, "sd": None}
     method = {
         "name": "m", "scores": {}, "weights": {"a": spread([1.0, 1.0])}, "cost": spread([0.5]),
         "rows": spread([1234]), "test_loss": spread([1.0, 3.0]), "behind": spread([0.0, 0.5]),

@@ -117,6 +117,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 DIALOGUE = Dialogue((("system", "s"), ("user", "u"), ("assistant", "a")))
+DIALOGUE_OF_TWO = Dialogue((("user", "u"), ("assistant", "a")))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,18 @@ DIALOGUE = Dialogue((("system", "s"), ("user", "u"), ("assistant", "a")))
             "alpaca",
             {"instruction": "i", "input": "x", "output": "o"},
             Dialogue((("user", "i\n\nx"), ("assistant", "o"))),
+        ),
+        ("pairs", {"prompt": "u", "completion": "a", "id": 3}, DIALOGUE_OF_TWO),
+        ("pairs", {"question": "u", "answer": "a"}, DIALOGUE_OF_TWO),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": t} for t in ("", "u")]},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+            DIALOGUE_OF_TWO,
         ),
         *[
             (
@@ -166,14 +179,20 @@ def test_formats_are_detected_and_parsed(
     ("name", "value", "words"),
     [
         ("text", {"content": "t"}, "missing field 'text'"),
-        ("text", {"text": None}, "field 'text' is NoneType"),
+        ("text", {"text": None}, "field 'text' is null"),
         ("alpaca", {"instruction": "i"}, "missing field 'output'"),
-        ("alpaca", {"instruction": "i", "output": 3}, "field 'output' is int"),
+        ("alpaca", {"instruction": "i", "output": 3}, "field 'output' is a number"),
         ("sharegpt", {"messages": []}, "missing field 'items or conversations'"),
         ("sharegpt", {"items": "x"}, "not a list"),
         ("sharegpt", {"items": ["x"]}, "items[0]: turn is not an object"),
         ("sharegpt", {"items": [{"from": "human"}]}, "items[0]: missing field 'value'"),
         ("messages", {"messages": [{"role": "wizard", "content": ""}]}, "unknown role 'wizard'"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0]: a part of the content is of type 'image_url'",
+        ),
+        ("pairs", {"prompt": "p"}, "missing field 'completion'"),
         ("csv", {}, "unknown format 'csv'"),
     ],
 )
@@ -185,8 +204,8 @@ def test_bad_records_name_place_and_field(name: str, value: dict[str, Any], word
 
 
 def test_unknown_format_lists_the_fields() -> None:
-    with pytest.raises(UserError, match=r"f:3: unknown record format.*answer, question"):
-        detect_format({"question": "q", "answer": "a"}, "f:3")
+    with pytest.raises(UserError, match=r"f:3: unknown record format.*chosen, prompt"):
+        detect_format({"prompt": "q", "chosen": "a"}, "f:3")
 
 
 def test_text_key_and_lone_surrogates(tmp_path: Path) -> None:

@@ -220,6 +220,25 @@ def test_prepared_examples_can_be_drawn_without_the_raw_files(world: World) -> N
     assert all(old[row].tolist() in given for row in taken) and len(given) == 20
 
 
+def test_sets_prepared_with_another_tokenizer_are_compared_by_their_raw_files(
+    world: World, sentence_piece: Path
+) -> None:
+    goal = write(world.root / "goal.jsonl", alpaca("big", 3))
+    other = (SourceInput("goal", (goal,)),)
+    prepare(PrepareConfig(world.root / "other", other, str(sentence_piece), seq_length=256))
+    exclude = (("goal", str(world.root / "other/goal")),)
+    (manifest,) = world.sample("out", from_tokens=True, exclude=exclude)
+    assert manifest["sources"][0]["contaminated"]["exact"] == 3
+    (against,) = manifest["contamination"]["against"]
+    assert (against["examples"], against["inputs"][0]["path"]) == (3, str(goal))
+    (manifest,) = world.sample("raw", from_tokens=True, exclude=(("goal", str(goal)),))
+    assert manifest["sources"][0]["contaminated"]["exact"] == 3
+    goal.unlink()
+    for from_tokens in (True, False):
+        with pytest.raises(UserError, match=r"other/goal: 'goal' was prepared with .*--exclude"):
+            world.sample("gone", from_tokens=from_tokens, exclude=exclude)
+
+
 def test_only_selected_examples_are_drawn(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     run = world.root / "run"
     run.mkdir()
@@ -266,6 +285,15 @@ def test_megatron_prefixes(world: World) -> None:
     found = IndexedDataset(str(world.root / "out/tokens"))
     assert Counter(found.sequence_lengths.tolist()) == {30: 6, 10: 34}
     assert len(found.document_indices) == 41
+    # It has no source.json, and can be replaced all the same; another program's folder can't.
+    world.sample("out", long, short, num_samples=30, overwrite=True)
+    assert len(IndexedDataset(str(world.root / "out/tokens"))) == 30
+    (world.root / "site").mkdir()
+    for content in ('{"name": "a web application", "sources": []}', "[]", "nonsense"):
+        (world.root / "site/manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"is no prepared source .* and no sample"):
+            world.sample("site", long, short, num_samples=30, overwrite=True)
+        assert (world.root / "site/manifest.json").read_text() == content
     # With prepared sources, documents are cut to examples of their length.
     prefix = WeightedSource("web", megatron_prefix(world.root / "web", [100] * 40), 0.5)
     (manifest,) = world.sample("mixed", prefix, world.source("big"), num_samples=10)

@@ -291,6 +291,24 @@ def test_bad_tokenizers(tmp_path: Path, name: str, content: str | None, words: s
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{% if x %}\n{{ messages }", "line 2: unexpected '}'"),
+        ("{% nothing %}", "line 1: Encountered unknown tag 'nothing'"),
+        (" \n", "it is empty"),
+    ],
+)
+def test_a_file_that_is_no_template_is_refused(
+    byte_level: Path, tmp_path: Path, content: str, words: str
+) -> None:
+    path = tmp_path / "bad.jinja"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"bad\.jinja: is no chat template: ") as refusal:
+        load_tokenizer(byte_level, chat_template=str(path))
+    assert words in str(refusal.value)
+
+
 def test_chat_template_options(byte_level: Path, sentence_piece: Path, tmp_path: Path) -> None:
     assert load_tokenizer(byte_level).chat_template
     assert load_tokenizer(byte_level, chat_template="plain").chat_template is None

@@ -105,6 +105,16 @@ def test_mt_bench(
     assert len(judge.requests) == 8
 
 
+def test_one_task_of_srun_does_the_work(
+    tmp_path: Path, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = write(tmp_path / "q.jsonl", QUESTIONS[:1])
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert evaluate(hf_folder, tmp_path / "out", "--mt-bench", questions) == 0
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stopped_run_goes_on(tmp_path: Path, hf_folder: Path, judge: Any) -> None:
     questions = write(tmp_path / "q.jsonl", QUESTIONS)
     out, whole = tmp_path / "out", tmp_path / "whole"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -83,6 +84,17 @@ def test_names_from_files_are_escaped_everywhere(make_run: MakeRun) -> None:
     assert elements.tags.count("script") == 1
     assert "onmouseover" not in [name for name, _ in elements.attributes]
     assert "c' {{ 7*7 }} &amp;" in elements.text
+
+
+def test_paths_with_a_space_are_in_the_blend(make_run: MakeRun) -> None:
+    run = make_run()
+    tree = json.loads((run / "weights.json").read_text())
+    for source in tree["sources"]:
+        source["path"] = f"all data/{source['path']}"
+    (run / "weights.json").write_text(json.dumps(tree))
+    words = [word for source in tree["sources"] for word in ("0.2", source["path"])]
+    (run / "blend.txt").write_text(shlex.join(words))
+    assert all(row.in_blend for row in summary.source_rows(load_run(run)))
 
 
 def test_run_in_progress(make_run: MakeRun) -> None:

@@ -1,0 +1,32 @@
+"""What torchrun and srun tell the processes they start, through the environment."""
+
+from __future__ import annotations
+
+import os
+
+VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "SLURM_PROCID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_LOCALID",
+    "SLURM_STEP_ID", "SLURM_STEPID",
+)  # fmt: skip
+# slurm.h: SLURM_MAX_NORMAL_STEP_ID. Higher ones are sbatch's script and salloc's shell.
+_LAST_STEP_OF_SRUN = 0xFFFFFFF0
+
+
+def world_size_from_environment() -> int:
+    """Ranks that were started, 1 without a launcher.
+
+    sbatch and salloc set SLURM_NTASKS too: it then says how many srun may start.
+    """
+    tasks = os.environ.get("SLURM_NTASKS") if _in_step_of_srun() else None
+    return int(os.environ.get("WORLD_SIZE") or tasks or 1)
+
+
+def is_first_rank() -> bool:
+    """Before the ranks have joined; `runtime.is_main` afterwards."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+
+
+def _in_step_of_srun() -> bool:
+    step = os.environ.get("SLURM_STEP_ID")
+    return int(step) <= _LAST_STEP_OF_SRUN if step else False

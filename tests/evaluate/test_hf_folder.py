@@ -1,0 +1,39 @@
+"""Hugging Face folders as evaluation opens them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.evaluate.hf_folder import open_folder
+
+
+def test_the_longest_sequence_of_gpt2_is_its_own(tmp_path: Path, hf_folder: Path) -> None:
+    """Its config.json says n_positions, and not max_position_embeddings."""
+    shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
+    config = GPT2Config(vocab_size=259, n_positions=64, n_embd=8, n_layer=1, n_head=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    assert "max_position_embeddings" not in (tmp_path / "config.json").read_text()
+    assert open_folder(tmp_path).max_length == 64
+
+
+def test_code_of_a_folder_is_never_run(
+    tmp_path: Path, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to itself transformers asks at the terminal."""
+    shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
+    mapped = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": mapped})
+    )
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    with pytest.raises(UserError, match="cannot load the model"):
+        open_folder(tmp_path)
+    assert not (tmp_path / "was_run").exists()
