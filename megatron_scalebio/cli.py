@@ -18,12 +18,9 @@ from megatron_scalebio.errors import EXIT_LOST, EXIT_USER_ERROR, RankLost, UserE
 COMMANDS = {
     "prepare": ("megatron_scalebio.data.prepare_cli", "tokenize JSON/JSONL into sources"),
     "convert": ("megatron_scalebio.convert.command", "Hugging Face checkpoints in and out"),
-    "reweight": (
-        "megatron_scalebio.baselines.command",
-        "learn the mixture",
-    ),
+    "reweight": ("megatron_scalebio.baselines.cli", "learn the mixture"),
     "sample": ("megatron_scalebio.sample.command", "draw a training set in learned proportions"),
-    "train": ("megatron_scalebio.train.finetune", "train on a sample or a weighted mixture"),
+    "train": ("megatron_scalebio.train.cli", "train on a sample or a weighted mixture"),
     "evaluate": ("megatron_scalebio.evaluate.cli", "held-out losses, benchmarks, MT-Bench"),
     "compare": ("megatron_scalebio.compare.command", "methods of choosing data side by side"),
     "plan": ("megatron_scalebio.plan.command", "what a run takes: memory, time, layout"),

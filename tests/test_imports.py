@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,16 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+@pytest.mark.parametrize("stage", ["reweight", "train"])
+def test_a_wrong_option_does_not_wait_for_megatron(stage: str) -> None:
+    code = (
+        "import sys; from megatron_scalebio.cli import main; "
+        f"print(main(['{stage}', '--lr', '-1']), 'torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.stdout == "2 False\n", said.stderr
 
 
 @pytest.mark.parametrize("part", ["errors", "launcher", "config", "config_loader", "cli", "report"])

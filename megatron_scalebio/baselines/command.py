@@ -1,4 +1,4 @@
-"""The `reweight` command: finds a mixture by ScaleBiO, or by the rival that `--method` names.
+"""What `reweight` does: finds a mixture by ScaleBiO, or by the rival that `--method` names.
 
 Every rival is a module with `find(config, begun) -> Found | None` (None: a signal stopped it, what
 it has is saved, and the same command goes on).
@@ -6,7 +6,6 @@ it has is saved, and the same command goes on).
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.baselines import fixed
 from megatron_scalebio.baselines.found import Found, write_found
 from megatron_scalebio.config import Config
-from megatron_scalebio.config_loader import add_arguments, config_from_args, config_text
+from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.sources import open_sources
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
 from megatron_scalebio.report.console import RunConsole, SourceLine
@@ -23,8 +22,6 @@ from megatron_scalebio.report.metrics import METRICS_FILE
 from megatron_scalebio.sample.inputs import SELECTED_FILE
 from megatron_scalebio.train import outputs, reweight
 from megatron_scalebio.train.start import begin
-
-__all__ = ["add_arguments", "run"]
 
 RIVALS = {
     "uniform": "fixed",
@@ -38,12 +35,11 @@ RIVALS = {
 }
 
 
-def run(args: argparse.Namespace) -> int:
-    config = config_from_args(args)
+def run(config: Config) -> int:
+    """A whole run of a valid configuration; its exit code."""
     method = config.baseline.method
     if method == "scalebio":
         return reweight.run(config)
-    config.validate(runtime.world_size_from_environment())
     if method == "manual":
         fixed.require_weights(config)
     rival = importlib.import_module(f"megatron_scalebio.baselines.{RIVALS[method]}")

@@ -38,6 +38,7 @@ class ChatClient:
         retries: after the first try.
         first_wait_s: before the first retry; doubled each time, at most a minute. A server's
             ``Retry-After`` comes first.
+        tell: takes a line about each try that failed.
     """
 
     url: str
@@ -48,6 +49,7 @@ class ChatClient:
     first_wait_s: float = 1.0
     max_tokens: int = 1024
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+    tell: Callable[[str], None] = field(default=lambda line: None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -95,6 +97,10 @@ class ChatClient:
             except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
                 problem = self._hide_key(str(getattr(error, "reason", error)) or repr(error))
             if attempt < self.retries:
+                self.tell(
+                    f"the judge did not answer ({problem}); try {attempt + 2} of "
+                    f"{self.retries + 1} in {wait_s:.0f} s"
+                )
                 self.sleep(wait_s)
         raise UserError(
             f"the judge did not answer in {self.retries + 1} tries ({problem})",

@@ -119,10 +119,10 @@ def _on_hf_folder(args: argparse.Namespace, hf: str | None, output: Path) -> Non
     folder = Path(hf)
     benchmarks = _benchmark_config(args) if args.tasks else None
     questions = read_questions(Path(args.mt_bench), args.limit) if args.mt_bench else []
-    client = _client(args) if args.mt_bench else None
+    console = Console()
+    client = _client(args, console) if args.mt_bench else None
     check_folder(folder)
     use_network(args.allow_download)
-    console = Console()
     opened = open_folder(folder)
     if benchmarks is not None:
         _benchmarks(benchmarks, opened, output, console)
@@ -152,13 +152,17 @@ def _benchmark_config(args: argparse.Namespace) -> BenchmarkConfig:
     )
 
 
-def _client(args: argparse.Namespace) -> ChatClient | None:
+def _client(args: argparse.Namespace, console: Console) -> ChatClient | None:
     if not args.judge_url and not args.judge_model:
         return None
     for flag, value in (("--judge-url", args.judge_url), ("--judge-model", args.judge_model)):
         if not value:
             raise UserError("is missing", where=flag, mend="a judge needs its URL and its model")
-    return ChatClient(args.judge_url, args.judge_model, args.judge_key_env)
+
+    def warn(line: str) -> None:
+        console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+
+    return ChatClient(args.judge_url, args.judge_model, args.judge_key_env, tell=warn)
 
 
 def _benchmarks(config: BenchmarkConfig, opened: HfModel, output: Path, console: Console) -> None:

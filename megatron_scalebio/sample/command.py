@@ -36,6 +36,7 @@ from megatron_scalebio.sample.inputs import (
 from megatron_scalebio.sample.stage import OnProgress, sample
 
 _LINE_EVERY_S = 10.0
+_OFF_PROPORTION = 0.02  # of the whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +198,7 @@ def _counted(counts: dict[str, int]) -> str:
 def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[str]:
     """What the table does not say: redistribution, shortfall, what was compared and what is not
     written."""
-    lines = []
+    lines = _off_proportion(manifests, config) if config.num_samples is not None else []
     moved = sum(manifest["redistributed"] for manifest in manifests)
     entries = [entry for manifest in manifests for entry in manifest["sources"]]
     capped = [entry["name"] for entry in entries if entry["surplus"]]
@@ -226,6 +227,29 @@ def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[s
     if manifests[0]["tokenizer"] is None:
         lines.append(f"a plain Megatron prefix: {config.out}/tokens")
     return lines
+
+
+def _off_proportion(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[str]:
+    """A warning, if the rows that there are don't make up the proportions asked for."""
+    entries = [entry for manifest in manifests for entry in manifest["sources"]]
+    whole = sum(entry["weight"] for entry in entries)
+    given = sum(entry["given"] for entry in entries)
+    off = [
+        f"{entry['name']} {entry['given'] / given:.1%} for {entry['weight'] / whole:.1%}"
+        for entry in entries
+        if given and abs(entry["given"] / given - entry["weight"] / whole) > _OFF_PROPORTION
+    ]
+    if not off:
+        return []
+    most = min(
+        entry["usable"] * config.max_epochs * whole / entry["weight"]
+        for entry in entries
+        if entry["weight"] > 0
+    )
+    return [
+        f"warning: not in the proportions asked for: {', '.join(off)}; about "
+        f"--num-samples {int(most):,} keeps them, or more --max-epochs"
+    ]
 
 
 class _Lines:

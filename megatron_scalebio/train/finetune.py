@@ -1,4 +1,4 @@
-"""The `train` command: trains w alone on a fixed mixture, by the same engine as `reweight`.
+"""What `train` does: trains w alone on a fixed mixture, by the same engine as `reweight`.
 
     sources and their weights ─▶ BlendSampler ─▶ one flush ─▶ AdamW ─▶ losses of the held-out sets
                                                                         ├▶ checkpoints/ last ones
@@ -10,7 +10,6 @@ weights.json). Supervised fine-tuning or continued pre-training: it is the data 
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from pathlib import Path
@@ -22,7 +21,6 @@ from megatron_scalebio import runtime
 from megatron_scalebio.bilevel import step as bilevel
 from megatron_scalebio.bilevel.objective import Role
 from megatron_scalebio.config import Config
-from megatron_scalebio.config_loader import add_arguments, config_from_args
 from megatron_scalebio.data.batch import micro_batches
 from megatron_scalebio.data.blend import Picks
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
@@ -36,30 +34,23 @@ from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import RunState
 from megatron_scalebio.train.update import step_w
 
-__all__ = ["add_arguments", "run"]
-
 EVALUATION_FILE = "evaluation.json"
 
 
-def run(args: argparse.Namespace) -> int:
-    return train(config_from_args(args))[0]
-
-
-def train(config: Config) -> tuple[int, FinetuneState]:
-    """A whole `train` run, resumed where there is one: its exit code and its state at the end.
+def train(config: Config) -> int:
+    """A whole run of a valid configuration, resumed where there is one; its exit code.
 
     Raises:
         UserError: for what the configuration, the data or the machine are at fault.
     """
-    config.validate_training(runtime.world_size_from_environment())
     with begin(config) as begun:
-        return train_begun(config, begun)
+        return train_begun(config, begun)[0]
 
 
 def train_begun(
     config: Config, begun: Begun, part_of: Path | None = None
 ) -> tuple[int, FinetuneState]:
-    """The same for ranks that have met and whose configuration is valid.
+    """The same for ranks that have met: its exit code and its state at the end.
 
     Args:
         part_of: run whose sample indices and imported Hugging Face model it shares [its own].

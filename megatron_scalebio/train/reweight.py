@@ -1,4 +1,4 @@
-"""The `reweight` command: learns the mixture and leaves weights, blend, metrics and a report."""
+"""ScaleBiO, for `reweight`: learns the mixture and leaves weights, blend, metrics and a report."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from megatron_scalebio.train.state import TrainState
 
 
 def run(config: Config) -> int:
-    """A whole run, resumed where there is one; its exit code."""
-    config.validate(runtime.world_size_from_environment())
+    """A whole run of a valid configuration, resumed where there is one; its exit code."""
     with begin(config) as begun:
         return _run(config, begun)
 

@@ -130,6 +130,11 @@ def test_surplus_above_the_cap_goes_to_the_others(world: World) -> None:
     assert (big["asked"], big["given"], big["received"]) == (4, 10, 6)
     assert (small["asked"], small["given"], small["surplus"]) == (16, 10, 6)
     assert manifest["redistributed"] == 6 and manifest["given"] == 20
+    config = SampleConfig(world.root / "out", (), 20, max_epochs=1)
+    assert sample_command.remarks([manifest], config)[0] == (
+        "warning: not in the proportions asked for: big 50.0% for 20.0%, small 50.0% for 80.0%; "
+        "about --num-samples 12 keeps them, or more --max-epochs"
+    )
     (manifest,) = world.sample("all", num_samples=1000, max_epochs=2)
     assert manifest["given"] == 100 and [e["given"] for e in manifest["sources"]] == [80, 20]
 

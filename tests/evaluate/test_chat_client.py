@@ -31,9 +31,12 @@ def test_a_completion(judge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_retries_wait_longer_and_longer(judge: Any) -> None:
     waits: list[float] = []
+    told: list[str] = []
     judge.script = [(500, {}, "oops"), "drop", (429, {"Retry-After": "0.5"}, "slow"), (503, {}, "")]
-    assert client(judge, waits).complete(MESSAGES).text.endswith("[[7]]")
+    assert client(judge, waits, tell=told.append).complete(MESSAGES).text.endswith("[[7]]")
     assert waits == [1, 2, 0.5, 8] and len(judge.paths) == 5
+    assert told[0] == "the judge did not answer (HTTP 500: oops); try 2 of 7 in 1 s"
+    assert len(told) == 4 and "try 5 of 7 in 8 s" in told[-1]
     judge.script = [(500, {}, "broken inside")] * 3
     with pytest.raises(UserError, match=r"did not answer in 3 tries \(HTTP 500: broken inside\)"):
         client(judge, retries=2).complete(MESSAGES)
