@@ -6,6 +6,7 @@ can deadlock. At most a few batches a worker are under way, so a slow writer hol
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -94,7 +95,9 @@ class EncodePool:
         traceback: TracebackType | None,
     ) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            # A signal may come before the pool's thread has started: it ends by itself then.
+            with contextlib.suppress(RuntimeError):
+                self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, EncodedBatch]]:
         """Each batch with its encoding, in order."""

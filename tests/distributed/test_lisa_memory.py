@@ -36,7 +36,7 @@ def load(folder: Path, lisa: bool, bf16: bool, distributed: bool):
         "data": {"seq_length": 8, "sources": entries[:2], "validation": entries[2:]},
         "model": {"num_layers": LAYERS, "hidden_size": 32, "num_attention_heads": 2},
         "parallel": {"bf16": bf16, "use_distributed_optimizer": distributed},
-        "lisa": {"lisa_layers": ACTIVE, "lisa_interval": 1} if lisa else {},
+        "lisa": {"lisa_layers": ACTIVE, "lisa_interval": 2} if lisa else {},
         "train": {"micro_batch_size": 2, "global_batch_size": 2},
     }
     config = load_config(None, settings)
@@ -140,7 +140,7 @@ def memory_follows_the_active_layers(folder: str, bf16: bool, distributed: bool)
         same_buffers(unwrap_model(chunk_w), unwrap_model(chunk_u))
     assert total_bytes(weights(state)) == one_model, "u takes memory before it trains"
     ratio, alive = [], []
-    for _ in range(PERIODS):
+    for _ in range(2 * PERIODS):
         train_step(state)
         ratio.append(total_bytes(training_state(state)) / full_bytes)
         share = trainable(state) / full_count
