@@ -35,7 +35,7 @@ def end_all(pid: int) -> None:
     kill_all(pid)
 
 
-def finish(process: subprocess.Popen[str], limit_s: float = 180) -> tuple[str, str]:
+def finish(process: subprocess.Popen[str], limit_s: float = 120) -> tuple[str, str]:
     """Waits for a process of `start_command`: stdout and stderr.
 
     Raises:

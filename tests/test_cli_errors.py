@@ -381,7 +381,7 @@ def test_two_ranks_end_together(problem: Path) -> None:
 def test_torchrun_with_a_world_that_does_not_divide(problem: Path) -> None:
     flags = ["--config", problem / "x.yaml", "--tensor-model-parallel-size", 4]
     process = start_command("reweight", *flags, "--output", problem / "never", ranks=2)
-    _, complained = finish(process)
+    _, complained = finish(process, 180)
     assert process.returncode != 0
     ours = [line for line in complained.splitlines() if line.startswith("megatron-scalebio")]
     assert len(ours) == 1, complained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -50,7 +51,7 @@ RESUMED: dict[str, tuple[int, list]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
+    folder = tmp_path_factory.mktemp("resume of runs")
     sources, validation = write_problem(
         folder / "data", [0.5, 0.3, 0.2], 0, length=17, examples=30, validation=40
     )
@@ -212,13 +213,13 @@ def test_outputs_are_what_others_read(runs: Path) -> None:
     for entry in content["sources"]:
         assert 0 <= entry["ci_low"] <= entry["weight"] <= entry["ci_high"] <= 1
         assert entry["initial_weight"] == pytest.approx(1 / 3) and entry["examples"] == 30
-    blended = get_blend_from_list((run / "blend.txt").read_text().split())
+    blended = get_blend_from_list(shlex.split((run / "blend.txt").read_text()))
     assert blended is not None and blended[1] is not None
     prefixes, shares = blended
     assert dict(zip(prefixes, shares, strict=True)) == pytest.approx(weights, abs=1e-5)
     assert all(Path(f"{prefix}.idx").is_file() for prefix in prefixes)
     splits = json.loads((run / "blend.json").read_text())
-    assert splits["train"] == (run / "blend.txt").read_text().split()
+    assert splits["train"] == shlex.split((run / "blend.txt").read_text())
     assert set(splits) == {"train", "valid", "test"}
     prefixes, _ = get_blend_from_list(splits["valid"])
     assert all(Path(f"{prefix}.bin").is_file() for prefix in prefixes)

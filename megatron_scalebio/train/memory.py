@@ -1,4 +1,4 @@
-"""A GPU that runs out of memory: one line, with what the plan predicted beside what was there.
+"""Memory that runs out: one line, with what the plan predicted beside what was there.
 
 OUTPUT/memory_snapshot-rank-0003.pickle   every allocation, for https://pytorch.org/memory_viz
 OUTPUT/memory_plan.json                   what `plan` says of this configuration
