@@ -74,15 +74,13 @@ def variances(
     assert period is not None
     spread = {name: Spread() for name in ("lambda", "w", "u")}
     for _ in range(batches):
-        rows, valid, picks = state.data.next(probs_S)
+        rows, valid, *picks = state.data.next(probs_S)
         shares_V = torch.from_numpy(state.data.shares_V)
         passes = bilevel.plan_passes(rows, valid, probs_S, shares_V, alpha)
         period.zero_grad()
         records = bilevel.flush(period.twins, passes, train.micro_batch_size)
-        inclusion_S = torch.from_numpy(picks.inclusion_S)
-        counts_S = torch.bincount(torch.from_numpy(picks.group_B), minlength=len(probs_S))
-        losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, len(shares_V))
-        g = hypergradient(losses.w_S - losses.u_S, probs_S, inclusion_S, alpha)
+        losses = bilevel.reduce_losses(records, passes, *picks)
+        g = hypergradient(losses.w_S - losses.u_S, probs_S, losses.inclusion_S, alpha)
         spread["lambda"].add(logits_gradient(g, probs_S))
         spread["w"].add(period.ddp["w"][0].buffers[0].grad_data)
         spread["u"].add(period.ddp["u"][0].buffers[0].grad_data)

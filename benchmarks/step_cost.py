@@ -126,7 +126,7 @@ def against_plain(folder: Path, args: Any) -> dict[str, dict[str, float]]:
     data = write_data(folder / "five", 5, args.seq_length)
     twin = build(settings(data, args), folder)
     lisa = build(settings(data, args, lisa={"lisa_layers": 2, "lisa_interval": 1000}), folder)
-    train, valid, _ = twin.data.next(twin.mixture.probs_S)
+    train, valid, *_ = twin.data.next(twin.mixture.probs_S)
     plain = PlainTraining(twin.config, twin.data.vocab_size)
 
     def cast_in_every_step() -> None:
@@ -225,7 +225,7 @@ def pipeline_rank(folder: str, data: dict, args: Any) -> None:
     parallel = {"pipeline_model_parallel_size": 2, "bf16": args.bf16}
     state = build(settings(data, args, parallel=parallel), Path(folder))
     probs_S = state.mixture.probs_S
-    train, valid, _ = state.data.next(probs_S)
+    train, valid, *_ = state.data.next(probs_S)
     passes = bilevel.plan_passes(train, valid, probs_S, torch.ones(1).double(), 10.0)
     by_role = [[p for p in passes if p.role is role] for role in Role]
     period = state.enter_period()

@@ -37,7 +37,7 @@ from megatron_scalebio.baselines.found import Found
 from megatron_scalebio.baselines.gradients import counted_gradients, dot
 from megatron_scalebio.baselines.weighting import Record, WeightingState, learn
 from megatron_scalebio.bilevel import step as bilevel
-from megatron_scalebio.bilevel.objective import Role
+from megatron_scalebio.bilevel.objective import Role, mixed
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
 from megatron_scalebio.data.blend import BlendSampler, Picks
@@ -101,8 +101,8 @@ class DogeState(WeightingState):
         super().load_common_state(state)
         self.mean_norm = state["mean_norm"]
 
-    def next_batches(self) -> tuple[list[list[MicroBatch]], list[MicroBatch]]:
-        """This rank's micro-batches of each source, and those of the validation sets."""
+    def next_batches(self) -> tuple[list[list[MicroBatch]], list[MicroBatch], Picks, Picks]:
+        """This rank's micro-batches of each source, those of the validation sets, and the picks."""
         sources = len(self.data.sources)
         uniform_S = torch.full((sources,), 1 / sources, dtype=torch.float64)
         picks = self.data.sampler.next(uniform_S.numpy())
@@ -115,13 +115,13 @@ class DogeState(WeightingState):
                 part = Picks(picks.group_B[mine], picks.index_B[mine], picks.inclusion_S)
                 train.append(micro_batches(self.data.sources, part, layout, mean))
             valid = micro_batches(self.data.validation, valid_picks, layout, mean)
-        return train, valid
+        return train, valid, picks, valid_picks
 
 
 def doge_step(state: DogeState) -> Record:
     """One step of α and of the model, both or neither; its record."""
     config, settings = state.config, state.schedule.at(state.step)
-    train, valid = state.next_batches()
+    train, valid, *picks = state.next_batches()
     period = state.enter_period()
     run = GradientRun(state, period)
     usual = min(1.0, PUBLISHED_REACH / config.train.train_iters)
@@ -148,7 +148,7 @@ def doge_step(state: DogeState) -> Record:
         summed.add(float(log_weight_S[i].exp()) * clip)
     summed.give_back(1.0 / float(log_weight_S.exp().sum()))
 
-    losses = run.losses()
+    losses = run.losses(*picks)
     moved_S = log_weight_S.log_softmax(0)
     record = step_w(state, period, settings, losses, moved_S.exp())
     if not record["skipped"]:
@@ -157,7 +157,7 @@ def doge_step(state: DogeState) -> Record:
     shares_V = torch.from_numpy(state.data.shares_V)
     return {
         **record,
-        "validation_loss": float((shares_V * losses.validation_V).sum()),
+        "validation_loss": mixed(shares_V, losses.validation_V, losses.inclusion_V),
         "validation_losses": losses.validation_V.tolist(),
         "weights": state.weight_S.tolist(),
         "alignment": score_S.tolist(),
@@ -188,11 +188,9 @@ class GradientRun:
         """This rank's part of the last one."""
         return counted_gradients(self._period.ddp["w"])
 
-    def losses(self) -> bilevel.Losses:
+    def losses(self, train: Picks, validation: Picks) -> bilevel.Losses:
         """Of all flushes."""
-        ones_S = torch.ones(len(self._state.data.sources), dtype=torch.float64)
-        sets = len(self._state.data.validation)
-        return bilevel.reduce_losses(self._records, self._passes, ones_S, ones_S, sets)
+        return bilevel.reduce_losses(self._records, self._passes, train, validation)
 
 
 class SummedBuffers:

@@ -147,9 +147,7 @@ def doremi_step(state: DoremiState, reference: Chunks) -> Record:
     passes = [bilevel.Pass(Role.TRAIN_W, batch, log_weight_S.exp()) for batch in batches]
     period.zero_grad()
     records = bilevel.flush(period.twins, passes, config.train.micro_batch_size)
-    counts_S = torch.bincount(torch.from_numpy(picks.group_B), minlength=sources)
-    inclusion_S = torch.from_numpy(picks.inclusion_S)
-    losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, sets=1)
+    losses = bilevel.reduce_losses(records, passes, picks)
     record = step_w(state, period, settings, losses, log_weight_S.exp())
     state.cost.scored += 2 * losses.tokens
     if not record["skipped"]:

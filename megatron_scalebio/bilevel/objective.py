@@ -63,8 +63,13 @@ def logits_gradient(hypergradient_S: torch.Tensor, probs_S: torch.Tensor) -> tor
     return probs_S * (hypergradient_S - (probs_S * hypergradient_S).sum())
 
 
-def mixed(probs_S: torch.Tensor, loss_S: torch.Tensor) -> float:
-    """Σ p_i ℓ_i over the sources of the batch, p made whole again where some are absent."""
+def mixed(weights_S: torch.Tensor, loss_S: torch.Tensor, inclusion_S: torch.Tensor) -> float:
+    """Σ p_i ℓ_i, of sources or of validation sets, estimated from those in the batch.
+
+    Where some are absent, each stands for 1 / inclusion of its like and the weights are made whole
+    again (Hájek 1971): right where all losses are equal, whichever are there.
+    """
     present_S = ~loss_S.isnan()
-    mass = float(probs_S[present_S].sum())
-    return float((probs_S * loss_S)[present_S].sum()) / mass if mass else math.nan
+    standing_S = (weights_S / inclusion_S)[present_S]
+    mass = float(standing_S.sum())
+    return float((standing_S * loss_S[present_S]).sum()) / mass if mass else math.nan

@@ -23,6 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_scalebio import runtime
 from megatron_scalebio.bilevel.objective import Role, role_scale
 from megatron_scalebio.data.batch import MicroBatch
+from megatron_scalebio.data.blend import Picks
 from megatron_scalebio.guard.stragglers import FORWARD
 from megatron_scalebio.model.twin import TwinModel
 from megatron_scalebio.progress import HERE
@@ -39,11 +40,12 @@ class Pass:
 
 @dataclass(frozen=True)
 class Losses:
-    """Losses of one global batch, equal on every rank; NaN where a source had no example.
+    """Losses of one global batch, equal on every rank; NaN where a source or set had no example.
 
     Attributes:
         u_S, w_S: ℓ_i(u), ℓ_i(w), float64.
         validation_V: loss of w on each validation set.
+        inclusion_S, inclusion_V: probability that each is in a batch at all.
         tokens: real (not padded) tokens that went through the models.
         culprit: what was not finite, "" if nothing.
     """
@@ -51,6 +53,8 @@ class Losses:
     u_S: torch.Tensor
     w_S: torch.Tensor
     validation_V: torch.Tensor
+    inclusion_S: torch.Tensor
+    inclusion_V: torch.Tensor
     tokens: int
     culprit: str
 
@@ -130,18 +134,17 @@ def loss_func(
 def reduce_losses(
     records: list[dict[str, Any]],
     passes: list[Pass],
-    inclusion_S: torch.Tensor,
-    counts_S: torch.Tensor,
-    sets: int,
+    train: Picks,
+    validation: Picks | None = None,
 ) -> Losses:
     """Sums the records of all ranks into the mean losses of the global batch.
 
     Args:
-        inclusion_S: as in `mean_coefficients`; taken back out of the reported losses.
-        counts_S: examples of each source in the global batch.
-        sets: validation sets.
+        train, validation: the global batch; its inclusion is taken back out of the losses.
     """
-    sources = len(inclusion_S)
+    inclusion_S, absent_S = _inclusion(train)
+    inclusion_V, absent_V = _inclusion(validation)
+    sources, sets = len(inclusion_S), len(inclusion_V)
     sizes = {Role.TRAIN_U: sources, Role.TRAIN_W: sources, Role.VALID_W: sets}
     sums = {role: torch.zeros(n, dtype=torch.float64) for role, n in sizes.items()}
     tokens = torch.zeros(1, dtype=torch.float64)
@@ -153,14 +156,24 @@ def reduce_losses(
     dist.all_reduce(flat)
     u_S, w_S, validation_V, tokens = flat.cpu().split([*sizes.values(), 1])
     culprit = _culprit(u_S, w_S, validation_V)
-    absent = torch.full_like(u_S, math.nan)
     return Losses(
-        u_S=torch.where(counts_S > 0, u_S * inclusion_S, absent),
-        w_S=torch.where(counts_S > 0, w_S * inclusion_S, absent),
-        validation_V=validation_V,
+        u_S=(u_S * inclusion_S).masked_fill(absent_S, math.nan),
+        w_S=(w_S * inclusion_S).masked_fill(absent_S, math.nan),
+        validation_V=(validation_V * inclusion_V).masked_fill(absent_V, math.nan),
+        inclusion_S=inclusion_S,
+        inclusion_V=inclusion_V,
         tokens=int(tokens.item()),
         culprit=culprit,
     )
+
+
+def _inclusion(picks: Picks | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inclusion of each group, and whether it is missing from the batch."""
+    if picks is None:
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)
+    inclusion_G = torch.from_numpy(picks.inclusion_S)
+    counts_G = torch.bincount(torch.from_numpy(picks.group_B), minlength=len(inclusion_G))
+    return inclusion_G, counts_G == 0
 
 
 def _culprit(u_S: torch.Tensor, w_S: torch.Tensor, validation_V: torch.Tensor) -> str:

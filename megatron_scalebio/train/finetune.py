@@ -179,9 +179,7 @@ def train_step(state: FinetuneState) -> dict[str, Any]:
         period.zero_grad()
     with watch.phase("flush"):
         records = bilevel.flush(period.twins, passes, config.train.micro_batch_size)
-        counts_S = torch.bincount(torch.from_numpy(picks.group_B), minlength=len(state.probs_S))
-        inclusion_S = torch.from_numpy(picks.inclusion_S)
-        losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, sets=1)
+        losses = bilevel.reduce_losses(records, passes, picks)
     with watch.phase("update"):
         record = step_w(state, period, settings, losses, state.probs_S)
     return {**record, "time_s": watch.time_s, **state.also_recorded()}

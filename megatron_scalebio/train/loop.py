@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 
 from megatron_scalebio.bilevel import step as bilevel
@@ -56,10 +55,8 @@ def train_step(state: TrainState) -> StepResult:
     settings = state.schedule.at(state.step)
     probs_S = state.mixture.probs_S
     with watch.phase("data"):
-        train, valid, picks = state.data.next(probs_S)
+        train, valid, picks, valid_picks = state.data.next(probs_S)
         shares_V = torch.from_numpy(state.data.shares_V)
-        inclusion_S = torch.from_numpy(picks.inclusion_S)
-        counts_S = torch.from_numpy(np.bincount(picks.group_B, minlength=len(probs_S)))
     with watch.phase("period"):
         period = state.enter_period()
         period.zero_grad()
@@ -67,7 +64,7 @@ def train_step(state: TrainState) -> StepResult:
         passes = bilevel.plan_passes(train, valid, probs_S, shares_V, settings.alpha, once)
     with watch.phase("flush"):
         records = bilevel.flush(period.twins, passes, state.config.train.micro_batch_size)
-        losses = bilevel.reduce_losses(records, passes, inclusion_S, counts_S, len(shares_V))
+        losses = bilevel.reduce_losses(records, passes, picks, valid_picks)
         if once:
             period.add_gradients_of_u(role_scale(Role.TRAIN_W, settings.alpha))
             losses = replace(losses, w_S=losses.u_S)
@@ -80,7 +77,7 @@ def train_step(state: TrainState) -> StepResult:
     with watch.phase("mixture"):
         if result.skipped is None:
             excess_S = losses.w_S - losses.u_S
-            gradient_S = hypergradient(excess_S, probs_S, inclusion_S, settings.alpha)
+            gradient_S = hypergradient(excess_S, probs_S, losses.inclusion_S, settings.alpha)
             result.grad_norm_lambda = state.mixture.step(gradient_S, settings.lr_lambda)
     return result
 
@@ -89,11 +86,11 @@ def _watched_losses(
     state: TrainState, probs_S: torch.Tensor, losses: bilevel.Losses
 ) -> dict[str, float]:
     """The losses in which a spike shows, by the names of `spikes.WATCHED`."""
-    of_w, of_u = (mixed(probs_S, loss_S) for loss_S in (losses.w_S, losses.u_S))
+    of_w, of_u = (mixed(probs_S, each_S, losses.inclusion_S) for each_S in (losses.w_S, losses.u_S))
     shares_V = torch.from_numpy(state.data.shares_V)
     return {
         "w: training loss": of_w,
         "u: training loss": of_u,
-        "w: validation loss": float((shares_V * losses.validation_V).sum()),
+        "w: validation loss": mixed(shares_V, losses.validation_V, losses.inclusion_V),
         "w and u: distance of their training losses": abs(of_w - of_u),
     }

@@ -107,15 +107,17 @@ class Data:
         self.validation = open_sources(data.validation, self.config, cache)
         self.test = open_sources(data.test, self.config, cache)
 
-    def next(self, probs_S: torch.Tensor) -> tuple[list[MicroBatch], list[MicroBatch], Picks]:
-        """This rank's training and validation micro-batches, and the global training picks."""
+    def next(
+        self, probs_S: torch.Tensor
+    ) -> tuple[list[MicroBatch], list[MicroBatch], Picks, Picks]:
+        """This rank's training and validation micro-batches, and the global picks of both."""
         picks = self.sampler.next(probs_S.numpy())
         valid_picks = self.validation_sampler.next(self.shares_V)
         mean = self.config.data.loss_mean
         with runtime.refused_together():
             train = micro_batches(self.sources, picks, self.layout, mean)
             valid = micro_batches(self.validation, valid_picks, self.layout, mean)
-        return train, valid, picks
+        return train, valid, picks, valid_picks
 
     def initial_weights(self) -> list[float]:
         """The configured weights of the sources, not normalised; equal where none are given."""

@@ -72,7 +72,7 @@ def step_w(
     state: RunState, period: Period, settings: StepSettings, losses: Losses, probs_S: torch.Tensor
 ) -> dict[str, Any]:
     """The same for w alone, trained on sources that weigh `probs_S`: the step's record."""
-    loss = mixed(probs_S, losses.w_S)
+    loss = mixed(probs_S, losses.w_S, losses.inclusion_S)
     update = update_models(state, period, settings, losses, {"w: training loss": loss})
     return {
         "step": state.step,

@@ -57,7 +57,7 @@ def on_ranks(problem: dict, names: list[str], folder: str) -> None:
         config = config_of(problem, name)
         runtime.start(config)
         state = RunState(config, "test", Path(folder) / "cache", with_u=False)
-        train, valid, _ = state.data.next(torch.tensor([0.5, 0.5], dtype=torch.float64))
+        train, valid, *_ = state.data.next(torch.tensor([0.5, 0.5], dtype=torch.float64))
         period = state.enter_period()
         found = []
         for batches in (train, valid):

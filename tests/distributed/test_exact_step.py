@@ -206,7 +206,7 @@ def one_flush(problem: dict, name: str, folder: Path) -> None:
     state = TrainState(config, folder / "cache")
     saver.load_latest(state, folder / f"start-{start_of(name)}")
     probs = state.mixture.probs_S
-    train, valid, picks = state.data.next(probs)
+    train, valid, *picks = state.data.next(probs)
     shares = torch.from_numpy(state.data.shares_V)
     alpha = config.bilevel.alpha
     passes = bilevel.plan_passes(train, valid, probs, shares, alpha)
@@ -214,10 +214,8 @@ def one_flush(problem: dict, name: str, folder: Path) -> None:
     period.zero_grad()
     # The distributed optimizer would leave each rank its shard of the sums: ask for all.
     records = bilevel.flush(period.twins, passes, 2, force_all_reduce=True)
-    inclusion = torch.from_numpy(picks.inclusion_S)
-    counts = torch.bincount(torch.from_numpy(picks.group_B), minlength=3)
-    losses = bilevel.reduce_losses(records, passes, inclusion, counts, 2)
-    g = hypergradient(losses.w_S - losses.u_S, probs, inclusion, alpha)
+    losses = bilevel.reduce_losses(records, passes, *picks)
+    g = hypergradient(losses.w_S - losses.u_S, probs, losses.inclusion_S, alpha)
 
     def gradient(p):
         return p.main_grad.clone() if p.requires_grad else None
