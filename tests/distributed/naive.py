@@ -26,15 +26,19 @@ def _logits(weights: Weights, shape: dict, tokens: torch.Tensor) -> torch.Tensor
     x = weights["embedding.word_embeddings.weight"][tokens]
     for layer in range(shape["layers"]):
         block = {k: v[layer] for k, v in weights.items() if k.startswith("decoder.layers.")}
-        get = {k.removeprefix("decoder.layers."): v for k, v in block.items()}.__getitem__
+        get = {k.removeprefix("decoder.layers."): v for k, v in block.items()}.get
         h = _rms(x, get("self_attention.linear_qkv.layer_norm_weight"))
         x = x + _attention(h, get, shape)
         h = _rms(x, get("mlp.linear_fc1.layer_norm_weight"))
-        gate, up = (h @ get("mlp.linear_fc1.weight").T).chunk(2, dim=-1)
-        x = x + (F.silu(gate) * up) @ get("mlp.linear_fc2.weight").T
+        gate, up = _linear(h, get, "mlp.linear_fc1").chunk(2, dim=-1)
+        x = x + _linear(F.silu(gate) * up, get, "mlp.linear_fc2")
     x = _rms(x, weights["decoder.final_layernorm.weight"])
     head = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
     return x @ head[: shape["vocab"]].T
+
+
+def _linear(x: torch.Tensor, get, name: str) -> torch.Tensor:
+    return F.linear(x, get(f"{name}.weight"), get(f"{name}.bias"))
 
 
 def _rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -45,7 +49,7 @@ def _attention(h: torch.Tensor, get, shape: dict) -> torch.Tensor:
     length, heads, groups = len(h), shape["heads"], shape["groups"]
     size = h.shape[1] // heads
     # Megatron keeps the query heads of a group beside its key and value.
-    qkv = (h @ get("self_attention.linear_qkv.weight").T).view(
+    qkv = _linear(h, get, "self_attention.linear_qkv").view(
         length, groups, heads // groups + 2, size
     )
     q = qkv[:, :, :-2].reshape(length, heads, size)
@@ -61,7 +65,7 @@ def _attention(h: torch.Tensor, get, shape: dict) -> torch.Tensor:
     scores = torch.einsum("qhd,khd->hqk", turn(q), turn(k)) / math.sqrt(size)
     past = torch.ones(length, length).tril().bool()
     context = torch.einsum("hqk,khd->qhd", scores.masked_fill(~past, -math.inf).softmax(-1), v)
-    return context.reshape(length, -1) @ get("self_attention.linear_proj.weight").T
+    return _linear(context.reshape(length, -1), get, "self_attention.linear_proj")
 
 
 def mean_losses(weights: Weights, shape: dict, groups: dict[int, list], mean: str) -> dict:
@@ -79,20 +83,23 @@ def mean_losses(weights: Weights, shape: dict, groups: dict[int, list], mean: st
 
 def bilevel_gradients(
     w: Weights, u: Weights, logits: torch.Tensor, train: dict, valid: dict, shares: list[float],
-    alpha: float, shape: dict, mean: str,
+    alpha: float, shape: dict, mean: str, inclusion: tuple[list, list] | None = None,
 ) -> tuple[Weights, Weights, torch.Tensor, dict]:  # fmt: skip
     """Gradients in w, u (each divided by its loss coefficients) and λ by autograd of the objective.
 
-    F = L1(w) + α (L2(λ, w) − L2(λ, u)); u ascends F, so its descent gradient is −∂F/∂u.
+    F = L1(w) + α (L2(λ, w) − L2(λ, u)); u ascends F, so its descent gradient is −∂F/∂u. Where
+    `inclusion` gives the probabilities (of sources, of validation sets) of being in a batch, those
+    that are there weigh 1 / inclusion, so that F has the right expectation (Horvitz-Thompson).
     """
-    w = {k: v.clone().requires_grad_() for k, v in w.items()}
-    u = {k: v.clone().requires_grad_() for k, v in u.items()}
+    of_sources, of_sets = inclusion or ([1.0] * len(logits), [1.0] * len(shares))
+    w = {k: v.detach().clone().requires_grad_() for k, v in w.items()}
+    u = {k: v.detach().clone().requires_grad_() for k, v in u.items()}
     logits = logits.clone().requires_grad_()
     p = torch.softmax(logits, 0)
     loss_w, loss_u = (mean_losses(x, shape, train, mean) for x in (w, u))
     validation = mean_losses(w, shape, valid, mean)
-    upper = sum(share * validation[v] for v, share in enumerate(shares))
-    lower = sum(p[i] * (loss_w[i] - loss_u[i]) for i in loss_w)
+    upper = sum(shares[v] / of_sets[v] * loss for v, loss in validation.items())
+    lower = sum(p[i] / of_sources[i] * (loss_w[i] - loss_u[i]) for i in loss_w)
     (upper + alpha * lower).backward()
     grads_w = {k: v.grad / (1 + alpha) for k, v in w.items()}
     grads_u = {k: -v.grad / alpha for k, v in u.items()}

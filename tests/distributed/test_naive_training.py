@@ -1,0 +1,252 @@
+"""Whole steps of `reweight` and of `train` equal those of their definitions, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed import naive_loop
+from tests.distributed.gather import global_tensors, relative
+from tests.distributed.harness import run_distributed
+from tests.markov import write_source
+
+pytestmark = pytest.mark.distributed
+
+VOCAB, SEQ = 29, 12
+MODEL = {
+    "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 1,
+    "ffn_hidden_size": 24, "make_vocab_size_divisible_by": 16, "init_method_std": 0.1,
+}  # fmt: skip
+SHAPE = {"layers": 2, "heads": 2, "groups": 1, "vocab": VOCAB}
+BIASED = {"add_bias_linear": True, "add_qkv_bias": True}
+# Every option has another value than its default. The limit of the norms clips w and u by
+# different factors, and the epsilon is of the gradients' size.
+OPTIMIZER = {
+    "lr": 0.02, "lr_u": 0.03, "min_lr": 0.005, "lr_decay_style": "linear",
+    "lr_warmup_fraction": 0.26, "weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.9,
+    "adam_eps": 3e-3, "clip_grad": 0.4,
+}  # fmt: skip
+# An eps that rounding noise does not reach, as in test_exact_step.
+PLAIN = {"lr": 0.01, "adam_eps": 1e-5}
+GROWING = {
+    "alpha": 3.0, "alpha_growth": 2.0, "outer_rounds": 3, "lr_lambda": 0.4,
+    "lr_lambda_decay_style": "linear", "resync_interval": 3, "floor_share": 0.6,
+}  # fmt: skip
+ROOMY = {"train_iters": 8, "micro_batch_size": 2, "global_batch_size": 8,
+         "validation_batch_size": 4, "seed": 5}  # fmt: skip
+NARROW = {**ROOMY, "global_batch_size": 2, "validation_batch_size": 2}
+UNEVEN = {"weights": [1.0, 0.3, 1e-7], "floor_share": 0.5}
+
+# name: sections of the configuration; `weights` are those of the sources at the start.
+REWEIGHT: dict[str, dict] = {
+    "growing": {"model": BIASED, "optimizer": OPTIMIZER, "bilevel": GROWING, "train": ROOMY},
+    "published": {
+        "weights": [0.5, 1.0, 2.0],
+        "data": {"loss_mean": "token"},
+        "model": {"untie_embeddings_and_output_weights": True},
+        "optimizer": {**PLAIN, "clip_grad": 0.0},
+        "bilevel": {"mixture_optimizer": "adamw", "lr_lambda_decay_style": "cosine",
+                    "resync_interval": None},
+        "train": ROOMY,
+    },
+    "few places": {
+        "weights": [1.0, 0.3, 1e-7],
+        "optimizer": PLAIN,
+        "bilevel": {"alpha": 2.0, "floor_share": 0.5, "lr_lambda": 0.2},
+        "train": {**NARROW, "train_iters": 12},
+    },
+    "few places, token": {
+        "data": {"loss_mean": "token"}, "optimizer": PLAIN, "bilevel": {"alpha": 2.0},
+        "train": {**NARROW, "train_iters": 4},
+    },
+    "lisa": {
+        "optimizer": PLAIN, "lisa": {"lisa_layers": 1, "lisa_interval": 3}, "train": ROOMY,
+    },
+    "lisa, never reset": {
+        "optimizer": PLAIN, "lisa": {"lisa_layers": 1, "lisa_interval": 2},
+        "bilevel": {"resync_interval": None}, "train": ROOMY,
+    },
+}  # fmt: skip
+TRAIN: dict[str, dict] = {
+    "train": {
+        "weights": [0.9, 0.1, 0.2], "model": BIASED, "optimizer": OPTIMIZER, "train": ROOMY,
+    },
+    "train, token": {
+        "weights": [0.9, 0.1, 0.2], "data": {"loss_mean": "token"}, "optimizer": PLAIN,
+        "train": {**ROOMY, "train_iters": 3},
+    },
+    "train, few places": {
+        "weights": [1.0, 0.3, 0.1], "optimizer": PLAIN, "bilevel": {"floor_share": 0.5},
+        "train": {**NARROW, "train_iters": 6},
+    },
+}  # fmt: skip
+SHARES = [3.0, 1.0, 1.0]
+
+
+def write_problem(folder: Path) -> dict[str, list]:
+    """Three sources and three validation sets of uneven lengths and masks: their examples."""
+    generator = np.random.default_rng(7)
+    rows_of: dict[str, list] = {}
+    for name, count in (("a", 13), ("b", 5), ("c", 9), ("v", 8), ("x", 5), ("y", 6)):
+        lengths = generator.integers(4, SEQ + 1, size=count)
+        rows = [generator.integers(0, VOCAB, size=n + 1) for n in lengths]
+        masks = [generator.random(n + 1) < 0.6 for n in lengths]
+        for mask in masks:
+            mask[-1] = True
+        write_source(folder, name, rows, masks, vocab_size=VOCAB)
+        pairs = zip(rows, masks, strict=True)
+        rows_of[name] = [(torch.tensor(row), torch.tensor(mask)) for row, mask in pairs]
+    return rows_of
+
+
+def tree_of(scenario: dict, folder: Path) -> dict:
+    """The configuration that a scenario runs with."""
+    sources = [{"name": name, "path": str(folder / "data" / name)} for name in "abc"]
+    for source, weight in zip(sources, scenario.get("weights", []), strict=False):
+        source["initial_weight"] = weight
+    validation = [
+        {"name": name, "path": str(folder / "data" / name), "weight": weight}
+        for name, weight in zip("vxy", SHARES, strict=True)
+    ]
+    given = {name: dict(scenario.get(name, {})) for name in ("optimizer", "bilevel", "lisa")}
+    return {
+        **given,
+        "data": {"seq_length": SEQ, "sources": sources, "validation": validation,
+                 **scenario.get("data", {})},
+        "model": {**MODEL, **scenario.get("model", {})},
+        "train": dict(scenario["train"]),
+    }  # fmt: skip
+
+
+def on_one_rank(folder_name: str) -> None:
+    from megatron_scalebio import runtime
+    from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.train import finetune, loop
+    from megatron_scalebio.train.outputs import step_record
+    from megatron_scalebio.train.state import TrainState
+
+    folder = Path(folder_name)
+
+    def reweight(state) -> dict:
+        return step_record(state, loop.train_step(state), step_time_s=0.5)
+
+    for scenarios, make, step in (
+        (REWEIGHT, TrainState, reweight),
+        (TRAIN, finetune.FinetuneState, finetune.train_step),
+    ):
+        for name, scenario in scenarios.items():
+            config = load_config(None, tree_of(scenario, folder))
+            runtime.start(config)
+            state = make(config, folder / "cache")
+            torch.save(recorded(state, step), folder / f"{name}.pt")
+            state.leave_period()
+            runtime.stop_model_parallel()
+
+
+def recorded(state, step) -> dict:
+    """Runs all steps: the weights at the start, then every batch, record and new weights."""
+    draws: dict[str, list] = {"sampler": [], "validation_sampler": []}
+    for name, drawn in draws.items():
+        watch(getattr(state.data, name), drawn)
+    start, steps = global_tensors(state.w, lambda p: p.data), []
+    for _ in range(state.config.train.train_iters):
+        record = step(state)
+        weights = {
+            name: global_tensors(chunks, lambda p: p.data) for name, chunks in state.models.items()
+        }
+        steps.append({"record": record, "layers": state.active_layers, **weights})
+    content = {"start": start, "steps": steps, "draws": draws, "spikes": state.spikes.applied}
+    content |= {"trained": state.cost.trained, "step": state.step}
+    if hasattr(state, "mixture"):
+        content["tail"] = state.mixture.trajectory.tail(1.0)
+    return content
+
+
+def watch(sampler, drawn: list) -> None:
+    """Has a sampler note what it is asked for and what it answers."""
+    answer = sampler.next
+
+    def noting(shares: np.ndarray):
+        picks = answer(shares)
+        picked = list(zip(picks.group_B.tolist(), picks.index_B.tolist(), strict=True))
+        drawn.append({"shares": shares.tolist(), "picks": picked})
+        return picks
+
+    sampler.next = noting
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("naive-training")
+    problem = write_problem(folder / "data")
+    run_distributed(on_one_rank, 1, str(folder))
+    return folder, problem
+
+
+def examples(problem: dict, names: str, draw: dict) -> naive_loop.Groups:
+    groups: naive_loop.Groups = {}
+    for group, index in draw["picks"]:
+        groups.setdefault(group, []).append(problem[names[group]][index])
+    return groups
+
+
+@pytest.mark.parametrize("name", [*REWEIGHT, *TRAIN])
+def test_steps_equal_their_definition(ran: tuple[Path, dict], name: str) -> None:
+    folder, problem = ran
+    scenario = {**REWEIGHT, **TRAIN}[name]
+    got = torch.load(folder / f"{name}.pt", weights_only=True)
+    kind = naive_loop.Training if name in TRAIN else naive_loop.Reweighting
+    initial = scenario.get("weights", [1.0, 1.0, 1.0])
+    naive = kind(tree_of(scenario, folder), got["start"], SHAPE, initial, SHARES)
+    start = {key: value.double() for key, value in got["start"].items()}
+    spikes: list[dict[str, float]] = []
+    mixtures = []
+    for number, step in enumerate(got["steps"]):
+        draw = got["draws"]["sampler"][number]
+        np.testing.assert_allclose(draw["shares"], naive.mixture.p, rtol=1e-4)
+        train, valid = examples(problem, "abc", draw), {}
+        if name in REWEIGHT:
+            draw = got["draws"]["validation_sampler"][number]
+            np.testing.assert_allclose(draw["shares"], [0.6, 0.2, 0.2])
+            valid = examples(problem, "vxy", draw)
+        want = naive.step(train, valid, step["layers"])
+        mixtures.append(naive.mixture.p)
+        assert step["record"]["skipped"] is None
+        for field, value in want.items():
+            np.testing.assert_allclose(
+                step["record"][field], value, rtol=1e-4, atol=TINY.get(field, 0), err_msg=field
+            )
+        for model in {"w", "u"} & step.keys():
+            for key, value in getattr(naive, model).weights.items():
+                # Of the way gone so far: by far the weights are their start.
+                away = relative(step[model][key] - start[key], value.detach() - start[key])
+                assert away < 1e-3, (number, model, key, away)
+        spikes.append(watched(want))
+    for field, values in got["spikes"].items():
+        want_values = [step[field] for step in spikes if field in step]
+        np.testing.assert_allclose(values, want_values, rtol=1e-4, atol=1e-6, err_msg=field)
+    assert (got["trained"], got["step"]) == (naive.tokens, len(got["steps"]))
+    if "tail" in got:
+        np.testing.assert_allclose(got["tail"], mixtures, rtol=1e-4)
+
+
+# Differences of losses in fp32, and what is a multiple of them.
+TINY = {"excess_loss": 1e-6, "grad_norm_lambda": 1e-6}
+
+
+def watched(record: dict) -> dict[str, float]:
+    """What the spike guard looks at, from a record."""
+    values = {"w: training loss": record["train_loss_w"], "w: gradient norm": record["grad_norm_w"]}
+    if "train_loss_u" in record:
+        values |= {
+            "u: training loss": record["train_loss_u"],
+            "w: validation loss": record["validation_loss"],
+            "u: gradient norm": record["grad_norm_u"],
+            "w and u: distance of their training losses": abs(
+                record["train_loss_w"] - record["train_loss_u"]
+            ),
+        }
+    return values
