@@ -11,16 +11,10 @@ import torch
 from tests.distributed import naive_loop
 from tests.distributed.gather import global_tensors, relative
 from tests.distributed.harness import run_distributed
-from tests.markov import write_source
+from tests.distributed.small_runs import SHAPE, SHARES, examples, tree_of, write_problem
 
 pytestmark = pytest.mark.distributed
 
-VOCAB, SEQ = 29, 12
-MODEL = {
-    "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 1,
-    "ffn_hidden_size": 24, "make_vocab_size_divisible_by": 16, "init_method_std": 0.1,
-}  # fmt: skip
-SHAPE = {"layers": 2, "heads": 2, "groups": 1, "vocab": VOCAB}
 BIASED = {"add_bias_linear": True, "add_qkv_bias": True}
 # Every option has another value than its default. The limit of the norms clips w and u by
 # different factors, and the epsilon is of the gradients' size.
@@ -38,7 +32,6 @@ GROWING = {
 ROOMY = {"train_iters": 8, "micro_batch_size": 2, "global_batch_size": 8,
          "validation_batch_size": 4, "seed": 5}  # fmt: skip
 NARROW = {**ROOMY, "global_batch_size": 2, "validation_batch_size": 2}
-UNEVEN = {"weights": [1.0, 0.3, 1e-7], "floor_share": 0.5}
 
 # name: sections of the configuration; `weights` are those of the sources at the start.
 REWEIGHT: dict[str, dict] = {
@@ -83,42 +76,6 @@ TRAIN: dict[str, dict] = {
         "train": {**NARROW, "train_iters": 6},
     },
 }  # fmt: skip
-SHARES = [3.0, 1.0, 1.0]
-
-
-def write_problem(folder: Path) -> dict[str, list]:
-    """Three sources and three validation sets of uneven lengths and masks: their examples."""
-    generator = np.random.default_rng(7)
-    rows_of: dict[str, list] = {}
-    for name, count in (("a", 13), ("b", 5), ("c", 9), ("v", 8), ("x", 5), ("y", 6)):
-        lengths = generator.integers(4, SEQ + 1, size=count)
-        rows = [generator.integers(0, VOCAB, size=n + 1) for n in lengths]
-        masks = [generator.random(n + 1) < 0.6 for n in lengths]
-        for mask in masks:
-            mask[-1] = True
-        write_source(folder, name, rows, masks, vocab_size=VOCAB)
-        pairs = zip(rows, masks, strict=True)
-        rows_of[name] = [(torch.tensor(row), torch.tensor(mask)) for row, mask in pairs]
-    return rows_of
-
-
-def tree_of(scenario: dict, folder: Path) -> dict:
-    """The configuration that a scenario runs with."""
-    sources = [{"name": name, "path": str(folder / "data" / name)} for name in "abc"]
-    for source, weight in zip(sources, scenario.get("weights", []), strict=False):
-        source["initial_weight"] = weight
-    validation = [
-        {"name": name, "path": str(folder / "data" / name), "weight": weight}
-        for name, weight in zip("vxy", SHARES, strict=True)
-    ]
-    given = {name: dict(scenario.get(name, {})) for name in ("optimizer", "bilevel", "lisa")}
-    return {
-        **given,
-        "data": {"seq_length": SEQ, "sources": sources, "validation": validation,
-                 **scenario.get("data", {})},
-        "model": {**MODEL, **scenario.get("model", {})},
-        "train": dict(scenario["train"]),
-    }  # fmt: skip
 
 
 def on_one_rank(folder_name: str) -> None:
@@ -184,13 +141,6 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     problem = write_problem(folder / "data")
     run_distributed(on_one_rank, 1, str(folder))
     return folder, problem
-
-
-def examples(problem: dict, names: str, draw: dict) -> naive_loop.Groups:
-    groups: naive_loop.Groups = {}
-    for group, index in draw["picks"]:
-        groups.setdefault(group, []).append(problem[names[group]][index])
-    return groups
 
 
 @pytest.mark.parametrize("name", [*REWEIGHT, *TRAIN])

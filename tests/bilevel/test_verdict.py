@@ -1,0 +1,50 @@
+"""What a run's verdict goes by: each option of its configuration turns it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_scalebio.bilevel.mixture import Mixture
+from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.train.reweight import verdict
+
+STEPS = 1200  # the trajectory is then kept in blocks of four steps
+
+
+def run(options: dict) -> SimpleNamespace:
+    """A mixture that wanders a little around (.5 .3 .2)."""
+    mixture = Mixture([1.0, 1.0, 1.0], "eg")
+    noise = np.random.default_rng(3).normal(0.0, 0.03, size=(STEPS, 3))
+    for row in np.array([0.5, 0.3, 0.2]) + noise - noise.mean(1, keepdims=True):
+        mixture.trajectory.append(torch.tensor(row))
+    sources = [SimpleNamespace(name=name) for name in ("code", "math", "web")]
+    config = load_config(None, {"bilevel": options})
+    return SimpleNamespace(config=config, mixture=mixture, data=SimpleNamespace(sources=sources))
+
+
+@pytest.mark.parametrize(
+    ("options", "converged", "words"),
+    [
+        ({}, True, "(95% confidence, tolerance ±0.05)"),
+        ({"confidence": 0.8, "tolerance": 0.04}, True, "(80% confidence, tolerance ±0.04)"),
+        ({"tolerance": 0.001}, False, "only, the tolerance is ±0.001"),
+        ({"average_fraction": 0.2}, True, "none drifts"),  # 240 steps in 60 blocks
+        ({"average_fraction": 0.1}, False, "only 120 steps are averaged"),
+        ({"lr_lambda_decay_style": "linear"}, False, "learning rate decays"),
+        ({"lr_lambda_decay_style": "cosine"}, False, "learning rate decays"),
+    ],
+)
+def test_verdict_goes_by_the_configuration(options: dict, converged: bool, words: str) -> None:
+    said = verdict(run(options))
+    assert said.converged == converged and words in said.reason, said
+
+
+def test_verdict_names_the_source() -> None:
+    state = run({"tolerance": 1e-6})
+    blocks_BS = state.mixture.trajectory.tail(0.5)
+    widest = int((blocks_BS - blocks_BS.mean(0)).cumsum(0).square().sum(0).argmax())
+    assert f"weight of {state.data.sources[widest].name} is known" in verdict(state).reason

@@ -1,0 +1,61 @@
+"""Runs of a very small model on sources and validation sets of uneven lengths and masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.distributed.naive_loop import Groups
+from tests.markov import write_source
+
+VOCAB, SEQ = 29, 12
+MODEL = {
+    "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 1,
+    "ffn_hidden_size": 24, "make_vocab_size_divisible_by": 16, "init_method_std": 0.1,
+}  # fmt: skip
+SHAPE = {"layers": 2, "heads": 2, "groups": 1, "vocab": VOCAB}
+SHARES = [3.0, 1.0, 1.0]
+
+
+def write_problem(folder: Path) -> dict[str, list]:
+    """Three sources and three validation sets of uneven lengths and masks: their examples."""
+    generator = np.random.default_rng(7)
+    rows_of: dict[str, list] = {}
+    for name, count in (("a", 13), ("b", 5), ("c", 9), ("v", 8), ("x", 5), ("y", 6)):
+        lengths = generator.integers(4, SEQ + 1, size=count)
+        rows = [generator.integers(0, VOCAB, size=n + 1) for n in lengths]
+        masks = [generator.random(n + 1) < 0.6 for n in lengths]
+        for mask in masks:
+            mask[-1] = True
+        write_source(folder, name, rows, masks, vocab_size=VOCAB)
+        pairs = zip(rows, masks, strict=True)
+        rows_of[name] = [(torch.tensor(row), torch.tensor(mask)) for row, mask in pairs]
+    return rows_of
+
+
+def tree_of(scenario: dict, folder: Path) -> dict:
+    """The configuration that a scenario runs with."""
+    sources = [{"name": name, "path": str(folder / "data" / name)} for name in "abc"]
+    for source, weight in zip(sources, scenario.get("weights", []), strict=False):
+        source["initial_weight"] = weight
+    validation = [
+        {"name": name, "path": str(folder / "data" / name), "weight": weight}
+        for name, weight in zip("vxy", SHARES, strict=True)
+    ]
+    given = {name: dict(scenario.get(name, {})) for name in ("optimizer", "bilevel", "lisa")}
+    return {
+        **given,
+        "data": {"seq_length": SEQ, "sources": sources, "validation": validation,
+                 **scenario.get("data", {})},
+        "model": {**MODEL, **scenario.get("model", {})},
+        "train": dict(scenario["train"]),
+    }  # fmt: skip
+
+
+def examples(problem: dict, names: str, draw: dict) -> Groups:
+    groups: Groups = {}
+    for group, index in draw["picks"]:
+        groups.setdefault(group, []).append(problem[names[group]][index])
+    return groups

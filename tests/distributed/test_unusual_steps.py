@@ -1,0 +1,322 @@
+"""Steps that are not applied, steps with dropout, and what a run does at its best and last ones."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.commands import command, metrics, note, noted, write_config
+from tests.distributed import naive
+from tests.distributed.gather import global_tensors
+from tests.distributed.harness import run_distributed
+from tests.distributed.small_runs import SHAPE, SHARES, tree_of, write_problem
+
+pytestmark = pytest.mark.distributed
+
+OPTIMIZER = {"lr": 0.01, "adam_eps": 1e-5}
+BATCH = {"train_iters": 9, "micro_batch_size": 2, "global_batch_size": 8}
+# stage and the model of which one gradient is spoilt, by what
+SPOILT = [
+    ("reweight", "w", math.inf), ("reweight", "u", -math.inf), ("reweight", "u", math.nan),
+    ("train", "w", math.inf),
+]  # fmt: skip
+DROPS = {"hidden": {"hidden_dropout": 0.4}, "attention": {"attention_dropout": 0.3}}
+FEW = 3  # examples of a set
+# Validation losses of six steps that each are evaluated; a run of four, resumed for two.
+CURVE = [3.0, 2.0, 2.5, 2.25, 2.125, 1.5]
+
+
+def on_one_rank(folder_name: str) -> None:
+    folder = Path(folder_name)
+    for number, case in enumerate(SPOILT):
+        torch.save(spoilt_step(folder, *case), folder / f"spoilt-{number}.pt")
+    for name in DROPS:
+        torch.save(dropping(folder, name), folder / f"drops-{name}.pt")
+    commands(folder)
+
+
+def begun(folder: Path, stage: str, **sections: dict) -> Any:
+    """The state of a run before its first step."""
+    from megatron_scalebio import runtime
+    from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.train.finetune import FinetuneState
+    from megatron_scalebio.train.state import TrainState
+
+    scenario = {"optimizer": OPTIMIZER, "train": BATCH, **sections}
+    config = load_config(None, tree_of(scenario, folder))
+    runtime.start(config)
+    return (TrainState if stage == "reweight" else FinetuneState)(config, folder / "cache")
+
+
+def ended(state: Any) -> None:
+    from megatron_scalebio import runtime
+
+    state.leave_period()
+    runtime.stop_model_parallel()
+
+
+def step_of(state: Any) -> tuple[str | None, float]:
+    """One step; why it was skipped, and the training loss of w."""
+    from megatron_scalebio.train import finetune, loop
+    from megatron_scalebio.train.outputs import step_record
+
+    if state.stage == "train":
+        record = finetune.train_step(state)
+    else:
+        record = step_record(state, loop.train_step(state), 1.0)
+    return record["skipped"], record["train_loss_w"]
+
+
+def spoiling(model: str, value: float, when: list[int]) -> None:
+    """Has one entry of a model's gradient be `value` in the flushes of these numbers, from now."""
+    from megatron_scalebio.bilevel import step as bilevel
+
+    whole, flushes = bilevel.flush, [0]
+
+    @functools.wraps(whole)
+    def flush(twins, *args: Any, **kwargs: Any) -> Any:
+        records = whole(twins, *args, **kwargs)
+        flushes[0] += 1
+        if flushes[0] in when:
+            getattr(twins[0], model).buffers[0].grad_data[7] = value
+        return records
+
+    bilevel.flush = flush
+    spoiling.undo = lambda: setattr(bilevel, "flush", whole)
+
+
+def everything(state: Any) -> dict[str, Any]:
+    """What a step moves, copied."""
+    held = {name: global_tensors(chunks, lambda p: p.data) for name, chunks in state.models.items()}
+    for name, optimizer in state.period.optimizers.items():
+        for part in optimizer.chained_optimizers:
+            for number, moments in enumerate(part.optimizer.state.values()):
+                held[f"adam {name} {number}"] = {
+                    key: torch.as_tensor(value).clone() for key, value in moments.items()
+                }
+    if hasattr(state, "mixture"):
+        mixture = state.mixture
+        held["mixture"] = {
+            "logits": mixture.logits_S.clone(),
+            "moved": torch.tensor([mixture.steps, mixture.mean_square]),
+            "trajectory": mixture.trajectory.tail(1.0).clone(),
+        }
+    return held
+
+
+def spoilt_step(folder: Path, stage: str, model: str, value: float) -> dict:
+    state = begun(folder, stage)
+    spoiling(model, value, when=[3, 4])
+    result: dict[str, list] = {"said": [], "loss": [], "held": [], "in_a_row": [], "step": []}
+    for _ in range(5):
+        said, loss = step_of(state)
+        now = (said, loss, everything(state), state.skipped_in_a_row, state.step)
+        for kept, each in zip(result.values(), now, strict=True):
+            kept.append(each)
+    spoiling.undo()
+    ended(state)
+    return result
+
+
+def dropping(folder: Path, name: str) -> dict:
+    """Held-out losses of a model that drops out, twice, and then the losses of steps."""
+    result = {}
+    for stage in ("train", "reweight"):
+        sections = {"data": {"loss_mean": "token"}, "train": {**BATCH, "eval_examples": FEW}}
+        state = begun(folder, stage, model=DROPS[name], **sections)
+        result[f"{stage} start"] = global_tensors(state.w, lambda p: p.data)
+        if stage == "train":
+            held_out = [state.held_out() for _ in range(2)]
+            result["held out"] = [[loss.as_dict() for loss in losses] for losses in held_out]
+            result["validation loss"] = state.validation_loss(held_out[0])
+            result["all"] = [loss.as_dict() for loss in state.held_out(test=True)]
+        picks = state.data.sampler.state_dict()
+        drawn = state.data.sampler.next(torch.full((3,), 1 / 3, dtype=torch.float64).numpy())
+        state.data.sampler.load_state_dict(picks)
+        result[f"{stage} picks"] = torch.tensor([drawn.group_B, drawn.index_B])
+        result[f"{stage} loss"] = step_of(state)[1]
+        ended(state)
+    return result
+
+
+def commands(folder: Path) -> None:
+    from megatron_scalebio.bilevel.confidence import Verdict
+    from megatron_scalebio.train import finetune, reweight
+
+    tree = tree_of({"optimizer": OPTIMIZER, "train": BATCH}, folder)
+    path = write_config(
+        folder / "x.yaml", tree["data"]["sources"], tree["data"]["validation"],
+        model=tree["model"], data={"seq_length": tree["data"]["seq_length"]},
+        optimizer=OPTIMIZER, train={**BATCH, "train_iters": 4, "eval_interval": 1},
+        checkpoint={"save_interval": 1, "keep_last": 9},
+    )  # fmt: skip
+
+    def run(stage: str, name: str, *flags: object) -> None:
+        words = [stage, "--config", path, "--output", folder / name, *flags]
+        note(folder / "noted", name, command(*words))
+
+    for stage in ("reweight", "train"):
+        spoiling("w", math.inf, when=[2])
+        run(stage, f"{stage} once")
+        spoiling.undo()
+        spoiling("w", math.inf, when=[2, 3, 4])
+        run(stage, f"{stage} ends", "--skip-limit", 2)
+        spoiling.undo()
+
+    losses = iter(CURVE)
+    whole = finetune.FinetuneState.validation_loss
+    finetune.FinetuneState.validation_loss = lambda state, held_out: next(losses)
+    run("train", "best")
+    best = json.loads((folder / "best" / "evaluation.json").read_text())["best_validation_loss"]
+    kept = {"best": best, "saved": saved(folder / "best", "best")}
+    (folder / "best" / "at-4.json").write_text(json.dumps(kept))
+    run("train", "best", "--train-iters", 6)
+    finetune.FinetuneState.validation_loss = whole
+    run("train", "no evaluation", "--eval-interval", 0)
+
+    judged = reweight.verdict
+    reweight.verdict = lambda state: Verdict(state.step >= 3, "as asked")
+    run("reweight", "stops early", "--early-stop")
+    run("reweight", "goes on")
+    reweight.verdict = judged
+    words = ["--lr-lambda", 0.5, "--average-fraction", 0.75, "--confidence", 0.8]
+    run("reweight", "averaged", *words)
+    load = folder / "averaged" / "checkpoints"
+    run("reweight", "one more", *words, "--load", load, "--train-iters", 5)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("unusual")
+    problem = write_problem(folder / "data")
+    run_distributed(on_one_rank, 1, str(folder))
+    return folder, problem
+
+
+@pytest.mark.parametrize("number", range(len(SPOILT)))
+def test_a_gradient_that_is_not_finite_is_not_applied(ran: tuple[Path, dict], number: int) -> None:
+    """Though the losses are: nothing moves, and the step counts as one of a row."""
+    _, model, value = SPOILT[number]
+    got = torch.load(ran[0] / f"spoilt-{number}.pt", weights_only=True)
+    assert all(math.isfinite(loss) for loss in got["loss"])
+    said = f"{model}: gradient norm is {'nan' if math.isnan(value) else 'inf'}"
+    assert got["said"] == [None, None, said, said, None]
+    assert got["in_a_row"] == [0, 0, 1, 2, 0]
+    assert got["step"] == [1, 2, 3, 4, 5], "skipped steps are counted"
+    _, before, *during, after = got["held"]
+    for held in during:
+        assert flat(held).equal(flat(before))
+    for name, tensors in after.items():
+        moved = flat({name: tensors})
+        assert moved.isfinite().all() and not moved.equal(flat({name: before[name]})), name
+
+
+def flat(held: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
+    parts = [tensor for name in sorted(held) for _, tensor in sorted(held[name].items())]
+    return torch.cat([part.detach().double().flatten() for part in parts])
+
+
+@pytest.mark.parametrize("stage", ["reweight", "train"])
+def test_a_step_that_is_not_applied_is_not_saved(ran: tuple[Path, dict], stage: str) -> None:
+    folder, _ = ran
+    assert noted(folder / "noted", f"{stage} once")[0] == 0
+    skipped = [record["skipped"] for record in metrics(folder / f"{stage} once")]
+    assert skipped == [None, "w: gradient norm is inf", None, None]
+    assert saved(folder / f"{stage} once") == [1, 3, 4]
+
+
+@pytest.mark.parametrize("stage", ["reweight", "train"])
+def test_as_many_in_a_row_as_allowed_end_the_run(ran: tuple[Path, dict], stage: str) -> None:
+    folder, _ = ran
+    code, said = noted(folder / "noted", f"{stage} ends")
+    assert code == 2 and "step 3: 2 steps in a row were not applied: w: gradient norm is" in said
+    assert len(metrics(folder / f"{stage} ends")) == 3
+    assert saved(folder / f"{stage} ends") == [1]
+
+
+def saved(run: Path, kind: str = "checkpoints") -> list[int]:
+    return sorted(int(path.name.removeprefix("iter_")) for path in (run / kind).glob("iter_*"))
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_held_out_losses_are_without_dropout(ran: tuple[Path, dict], name: str) -> None:
+    folder, problem = ran
+    got = torch.load(folder / f"drops-{name}.pt", weights_only=True)
+    assert got["held out"][0] == got["held out"][1]
+    for kind in ("sample", "token"):
+        for field, count in (("held out", FEW), ("all", None)):
+            groups = {number: problem[each][:count] for number, each in enumerate("vxy")}
+            want = means(got["train start"], groups, kind)
+            losses = got[field][0] if field == "held out" else got[field]
+            assert [entry[f"{kind}_mean"] for entry in losses] == pytest.approx(want, rel=1e-5)
+            assert [entry["examples"] for entry in losses] == [len(x) for x in groups.values()]
+    want = means(got["train start"], {n: problem[x][:FEW] for n, x in enumerate("vxy")}, "token")
+    total = sum(share * loss for share, loss in zip(SHARES, want, strict=True)) / sum(SHARES)
+    assert got["validation loss"] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["reweight", "train"])
+@pytest.mark.parametrize("name", DROPS)
+def test_training_drops_out(ran: tuple[Path, dict], name: str, stage: str) -> None:
+    """After held-out losses were taken, too."""
+    folder, problem = ran
+    got = torch.load(folder / f"drops-{name}.pt", weights_only=True)
+    groups: dict[int, list] = {}
+    for group, index in got[f"{stage} picks"].T.tolist():
+        groups.setdefault(group, []).append(problem["abc"[group]][index])
+    without = sum(means(got[f"{stage} start"], groups, "token")) / 3
+    assert abs(got[f"{stage} loss"] - without) > 1e-4
+    assert got[f"{stage} loss"] == pytest.approx(without, rel=0.3)
+
+
+def means(weights: naive.Weights, groups: dict[int, list], kind: str) -> list[float]:
+    with torch.no_grad():
+        losses = naive.mean_losses({k: v.double() for k, v in weights.items()}, SHAPE, groups, kind)
+    return [float(losses[number]) for number in sorted(losses)]
+
+
+def test_the_best_weights_are_kept_over_a_resume(ran: tuple[Path, dict]) -> None:
+    run = ran[0] / "best"
+    records = metrics(run)
+    assert [record["validation_loss"] for record in records] == CURVE
+    assert saved(run, "best") == [6]
+    assert json.loads((run / "evaluation.json").read_text())["best_validation_loss"] == CURVE[5]
+    assert json.loads((run / "at-4.json").read_text()) == {"best": 2.0, "saved": [2]}
+
+
+def test_no_evaluation_on_the_way_is_one_at_the_end(ran: tuple[Path, dict]) -> None:
+    evaluated = ["validation_loss" in record for record in metrics(ran[0] / "no evaluation")]
+    assert evaluated == [False, False, False, True]
+
+
+def test_a_converged_run_stops_where_that_is_asked_for(ran: tuple[Path, dict]) -> None:
+    folder, _ = ran
+    for name, steps in (("stops early", 3), ("goes on", 4)):
+        code, said = noted(folder / "noted", name)
+        assert code == 0, said
+        assert len(metrics(folder / name)) == steps == max(saved(folder / name))
+        content = json.loads((folder / name / "weights.json").read_text())
+        assert (content["step"], content["complete"]) == (steps, True)
+
+
+def test_weights_average_the_last_share_of_the_steps(ran: tuple[Path, dict]) -> None:
+    """(1/n) Σ p_k of the last n, and ± 3.875 √(Σ_r (Σ_{k≤r} (p_k − p̄))² / n³) at 80 %."""
+    folder, _ = ran
+    records = [*metrics(folder / "averaged"), *metrics(folder / "one more")]
+    # A record has the mixture that its step began with: the fifth that after the fourth.
+    last = torch.tensor([record["weights"] for record in records][2:], dtype=torch.float64)
+    assert len(last) == 3
+    content = json.loads((folder / "averaged" / "weights.json").read_text())
+    mean = last.mean(0)
+    half = 3.875 * ((last - mean).cumsum(0).square().sum(0) / 27).sqrt()
+    for number, entry in enumerate(content["sources"]):
+        assert entry["weight"] == pytest.approx(float(mean[number]), rel=1e-6)
+        assert entry["ci_low"] == pytest.approx(float(mean[number] - half[number]), rel=1e-5)
+        assert entry["ci_high"] == pytest.approx(float(mean[number] + half[number]), rel=1e-5)
+    assert float(half.min()) > 1e-3 and content["confidence"] == 0.8
