@@ -46,9 +46,9 @@ REWEIGHT: dict[str, dict] = {
         "train": ROOMY,
     },
     "few places": {
-        "weights": [1.0, 0.3, 1e-7],
+        "weights": [1.0, 0.3, 0.05],
         "optimizer": PLAIN,
-        "bilevel": {"alpha": 2.0, "floor_share": 0.5, "lr_lambda": 0.2},
+        "bilevel": {"alpha": 2.0, "floor_share": 0.5, "lr_lambda": 0.03},
         "train": {**NARROW, "train_iters": 12},
     },
     "few places, token": {
@@ -56,6 +56,7 @@ REWEIGHT: dict[str, dict] = {
         "train": {**NARROW, "train_iters": 4},
     },
     "lisa": {
+        "weights": [1.0, 0.7, 1e-7],  # the last below what a source may fall to
         "optimizer": PLAIN, "lisa": {"lisa_layers": 1, "lisa_interval": 3}, "train": ROOMY,
     },
     "lisa, never reset": {
@@ -143,6 +144,12 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return folder, problem
 
 
+# Relative and absolute tolerances of differences of losses in fp32, and of what follows them.
+LOOSER = {
+    "excess_loss": (3e-4, 1e-6), "grad_norm_lambda": (3e-4, 1e-6), "weights": (1e-4, 0.0),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", [*REWEIGHT, *TRAIN])
 def test_steps_equal_their_definition(ran: tuple[Path, dict], name: str) -> None:
     folder, problem = ran
@@ -167,13 +174,13 @@ def test_steps_equal_their_definition(ran: tuple[Path, dict], name: str) -> None
         assert step["record"]["skipped"] is None
         for field, value in want.items():
             np.testing.assert_allclose(
-                step["record"][field], value, rtol=1e-4, atol=TINY.get(field, 0), err_msg=field
+                step["record"][field], value, *LOOSER.get(field, (2e-5, 0.0)), err_msg=field
             )
         for model in {"w", "u"} & step.keys():
             for key, value in getattr(naive, model).weights.items():
                 # Of the way gone so far: by far the weights are their start.
                 away = relative(step[model][key] - start[key], value.detach() - start[key])
-                assert away < 1e-3, (number, model, key, away)
+                assert away < 2e-4, (number, model, key, away)
         spikes.append(watched(want))
     for field, values in got["spikes"].items():
         want_values = [step[field] for step in spikes if field in step]
@@ -181,10 +188,6 @@ def test_steps_equal_their_definition(ran: tuple[Path, dict], name: str) -> None
     assert (got["trained"], got["step"]) == (naive.tokens, len(got["steps"]))
     if "tail" in got:
         np.testing.assert_allclose(got["tail"], mixtures, rtol=1e-4)
-
-
-# Differences of losses in fp32, and what is a multiple of them.
-TINY = {"excess_loss": 1e-6, "grad_norm_lambda": 1e-6}
 
 
 def watched(record: dict) -> dict[str, float]:
