@@ -28,8 +28,8 @@ SPOILT = [
 ]  # fmt: skip
 DROPS = {"hidden": {"hidden_dropout": 0.4}, "attention": {"attention_dropout": 0.3}}
 FEW = 3  # examples of a set
-# Validation losses of six steps that each are evaluated; a run of four, resumed for two.
-CURVE = [3.0, 2.0, 2.5, 2.25, 2.125, 1.5]
+# Validation losses after each step of a run of two, resumed for one.
+CURVE = [2.0, 2.5, 2.25]
 
 
 def on_one_rank(folder_name: str) -> None:
@@ -153,42 +153,39 @@ def commands(folder: Path) -> None:
     path = write_config(
         folder / "x.yaml", tree["data"]["sources"], tree["data"]["validation"],
         model=tree["model"], data={"seq_length": tree["data"]["seq_length"]},
-        optimizer=OPTIMIZER, train={**BATCH, "train_iters": 4, "eval_interval": 1},
-        checkpoint={"save_interval": 1, "keep_last": 9},
+        optimizer={**OPTIMIZER, "lr_decay_style": "constant"},
+        train={**BATCH, "train_iters": 4, "eval_interval": 0},
     )  # fmt: skip
 
     def run(stage: str, name: str, *flags: object) -> None:
         words = [stage, "--config", path, "--output", folder / name, *flags]
         note(folder / "noted", name, command(*words))
 
-    for stage in ("reweight", "train"):
-        spoiling("w", math.inf, when=[2])
-        run(stage, f"{stage} once")
-        spoiling.undo()
-        spoiling("w", math.inf, when=[2, 3, 4])
-        run(stage, f"{stage} ends", "--skip-limit", 2)
-        spoiling.undo()
+    spoiling("w", math.inf, when=[2])
+    run("reweight", "reweight once")
+    spoiling.undo()
+    spoiling("w", math.inf, when=[2])
+    run("train", "train once")
+    spoiling.undo()
+    spoiling("w", math.inf, when=[2, 3, 4])
+    run("train", "train ends", "--skip-limit", 2)
+    spoiling.undo()
 
     losses = iter(CURVE)
     whole = finetune.FinetuneState.validation_loss
     finetune.FinetuneState.validation_loss = lambda state, held_out: next(losses)
-    run("train", "best")
-    best = json.loads((folder / "best" / "evaluation.json").read_text())["best_validation_loss"]
-    kept = {"best": best, "saved": saved(folder / "best", "best")}
-    (folder / "best" / "at-4.json").write_text(json.dumps(kept))
-    run("train", "best", "--train-iters", 6)
+    for iters in (2, 3):
+        flags = ["--eval-interval", 1, "--save-interval", 0, "--train-iters", iters]
+        run("train", "best", *flags)
     finetune.FinetuneState.validation_loss = whole
-    run("train", "no evaluation", "--eval-interval", 0)
 
     judged = reweight.verdict
-    reweight.verdict = lambda state: Verdict(state.step >= 3, "as asked")
-    run("reweight", "stops early", "--early-stop")
-    run("reweight", "goes on")
-    reweight.verdict = judged
+    reweight.verdict = lambda state: Verdict(state.step >= 4, "as asked")
     words = ["--lr-lambda", 0.5, "--average-fraction", 0.75, "--confidence", 0.8]
-    run("reweight", "averaged", *words)
-    load = folder / "averaged" / "checkpoints"
-    run("reweight", "one more", *words, "--load", load, "--train-iters", 5)
+    words += ["--save-interval", 0, "--train-iters", 5]
+    run("reweight", "stops early", *words, "--early-stop")
+    run("reweight", "goes on", *words)
+    reweight.verdict = judged
 
 
 @pytest.fixture(scope="module")
@@ -228,16 +225,15 @@ def test_a_step_that_is_not_applied_is_not_saved(ran: tuple[Path, dict], stage: 
     assert noted(folder / "noted", f"{stage} once")[0] == 0
     skipped = [record["skipped"] for record in metrics(folder / f"{stage} once")]
     assert skipped == [None, "w: gradient norm is inf", None, None]
-    assert saved(folder / f"{stage} once") == [1, 3, 4]
+    assert saved(folder / f"{stage} once") == [4]
 
 
-@pytest.mark.parametrize("stage", ["reweight", "train"])
-def test_as_many_in_a_row_as_allowed_end_the_run(ran: tuple[Path, dict], stage: str) -> None:
+def test_as_many_in_a_row_as_allowed_end_a_training(ran: tuple[Path, dict]) -> None:
     folder, _ = ran
-    code, said = noted(folder / "noted", f"{stage} ends")
+    code, said = noted(folder / "noted", "train ends")
     assert code == 2 and "step 3: 2 steps in a row were not applied: w: gradient norm is" in said
-    assert len(metrics(folder / f"{stage} ends")) == 3
-    assert saved(folder / f"{stage} ends") == [1]
+    assert len(metrics(folder / "train ends")) == 3
+    assert saved(folder / "train ends") == []
 
 
 def saved(run: Path, kind: str = "checkpoints") -> list[int]:
@@ -283,24 +279,22 @@ def means(weights: naive.Weights, groups: dict[int, list], kind: str) -> list[fl
 
 def test_the_best_weights_are_kept_over_a_resume(ran: tuple[Path, dict]) -> None:
     run = ran[0] / "best"
-    records = metrics(run)
-    assert [record["validation_loss"] for record in records] == CURVE
-    assert saved(run, "best") == [6]
-    assert json.loads((run / "evaluation.json").read_text())["best_validation_loss"] == CURVE[5]
-    assert json.loads((run / "at-4.json").read_text()) == {"best": 2.0, "saved": [2]}
+    assert [record["validation_loss"] for record in metrics(run)] == CURVE
+    assert saved(run) == [2, 3] and saved(run, "best") == [1]
+    assert json.loads((run / "evaluation.json").read_text())["best_validation_loss"] == 2.0
 
 
 def test_no_evaluation_on_the_way_is_one_at_the_end(ran: tuple[Path, dict]) -> None:
-    evaluated = ["validation_loss" in record for record in metrics(ran[0] / "no evaluation")]
+    evaluated = ["validation_loss" in record for record in metrics(ran[0] / "train once")]
     assert evaluated == [False, False, False, True]
 
 
 def test_a_converged_run_stops_where_that_is_asked_for(ran: tuple[Path, dict]) -> None:
     folder, _ = ran
-    for name, steps in (("stops early", 3), ("goes on", 4)):
+    for name, steps in (("stops early", 4), ("goes on", 5)):
         code, said = noted(folder / "noted", name)
         assert code == 0, said
-        assert len(metrics(folder / name)) == steps == max(saved(folder / name))
+        assert len(metrics(folder / name)) == steps and saved(folder / name) == [steps]
         content = json.loads((folder / name / "weights.json").read_text())
         assert (content["step"], content["complete"]) == (steps, True)
 
@@ -308,11 +302,11 @@ def test_a_converged_run_stops_where_that_is_asked_for(ran: tuple[Path, dict]) -
 def test_weights_average_the_last_share_of_the_steps(ran: tuple[Path, dict]) -> None:
     """(1/n) Σ p_k of the last n, and ± 3.875 √(Σ_r (Σ_{k≤r} (p_k − p̄))² / n³) at 80 %."""
     folder, _ = ran
-    records = [*metrics(folder / "averaged"), *metrics(folder / "one more")]
-    # A record has the mixture that its step began with: the fifth that after the fourth.
+    # A record has the mixture that its step began with: the fifth of the run that goes on has
+    # the one that the other ended with.
+    records = metrics(folder / "goes on")
     last = torch.tensor([record["weights"] for record in records][2:], dtype=torch.float64)
-    assert len(last) == 3
-    content = json.loads((folder / "averaged" / "weights.json").read_text())
+    content = json.loads((folder / "stops early" / "weights.json").read_text())
     mean = last.mean(0)
     half = 3.875 * ((last - mean).cumsum(0).square().sum(0) / 27).sqrt()
     for number, entry in enumerate(content["sources"]):
