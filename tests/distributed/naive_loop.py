@@ -140,9 +140,10 @@ def everywhere(weights: Weights) -> Weights:
     return {k: torch.ones_like(v, dtype=torch.bool) for k, v in weights.items()}
 
 
-def in_full(losses: dict[int, torch.Tensor], count: int) -> list[float]:
-    """In their order, NaN for those that are missing."""
-    return [float(losses[i].detach()) if i in losses else math.nan for i in range(count)]
+def in_full(there: Groups, losses: list[float], count: int) -> list[float]:
+    """The losses of those that are there, in their order, with NaN for those that are missing."""
+    known = dict(zip(sorted(there), losses, strict=True))
+    return [known.get(number, math.nan) for number in range(count)]
 
 
 class Reweighting:
@@ -199,17 +200,12 @@ class Reweighting:
         alpha = rates["alpha"]
         of_sources, of_sets = self._chances()
         shared = self._begin()
-        of_w, of_u, of_logits, _ = naive.bilevel_gradients(
+        of_w, of_u, of_logits, losses = naive.bilevel_gradients(
             self.w.weights, self.u.weights, torch.tensor(np.log(p)), train, valid,
             self.shares.tolist(), alpha, self.shape, self._mean(), (of_sources, of_sets),
         )  # fmt: skip
-        with torch.no_grad():
-            loss_w, loss_u = (
-                in_full(naive.mean_losses(x.weights, self.shape, train, self._mean()), len(p))
-                for x in (self.w, self.u)
-            )
-            losses = naive.mean_losses(self.w.weights, self.shape, valid, self._mean())
-        validation = in_full(losses, len(self.shares))
+        loss_w, loss_u = (in_full(train, losses[name], len(p)) for name in ("w", "u"))
+        validation = in_full(valid, losses["validation"], len(self.shares))
         g = self._hypergradient(np.array(loss_w) - np.array(loss_u), of_sources, alpha)
         if len(train) == len(p):  # the gradient of λ is then that of autograd
             np.testing.assert_allclose(p * (g - p @ g), of_logits.numpy(), atol=1e-12)
@@ -284,7 +280,7 @@ class Training(Reweighting):
         parts = torch.autograd.grad(whole, list(self.w.weights.values()))
         gradients = dict(zip(self.w.weights, parts, strict=True))
         lr = self.rates()["lr_w"]
-        loss = in_full(losses, len(p))
+        loss = in_full(train, [losses[i].item() for i in sorted(losses)], len(p))
         tokens = sum(len(t) - 1 for part in train.values() for t, _ in part)
         self.tokens += tokens
         self.at += 1

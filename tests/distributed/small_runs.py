@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ MODEL = {
 }  # fmt: skip
 SHAPE = {"layers": 2, "heads": 2, "groups": 1, "vocab": VOCAB}
 SHARES = [3.0, 1.0, 1.0]
+# An eps that rounding noise does not reach, as in test_exact_step.
+PLAIN = {"lr": 0.01, "adam_eps": 1e-4}
+BATCH = {"train_iters": 6, "micro_batch_size": 2, "global_batch_size": 8}
 
 
 def write_problem(folder: Path) -> dict[str, list]:
@@ -44,7 +48,8 @@ def tree_of(scenario: dict, folder: Path) -> dict:
         {"name": name, "path": str(folder / "data" / name), "weight": weight}
         for name, weight in zip("vxy", SHARES, strict=True)
     ]
-    given = {name: dict(scenario.get(name, {})) for name in ("optimizer", "bilevel", "lisa")}
+    sections = ("optimizer", "bilevel", "lisa", "parallel")
+    given = {name: dict(scenario.get(name, {})) for name in sections}
     return {
         **given,
         "data": {"seq_length": SEQ, "sources": sources, "validation": validation,
@@ -59,3 +64,35 @@ def examples(problem: dict, names: str, draw: dict) -> Groups:
     for group, index in draw["picks"]:
         groups.setdefault(group, []).append(problem[names[group]][index])
     return groups
+
+
+def begun(folder: Path, stage: str, **sections: dict) -> Any:
+    """The state of a run before its first step."""
+    from megatron_scalebio import runtime
+    from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.train.finetune import FinetuneState
+    from megatron_scalebio.train.state import TrainState
+
+    scenario = {"optimizer": PLAIN, "train": BATCH, **sections}
+    config = load_config(None, tree_of(scenario, folder))
+    runtime.start(config)
+    return (TrainState if stage == "reweight" else FinetuneState)(config, folder / "cache")
+
+
+def ended(state: Any) -> None:
+    from megatron_scalebio import runtime
+
+    state.leave_period()
+    runtime.stop_model_parallel()
+
+
+def step_of(state: Any) -> tuple[str | None, float]:
+    """One step; why it was skipped, and the training loss of w."""
+    from megatron_scalebio.train import finetune, loop
+    from megatron_scalebio.train.outputs import step_record
+
+    if state.stage == "train":
+        record = finetune.train_step(state)
+    else:
+        record = step_record(state, loop.train_step(state), 1.0)
+    return record["skipped"], record["train_loss_w"]

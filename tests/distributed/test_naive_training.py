@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,18 @@ import torch
 from tests.distributed import naive_loop
 from tests.distributed.gather import global_tensors, relative
 from tests.distributed.harness import run_distributed
-from tests.distributed.small_runs import SHAPE, SHARES, examples, tree_of, write_problem
+from tests.distributed.small_runs import (
+    BATCH,
+    PLAIN,
+    SHAPE,
+    SHARES,
+    begun,
+    ended,
+    examples,
+    step_of,
+    tree_of,
+    write_problem,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -23,14 +35,11 @@ OPTIMIZER = {
     "lr_warmup_fraction": 0.26, "weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.9,
     "adam_eps": 3e-3, "clip_grad": 0.4,
 }  # fmt: skip
-# An eps that rounding noise does not reach, as in test_exact_step.
-PLAIN = {"lr": 0.01, "adam_eps": 1e-5}
 GROWING = {
     "alpha": 3.0, "alpha_growth": 2.0, "outer_rounds": 3, "lr_lambda": 0.4,
     "lr_lambda_decay_style": "linear", "resync_interval": 3, "floor_share": 0.6,
 }  # fmt: skip
-ROOMY = {"train_iters": 8, "micro_batch_size": 2, "global_batch_size": 8,
-         "validation_batch_size": 4, "seed": 5}  # fmt: skip
+ROOMY = {**BATCH, "train_iters": 8, "validation_batch_size": 4, "seed": 5}
 NARROW = {**ROOMY, "global_batch_size": 2, "validation_batch_size": 2}
 
 # name: sections of the configuration; `weights` are those of the sources at the start.
@@ -43,7 +52,7 @@ REWEIGHT: dict[str, dict] = {
         "optimizer": {**PLAIN, "clip_grad": 0.0},
         "bilevel": {"mixture_optimizer": "adamw", "lr_lambda_decay_style": "cosine",
                     "resync_interval": None},
-        "train": ROOMY,
+        "train": {**ROOMY, "train_iters": 6},
     },
     "few places": {
         "weights": [1.0, 0.3, 0.05],
@@ -57,11 +66,11 @@ REWEIGHT: dict[str, dict] = {
     },
     "lisa": {
         "weights": [1.0, 0.7, 1e-7],  # the last below what a source may fall to
-        "optimizer": PLAIN, "lisa": {"lisa_layers": 1, "lisa_interval": 3}, "train": ROOMY,
+        "optimizer": PLAIN, "lisa": {"lisa_layers": 1, "lisa_interval": 3}, "train": BATCH,
     },
     "lisa, never reset": {
         "optimizer": PLAIN, "lisa": {"lisa_layers": 1, "lisa_interval": 2},
-        "bilevel": {"resync_interval": None}, "train": ROOMY,
+        "bilevel": {"resync_interval": None}, "train": BATCH,
     },
 }  # fmt: skip
 TRAIN: dict[str, dict] = {
@@ -102,6 +111,50 @@ def on_one_rank(folder_name: str) -> None:
             torch.save(recorded(state, step), folder / f"{name}.pt")
             state.leave_period()
             runtime.stop_model_parallel()
+    (folder / "seeds.json").write_text(json.dumps([seeded(folder, seed) for seed in (3, 3, 4)]))
+    (folder / "reset.json").write_text(json.dumps(reset_in_bf16(folder)))
+
+
+def seeded(folder: Path, seed: int) -> dict:
+    """What a seed decides: weights, layers, and which examples come when."""
+    train, lisa = {**BATCH, "seed": seed}, {"lisa_layers": 1, "lisa_interval": 2}
+    state = begun(folder, "reweight", train=train, lisa=lisa)
+    thirds = torch.full((3,), 1 / 3, dtype=torch.float64)
+    result = {"weights": state.w[0].embedding.word_embeddings.weight[0].tolist(), "layers": []}
+    for name, shares in (("sampler", thirds.numpy()), ("validation_sampler", thirds.numpy())):
+        result[name] = getattr(state.data, name).next(shares).index_B.tolist()
+    for state.step in range(0, 16, 2):
+        state.enter_period()
+        result["layers"].append(state.active_layers)
+    ended(state)
+    return result
+
+
+def reset_in_bf16(folder: Path) -> list[bool]:
+    """Whether u differs from w before a reset and after it: weights, fp32 masters, moments."""
+    state = begun(
+        folder, "reweight", parallel={"bf16": True}, bilevel={"resync_interval": 2},
+    )  # fmt: skip
+    for _ in range(2):
+        step_of(state)
+
+    def differ() -> list[bool]:
+        [w], [u] = (state.period.optimizers[name].chained_optimizers for name in ("w", "u"))
+        of_w, of_u = ([p for g in x.optimizer.param_groups for p in g["params"]] for x in (w, u))
+        moments = [
+            [x.optimizer.state[p][key] for p in params]
+            for key in ("exp_avg", "exp_avg_sq")
+            for x, params in ((w, of_w), (u, of_u))
+        ]
+        models = ([p.data for p in state.models[name][0].parameters()] for name in ("w", "u"))
+        pairs = [tuple(models), (of_w, of_u), tuple(moments[:2]), tuple(moments[2:])]
+        return [any(not a.equal(b) for a, b in zip(*pair, strict=True)) for pair in pairs]
+
+    before = differ()
+    state.enter_period()
+    result = [before, differ(), state.u_is_w]
+    ended(state)
+    return result
 
 
 def recorded(state, step) -> dict:
@@ -164,10 +217,13 @@ def test_steps_equal_their_definition(ran: tuple[Path, dict], name: str) -> None
     for number, step in enumerate(got["steps"]):
         draw = got["draws"]["sampler"][number]
         np.testing.assert_allclose(draw["shares"], naive.mixture.p, rtol=1e-4)
+        assert len(draw["picks"]) == scenario["train"]["global_batch_size"]
         train, valid = examples(problem, "abc", draw), {}
         if name in REWEIGHT:
             draw = got["draws"]["validation_sampler"][number]
             np.testing.assert_allclose(draw["shares"], [0.6, 0.2, 0.2])
+            places = scenario["train"].get("validation_batch_size", BATCH["global_batch_size"])
+            assert len(draw["picks"]) == places
             valid = examples(problem, "vxy", draw)
         want = naive.step(train, valid, step["layers"])
         mixtures.append(naive.mixture.p)
@@ -203,3 +259,15 @@ def watched(record: dict) -> dict[str, float]:
             ),
         }
     return values
+
+
+def test_the_seed_decides_weights_layers_and_examples(ran: tuple[Path, dict]) -> None:
+    one, again, other = json.loads((ran[0] / "seeds.json").read_text())
+    assert one == again
+    assert all(one[what] != other[what] for what in one), (one, other)
+    assert one["sampler"] != one["validation_sampler"]
+
+
+def test_a_reset_takes_over_masters_and_moments_too(ran: tuple[Path, dict]) -> None:
+    before, after, u_is_w = json.loads((ran[0] / "reset.json").read_text())
+    assert before == [True] * 4 and after == [False] * 4 and u_is_w

@@ -15,12 +15,20 @@ from tests.commands import command, metrics, note, noted, write_config
 from tests.distributed import naive
 from tests.distributed.gather import global_tensors
 from tests.distributed.harness import run_distributed
-from tests.distributed.small_runs import SHAPE, SHARES, tree_of, write_problem
+from tests.distributed.small_runs import (
+    BATCH,
+    PLAIN,
+    SHAPE,
+    SHARES,
+    begun,
+    ended,
+    step_of,
+    tree_of,
+    write_problem,
+)
 
 pytestmark = pytest.mark.distributed
 
-OPTIMIZER = {"lr": 0.01, "adam_eps": 1e-5}
-BATCH = {"train_iters": 9, "micro_batch_size": 2, "global_batch_size": 8}
 # stage and the model of which one gradient is spoilt, by what
 SPOILT = [
     ("reweight", "w", math.inf), ("reweight", "u", -math.inf), ("reweight", "u", math.nan),
@@ -39,38 +47,6 @@ def on_one_rank(folder_name: str) -> None:
     for name in DROPS:
         torch.save(dropping(folder, name), folder / f"drops-{name}.pt")
     commands(folder)
-
-
-def begun(folder: Path, stage: str, **sections: dict) -> Any:
-    """The state of a run before its first step."""
-    from megatron_scalebio import runtime
-    from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.train.finetune import FinetuneState
-    from megatron_scalebio.train.state import TrainState
-
-    scenario = {"optimizer": OPTIMIZER, "train": BATCH, **sections}
-    config = load_config(None, tree_of(scenario, folder))
-    runtime.start(config)
-    return (TrainState if stage == "reweight" else FinetuneState)(config, folder / "cache")
-
-
-def ended(state: Any) -> None:
-    from megatron_scalebio import runtime
-
-    state.leave_period()
-    runtime.stop_model_parallel()
-
-
-def step_of(state: Any) -> tuple[str | None, float]:
-    """One step; why it was skipped, and the training loss of w."""
-    from megatron_scalebio.train import finetune, loop
-    from megatron_scalebio.train.outputs import step_record
-
-    if state.stage == "train":
-        record = finetune.train_step(state)
-    else:
-        record = step_record(state, loop.train_step(state), 1.0)
-    return record["skipped"], record["train_loss_w"]
 
 
 def spoiling(model: str, value: float, when: list[int]) -> None:
@@ -130,6 +106,9 @@ def dropping(folder: Path, name: str) -> dict:
     for stage in ("train", "reweight"):
         sections = {"data": {"loss_mean": "token"}, "train": {**BATCH, "eval_examples": FEW}}
         state = begun(folder, stage, model=DROPS[name], **sections)
+        settings, attention = state.megatron, state.w[0].decoder.layers[0].self_attention
+        result["shares"] = [settings.hidden_dropout, settings.attention_dropout]
+        assert attention.core_attention.dropout == settings.attention_dropout
         result[f"{stage} start"] = global_tensors(state.w, lambda p: p.data)
         if stage == "train":
             held_out = [state.held_out() for _ in range(2)]
@@ -149,11 +128,12 @@ def commands(folder: Path) -> None:
     from megatron_scalebio.bilevel.confidence import Verdict
     from megatron_scalebio.train import finetune, reweight
 
-    tree = tree_of({"optimizer": OPTIMIZER, "train": BATCH}, folder)
+    tree = tree_of({"optimizer": PLAIN, "train": BATCH}, folder)
     path = write_config(
         folder / "x.yaml", tree["data"]["sources"], tree["data"]["validation"],
-        model=tree["model"], data={"seq_length": tree["data"]["seq_length"]},
-        optimizer=OPTIMIZER, train={**BATCH, "train_iters": 4, "eval_interval": 0},
+        model=tree["model"],
+        data={"seq_length": tree["data"]["seq_length"], "loss_mean": "token"},
+        optimizer=PLAIN, train={**BATCH, "train_iters": 4, "eval_interval": 0},
     )  # fmt: skip
 
     def run(stage: str, name: str, *flags: object) -> None:
@@ -247,6 +227,7 @@ def saved(run: Path, kind: str = "checkpoints") -> list[int]:
 def test_held_out_losses_are_without_dropout(ran: tuple[Path, dict], name: str) -> None:
     folder, problem = ran
     got = torch.load(folder / f"drops-{name}.pt", weights_only=True)
+    assert got["shares"] == {"hidden": [0.4, 0.0], "attention": [0.0, 0.3]}[name]
     assert got["held out"][0] == got["held out"][1]
     for kind in ("sample", "token"):
         for field, count in (("held out", FEW), ("all", None)):
@@ -282,9 +263,14 @@ def means(weights: naive.Weights, groups: dict[int, list], kind: str) -> list[fl
 
 def test_the_best_weights_are_kept_over_a_resume(ran: tuple[Path, dict]) -> None:
     run = ran[0] / "train once"
-    assert [record["validation_loss"] for record in metrics(run)] == CURVE
+    records = metrics(run)
+    assert [record["validation_loss"] for record in records] == CURVE
     assert saved(run, "best") == [1]
-    assert json.loads((run / "evaluation.json").read_text())["best_validation_loss"] == 2.0
+    content = json.loads((run / "evaluation.json").read_text())
+    assert (content["best_validation_loss"], content["step"]) == (2.0, 4)
+    per_token = [entry["token_mean"] for entry in content["sets"]]
+    assert records[-1]["validation_losses"] == pytest.approx(per_token, rel=1e-6)
+    assert content["cost"]["trained_tokens"] == sum(record["tokens"] for record in records)
 
 
 def test_a_converged_run_stops_where_that_is_asked_for(ran: tuple[Path, dict]) -> None:
@@ -295,6 +281,8 @@ def test_a_converged_run_stops_where_that_is_asked_for(ran: tuple[Path, dict]) -
         assert len(metrics(folder / name)) == steps == max(saved(folder / name))
         content = json.loads((folder / name / "weights.json").read_text())
         assert (content["step"], content["complete"]) == (steps, True)
+        tokens = sum(record["tokens"] for record in metrics(folder / name))
+        assert content["cost"]["trained_tokens"] == tokens
 
 
 def test_weights_average_the_last_share_of_the_steps(ran: tuple[Path, dict]) -> None:
