@@ -10,6 +10,7 @@ import torch
 
 from megatron_scalebio.bilevel.mixture import LARGEST_STEP, LEAST_SHARE, Mixture
 from megatron_scalebio.bilevel.objective import logits_gradient, mixture_probs
+from tests.distributed import naive_loop
 
 KINDS = ["eg", "adamw"]
 
@@ -130,6 +131,18 @@ def test_adamw_is_torch_adamw_on_the_logits() -> None:
         mixture.step(g_S, 0.01)
         reference.step()
     assert torch.equal(mixture.probs_S, mixture_probs(logits_S.detach()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_those_of_the_definition(kind: str) -> None:
+    """Over spikes within the first 30 steps, which are not cut, and after them."""
+    mixture, naive = Mixture([1.0, 2.0, 7.0], kind), naive_loop.Mixture([1.0, 2.0, 7.0], kind)
+    for number, g_S in enumerate(noise(90, 3)):
+        g_S = centred(g_S * {20: 9.0, 29: 30.0, 30: 80.0, 60: 15.0}.get(number, 1.0), mixture)
+        lr = 0.3 / (1 + number % 3)
+        norm = mixture.step(g_S, lr)
+        assert norm == pytest.approx(naive.step(g_S.numpy(), lr))
+        assert mixture.probs_S.tolist() == pytest.approx(naive.p.tolist(), rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)

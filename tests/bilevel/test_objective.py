@@ -14,6 +14,7 @@ from megatron_scalebio.bilevel.objective import (
     Role,
     hypergradient,
     logits_gradient,
+    mixed,
     mixture_probs,
     role_scale,
 )
@@ -85,6 +86,26 @@ def test_batches_that_miss_sources_point_the_right_way_on_average() -> None:
         total_S += hypergradient(seen_S, probs_S, inclusion_S, 1.0)
     exact_S = hypergradient(excess_S, probs_S, everywhere(6), 1.0)
     assert torch.nn.functional.cosine_similarity(total_S, exact_S, dim=0) > 0.95
+
+
+def test_a_mean_of_those_there_is_that_of_all_where_all_are_alike() -> None:
+    """57 validation sets of loss 2, of which a batch has places for 32."""
+    loss_V = torch.full((57,), 2.0, dtype=torch.float64)
+    loss_V[torch.randperm(57, generator=torch.Generator().manual_seed(0))[:25]] = math.nan
+    shares_V = mixture_probs(torch.linspace(-1, 1, 57))
+    assert mixed(shares_V, loss_V, 0.3 + 0.7 * shares_V / shares_V.max()) == pytest.approx(2.0)
+    assert math.isnan(mixed(shares_V, torch.full_like(loss_V, math.nan), everywhere(57)))
+
+
+def test_a_mean_of_those_there_is_right_on_average() -> None:
+    generator = np.random.default_rng(1)
+    loss_S, probs_S = tensor([1.0, 4.0, 2.0, 3.0] * 8), tensor([0.07, 0.01, 0.02, 0.025] * 8)
+    inclusion_S = tensor([0.9, 0.3, 0.5, 0.6] * 8)
+    present = torch.from_numpy(generator.random((2000, 32))) < inclusion_S
+    means = [mixed(probs_S, loss_S.masked_fill(~row, math.nan), inclusion_S) for row in present]
+    exact = float((probs_S * loss_S).sum())
+    # A ratio of two unbiased sums: its own bias falls with the number of sources.
+    assert np.mean(means) == pytest.approx(exact, rel=0.01)
 
 
 @pytest.mark.parametrize("alpha", [1e-9, 1.0, 100.0])

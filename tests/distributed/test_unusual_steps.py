@@ -133,7 +133,8 @@ def commands(folder: Path) -> None:
         folder / "x.yaml", tree["data"]["sources"], tree["data"]["validation"],
         model=tree["model"],
         data={"seq_length": tree["data"]["seq_length"], "loss_mean": "token"},
-        optimizer=PLAIN, train={**BATCH, "train_iters": 4, "eval_interval": 0},
+        optimizer=PLAIN,
+        train={**BATCH, "train_iters": 4, "eval_interval": 0, "validation_batch_size": 6},
     )  # fmt: skip
 
     def run(stage: str, name: str, *flags: object) -> None:
@@ -160,9 +161,12 @@ def commands(folder: Path) -> None:
     whole = finetune.FinetuneState.validation_loss
     finetune.FinetuneState.validation_loss = lambda state, held_out: next(losses)
     spoiling("w", math.inf, when=[2])
-    for iters in (3, 4):
-        run("train", "train once", "--eval-interval", 1, "--train-iters", iters)
-        spoiling.undo()
+    flags = ["--eval-interval", 1, "--train-iters"]
+    run("train", "train once", *flags, 3)
+    spoiling.undo()
+    (folder / "first.txt").write_text(noted(folder / "noted", "train once")[1])
+    # Where it began is not looked at again.
+    run("train", "train once", *flags, 4, "--load", folder / "nothing")
     finetune.FinetuneState.validation_loss = whole
     spoiling("w", math.inf, when=[2, 3, 4])
     run("train", "train ends", "--skip-limit", 2)
@@ -263,6 +267,9 @@ def means(weights: naive.Weights, groups: dict[int, list], kind: str) -> list[fl
 
 def test_the_best_weights_are_kept_over_a_resume(ran: tuple[Path, dict]) -> None:
     run = ran[0] / "train once"
+    code, said = noted(ran[0] / "noted", "train once")
+    assert code == 0 and "from step 3" in said, said
+    assert "step 2  validation 2.7500" in (ran[0] / "first.txt").read_text()
     records = metrics(run)
     assert [record["validation_loss"] for record in records] == CURVE
     assert saved(run, "best") == [1]
@@ -283,6 +290,12 @@ def test_a_converged_run_stops_where_that_is_asked_for(ran: tuple[Path, dict]) -
         assert (content["step"], content["complete"]) == (steps, True)
         tokens = sum(record["tokens"] for record in metrics(folder / name))
         assert content["cost"]["trained_tokens"] == tokens
+
+
+def test_the_banner_says_what_a_step_takes(ran: tuple[Path, dict]) -> None:
+    _, said = noted(ran[0] / "noted", "stops early")
+    assert "4 of 8 training and 6 validation sequences" in said, said
+    assert "eg lr 0.5, alpha 10" in said
 
 
 def test_weights_average_the_last_share_of_the_steps(ran: tuple[Path, dict]) -> None:
