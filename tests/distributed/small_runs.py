@@ -48,7 +48,7 @@ def tree_of(scenario: dict, folder: Path) -> dict:
         {"name": name, "path": str(folder / "data" / name), "weight": weight}
         for name, weight in zip("vxy", SHARES, strict=True)
     ]
-    sections = ("optimizer", "bilevel", "lisa", "parallel")
+    sections = ("optimizer", "bilevel", "lisa", "parallel", "baseline")
     given = {name: dict(scenario.get(name, {})) for name in sections}
     return {
         **given,
@@ -69,6 +69,7 @@ def examples(problem: dict, names: str, draw: dict) -> Groups:
 def begun(folder: Path, stage: str, **sections: dict) -> Any:
     """The state of a run before its first step."""
     from megatron_scalebio import runtime
+    from megatron_scalebio.baselines.doge import DogeState
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.train.finetune import FinetuneState
     from megatron_scalebio.train.state import TrainState
@@ -76,7 +77,8 @@ def begun(folder: Path, stage: str, **sections: dict) -> Any:
     scenario = {"optimizer": PLAIN, "train": BATCH, **sections}
     config = load_config(None, tree_of(scenario, folder))
     runtime.start(config)
-    return (TrainState if stage == "reweight" else FinetuneState)(config, folder / "cache")
+    make = {"reweight": TrainState, "train": FinetuneState, "doge": DogeState}[stage]
+    return make(config, folder / "cache")
 
 
 def ended(state: Any) -> None:

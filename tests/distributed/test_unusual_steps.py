@@ -8,11 +8,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.commands import command, metrics, note, noted, write_config
-from tests.distributed import naive
+from tests.distributed import naive, naive_loop
 from tests.distributed.gather import global_tensors
 from tests.distributed.harness import run_distributed
 from tests.distributed.small_runs import (
@@ -46,6 +47,7 @@ def on_one_rank(folder_name: str) -> None:
         torch.save(spoilt_step(folder, *case), folder / f"spoilt-{number}.pt")
     for name in DROPS:
         torch.save(dropping(folder, name), folder / f"drops-{name}.pt")
+    torch.save(doge_with_few_places(folder), folder / "doge.pt")
     commands(folder)
 
 
@@ -121,6 +123,24 @@ def dropping(folder: Path, name: str) -> dict:
         result[f"{stage} picks"] = torch.tensor([drawn.group_B, drawn.index_B])
         result[f"{stage} loss"] = step_of(state)[1]
         ended(state)
+    return result
+
+
+def doge_with_few_places(folder: Path) -> dict:
+    """A step of DoGE whose batch has two places for three validation sets."""
+    from megatron_scalebio.baselines.doge import doge_step
+
+    train = {**BATCH, "validation_batch_size": 2}
+    state = begun(folder, "doge", train=train, baseline={"method": "doge"})
+    result: dict[str, Any] = {"start": global_tensors(state.w, lambda p: p.data)}
+    sampler = state.data.validation_sampler
+    before = sampler.state_dict()
+    drawn = sampler.next(state.data.shares_V)
+    sampler.load_state_dict(before)
+    result["picks"] = torch.tensor([drawn.group_B, drawn.index_B])
+    record = doge_step(state)
+    result |= {name: record[name] for name in ("validation_loss", "validation_losses")}
+    ended(state)
     return result
 
 
@@ -257,6 +277,23 @@ def test_training_drops_out(ran: tuple[Path, dict], name: str, stage: str) -> No
     without = sum(means(got[f"{stage} start"], groups, "token")) / 3
     assert abs(got[f"{stage} loss"] - without) > 1e-4
     assert got[f"{stage} loss"] == pytest.approx(without, rel=0.3)
+
+
+def test_doge_does_not_show_absent_validation_sets_as_zero(ran: tuple[Path, dict]) -> None:
+    folder, problem = ran
+    got = torch.load(folder / "doge.pt", weights_only=True)
+    groups: dict[int, list] = {}
+    for group, index in got["picks"].T.tolist():
+        groups.setdefault(group, []).append(problem["vxy"[group]][index])
+    here, want = sorted(groups), means(got["start"], groups, "sample")
+    assert len(here) == 2
+    assert [got["validation_losses"][number] for number in here] == pytest.approx(want, rel=1e-5)
+    assert math.isnan(got["validation_losses"][({0, 1, 2} - set(here)).pop()])
+    shares = [share / sum(SHARES) for share in SHARES]
+    chances = naive_loop.inclusion(np.array(shares), 2, 0.5)
+    standing = [shares[number] / chances[number] for number in here]
+    total = sum(s * loss for s, loss in zip(standing, want, strict=True)) / sum(standing)
+    assert got["validation_loss"] == pytest.approx(total, rel=1e-5)
 
 
 def means(weights: naive.Weights, groups: dict[int, list], kind: str) -> list[float]:
