@@ -77,7 +77,7 @@ def settings(problem: tuple[list, list], name: str) -> dict[str, Any]:
 Run = tuple[Any, Callable[[], Any]]  # a state and what makes its next step
 
 
-def begin(name: str, problem: tuple[list, list], cache: Path) -> Run:
+def begin(name: str, problem: tuple[list, list], cache: Path, **optimizer: float) -> Run:
     from megatron_scalebio.baselines.doge import DogeState, doge_step
     from megatron_scalebio.baselines.doremi import DoremiState, doremi_step
     from megatron_scalebio.baselines.pool_training import training_config
@@ -88,7 +88,8 @@ def begin(name: str, problem: tuple[list, list], cache: Path) -> Run:
     from megatron_scalebio.train import finetune, loop
     from megatron_scalebio.train.state import TrainState
 
-    config, stage = load_config(None, settings(problem, name)), KINDS[name][0]
+    tree, stage = settings(problem, name), KINDS[name][0]
+    config = load_config(None, {**tree, "optimizer": {**tree["optimizer"], **optimizer}})
     state: Any
     if stage == "reweight":
         state = TrainState(config, cache)
@@ -139,6 +140,27 @@ def on_ranks(problem: tuple[list, list], folder_name: str) -> None:
         folder.mkdir()
         outcome = round_trip(name, problem, folder)
         (Path(folder_name) / f"{name}.json").write_text(json.dumps(outcome))
+        if name == "train":
+            goes_on_with_other_settings(name, problem, folder)
+
+
+def goes_on_with_other_settings(name: str, problem: tuple[list, list], folder: Path) -> None:
+    """Those of the configuration hold, not those in the checkpoint's groups of parameters."""
+    from megatron_scalebio.checkpoint import saver
+
+    other = {"adam_beta1": 0.5, "adam_beta2": 0.6, "adam_eps": 1e-3, "weight_decay": 0.3}
+    state, step = begin(name, problem, folder / "cache", **other)
+    resumed, [warning] = saver.load_latest(state, folder)
+    assert resumed and warning == (
+        "goes on with other settings: optimizer.weight_decay 0.1 -> 0.3, optimizer.adam_beta1 0.9 "
+        "-> 0.5, optimizer.adam_beta2 0.95 -> 0.6, optimizer.adam_eps 1e-08 -> 0.001"
+    )
+    step()
+    groups = state.period.optimizers["w"].param_groups
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.5, 0.6), 1e-3)}
+    assert {group["weight_decay"] for group in groups} == {0.3, 0.0}, "norms have none"
+    assert {group["lr"] for group in groups} == {state.schedule.at(3).lr_w}
+    state.leave_period()
 
 
 def whole(state: Any) -> described.Table:
