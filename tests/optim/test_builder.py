@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +154,38 @@ def nothing_is_left(state: Any) -> None:
             assert parameter.untyped_storage().nbytes() == parameter.nbytes
 
 
+def overlaps_as_asked(state: Any) -> None:
+    """w alone, as `train` overlaps its communication."""
+    from megatron_scalebio.optim.builder import Period
+
+    config = replace(
+        state.config,
+        parallel=replace(
+            state.config.parallel, overlap_grad_reduce=True, overlap_param_gather=True
+        ),
+    )
+    period = Period(config, state.megatron, state.w)
+    [ddp], [part] = period.ddp["w"], period.optimizers["w"].chained_optimizers
+    told = ddp.ddp_config
+    assert told.grad_reduce_in_fp32 and told.overlap_grad_reduce and told.overlap_param_gather
+    assert told.use_distributed_optimizer and part.config.use_distributed_optimizer
+    assert part.config.overlap_param_gather and part.config.params_dtype == torch.bfloat16
+    assert set(period.optimizers) == {"w"} and period.twins[0].u is period.twins[0].w
+    assert state.megatron.no_sync_func == ddp.no_sync
+    buffer = weakref.ref(ddp.buffers[0].grad_data)
+    del ddp, part
+    period.close()
+    gc.collect()
+    assert state.megatron.no_sync_func is None and buffer() is None
+
+
 def on_rank(folder_name: str) -> None:
     for bf16, sharded, lisa in NUMERICS:
         state = begin(Path(folder_name), bf16, sharded, lisa)
         steps_are_adams(state, bf16)
         gradients_of_u_are_added(state)
         nothing_is_left(state)
+    overlaps_as_asked(state)
 
 
 def test_optimizers_are_adamw_and_end_with_their_period(tmp_path: Path) -> None:
