@@ -131,7 +131,9 @@ class Judge(Watchdog):
 
 def test_a_silent_rank_is_given_up_after_a_minute_in_a_step() -> None:
     """Of its own time: 30 beats of two seconds; at once where the others have waited for long."""
-    assert Judge(600.0).looks(rank(0), rank(1), rank(2)) == 30
+    judge = Judge(600.0)
+    assert judge.looks(rank(0), rank(1), rank(2)) == 30
+    assert judge._verdict.startswith("0: rank 2 (node1, pid 102) gives no sign of life for 60 s")
     assert Judge(40.0).looks(rank(0), rank(1), rank(2)) == 20, "never longer than the limit"
     assert Judge(600.0).looks(rank(0), rank(1), rank(2, phase="save")) == 300
     assert Judge(600.0).looks(rank(0), rank(1), rank(2, state=ENDED)) == -1

@@ -95,7 +95,7 @@ def test_times_are_means_over_the_steps_since_the_last_look(
     stragglers.FORWARD.take()
     for step, data_s in ((1, 0.3), (2, 0.5), (3, 0.6), (4, 1.0)):
         stragglers.FORWARD._seconds += 0.2
-        found, line = watch.after_step(step, {"data": data_s, "update": 9.0}, 1.0)
+        found, line = watch.after_step(step, {"data": data_s, "update": 9.0}, 2.5)
         assert (found is None) == (step % 2 == 1) and bool(line) == (step == 4)
     assert sent == [[pytest.approx([0.4, 0.2])], [pytest.approx([0.8, 0.2])]]
     assert found is not None and found.ratio == pytest.approx(1.0 / 0.2)
