@@ -11,7 +11,11 @@ from typing import Any
 import torch
 
 from megatron_scalebio.config import Config, ModelConfig
-from megatron_scalebio.model.provider import padded_vocab_size, uses_transformer_engine
+from megatron_scalebio.model.provider import (
+    default_ffn_hidden_size,
+    padded_vocab_size,
+    uses_transformer_engine,
+)
 
 # What models here do not have, by the values that say so. Megatron-Bridge looks for each of them.
 _WITHOUT: dict[str, Any] = {
@@ -55,7 +59,7 @@ def megatron_args(
         **_tokenizer(tokenizer),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size or default_ffn_hidden_size(config),
         num_attention_heads=model.num_attention_heads,
         group_query_attention=model.num_query_groups is not None,
         num_query_groups=model.num_query_groups or model.num_attention_heads,

@@ -42,7 +42,7 @@ from megatron_scalebio.checkpoint.sharding import (
 from megatron_scalebio.config import Config
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.twin import named_parameters
-from megatron_scalebio.optim.builder import allocate_state
+from megatron_scalebio.optim.builder import allocate_state, set_adam
 from megatron_scalebio.optim.lisa import period_of
 from megatron_scalebio.train.state import RunState
 
@@ -183,6 +183,7 @@ def _load_whole(state: RunState, source: Path) -> list[str]:
         loaded = dist_checkpointing.load(wanted, str(source / BILEVEL))
         for name, optimizer in period.optimizers.items():
             optimizer.load_state_dict(loaded[f"optimizer_{name}"])
+            set_adam(optimizer, state.config.optimizer)
     if common["layout"] == layout():
         _load_random_state(source / BILEVEL)
     return changed

@@ -2,9 +2,9 @@
 
 All ranks' steps take equally long, since they wait for the slowest. What tells is the time in
 which a rank waits for nobody: reading its data, and its forward passes (measured on the GPU where
-there is one). Peers are the ranks of one pipeline stage, which do the same work; ranks of one
-tensor-parallel group share their layers' waits and look alike. One small gather every
-`log_interval` steps.
+there is one). Peers are the ranks of one pipeline stage, which do the same work: a rank alone on
+its stage has none and is never the slowest. Ranks of one tensor-parallel group share their layers'
+waits and look alike. One small gather every `log_interval` steps.
 """
 
 from __future__ import annotations
@@ -88,17 +88,16 @@ class Slowest:
 def slowest(
     times_RP: Sequence[Sequence[float]], hosts_R: Sequence[str], stages_R: Sequence[int]
 ) -> Slowest | None:
-    """The rank that is slowest against the median of its peers; None of a single rank.
+    """The rank that is slowest against the median of its peers; None where no rank has any.
 
     Args:
         times_RP: seconds of each rank in each part, in the order of `PARTS`.
-        stages_R: pipeline stages; where each has one rank alone, all ranks are peers.
+        stages_R: pipeline stages.
     """
     ranks = range(len(times_RP))
-    alone = len(set(stages_R)) == len(stages_R)
     found: Slowest | None = None
     for rank in ranks:
-        peers = [r for r in ranks if r != rank and (alone or stages_R[r] == stages_R[rank])]
+        peers = [r for r in ranks if r != rank and stages_R[r] == stages_R[rank]]
         if not peers:
             continue
         usual = median(sum(times_RP[peer]) for peer in peers)

@@ -17,7 +17,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scalebio.config import Config
+from megatron_scalebio.config import Config, OptimizerConfig
 from megatron_scalebio.model.twin import (
     TwinModel,
     finalize_twin_grads,
@@ -173,6 +173,12 @@ def set_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> No
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+def set_adam(optimizer: MegatronOptimizer, rates: OptimizerConfig) -> None:
+    """Sets the configured Adam options of every group, where loading has set the checkpoint's."""
+    for group in optimizer.param_groups:
+        group["betas"], group["eps"] = (rates.adam_beta1, rates.adam_beta2), rates.adam_eps
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:

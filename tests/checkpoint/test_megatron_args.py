@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 
-from megatron_scalebio.config import Config
+from megatron_scalebio.config import Config, DataConfig, ParallelConfig, TrainConfig
 from megatron_scalebio.config.model import ModelConfig
+from megatron_scalebio.config.rope import RopeScaling
 from tests.distributed.harness import run_distributed
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -22,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_epsilon": 1e-6,
         "add_qkv_bias": True,
     },
+    "no width given": {"swiglu": True, "ffn_hidden_size": None},
     "window": {"window_size": 9, "qk_layernorm": True, "untie_embeddings_and_output_weights": True},
 }
 # Of the run, not of the model; or of how a device computes it.
@@ -68,3 +71,118 @@ def test_the_tokenizer_is_found_from_anywhere(tmp_path: Path, monkeypatch: Any) 
         args = megatron_args(Config(), 100, {"type": "HuggingFaceTokenizer", "model": model})
         assert (args.tokenizer_type, args.tokenizer_model) == ("HuggingFaceTokenizer", where)
     assert not hasattr(megatron_args(Config(), 100), "tokenizer_type")
+
+
+# What no model here has, and what Megatron is to be told of it, by its own names.
+ALWAYS: dict[str, Any] = {
+    "config_logger_dir": "", "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None, "experimental_attention_variant": None,
+    "fp16": False, "fp16_lm_cross_entropy": False, "heterogeneous_layers_config_path": None,
+    "hybrid_override_pattern": None, "init_method_xavier_uniform": False,
+    "init_model_with_meta_device": False, "is_hybrid_model": False, "moe_grouped_gemm": False,
+    "moe_use_legacy_grouped_gemm": False, "mtp_num_layers": None, "multi_latent_attention": False,
+    "no_persist_layer_norm": True, "num_experts": None, "qk_l2_norm": False,
+    "rotary_interleaved": False, "spec": None, "squared_relu": False, "use_legacy_models": False,
+    "cp_comm_type": ["p2p"], "dist_ckpt_format": "torch_dist", "use_dist_ckpt": True,
+}  # fmt: skip
+
+
+def test_every_argument_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, each of another value than any other, as a GPU with FP8 would have them."""
+    from megatron_scalebio.checkpoint import megatron_args as module
+
+    monkeypatch.setattr(module, "uses_transformer_engine", lambda config: True)
+    config = Config(
+        model=ModelConfig(
+            num_layers=12, hidden_size=96, num_attention_heads=8, num_query_groups=4,
+            kv_channels=20, ffn_hidden_size=272, max_position_embeddings=501, rotary_base=9000,
+            rotary_percent=0.7, normalization="LayerNorm", norm_epsilon=3e-6, swiglu=False,
+            activation="gelu_tanh", add_bias_linear=True, add_qkv_bias=True, qk_layernorm=True,
+            apply_layernorm_1p=True, window_size=31, window_attn_skip_freq=3,
+            untie_embeddings_and_output_weights=True, make_vocab_size_divisible_by=7,
+        ),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=4, pipeline_model_parallel_size=2, context_parallel_size=3,
+            num_layers_per_virtual_pipeline_stage=2, bf16=True, use_distributed_optimizer=True,
+            fp8_format="hybrid", fp8_param_gather=True,
+        ),
+        data=DataConfig(seq_length=499),
+        train=TrainConfig(micro_batch_size=5, global_batch_size=35, seed=77),
+    )  # fmt: skip
+    assert vars(module.megatron_args(config, 100, {"type": "Sort", "model": "a/hub"})) == {
+        **ALWAYS,
+        "num_layers": 12, "hidden_size": 96, "ffn_hidden_size": 272, "num_attention_heads": 8,
+        "group_query_attention": True, "num_query_groups": 4, "kv_channels": 20, "seq_length": 499,
+        "max_position_embeddings": 501, "rotary_base": 9000, "rotary_percent": 0.7,
+        "position_embedding_type": "rope", "use_rope_scaling": False, "rope_scaling_factor": 1.0,
+        "rotary_seq_len_interpolation_factor": None, "normalization": "LayerNorm",
+        "norm_epsilon": 3e-6, "layernorm_epsilon": 3e-6, "swiglu": False, "add_bias_linear": True,
+        "add_qkv_bias": True, "qk_layernorm": True, "apply_layernorm_1p": True,
+        "window_size": (30, 0), "window_attn_skip_freq": 3,
+        "untie_embeddings_and_output_weights": True,
+        "padded_vocab_size": 112,  # the next multiple of 4 · 7
+        "make_vocab_size_divisible_by": 7, "tensor_model_parallel_size": 4,
+        "pipeline_model_parallel_size": 2, "context_parallel_size": 3, "overlap_p2p_comm": True,
+        "transformer_impl": "transformer_engine", "fp8_param_gather": True,
+        "bias_swiglu_fusion": False, "bias_gelu_fusion": True, "bf16": True,
+        "params_dtype": torch.bfloat16, "use_distributed_optimizer": True, "micro_batch_size": 5,
+        "global_batch_size": 35, "seed": 77, "tokenizer_type": "Sort", "tokenizer_model": "a/hub",
+    }  # fmt: skip
+
+
+# Model and data, and what they are told as.
+TOLD: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (
+        {"hidden_size": 96, "num_attention_heads": 8},
+        {
+            "group_query_attention": False, "num_query_groups": 8, "kv_channels": 12,
+            "max_position_embeddings": 499, "swiglu": True, "bias_swiglu_fusion": True,
+            "bias_gelu_fusion": False, "window_size": None, "window_attn_skip_freq": None,
+            "ffn_hidden_size": 256, "normalization": "RMSNorm", "params_dtype": torch.float32,
+            "bf16": False, "use_distributed_optimizer": False, "overlap_p2p_comm": False,
+            "fp8_param_gather": False, "transformer_impl": "local",
+            "position_embedding_type": "rope",
+        },
+    ),
+    ({"hidden_size": 96, "swiglu": False}, {"ffn_hidden_size": 384, "bias_gelu_fusion": False}),
+    (
+        {"position_embedding_type": "learned_absolute"},
+        {"position_embedding_type": "learned_absolute"},
+    ),
+    (
+        {"rope_scaling": RopeScaling("llama3", 6.0)},
+        {"use_rope_scaling": True, "rope_scaling_factor": 6.0, "position_embedding_type": "rope",
+         "rotary_seq_len_interpolation_factor": None},
+    ),
+    (
+        {"rope_scaling": RopeScaling("linear", 6.0)},
+        {"use_rope_scaling": False, "rope_scaling_factor": 1.0, "position_embedding_type": "rope",
+         "rotary_seq_len_interpolation_factor": 6.0},
+    ),
+    (
+        {"rope_scaling": RopeScaling(
+            "yarn", 6.0, original_max_position_embeddings=300, attention_factor=1.4, beta_fast=30.0,
+            beta_slow=2.0, truncate=False,
+        )},
+        {"use_rope_scaling": False, "rope_scaling_factor": 1.0,
+         "rotary_seq_len_interpolation_factor": None, "position_embedding_type": "yarn",
+         "yarn_rotary_scaling_factor": 6.0, "yarn_original_max_position_embeddings": 300,
+         "yarn_beta_fast": 30.0, "yarn_beta_slow": 2.0, "yarn_mscale_all_dim": 0.0,
+         "yarn_correction_range_round_to_int": False,
+         # Such that Megatron's 0.1 · ln 6 · m + 1 is the 1.4 above.
+         "yarn_mscale": pytest.approx(0.4 / 0.17917594692280552)},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "told"), TOLD)
+def test_what_is_not_given_and_how_positions_are_stretched(
+    model: dict[str, Any], told: dict[str, Any]
+) -> None:
+    from megatron_scalebio.checkpoint.megatron_args import megatron_args
+
+    config = Config(model=ModelConfig(**model), data=DataConfig(seq_length=499))
+    args = vars(megatron_args(config, 100))
+    assert {name: args[name] for name in told} == told
+    yarn = {name for name in args if name.startswith("yarn")}
+    assert yarn == {name for name in told if name.startswith("yarn")}

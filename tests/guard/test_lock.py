@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_scalebio.errors import EXIT_LOST, UserError
+from megatron_scalebio.guard import lock as lock_module
 from megatron_scalebio.guard.lock import LOCK_FILE, FolderLock, Holder, held
 from megatron_scalebio.guard.process import Process
 from tests.commands import ROOT
@@ -25,6 +26,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.guard import lock as lock_module
 from megatron_scalebio.guard.lock import LOCK_FILE, FolderLock
 folder, place, patience = sys.argv[1:]
 lock = FolderLock(Path(folder) / LOCK_FILE, renew_s=0.1)
@@ -185,3 +187,72 @@ def test_a_lock_that_was_tidied_away_comes_back(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
     lock.release()
     assert not lock.path.exists()
+
+
+# ---- what a line tells, without processes ------------------------------------------------------
+
+
+def test_a_lines_length_never_changes_and_it_reads_as_it_was_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    for told, restart in (("3", 3), ("x", 0), ("", 0)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", told)
+        ours = Holder.this()
+        assert (ours.job, ours.restart) == ("71", restart)
+        lines = [ours.line(count) for count in (1, 10**6)]
+        assert {len(line) for line in lines} == {1024} and lines[0] != lines[1]
+        assert [Holder.read(line) for line in lines] == [ours, ours]
+    assert Holder.this().token != Holder.this().token
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "gives_way"),
+    [
+        (("71", 0), ("71", 1), True), (("71", 1), ("71", 1), False), (("71", 2), ("71", 1), False),
+        (("71", 0), ("72", 1), False), (("", 0), ("", 1), False), (("", 0), ("71", 1), False),
+    ],
+)  # fmt: skip
+def test_a_holder_elsewhere_gives_way_to_its_own_jobs_later_start(
+    theirs: tuple[str, int], ours: tuple[str, int], gives_way: bool
+) -> None:
+    this = Holder.this()
+    far = replace(this.process, host="node9", boot="another boot")
+    holder = replace(this, process=far, job=theirs[0], restart=theirs[1])
+    assert holder.gives_way_to(replace(this, job=ours[0], restart=ours[1])) == gives_way
+    assert replace(holder, process=this.process).gives_way_to(this), "an earlier run of its own"
+
+
+def test_a_holder_counts_as_dead_after_a_minute_of_twelve_missed_renewals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(lock_module.time, "sleep", slept.append)
+    far = replace(Holder.this().process, host="node9", boot="another boot", pid=12)
+    left = replace(Holder.this(), process=far).line(9)
+    (tmp_path / LOCK_FILE).write_bytes(left)
+    lock = FolderLock(tmp_path / LOCK_FILE)
+    assert (lock._renew_s, lock_module.PATIENCE_S) == (5.0, 60.0)
+    assert lock._watch(lock_module.PATIENCE_S) == left
+    assert slept == [1.0] * 60
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.endswith("waiting 60 s for a sign of life of node9, pid 12")
+
+
+def test_a_line_that_comes_to_be_read_starts_the_wait_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    path = tmp_path / LOCK_FILE
+    far = replace(Holder.this().process, host="node9", boot="another boot")
+    whole = replace(Holder.this(), process=far).line(9)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            path.write_bytes(whole)
+
+    monkeypatch.setattr(lock_module.time, "sleep", sleep)
+    path.write_bytes(whole[:40])
+    assert FolderLock(path)._watch(8.0) == whole
+    assert slept == [1.0] * (3 + 8)

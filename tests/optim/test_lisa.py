@@ -6,11 +6,12 @@ import itertools
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_scalebio.config import LisaConfig
-from megatron_scalebio.optim.lisa import active_layers, period_of
+from megatron_scalebio.optim.lisa import active_layers, period_of, set_trainable
 
 # (active, layers, stages, virtual chunks per stage)
 CASES = [(2, 12, 1, 1), (2, 12, 2, 1), (3, 12, 2, 1), (1, 8, 4, 1), (5, 16, 2, 2), (3, 24, 4, 3)]
@@ -98,6 +99,57 @@ def test_draws_repeat_by_seed_and_differ_between_periods_and_seeds() -> None:
     assert [draw(*case, p) for p in range(50)] == [draw(*case, p) for p in range(50)]
     assert len({tuple(draw(*case, p)) for p in range(50)}) > 10
     assert [draw(*case, p, seed=2) for p in range(50)] != [draw(*case, p) for p in range(50)]
+
+
+@pytest.mark.parametrize(
+    ("case", "drawn"),
+    [
+        ((2, 12, 1, 1), {0: [2, 10], 1: [1, 3], 2: [4, 5], 9: [0, 11]}),
+        ((3, 12, 2, 1), {0: [3, 4, 6], 1: [0, 10, 11], 2: [2, 5, 7], 9: [2, 6, 9]}),
+        ((5, 16, 2, 2), {0: [0, 4, 8, 9, 13], 1: [2, 5, 10, 12, 15], 9: [0, 4, 7, 11, 14]}),
+    ],
+)
+def test_a_seed_means_the_same_layers_for_ever(
+    case: tuple[int, int, int, int], drawn: dict[int, list[int]]
+) -> None:
+    """A checkpoint holds the period's number alone: another draw would resume on other layers."""
+    assert {period: draw(*case, period, seed=1234) for period in drawn} == drawn
+
+
+def chunk_of(numbers: list[int], first: bool, last: bool) -> torch.nn.Module:
+    """What LISA looks at of a pipeline chunk; Megatron counts layers from 1."""
+    gpt = torch.nn.Module()
+    gpt.pre_process, gpt.post_process = first, last
+    gpt.decoder = torch.nn.Module()
+    gpt.decoder.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in numbers)
+    for layer, number in zip(gpt.decoder.layers, numbers, strict=True):
+        layer.layer_number = number
+    if first:
+        gpt.embedding = torch.nn.Linear(2, 2)
+    if last:
+        gpt.output_layer, gpt.decoder.final_layernorm = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    return gpt
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_trains_is_what_was_drawn_and_what_is_switched_on(embedding: bool, norm: bool) -> None:
+    config = LisaConfig(lisa_layers=2, lisa_train_embedding=embedding, lisa_train_norm=norm)
+    chunks = [chunk_of([1, 2], True, False), chunk_of([3, 4], False, True)]
+    parts = [
+        chunks[0].embedding, *chunks[0].decoder.layers, *chunks[1].decoder.layers,
+        chunks[1].decoder.final_layernorm, chunks[1].output_layer,
+    ]  # fmt: skip
+
+    def trains(layers: list[int] | None) -> list[bool]:
+        set_trainable(chunks, layers, config)
+        each = [{p.requires_grad for p in part.parameters()} for part in parts]
+        assert all(len(kinds) == 1 for kinds in each)
+        return [True in kinds for kinds in each]
+
+    assert trains(None) == [True] * 7
+    assert trains([0, 3]) == [embedding, True, False, False, True, norm, embedding]
+    assert trains([1]) == [embedding, False, True, False, False, norm, embedding]
 
 
 def test_all_layers_without_lisa() -> None:
