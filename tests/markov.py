@@ -72,9 +72,9 @@ def uneven(rows: np.ndarray, seed: tuple) -> tuple[list[np.ndarray], list[np.nda
     generator = np.random.default_rng(seed)
     examples, masks = [], []
     for row in rows:
-        length = int(generator.integers(5, len(row) + 1))
-        mask = generator.random(length) < 0.8
-        mask[: generator.integers(1, length - 2)] = False
+        length = int(generator.integers(len(row) // 2, len(row) + 1))
+        mask = generator.random(length) < 0.9
+        mask[: generator.integers(1, length // 2)] = False
         mask[-1] = True
         examples.append(row[:length])
         masks.append(mask)

@@ -104,7 +104,13 @@ def naive_rho(folder: Path) -> dict[str, Any]:
     config = opened(folder, "online")
     runtime.start(config)
     cache = folder / "cache"
-    state = RhoState(training_config(config, 24), cache, np.zeros(TOTAL))
+    part = training_config(config, 24)
+    large_batches = {}
+    for share in (0.3, 0.01, 1.0):
+        part.baseline.rho_batch_share = share
+        large_batches[str(share)] = RhoState(part, cache, np.zeros(TOTAL)).large_batch
+    part.baseline.rho_batch_share = 0.2
+    state = RhoState(part, cache, np.zeros(TOTAL))
 
     def losses_of(model: Any, rows: Any) -> list[float]:
         was = model.training
@@ -114,19 +120,21 @@ def naive_rho(folder: Path) -> dict[str, Any]:
         model.train(was)
         return losses
 
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"large batches": large_batches}
     for name, part, stage in (
         ("irreducible", "online/reference", "rho_loss reference"),
         ("offline irreducible", "offline/reference", "rho_loss reference"),
         ("offline trained", "offline", "rho_loss offline"),
     ):
         of = opened(folder, part)
+        of = training_config(of, of.train.train_iters)
         saved = PoolState(of, cache, stage)
         found[f"{name} sources"] = [source.name for source in saved.data.sources]
         saver.load_latest(saved, folder / part / "checkpoints", required=True)
         found[f"{name} steps"] = saved.step
         found[name] = losses_of(saved.w[0], range(TOTAL))
         saved.leave_period()
+    check_dealing(state)
     state.irreducible_N = np.array(found["irreducible"])
     steps = []
     for _ in range(3):
@@ -143,6 +151,21 @@ def naive_rho(folder: Path) -> dict[str, Any]:
     state.leave_period()
     runtime.stop_model_parallel()
     return {**found, "steps": steps}
+
+
+def check_dealing(state: Any) -> None:
+    """A batch's sources weigh as much as their examples in it, or as the targets of these."""
+    rows = np.array([149, 3, 61, 62, 63, 110, 4, 5])
+    for kind, loss_mean in (("examples", "sample"), ("targets", "token")):
+        state.config.data.loss_mean = loss_mean
+        picks = state.deal(rows)
+        weight_S = np.zeros(3)
+        for source, index in zip(picks.group_B, picks.index_B, strict=True):
+            targets = state.data.sources[source].example(int(index))[1][1:].sum()
+            weight_S[source] += 1 if kind == "examples" else targets
+        np.testing.assert_allclose(state.probs_S.numpy(), weight_S / weight_S.sum())
+        assert np.bincount(picks.group_B).tolist() == [3, 3, 2]
+    state.config.data.loss_mean = "sample"
 
 
 @contextlib.contextmanager

@@ -93,6 +93,7 @@ def on_ranks(folder_name: str) -> None:
             "regmix-few": ("regmix", ["--proxies", 3]),
             "regmix-longer": ("regmix", ["--proxies", 4, "--proxy-iters", 4]),
             "doge-one": ("doremi", SHORT),
+            "manual-none": ("manual", []),
         }
         for name, (method, flags) in mistakes.items():
             run(folder, name, method, flags, f"mistake-{name}")
@@ -193,7 +194,7 @@ def test_regmix_ends_in_the_best_mixture_of_its_regression(runs: Path, name: str
         f"; its regression misses a proxy left out by {error:.2g}, and they differ by "
         f"{losses.std():.2g}: raise proxy_iters or proxies"
     )
-    assert found["reason"] == "regmix gives no intervals" + remark * (error > losses.std() / 2)
+    assert found["reason"] == "regmix gives no intervals" + remark * int(error > losses.std() / 2)
     assert (name == "regmix") == (error < losses.std() / 2)
 
 
@@ -201,7 +202,7 @@ def test_every_proxy_begins_anew_and_is_judged_by_all_validation_sets(runs: Path
     first, second = json.loads((runs / "naive.json").read_text())
     found = weights(runs / "regmix-short")["proxies"][1]["loss"]
     assert found == pytest.approx((3 * first + second) / 4, rel=1e-5)
-    assert abs(first - second) > 0.01
+    assert abs(first - second) > 0.001
 
 
 def test_blends_keep_the_weights_of_the_validation_sets(runs: Path) -> None:
@@ -254,7 +255,7 @@ def test_weights_follow_from_the_scores_told(runs: Path, name: str, rate: float 
         else:
             weight = weight * np.exp(rate * record["lr_w"] / 5e-3 * np.array(record["alignment"]))
             weight = weight / weight.sum()
-        assert record["weights"] == pytest.approx(weight, rel=1e-9)
+        assert record["weights"] == pytest.approx(weight, rel=1e-6), "of numbers told to 9 places"
     initial = [entry["initial_weight"] for entry in weights(runs / name)["sources"]]
     assert initial == pytest.approx([1 / 3] * 3)
     assert abs(weight - 1 / 3).max() > 0.001
@@ -335,6 +336,7 @@ def test_mistakes_cost_one_line(runs: Path) -> None:
         "regmix-few": "baseline.proxies: 3 can't tell 3 sources apart",
         "regmix-longer": "holds proxies of other sources, steps, seed",
         "doge-one": "holds a run of `doge`, which doremi can't go on with",
+        "manual-none": "baseline.method: manual needs weights",
     }.items():
         code, said = noted(runs / "noted", f"mistake-{name}")
         assert code == 2 and words in the_only_line(said), said

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from megatron_scalebio.compare import plot
-from megatron_scalebio.compare.config import load
+from megatron_scalebio.compare.config import CompareConfig, load
 from megatron_scalebio.compare.results import collect, write
 from megatron_scalebio.compare.stages import Plan
 from megatron_scalebio.report.summary import duration
@@ -99,6 +99,56 @@ def plan(request: pytest.FixtureRequest, tmp_path: Path) -> Plan:
         leave_run(run.folder, run.method, run.seed, (0.1, 0.1))
         (run.folder / "benchmarks" / "evaluation.json").unlink()
     return plan
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_every_option_reaches_its_stage(plan: Plan, tmp_path: Path) -> None:
+    content = yaml.safe_load((tmp_path / "compare.yaml").read_text())
+    content |= {"per_source": 70, "num_samples": 900, "methods": ["doge", "mine"], "seeds": [9, 4]}
+    rates = {name: {"optimizer": {"lr": lr}} for name, lr in (("run", 0.1), ("reweight", 0.2))}
+    content |= {**rates, "train": {"optimizer": {"lr": 0.3, "clip_grad": 0.5}}}
+    content["run"]["train"] = {"train_iters": 5}
+    content["variants"] = {"mine": {"baseline": {"method": "less"}, "optimizer": {"lr": 0.4}}}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    plan = Plan(load(tmp_path / "more.yaml", {}))
+    offline = plan.config.sections_of("rho_loss_offline")
+    assert offline["baseline"] == {"method": "rho_loss", "rho_online": False}
+    assert offline["optimizer"] == {"lr": 0.2}
+    usual = CompareConfig.__dataclass_fields__
+    assert usual["max_epochs"].default == 4 and usual["ranks"].default == 1
+    assert usual["seeds"].default_factory() == [0, 1, 2]  # type: ignore[misc]
+    prepare, pool, _ = plan.preparation
+    assert option(pool.words, "--per-source") == "70"
+    excluded = [w.partition("=")[0] for w, flag in zip(pool.words[1:], pool.words, strict=False)
+                if flag == "--exclude"]  # fmt: skip
+    assert excluded == ["goal", *TESTS]
+    assert option(prepare.words, "--seq-length") == str(plan.seq_length)
+    assert [(run.method, run.seed) for run in plan.runs] == [
+        ("doge", 9), ("mine", 9), ("doge", 4), ("mine", 4),
+    ]  # fmt: skip
+    for run in plan.runs:
+        find, sample, train = (stage.config and stage.config[1] for stage in run.stages[:3])
+        assert find and train and sample is None
+        assert find["train"]["seed"] == train["train"]["seed"] == run.seed
+        assert find["train"]["train_iters"] == train["train"]["train_iters"] == 5
+        assert find["optimizer"] == {"lr": 0.4 if run.method == "mine" else 0.2}
+        assert train["optimizer"] == {"lr": 0.3, "clip_grad": 0.5}
+        assert train["train"]["eval_interval"] == 0 and train["checkpoint"] == {"keep_last": 1}
+        assert [entry["name"] for entry in find["data"]["sources"]] == list(SOURCES)
+        assert [entry["name"] for entry in find["data"]["validation"]] == ["goal"]
+        assert "test" not in find["data"]
+        assert [entry["name"] for entry in train["data"]["test"]] == list(TESTS)
+        words = run.stages[1].words
+        wanted = {"--num-samples": "900", "--seed": str(run.seed), "--max-epochs": "3"}
+        assert {name: option(words, name) for name in wanted} == wanted
+        assert option(words, "--weights") == str(run.folder / "find")
+        export, benchmarks = (stage.words for stage in run.stages[3:])
+        assert option(export, "--load") == str(run.folder / "train" / "checkpoints")
+        assert option(benchmarks, "--hf") == option(export, "--save")
+        assert option(benchmarks, "--tasks") == "gsm8k"
 
 
 def mean_and_sd(values: list[float]) -> dict[str, float]:

@@ -98,9 +98,14 @@ def test_mt_bench(
     assert summary["cost"] == pytest.approx(800 * 5e-6 + 80 * 10e-6)
     printed = capsys.readouterr().out
     assert "MT-Bench, judged by grader" in printed and "cost 0.0048" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    # Of 2 4 9 7 7: squares of differences to 5.8 add up to 30.8, and √(30.8 / 4 / 5) = 1.24.
+    assert ["writing", "3.00", "1.00", "2"] in lines and ["all", "5.80", "1.24", "5"] in lines
+    assert ["turn", "1", "4.50", "2.50", "2"] in lines and "1 verdicts held no" in printed
     answers = RecordsLog(tmp_path / "out/mt_bench/answers.jsonl").records
     assert [a["question_id"] for a in answers] == [81, 101, 102]
     assert all(len(a["choices"][0]["turns"]) == 2 for a in answers)
+    assert {(a["seed"], a["max_new_tokens"]) for a in answers} == {(1234, 8)}
     asked = judge.requests[1]["messages"][1]["content"]
     assert answers[0]["choices"][0]["turns"][1] in asked and "Again." in asked
     assert "reference" in judge.requests[2]["messages"][1]["content"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import math
 from pathlib import Path
@@ -13,10 +15,12 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from lm_eval.api.model import LM
+from rich.console import Console
 
-from megatron_scalebio.evaluate import benchmarks
+from megatron_scalebio.evaluate import benchmarks, cli
 from megatron_scalebio.evaluate.benchmarks import BenchmarkConfig, run_benchmarks
 from megatron_scalebio.evaluate.hf_folder import HfModel, open_folder
+from megatron_scalebio.evaluate.results import benchmark_table
 
 # Right answer, response, is its number behind #### the right one, is its last number?
 GSM8K = [
@@ -128,3 +132,37 @@ def test_the_language_model_is_the_folder_s(hf_folder: Path) -> None:
     lm = benchmarks._language_model(BenchmarkConfig((), batch_size=3), opened)
     assert (lm.batch_size, lm.max_length) == (3, 321)
     assert lm.model is opened.model and lm.tokenizer is opened.tokenizer
+
+
+def test_options_of_the_command_line_reach_the_benchmarks_and_the_judge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    words = "--tasks math gsm8k math --data gsm8k=a.jsonl --limit 7 --num-fewshot 2 --no-chat"
+    words += " --max-new-tokens 33 --batch-size 5 --allow-download"
+    words += " --judge-url http://host/v1 --judge-model grader --judge-key-env A_KEY"
+    args = parser.parse_args(words.split())
+    assert cli._benchmark_config(args) == BenchmarkConfig(
+        tasks=("math", "gsm8k"), data={"gsm8k": Path("a.jsonl")}, limit=7, num_fewshot=2,
+        chat=False, max_new_tokens=33, batch_size=5, allow_download=True,
+    )  # fmt: skip
+    monkeypatch.setenv("A_KEY", "x")
+    client = cli._client(args, Console(file=io.StringIO()))
+    assert client is not None
+    assert (client.url, client.model, client.key_variable) == ("http://host/v1", "grader", "A_KEY")
+
+
+def test_the_table_shows_scores_and_how_they_were_asked_for() -> None:
+    one = {"value": 0.61239, "stderr": 0.01347}
+    results = {
+        "gsm8k": {"scores": {"strict": one}, "problems": 1319, "num_fewshot": 3,
+                  "chat_template": True},
+        "math": {"scores": {"all": {"value": 0.25, "stderr": None}}, "problems": 2,
+                 "num_fewshot": 0, "chat_template": False},
+    }  # fmt: skip
+    screen = io.StringIO()
+    Console(file=screen, width=100).print(benchmark_table(results))
+    lines = [line.split() for line in screen.getvalue().splitlines()]
+    assert ["gsm8k", "strict", "0.6124", "0.0135", "1,319", "3", "chat", "template"] in lines
+    assert ["math", "all", "0.2500", "-", "2", "0", "plain"] in lines
