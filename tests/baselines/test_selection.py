@@ -308,6 +308,26 @@ def test_cost_counts_every_forward_and_backward(runs: Path) -> None:
     }
 
 
+def test_what_is_kept_says_what_it_was_made_for(runs: Path) -> None:
+    """Features and losses are not taken for those of other data, steps or seeds."""
+
+    def fingerprints(*folders: Path) -> list[str]:
+        return [json.loads((f / "source.json").read_text())["fingerprint"] for f in folders]
+
+    data = {
+        "sources": fingerprints(*(runs / "data" / f"s{i}" for i in range(3))),
+        "validation": fingerprints(runs / "data" / "validation", runs / "more" / "validation"),
+        "seed": 1234, "rows": TOTAL, "chunk": 128,
+    }  # fmt: skip
+    of_less = {**data, "dimensions": 2048, "rates": pytest.approx(LESS_RATES), "checkpoint": 2}
+    plain = {k: v for k, v in data.items() if k != "validation"}
+    for folder, want in {
+        "less/features/checkpoint-2": of_less, "online/irreducible": {**data, "steps": 23},
+        "offline/irreducible": {**data, "steps": 5}, "offline/trained": {**plain, "steps": 24},
+    }.items():  # fmt: skip
+        assert json.loads((runs / folder / "made_for.json").read_text()) == want
+
+
 def test_weights_json_says_what_the_choice_began_with(runs: Path) -> None:
     for name, count in (("less", 30), ("offline", 30), ("online", None)):
         found = weights(runs / name)

@@ -88,10 +88,13 @@ def on_ranks(folder_name: str) -> None:
         stop_and_go_on(folder, "doge-stopped", "doge-one", [("", 2)])
         stop_and_go_on(folder, "doremi-stopped", "doremi", [("reference", 2), ("", 3)])
         stop_and_go_on(folder, "regmix-stopped", "regmix-short", [("", 5)])
-        shutil.copytree(folder / "regmix-short", folder / "regmix-longer")
+        stop_and_go_on(folder, "doremi-few-stopped", "doremi-few-places", [("", 2)])
+        for name in ("regmix-longer", "regmix-seed"):
+            shutil.copytree(folder / "regmix-short", folder / name)
         mistakes = {
             "regmix-few": ("regmix", ["--proxies", 3]),
             "regmix-longer": ("regmix", ["--proxies", 4, "--proxy-iters", 4]),
+            "regmix-seed": ("regmix", [*PROXIES, "--seed", 7]),
             "doge-one": ("doremi", SHORT),
             "manual-none": ("manual", []),
         }
@@ -104,7 +107,7 @@ def on_ranks(folder_name: str) -> None:
 
 
 def run(folder: Path, output: str, method: str, flags: list, noted_as: str = "") -> None:
-    given = output in ("doremi-few-places", "manual") or output.startswith("regmix-")
+    given = output == "manual" or output.startswith(("doremi-few", "regmix-"))
     config = folder / ("given.yaml" if given else "x.yaml")
     words = ["--config", config, "--output", folder / output, "--method", method]
     note(folder / "noted", noted_as or output, command("reweight", *words, *flags))
@@ -280,7 +283,7 @@ def test_weights_are_the_average_of_all_steps(runs: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("stopped", "times", "whole"),
     [("doge-stopped", 1, "doge-one"), ("doremi-stopped", 2, "doremi"),
-     ("regmix-stopped", 1, "regmix-short")],
+     ("doremi-few-stopped", 1, "doremi-few-places"), ("regmix-stopped", 1, "regmix-short")],
 )  # fmt: skip
 def test_stopped_and_started_again_equals_undisturbed(
     runs: Path, stopped: str, times: int, whole: str
@@ -335,6 +338,7 @@ def test_mistakes_cost_one_line(runs: Path) -> None:
     for name, words in {
         "regmix-few": "baseline.proxies: 3 can't tell 3 sources apart",
         "regmix-longer": "holds proxies of other sources, steps, seed",
+        "regmix-seed": "holds proxies of other sources, steps, seed",
         "doge-one": "holds a run of `doge`, which doremi can't go on with",
         "manual-none": "baseline.method: manual needs weights",
     }.items():

@@ -106,6 +106,7 @@ def test_mt_bench(
     assert [a["question_id"] for a in answers] == [81, 101, 102]
     assert all(len(a["choices"][0]["turns"]) == 2 for a in answers)
     assert {(a["seed"], a["max_new_tokens"]) for a in answers} == {(1234, 8)}
+    assert {a["model_id"] for a in answers} == {hf_folder.name}
     asked = judge.requests[1]["messages"][1]["content"]
     assert answers[0]["choices"][0]["turns"][1] in asked and "Again." in asked
     assert "reference" in judge.requests[2]["messages"][1]["content"]
