@@ -333,6 +333,7 @@ def test_weights_json_says_what_the_choice_began_with(runs: Path) -> None:
         found = weights(runs / name)
         initial = [entry["initial_weight"] for entry in found["sources"]]
         assert initial == pytest.approx([size / TOTAL for size in SIZES])
+        assert (found["method"], found["step"]) == ("less" if name == "less" else "rho_loss", 24)
         assert found["selected"] == (count or sum(map(len, chosen(runs / name))))
 
 

@@ -158,6 +158,9 @@ def test_ends_in_whole_weights(runs: Path, name: str) -> None:
     assert code == 0, said
     found = weights(runs / name)
     assert found["complete"] and (runs / name / "report.html").is_file()
+    assert found["method"] == RUNS[name][1] and found["converged"] is False
+    steps = found["step"] * len(found.get("proxies", [0]))
+    assert metrics(runs / name)[-1]["step"] == steps > 0
     shares = [entry["weight"] for entry in found["sources"]]
     assert sum(shares) == pytest.approx(1.0) and min(shares) >= 0
 
