@@ -67,18 +67,40 @@ def write_source(
     return str(target)
 
 
+def uneven(rows: np.ndarray, seed: tuple) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The rows cut to lengths of their own, and masks that leave out a prompt and some targets."""
+    generator = np.random.default_rng(seed)
+    examples, masks = [], []
+    for row in rows:
+        length = int(generator.integers(len(row) // 2, len(row) + 1))
+        mask = generator.random(length) < 0.9
+        mask[: generator.integers(1, length // 2)] = False
+        mask[-1] = True
+        examples.append(row[:length])
+        masks.append(mask)
+    return examples, masks
+
+
 def write_problem(
-    folder: Path, truth: Sequence[float], seed: int, length: int = 33, examples: int = 2000,
-    validation: int = 4000, concentration: float = 0.3,
+    folder: Path, truth: Sequence[float], seed: int, length: int = 33,
+    examples: int | Sequence[int] = 2000, validation: int = 4000, concentration: float = 0.3,
+    even: bool = True,
 ) -> tuple[list[dict], list[dict]]:  # fmt: skip
-    """Sources and a validation set drawn from `truth`; returns their configuration entries."""
+    """Sources and a validation set drawn from `truth`; returns their configuration entries.
+
+    Args:
+        examples: of each source, or of all alike.
+        even: sequences are of one length, and every token is a target.
+    """
     matrices = transition_matrices(len(truth), seed, concentration)
     sources = []
-    for i in range(len(truth)):
-        rows = draw(matrices, np.full(examples, i), length, (seed, 8, i))
-        sources.append({"name": f"s{i}", "path": write_source(folder, f"s{i}", list(rows))})
+    for i, count in enumerate(np.broadcast_to(examples, len(truth))):
+        rows = draw(matrices, np.full(count, i), length, (seed, 8, i))
+        parts = (list(rows),) if even else uneven(rows, (seed, 10, i))
+        sources.append({"name": f"s{i}", "path": write_source(folder, f"s{i}", *parts)})
     counts = np.floor(np.asarray(truth) * validation + 0.5).astype(int)
     source_B = np.repeat(np.arange(len(truth)), counts)
     rows = draw(matrices, source_B, length, (seed, 9))
-    path = write_source(folder, "validation", list(rows))
+    parts = (list(rows),) if even else uneven(rows, (seed, 11))
+    path = write_source(folder, "validation", *parts)
     return sources, [{"name": "validation", "path": path}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -34,11 +35,12 @@ FLAGS: dict[str, tuple[int, list]] = {
         2,
         [
             "--num-layers", 4, "--pipeline-model-parallel-size", 2,
-            "--num-layers-per-virtual-pipeline-stage", 1,
+            "--num-layers-per-virtual-pipeline-stage", 1, "--loss-mean", "token",
         ],
     ),
-    "one-deeper": (1, ["--num-layers", 4]),
+    "one-deeper": (1, ["--num-layers", 4, "--loss-mean", "token"]),
 }  # fmt: skip
+NAIVE = {"one": "sample", "one-deeper": "token"}
 SAME = [
     ("one", "tp2"),
     ("one", "dp2-distributed-optimizer"),
@@ -52,10 +54,15 @@ SAME = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4], 0, length=17, examples=50, validation=37
+    sources, [first] = write_problem(
+        folder / "data", [0.6, 0.4], 0, length=17, examples=50, validation=37, even=False
     )
-    _, test = write_problem(folder / "more", [0.6, 0.4], 1, length=17, examples=20, validation=23)
+    others = [
+        write_problem(folder / name, truth, 0, length=17, examples=1, validation=size, even=False)
+        for name, truth, size in (("more", [0.1, 0.9], 29), ("test", [0.6, 0.4], 23))
+    ]
+    (_, [second]), (_, test) = others
+    validation = [{**first, "weight": 3.0}, {**second, "name": "second", "weight": 1.0}]
     learned = {"sources": [{**s, "weight": w} for s, w in zip(sources, (0.7, 0.3), strict=True)]}
     (folder / "weights.json").write_text(json.dumps(learned))
     learned["sources"][0]["name"] = "other"
@@ -64,8 +71,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "x.yaml", sources, validation,
         data={"test": [{"name": "test", "path": test[0]["path"]}],
               "weights": str(folder / "weights.json")},
-        train={"train_iters": STEPS, "eval_interval": 2},
-        optimizer={"lr": 3e-3, "adam_eps": 1e-5},
+        train={"train_iters": STEPS, "eval_interval": 2, "eval_examples": 20},
+        model={"init_method_std": 0.1}, optimizer={"lr": 3e-3, "adam_eps": 1e-5},
         checkpoint={"save_interval": 4},
     )  # fmt: skip
     for ranks in (1, 2):
@@ -112,7 +119,8 @@ def on_ranks(folder_name: str) -> None:
             "--load", part,
         )  # fmt: skip
         note(folder / "noted", "reweight-from-train", outcome)
-        naive_losses(folder)
+        for name in NAIVE:
+            naive_losses(folder, name)
 
 
 def run(folder: Path, name: str, flags: list) -> None:
@@ -120,30 +128,46 @@ def run(folder: Path, name: str, flags: list) -> None:
     note(folder / "noted", name, command(*words))
 
 
-def naive_losses(folder: Path) -> None:
-    """Held-out losses of the last checkpoint of `one`, example by example."""
+def naive_losses(folder: Path, name: str) -> None:
+    """Losses of the held-out examples one by one, at a run's last checkpoint; and its own of them.
+
+    Its own under dropout, which is for training alone.
+    """
     from megatron_scalebio import runtime
     from megatron_scalebio.checkpoint import saver
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.train.finetune import FinetuneState
 
-    config = load_config(str(folder / "one" / "config.yaml"))
+    change = {"model": {"hidden_dropout": 0.4, "attention_dropout": 0.4}}
+    config = load_config(str(folder / name / "config.yaml"), change)
     runtime.start(config)
     state = FinetuneState(config, folder / "cache")
-    saver.load_latest(state, folder / "one" / "checkpoints", required=True)
+    saver.load_pretrained(state.w, folder / name / "checkpoints")
     [model] = state.w
+    model.train()
+    own = [loss.as_dict() for loss in state.held_out(test=True)]
+    assert model.training and not model.eval().training
+    state.held_out()
+    assert not model.training
     result = {}
     for source in (*state.data.validation, *state.data.test):
-        means = []
+        result[source.name] = []
         for index in range(len(source)):
             tokens, targets = (torch.from_numpy(x.astype("int64")) for x in source.example(index))
             with torch.no_grad():
                 logits = model(tokens[None, :-1], torch.arange(len(tokens) - 1)[None], None)[0]
             losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-            means.append(float(losses[targets[1:] > 0].mean()))
-        result[source.name] = sum(means) / len(means)
-    (folder / "naive.json").write_text(json.dumps(result))
+            result[source.name].append(losses[targets[1:] > 0].tolist())
+    (folder / f"naive-{name}.json").write_text(json.dumps({"losses": result, "own": own}))
     runtime.stop_model_parallel()
+
+
+def sample_mean(losses: list[list[float]]) -> float:
+    return sum(sum(each) / len(each) for each in losses) / len(losses)
+
+
+def token_mean(losses: list[list[float]]) -> float:
+    return sum(map(sum, losses)) / sum(map(len, losses))
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -158,7 +182,7 @@ def test_ends_well_and_learns(runs: Path, name: str) -> None:
     best = min(r["validation_loss"] for r in records if "validation_loss" in r)
     content = json.loads((runs / name / "evaluation.json").read_text())
     assert content["best_validation_loss"] == best
-    assert [entry["examples"] for entry in content["sets"]] == [37, 23]
+    assert [entry["examples"] for entry in content["sets"]] == [37, 29, 23]
     [kept] = (runs / name / "best").glob("iter_*")
     step = int(kept.name.removeprefix("iter_"))
     assert best == next(r["validation_loss"] for r in records if r["step"] == step)
@@ -189,11 +213,37 @@ def test_a_checkpoint_waits_for_overlapped_gathering(runs: Path) -> None:
         assert ours["sample_mean"] == pytest.approx(theirs["sample_mean"], rel=1e-5)
 
 
-def test_held_out_losses_equal_a_naive_evaluation(runs: Path) -> None:
-    want = json.loads((runs / "naive.json").read_text())
-    content = json.loads((runs / "one" / "evaluation.json").read_text())
-    got = {entry["name"]: entry["sample_mean"] for entry in content["sets"]}
-    assert got == pytest.approx(want, rel=1e-5)
+@pytest.mark.parametrize(("name", "mean"), NAIVE.items())
+def test_held_out_losses_equal_a_naive_evaluation(runs: Path, name: str, mean: str) -> None:
+    naive = json.loads((runs / f"naive-{name}.json").read_text())
+    losses: dict[str, list[list[float]]] = naive["losses"]
+    content = json.loads((runs / name / "evaluation.json").read_text())
+    want = [
+        {
+            "name": each,
+            "sample_mean": pytest.approx(sample_mean(losses[each]), rel=1e-5),
+            "token_mean": pytest.approx(token_mean(losses[each]), rel=1e-5),
+            "perplexity": pytest.approx(math.exp(token_mean(losses[each])), rel=1e-4),
+            "examples": len(losses[each]),
+            "target_tokens": sum(map(len, losses[each])),
+        }
+        for each in ("validation", "second", "test")
+    ]
+    assert content["sets"] == want and naive["own"] == want
+    last = metrics(runs / name)[-1]
+    of = {"sample": sample_mean, "token": token_mean}[mean]
+    first, second = (of(losses[each][:20]) for each in ("validation", "second"))
+    assert last["validation_losses"] == pytest.approx([first, second], rel=1e-5)
+    assert last["validation_loss"] == pytest.approx((3 * first + second) / 4, rel=1e-5)
+    for each in losses.values():
+        assert abs(sample_mean(each) / token_mean(each) - 1) > 1e-4, "the means can be told apart"
+    assert abs(first - second) > 0.001
+
+
+def test_the_training_loss_is_the_mixture_s(runs: Path) -> None:
+    for record in metrics(runs / "one"):
+        first, second = record["loss_w"]
+        assert record["train_loss_w"] == pytest.approx(0.7 * first + 0.3 * second)
 
 
 def test_held_out_losses_do_not_depend_on_how_sequences_are_shared(runs: Path) -> None:
@@ -202,7 +252,16 @@ def test_held_out_losses_do_not_depend_on_how_sequences_are_shared(runs: Path) -
     assert code == 0, said
     want = json.loads((runs / "one" / "evaluation.json").read_text())["sets"]
     got = json.loads((runs / "evaluated" / "evaluation.json").read_text())["held_out"]["sets"]
-    assert len(got) == len(want) == 2
+    assert len(got) == len(want) == 3
+    for entry in want:
+        numbers = (entry[k] for k in ("examples", "sample_mean", "token_mean", "perplexity"))
+        shown = [
+            form(n)
+            for form, n in zip(
+                (str, "{:.4f}".format, "{:.4f}".format, "{:.5g}".format), numbers, strict=True
+            )
+        ]
+        assert [entry["name"], *shown] in [line.split() for line in said.splitlines()]
     for ours, whole in zip(got, want, strict=True):
         assert ours.pop("name") == whole.pop("name")
         assert ours == pytest.approx(whole, rel=1e-6)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_scalebio.baselines import mixture_regression as regression
+from tests.baselines.naive_regmix import Ridge, least_error
 
 
 def mixtures(prior: list[float], count: int) -> np.ndarray:
@@ -19,6 +20,52 @@ def test_mixtures_lie_around_the_warmed_prior() -> None:
     # square roots .9 .3 .3 .1, made whole
     assert drawn.mean(axis=0) == pytest.approx(np.array([0.9, 0.3, 0.3, 0.1]) / 1.6, abs=0.02)
     assert (drawn == mixtures([0.81, 0.09, 0.09, 0.01], 4000)).all()
+
+
+def test_mixtures_spread_as_the_published_strengths_say() -> None:
+    """Var p_i = q̃_i (1 − q̃_i) / (s + 1), its mean over 15 s from 0.1 to 5, even in logarithm."""
+    drawn = mixtures([0.64, 0.16, 0.04, 0.16], 4000)
+    warmed = np.array([0.8, 0.4, 0.2, 0.4]) / 1.8
+    strengths = 0.1 * 50.0 ** (np.arange(15) / 14)
+    want = warmed * (1 - warmed) * np.mean(1 / (strengths + 1))
+    # A variance of 4,000 draws is off by 2 %, one standard deviation.
+    assert ((drawn - warmed) ** 2).mean(axis=0) == pytest.approx(want, rel=0.08)
+    # Strengths of at most 5 and not, say, 2: sources of one mixture seldom all come to much.
+    product = np.mean(np.prod(drawn, axis=1))
+    alphas = strengths[:, None] * warmed
+    rising = [s * (s + 1) * (s + 2) * (s + 3) for s in strengths]
+    assert product == pytest.approx(np.mean(np.prod(alphas, axis=1) / rising), rel=0.15)
+    assert 2e-4 <= drawn[drawn > 0].min() < 2.5e-4
+
+
+def test_the_answer_is_the_mean_of_the_best_128_of_100_000_around_the_prior() -> None:
+    prior = np.array([0.5, 0.3, 0.15, 0.05])
+    seen: list[np.ndarray] = []
+
+    class Told:
+        def predict(self, mixture_NS: np.ndarray) -> np.ndarray:
+            seen.append(mixture_NS)
+            return mixture_NS @ np.array([3.0, 1.0, 2.0, 1.5])
+
+    got = regression.best_mixture(Told(), prior, seed=3)  # type: ignore[arg-type]
+    drawn = np.concatenate(seen)
+    assert drawn.shape == (100_000, 4)
+    assert drawn.mean(axis=0) == pytest.approx(prior, abs=0.005)
+    # Dirichlet(q) itself: its strength is 1
+    assert drawn.var(axis=0) == pytest.approx(prior * (1 - prior) / 2, rel=0.02)
+    best = np.argsort(drawn @ [3.0, 1.0, 2.0, 1.5], kind="stable")[:128]
+    assert got == pytest.approx(drawn[best].mean(axis=0), abs=1e-12)
+
+
+def test_the_regression_is_the_one_that_errs_least_on_what_it_has_not_seen() -> None:
+    generator = np.random.default_rng(4)
+    drawn = mixtures([0.5, 0.3, 0.2], 30)
+    loss = 3 + drawn[:, 0] * drawn[:, 1] + 0.01 * generator.standard_normal(30)
+    fitted = regression.fit(drawn, loss)
+    want, error = least_error(drawn, loss)
+    assert want.features == "quadratic" and error < 0.03
+    assert (fitted.features, fitted.penalty) == (want.features, pytest.approx(want.penalty))
+    assert fitted.error == pytest.approx(error, rel=1e-5)
 
 
 def test_many_sources_and_tiny_priors_give_whole_mixtures() -> None:
@@ -35,17 +82,10 @@ def test_left_out_error_is_that_of_leaving_out(features: str, penalty: float) ->
     drawn = mixtures([0.5, 0.3, 0.2], 9)
     loss = 3 + drawn @ [0.3, -0.2, 0.5] + 0.1 * generator.standard_normal(9)
     got = regression._ridge(features, drawn, loss, penalty)
-    x = regression.FEATURES[features](drawn)
-    x = np.c_[np.ones(9), (x - x.mean(0)) / x.std(0)]
-    shrink = np.diag(np.r_[0.0, np.full(x.shape[1] - 1, penalty * 9)])
-    errors = []
-    for left_out in range(9):
-        rows = np.arange(9) != left_out
-        solved = np.linalg.solve(x[rows].T @ x[rows] + shrink, x[rows].T @ loss[rows])
-        errors.append(loss[left_out] - x[left_out] @ solved)
-    assert got.error == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-5)
-    whole = np.linalg.solve(x.T @ x + shrink, x.T @ loss)
-    assert got.predict(drawn) == pytest.approx(x @ whole, rel=1e-6)
+    want = Ridge(features, penalty)
+    assert got.error == pytest.approx(want.left_out_error(drawn, loss), rel=1e-5)
+    others = mixtures([0.2, 0.3, 0.5], 7)
+    assert got.predict(others) == pytest.approx(want.predict(others, drawn, loss), rel=1e-6)
 
 
 def test_finds_the_optimum_of_a_bowl() -> None:

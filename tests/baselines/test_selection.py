@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import threading
 import time
-import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,22 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_scalebio.baselines.pool import EpochOrder, random_rows
+from tests.baselines.naive_selection import LESS_RATES, TOTAL, naive_less, naive_rho
 from tests.commands import command, metrics, note, noted, the_only_line, write_config
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
 
 pytestmark = pytest.mark.distributed
-EXAMPLES = 50
+SIZES, VALIDATION = (60, 50, 40), (36, 24)
 LESS = ["--method", "less", "--less-checkpoints", 2, "--less-warmup-fraction", 0.6,
-        "--select-fraction", 0.2]  # fmt: skip
+        "--select-fraction", 0.197]  # fmt: skip
 EXACT, SKETCH = ["--less-dimensions", 10**6], ["--less-dimensions", 2048]
 ONLINE = ["--method", "rho_loss", "--rho-batch-share", 0.2]
-OFFLINE = ["--method", "rho_loss", "--no-rho-online", "--select-fraction", 0.2]
+OFFLINE = ["--method", "rho_loss", "--no-rho-online", "--select-fraction", 0.203,
+           "--reference-iters", 5]  # fmt: skip
 TP2, PP2 = ["--tensor-model-parallel-size", 2], ["--pipeline-model-parallel-size", 2]
 RUNS: dict[str, tuple[int, list]] = {
     "less-exact": (1, [*LESS, *EXACT]),
@@ -51,12 +53,19 @@ SAME = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("selection")
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4, 0.0], 0, length=17, examples=EXAMPLES, validation=60
-    )
+    sources, [first] = write_problem(
+        folder / "data", [0.9, 0.1, 0.0], 0, length=17, examples=SIZES, validation=VALIDATION[0],
+        even=False,
+    )  # fmt: skip
+    _, [second] = write_problem(
+        folder / "more", [0.2, 0.8, 0.0], 0, length=17, examples=1, validation=VALIDATION[1],
+        even=False,
+    )  # fmt: skip
+    validation = [{**first, "weight": 3.0}, {**second, "name": "second", "weight": 1.0}]
     write_config(
         folder / "x.yaml", sources, validation,
-        train={"train_iters": 24, "micro_batch_size": 4}, optimizer={"lr": 5e-3, "adam_eps": 1e-5},
+        train={"train_iters": 24, "micro_batch_size": 4},
+        optimizer={"lr": 5e-3, "adam_eps": 1e-5, "adam_beta1": 0.8, "adam_beta2": 0.97},
         checkpoint={"save_interval": 5},
     )  # fmt: skip
     for ranks in (1, 2):
@@ -130,121 +139,6 @@ def mistakes(folder: Path) -> None:
     run(folder, "no-share", ["--method", "less", "--select-fraction", 1.5])
 
 
-def model_losses(model: Any, source: Any, index: int) -> torch.Tensor:
-    """Mean cross-entropy of an example's target tokens, written out."""
-    tokens, targets = (torch.from_numpy(x.astype("int64")) for x in source.example(index))
-    logits = model(tokens[None, :-1], torch.arange(len(tokens) - 1)[None], None)[0]
-    losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-    return losses[targets[1:] > 0].mean()
-
-
-def naive_less(folder: Path) -> dict[str, Any]:
-    """LESS of some examples: autograd one by one, Adam written out, no projection."""
-    from megatron_scalebio import runtime
-    from megatron_scalebio.baselines import less
-    from megatron_scalebio.baselines.pool_training import PoolState
-    from megatron_scalebio.checkpoint import saver
-    from megatron_scalebio.config_loader import load_config
-
-    config = load_config(str(folder / "less-exact" / "config.yaml"))
-    runtime.start(config)
-    row_W, epoch_steps = less.warmup_plan(config, 3 * EXAMPLES)
-    side = load_config(str(folder / "less-exact" / "warmup" / "config.yaml"))
-    state = PoolState(side, folder / "cache", "less warm-up", row_W)
-    [validation] = less.Data(config, folder / "cache").validation
-    rates = less.epoch_rates(state.schedule, 2, epoch_steps)
-    beta1, beta2, eps = (getattr(config.optimizer, f"adam_{k}") for k in ("beta1", "beta2", "eps"))
-    rows = np.arange(0, 3 * EXAMPLES, 7)
-    scores = np.zeros(len(rows))
-    for number, rate in enumerate(rates, start=1):
-        checkpoints = folder / "less-exact" / "warmup" / "checkpoints"
-        saver.load_step(state, checkpoints, number * epoch_steps)
-        [model] = state.w
-        named = [(n, p) for n, p in model.named_parameters() if "layers" in n and p.dim() == 2]
-        weights = [p for _, p in named]
-        adam = state.period.optimizers["w"].chained_optimizers[0].optimizer.state
-        gradients = [
-            torch.autograd.grad(model_losses(model, validation, i), weights)
-            for i in range(len(validation))
-        ]
-        mean = torch.cat([torch.stack(g).mean(0).flatten() for g in zip(*gradients, strict=True)])
-        for place, row in enumerate(rows):
-            update = []
-            found = torch.autograd.grad(model_losses(model, state.pool, int(row)), weights)
-            for weight, g in zip(weights, found, strict=True):
-                held = adam[weight]
-                assert int(held["step"]) == number * epoch_steps
-                t = number * epoch_steps + 1
-                m = (beta1 * held["exp_avg"] + (1 - beta1) * g) / (1 - beta1**t)
-                v = (beta2 * held["exp_avg_sq"] + (1 - beta2) * g * g) / (1 - beta2**t)
-                update.append((m / (v.sqrt() + eps)).flatten())
-            cosine = torch.nn.functional.cosine_similarity(torch.cat(update), mean, dim=0)
-            scores[place] += rate * float(cosine) / sum(rates)
-        state.leave_period()
-    runtime.stop_model_parallel()
-    return {"rows": rows.tolist(), "scores": scores.tolist(), "names": [n for n, _ in named]}
-
-
-def naive_rho(folder: Path) -> dict[str, Any]:
-    """Irreducible losses one by one, and three online selections with the batches they are from."""
-    from megatron_scalebio import runtime
-    from megatron_scalebio.baselines.pool_training import PoolState, training_config
-    from megatron_scalebio.baselines.rho_loss import RhoState, reference_config
-    from megatron_scalebio.checkpoint import saver
-    from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.train.finetune import train_step
-
-    config = load_config(str(folder / "online" / "config.yaml"))
-    runtime.start(config)
-    cache = folder / "cache"
-    reference = PoolState(reference_config(config, 60), cache, "rho_loss reference")
-    saver.load_latest(reference, folder / "online" / "reference" / "checkpoints", required=True)
-    state = RhoState(training_config(config, 24), cache, np.zeros(3 * EXAMPLES))
-    with torch.no_grad():
-        losses = [
-            float(model_losses(reference.w[0], state.pool, row)) for row in range(3 * EXAMPLES)
-        ]
-    state.irreducible_N = np.array(losses)
-    steps = []
-    for _ in range(3):
-        order = replace_order(state)
-        large = order.next(40)
-        with torch.no_grad():
-            now = [float(model_losses(state.w[0], state.pool, int(row))) for row in large]
-        before = state.chosen_N.copy()
-        with locating_at_most(len(large)):  # nothing in a step may cost as much as the pool is long
-            record = train_step(state)
-        assert record["weights"] == state.pool.shares(state.chosen_N.astype(float))
-        chosen = np.flatnonzero(state.chosen_N - before).tolist()
-        steps.append({"large": large.tolist(), "losses": now, "chosen": chosen})
-    state.leave_period()
-    runtime.stop_model_parallel()
-    return {"irreducible": losses, "steps": steps, "reference_steps": reference.step}
-
-
-@contextlib.contextmanager
-def locating_at_most(rows: int) -> Iterator[None]:
-    from megatron_scalebio.baselines.pool import Pool
-
-    locate = Pool.locate
-
-    def limited(pool: Pool, row_N: np.ndarray) -> Any:
-        assert len(row_N) <= rows
-        return locate(pool, row_N)
-
-    with unittest.mock.patch.object(Pool, "locate", limited):
-        yield
-
-
-def replace_order(state: Any) -> Any:
-    """A copy of the order that the state draws from."""
-    from megatron_scalebio.baselines.pool import EpochOrder
-
-    order = EpochOrder(state.order.row_N, state.order.seed)
-    order.position = state.order.position
-    return order
-
-
 def scores(run: Path) -> dict[str, np.ndarray]:
     with np.load(run / "scores.npz", allow_pickle=False) as content:
         return dict(content)
@@ -271,7 +165,7 @@ def test_ends_well_and_prefers_what_the_validation_set_is_made_of(runs: Path, na
 def test_the_choice_is_the_highest_scores_and_the_weights_are_its_shares(runs: Path) -> None:
     for name in ("less", "offline"):
         content, taken = scores(runs / name), chosen(runs / name)
-        assert content["score"].dtype == np.float32 and content["score"].shape == (3 * EXAMPLES,)
+        assert content["score"].dtype == np.float32 and content["score"].shape == (TOTAL,)
         best = np.argsort(-content["score"], kind="stable")[:30]
         for source, rows in enumerate(taken):
             mine = best[content["source"][best] == source]
@@ -289,9 +183,19 @@ def test_the_choice_is_the_highest_scores_and_the_weights_are_its_shares(runs: P
 def test_less_equals_gradients_one_by_one_and_adam_written_out(runs: Path) -> None:
     naive = torch.load(runs / "naive-less.pt", weights_only=True)
     assert len(naive["names"]) == 2 * 4
-    got = scores(runs / "less-exact")["score"][naive["rows"]]
-    np.testing.assert_allclose(got, naive["scores"], atol=2e-4)
-    assert np.std(naive["scores"]) > 0.02, "scores that differ by more than the tolerance"
+    content, want = scores(runs / "less-exact"), np.array(naive["scores"])
+    np.testing.assert_allclose(content["score_by_validation"][naive["rows"]], want, atol=2e-4)
+    assert want.std(axis=0).min() > 0.02, "scores that differ by more than the tolerance"
+    assert (content["score"] == content["score_by_validation"].max(axis=1)).all()
+    assert len(set(content["score_by_validation"].argmax(axis=1))) == 2
+    found = weights(runs / "less-exact")
+    assert found["rates"] == pytest.approx(LESS_RATES) and found["warmup_examples"] == 90
+
+
+def test_gradients_of_sets_and_examples_are_taken_without_dropout(runs: Path) -> None:
+    """Cosines of token means' gradients over two sets and of three examples', all with all."""
+    want, got = torch.load(runs / "naive-less.pt", weights_only=True)["cosines"]
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_the_projection_keeps_the_scores(runs: Path) -> None:
@@ -300,24 +204,39 @@ def test_the_projection_keeps_the_scores(runs: Path) -> None:
     error = got - exact
     assert np.abs(error - error.mean()).max() < 5 / np.sqrt(2048)
     assert np.corrcoef(exact, got)[0, 1] > 0.8
+    for number in (1, 2):
+        folder = runs / "less" / "features" / f"checkpoint-{number}"
+        features = np.load(folder / "chunk-00000.npy")
+        assert features.shape == (128, 2048) and features.dtype == np.float16
+        assert np.linalg.norm(features.astype(float), axis=1) == pytest.approx(1, abs=2e-3)
 
 
 def test_reducible_losses_equal_a_naive_evaluation(runs: Path) -> None:
     naive = torch.load(runs / "naive-rho.pt", weights_only=True)
-    assert naive["reference_steps"] == 23, "three epochs of 60 examples in batches of 8"
-    for name in ("online", "offline"):
-        got = scores(runs / name)["irreducible"]
-        np.testing.assert_allclose(got, naive["irreducible"], rtol=1e-5)
+    assert naive["irreducible steps"] == 23, "three epochs of 60 examples in batches of 8"
+    assert naive["offline irreducible steps"] == 5, "as many as were asked for"
+    for name in ("irreducible", "offline irreducible"):
+        assert naive[f"{name} sources"] == ["validation", "second"]
+    got = scores(runs / "online")["irreducible"]
+    np.testing.assert_allclose(got, naive["irreducible"], rtol=1e-5)
+    got = scores(runs / "offline")
+    np.testing.assert_allclose(got["irreducible"], naive["offline irreducible"], rtol=1e-5)
+    reducible = np.subtract(naive["offline trained"], naive["offline irreducible"])
+    np.testing.assert_allclose(got["score"], reducible, atol=2e-5)
+    assert naive["offline trained steps"] == 24 and reducible.std() > 0.01
 
 
 def test_online_trains_on_the_highest_reducible_losses_of_the_large_batch(runs: Path) -> None:
     naive = torch.load(runs / "naive-rho.pt", weights_only=True)
     irreducible = np.array(naive["irreducible"])
+    # A third of it rounded; never more than there are, nor less than a batch.
+    assert naive["large batches"] == {"0.3": 27, "0.01": 150, "1.0": 8}
     for step in naive["steps"]:
         large = np.array(step["large"])
         assert len(set(step["large"])) == 40
         reducible = np.array(step["losses"]) - irreducible[large]
         assert step["chosen"] == sorted(large[np.argsort(-reducible)[:8]].tolist())
+        np.testing.assert_allclose(step["reducible"], reducible, atol=2e-5)
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
@@ -356,14 +275,66 @@ def test_less_goes_on_from_the_chunk_it_stopped_at(runs: Path) -> None:
     assert left is not None and 1 <= left < 4, "two checkpoints of two chunks"
 
 
+def input_tokens(folder: Path) -> np.ndarray:
+    dataset = IndexedDataset(str(folder / "tokens"))  # its arrays do not outlive it
+    return np.array(dataset.sequence_lengths, dtype=int) - 1
+
+
+def drawn(row_N: np.ndarray, batch: int, steps: int) -> np.ndarray:
+    """The rows of so many batches, one after the other, as `test_pool` knows them."""
+    order = EpochOrder(row_N, 1234)
+    return np.concatenate([order.next(batch) for _ in range(steps)])
+
+
 def test_cost_counts_every_forward_and_backward(runs: Path) -> None:
-    """All examples have 16 input tokens; 90 warm up, in epochs of 12 batches of 8."""
-    cost = weights(runs / "less")["cost"]
-    assert cost == {"trained_tokens": 16 * (24 * 8 + 2 * (150 + 60)), "scored_tokens": 0}
-    cost = weights(runs / "online")["cost"]
-    assert cost == {"trained_tokens": 16 * (23 + 24) * 8, "scored_tokens": 16 * (150 + 24 * 40)}
-    cost = weights(runs / "offline")["cost"]
-    assert cost == {"trained_tokens": 16 * (23 + 24) * 8, "scored_tokens": 16 * 300}
+    """Tokens counted from the prepared files, over the rows that went through each model."""
+    pool = np.concatenate([input_tokens(runs / "data" / f"s{i}") for i in range(3)])
+    sets = [input_tokens(runs / part / "validation") for part in ("data", "more")]
+    held_out, every = np.concatenate(sets), np.arange(TOTAL)
+    warmup = drawn(random_rows(TOTAL, 90, 1234 + 2), 8, 24)
+    assert weights(runs / "less")["cost"] == {
+        "trained_tokens": pool[warmup].sum() + 2 * (pool.sum() + held_out.sum()),
+        "scored_tokens": 0,
+    }
+    reference = held_out[drawn(np.arange(60), 8, 23)].sum()
+    assert weights(runs / "online")["cost"] == {
+        "trained_tokens": reference + (scores(runs / "online")["chosen"] * pool).sum(),
+        "scored_tokens": pool.sum() + pool[drawn(every, 40, 24)].sum(),
+    }
+    reference = held_out[drawn(np.arange(60), 8, 5)].sum()
+    assert weights(runs / "offline")["cost"] == {
+        "trained_tokens": reference + pool[drawn(every, 8, 24)].sum(),
+        "scored_tokens": 2 * pool.sum(),
+    }
+
+
+def test_what_is_kept_says_what_it_was_made_for(runs: Path) -> None:
+    """Features and losses are not taken for those of other data, steps or seeds."""
+
+    def fingerprints(*folders: Path) -> list[str]:
+        return [json.loads((f / "source.json").read_text())["fingerprint"] for f in folders]
+
+    data = {
+        "sources": fingerprints(*(runs / "data" / f"s{i}" for i in range(3))),
+        "validation": fingerprints(runs / "data" / "validation", runs / "more" / "validation"),
+        "seed": 1234, "rows": TOTAL, "chunk": 128,
+    }  # fmt: skip
+    of_less = {**data, "dimensions": 2048, "rates": pytest.approx(LESS_RATES), "checkpoint": 2}
+    plain = {k: v for k, v in data.items() if k != "validation"}
+    for folder, want in {
+        "less/features/checkpoint-2": of_less, "online/irreducible": {**data, "steps": 23},
+        "offline/irreducible": {**data, "steps": 5}, "offline/trained": {**plain, "steps": 24},
+    }.items():  # fmt: skip
+        assert json.loads((runs / folder / "made_for.json").read_text()) == want
+
+
+def test_weights_json_says_what_the_choice_began_with(runs: Path) -> None:
+    for name, count in (("less", 30), ("offline", 30), ("online", None)):
+        found = weights(runs / name)
+        initial = [entry["initial_weight"] for entry in found["sources"]]
+        assert initial == pytest.approx([size / TOTAL for size in SIZES])
+        assert (found["method"], found["step"]) == ("less" if name == "less" else "rho_loss", 24)
+        assert found["selected"] == (count or sum(map(len, chosen(runs / name))))
 
 
 def test_mistakes_cost_one_line(runs: Path) -> None:

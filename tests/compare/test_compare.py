@@ -275,9 +275,12 @@ def test_a_stage_gets_its_environment_and_its_time_is_kept(tmp_path: Path) -> No
     made = tmp_path / "made"
     code = f"import os; open({str(made)!r}, 'w').write(os.environ['RANK'])"
     stage = Stage("one", [], tmp_path / "logs" / "one.txt", made)
-    run_stage(stage, [sys.executable, "-c", code], {"RANK": "7"})
+    timing = tmp_path / "logs" / "one.timing.json"
+    timing.parent.mkdir()
+    timing.write_text('{"seconds": 1000.0}')  # of an attempt before
+    told = run_stage(stage, [sys.executable, "-c", code], {"RANK": "7"})
     assert made.read_text() == "7"
-    assert json.loads((tmp_path / "logs" / "one.timing.json").read_text())["seconds"] > 0
+    assert json.loads(timing.read_text()) == {"seconds": told} and 1000 < told < 1600
 
 
 def test_a_run_whose_time_is_unknown_is_compared_all_the_same(

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.evaluate import cli
+from megatron_scalebio.evaluate.answers import answer_all
+from megatron_scalebio.evaluate.hf_folder import open_folder
 from megatron_scalebio.evaluate.judge_prompts import judge_messages, parse_rating
+from megatron_scalebio.evaluate.mt_bench import summarize
 from megatron_scalebio.evaluate.questions import Question, read_questions
 from megatron_scalebio.evaluate.records_log import RecordsLog
 
@@ -94,15 +98,103 @@ def test_mt_bench(
     assert summary["cost"] == pytest.approx(800 * 5e-6 + 80 * 10e-6)
     printed = capsys.readouterr().out
     assert "MT-Bench, judged by grader" in printed and "cost 0.0048" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    # Of 2 4 9 7 7: squares of differences to 5.8 add up to 30.8, and √(30.8 / 4 / 5) = 1.24.
+    assert ["writing", "3.00", "1.00", "2"] in lines and ["all", "5.80", "1.24", "5"] in lines
+    assert ["turn", "1", "4.50", "2.50", "2"] in lines and "1 verdicts held no" in printed
     answers = RecordsLog(tmp_path / "out/mt_bench/answers.jsonl").records
     assert [a["question_id"] for a in answers] == [81, 101, 102]
     assert all(len(a["choices"][0]["turns"]) == 2 for a in answers)
+    assert {(a["seed"], a["max_new_tokens"]) for a in answers} == {(1234, 8)}
+    assert {a["model_id"] for a in answers} == {hf_folder.name}
     asked = judge.requests[1]["messages"][1]["content"]
     assert answers[0]["choices"][0]["turns"][1] in asked and "Again." in asked
     assert "reference" in judge.requests[2]["messages"][1]["content"]
     # All is done: nothing is asked again.
     assert evaluate(hf_folder, tmp_path / "out", *words) == 0
     assert len(judge.requests) == 8
+
+
+def test_scores_are_means_of_the_judge_s_ratings(tmp_path: Path) -> None:
+    """By hand, of (category, turn, rating); standard errors are s / √n, s² divided by n − 1."""
+    log = RecordsLog(tmp_path / "judgments.jsonl")
+    for number, category, turn, rating, judge in (
+        (1, "math", 1, 2.0, "g"), (1, "math", 2, 9.0, "g"), (2, "math", 1, 4.0, "g"),
+        (3, "code", 1, 7.0, "g"), (3, "code", 2, None, "g"), (2, "math", 2, 1.0, "other"),
+        (4, "code", 1, 1.0, "g"),
+    ):  # fmt: skip
+        log.append({
+            "question_id": number, "category": category, "turn": turn, "score": rating,
+            "judge": judge, "prompt_tokens": 1000 + number, "completion_tokens": 10 * turn,
+        })  # fmt: skip
+    asked = [Question(k, "", ("?", "?"), ()) for k in (1, 2, 3)]
+    found = summarize(asked, log, "g", 3.0, 7.0)
+    # 2 9 4 7: squares of differences to 5.5 add up to 29; of 2 9 4 to 5 to 26
+    assert found["score"] == {"mean": 5.5, "stderr": pytest.approx((29 / 3 / 4) ** 0.5),
+                              "graded": 4}  # fmt: skip
+    assert found["by_category"] == {
+        "code": {"mean": 7.0, "stderr": None, "graded": 1},
+        "math": {"mean": 5.0, "stderr": pytest.approx((26 / 2 / 3) ** 0.5), "graded": 3},
+    }
+    assert list(found["by_category"]) == ["code", "math"]
+    # 2 4 7: to 13 / 3 they add up to 38 / 3
+    assert found["by_turn"] == {
+        "1": {"mean": pytest.approx(13 / 3), "stderr": pytest.approx((19 / 9) ** 0.5), "graded": 3},
+        "2": {"mean": 9.0, "stderr": None, "graded": 1},
+    }
+    tokens = (2 * 1001 + 1002 + 2 * 1003, 10 + 20 + 10 + 10 + 20)
+    assert (found["prompt_tokens"], found["completion_tokens"]) == tokens
+    assert found["cost"] == pytest.approx((3 * tokens[0] + 7 * tokens[1]) / 1_000_000)
+    assert found["without_rating"] == 1 and found["judge"] == "g"
+    assert summarize(asked, log, "g", None, None)["cost"] is None
+
+
+def test_answers_are_sampled_as_their_category_asks(
+    tmp_path: Path, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Temperatures are those of Zheng et al. 2023; every turn sees the ones before it."""
+    opened = open_folder(hf_folder)
+    calls: list[dict[str, Any]] = []
+
+    def generate(**options: Any) -> torch.Tensor:
+        said = opened.tokenizer.decode(options["input_ids"][0])
+        calls.append({**options, "said": said, "seed": torch.initial_seed()})
+        return torch.cat([options["input_ids"], torch.tensor([[70 + len(calls)]])], dim=1)
+
+    monkeypatch.setattr(opened.model, "generate", generate)
+    wanted = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "math": 0.0,
+              "coding": 0.0}  # fmt: skip
+    questions = [Question(k, name, ("One?", "Two?"), ()) for k, name in enumerate(wanted)]
+    log = RecordsLog(tmp_path / "answers.jsonl")
+    options = {"name": "m", "model": "f", "max_new_tokens": 11}
+    answer_all(questions, opened, log, seed=5, **options)
+    assert len(calls) == 12
+    for number, call in enumerate(calls):
+        record = log.records[number // 2]
+        temperature = wanted[questions[number // 2].category]
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        for key, value in (sampling if temperature else {"do_sample": False}).items():
+            assert call[key] == value
+        assert record["temperature"] == temperature and record["question_id"] == number // 2
+        assert call["max_new_tokens"] == 11
+        turns = record["choices"][0]["turns"]
+        assert turns[number % 2] == opened.tokenizer.decode([71 + number])
+        assert call["said"].count("?") == 1 + number % 2
+        assert (f"assistant\n{turns[0]}<|im_end|>" in call["said"]) == bool(number % 2)
+    seeds = [call["seed"] for call in calls]
+    assert len(set(seeds)) == 12
+    again = RecordsLog(tmp_path / "again.jsonl")
+    answer_all(questions[:1], opened, again, seed=6, **options)
+    assert not set(seeds) & {call["seed"] for call in calls[12:]}
+    # Where only three tokens are left, three are asked for, and none where none is left.
+    first, second = (calls[12 + k]["input_ids"].shape[1] for k in (0, 1))
+    del calls[:]
+    for room in (first + 3, first):
+        small = opened._replace(max_length=room)
+        short = RecordsLog(tmp_path / f"{room}.jsonl")
+        answer_all(questions[:1], small, short, seed=6, **options)
+    assert [call["max_new_tokens"] for call in calls] == [3] and second > first + 3
+    assert short.records[0]["choices"][0]["turns"] == ["", ""]
 
 
 def test_one_task_of_srun_does_the_work(

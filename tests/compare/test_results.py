@@ -1,0 +1,276 @@
+"""The numbers of a comparison, worked out again from the files that the stages left."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from megatron_scalebio.compare import plot
+from megatron_scalebio.compare.config import CompareConfig, load
+from megatron_scalebio.compare.results import collect, write
+from megatron_scalebio.compare.stages import Plan
+from megatron_scalebio.report.summary import duration
+
+SOURCES, TESTS, SEEDS = ("code", "web", "math"), ("far", "near"), (3, 8, 11)
+# Test losses (sample mean, token mean) of "near" under each seed; those of "far" are 0.7 more.
+LOSSES = {
+    "natural": {3: (2.20, 2.91), 8: (2.29, 2.75), 11: (2.42, 2.80)},
+    "doge": {3: (2.07, 2.62), 8: (2.31, 2.77), 11: (2.15, 2.99)},
+    "regmix": {3: (2.05, 2.40), 8: (2.16, 2.61)},
+}
+
+
+def weights_of(method: str, seed: int) -> list[float]:
+    first = {"natural": 0.2, "doge": 0.45, "regmix": 0.31}[method] + seed / 100
+    return [first, 0.9 - first, 0.1]
+
+
+def leave(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def leave_run(folder: Path, method: str, seed: int, losses: tuple[float, float]) -> None:
+    """The files of a finished run, no two of whose numbers are alike."""
+    number = 10 * list(LOSSES).index(method) + seed
+    sample, token = losses
+    sources = [
+        {"name": name, "weight": weight}
+        for name, weight in zip(SOURCES, weights_of(method, seed), strict=True)
+    ]
+    given = [{"name": name, "given": 400 + 7 * number * k} for k, name in enumerate(SOURCES)]
+    sets = [
+        {"name": name, "sample_mean": sample + more, "token_mean": token + more}
+        for name, more in (("goal", -1.0), ("near", 0.0), ("far", 0.7))
+    ]
+    leave(folder / "find" / "weights.json", {
+        "complete": True, "sources": sources,
+        "cost": {"trained_tokens": 90_000 + 1000 * number, "scored_tokens": 30_000 + number},
+    })  # fmt: skip
+    leave(folder / "find" / "memory.json", {"peak_bytes": (number + 1) * 2**28})
+    leave(folder / "sample" / "manifest.json", {"sources": given})
+    leave(folder / "train" / "evaluation.json", {
+        "sets": sets, "cost": {"trained_tokens": 50_000 + 100 * number, "scored_tokens": 7},
+    })  # fmt: skip
+    leave(folder / "train" / "memory.json", {"peak_bytes": 5 + number})
+    for stage, seconds in (("find", 100.0 + number), ("sample", 1.0), ("train", 70.0 + 2 * number)):
+        leave(folder / f"{stage}.timing.json", {"seconds": seconds})
+    scores = {"strict": {"value": number / 64, "stderr": 0.5}, "flexible": {"value": 0.9}}
+    leave(folder / "hf" / "config.json", {})
+    leave(folder / "benchmarks" / "evaluation.json", {"benchmarks": {"gsm8k": {"scores": scores}}})
+
+
+@pytest.fixture(params=["sample", "token"])
+def plan(request: pytest.FixtureRequest, tmp_path: Path) -> Plan:
+    """A comparison of three methods, one of which has not yet ended under its last seed."""
+    leave(tmp_path / "llama" / "config.json", {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+        "vocab_size": 32, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    })  # fmt: skip
+    for name in (*SOURCES, "goal", *TESTS, "gsm8k"):
+        (tmp_path / f"{name}.jsonl").touch()
+    content = {
+        "model": str(tmp_path / "llama"),
+        "sources": {name: str(tmp_path / f"{name}.jsonl") for name in SOURCES},
+        "validation": {"goal": str(tmp_path / "goal.jsonl")},
+        "test": {name: str(tmp_path / f"{name}.jsonl") for name in TESTS},
+        "tasks": {"gsm8k": str(tmp_path / "gsm8k.jsonl")},
+        "methods": list(LOSSES), "seeds": list(SEEDS), "max_epochs": 3,
+        "train": {"train": {"train_iters": 25, "global_batch_size": 12}},
+        "output": str(tmp_path / "out"),
+    }  # fmt: skip
+    if request.param == "token":  # the other one is the default
+        content["train"]["data"] = {"loss_mean": "token"}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    plan = Plan(load(tmp_path / "compare.yaml", {}))
+    for run in plan.runs:
+        if run.seed in LOSSES[run.method]:
+            losses = LOSSES[run.method][run.seed]
+            leave_run(run.folder, run.method, run.seed, losses)
+            continue
+        leave_run(run.folder, run.method, run.seed, (0.1, 0.1))
+        (run.folder / "benchmarks" / "evaluation.json").unlink()
+    return plan
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_every_option_reaches_its_stage(plan: Plan, tmp_path: Path) -> None:
+    content = yaml.safe_load((tmp_path / "compare.yaml").read_text())
+    content |= {"per_source": 70, "num_samples": 900, "methods": ["doge", "mine"], "seeds": [9, 4]}
+    rates = {name: {"optimizer": {"lr": lr}} for name, lr in (("run", 0.1), ("reweight", 0.2))}
+    content |= {**rates, "train": {"optimizer": {"lr": 0.3, "clip_grad": 0.5}}}
+    content["run"]["train"] = {"train_iters": 5}
+    content["variants"] = {"mine": {"baseline": {"method": "less"}, "optimizer": {"lr": 0.4}}}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    plan = Plan(load(tmp_path / "more.yaml", {}))
+    offline = plan.config.sections_of("rho_loss_offline")
+    assert offline["baseline"] == {"method": "rho_loss", "rho_online": False}
+    assert offline["optimizer"] == {"lr": 0.2}
+    usual = CompareConfig.__dataclass_fields__
+    assert usual["max_epochs"].default == 4 and usual["ranks"].default == 1
+    assert usual["seeds"].default_factory() == [0, 1, 2]  # type: ignore[misc]
+    prepare, pool, _ = plan.preparation
+    assert option(pool.words, "--per-source") == "70"
+    excluded = [w.partition("=")[0] for w, flag in zip(pool.words[1:], pool.words, strict=False)
+                if flag == "--exclude"]  # fmt: skip
+    assert excluded == ["goal", *TESTS]
+    assert option(prepare.words, "--seq-length") == str(plan.seq_length)
+    assert [(run.method, run.seed) for run in plan.runs] == [
+        ("doge", 9), ("mine", 9), ("doge", 4), ("mine", 4),
+    ]  # fmt: skip
+    for run in plan.runs:
+        find, sample, train = (stage.config and stage.config[1] for stage in run.stages[:3])
+        assert find and train and sample is None
+        assert find["train"]["seed"] == train["train"]["seed"] == run.seed
+        assert find["train"]["train_iters"] == train["train"]["train_iters"] == 5
+        assert find["optimizer"] == {"lr": 0.4 if run.method == "mine" else 0.2}
+        assert train["optimizer"] == {"lr": 0.3, "clip_grad": 0.5}
+        assert train["train"]["eval_interval"] == 0 and train["checkpoint"] == {"keep_last": 1}
+        assert [entry["name"] for entry in find["data"]["sources"]] == list(SOURCES)
+        assert [entry["name"] for entry in find["data"]["validation"]] == ["goal"]
+        assert "test" not in find["data"]
+        assert [entry["name"] for entry in train["data"]["test"]] == list(TESTS)
+        words = run.stages[1].words
+        wanted = {"--num-samples": "900", "--seed": str(run.seed), "--max-epochs": "3"}
+        assert {name: option(words, name) for name in wanted} == wanted
+        assert option(words, "--weights") == str(run.folder / "find")
+        export, benchmarks = (stage.words for stage in run.stages[3:])
+        assert option(export, "--load") == str(run.folder / "train" / "checkpoints")
+        assert option(benchmarks, "--hf") == option(export, "--save")
+        assert option(benchmarks, "--tasks") == "gsm8k"
+
+
+def mean_and_sd(values: list[float]) -> dict[str, float]:
+    """Of a sample: its squared deviations are divided by n − 1."""
+    mean = sum(values) / len(values)
+    return {
+        "mean": mean,
+        "sd": math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1)),
+    }
+
+
+def worked_out(plan: Plan) -> dict[str, dict[str, Any]]:
+    """What each method's line must say, from the table above."""
+    kind = 1 if plan.config.train.get("data") else 0
+    numbers = {m: {s: 10 * k + s for s in LOSSES[m]} for k, m in enumerate(LOSSES)}
+    losses = {m: {s: LOSSES[m][s][kind] + 0.35 for s in LOSSES[m]} for m in LOSSES}
+    every = [number for each in numbers.values() for number in each.values()]
+    final = sum(50_000 + 100 * number for number in every) / len(every)
+    best = losses["regmix"]
+    result = {}
+    for method, number_of in numbers.items():
+        ns, seeds = list(number_of.values()), list(number_of)
+        result[method] = {
+            "test_loss": mean_and_sd(list(losses[method].values())),
+            "behind": mean_and_sd([losses[method][seed] - best[seed] for seed in best]),
+            "weights": {
+                source: mean_and_sd([weights_of(method, seed)[k] for seed in seeds])
+                for k, source in enumerate(SOURCES)
+            },
+            "rows": mean_and_sd([1200 + 7 * n * 3 for n in ns]),
+            "cost": mean_and_sd(
+                [(90_000 + 1000 * n + (30_000 + n) / 3) / final for n in ns]
+            ),
+            "search_seconds": mean_and_sd([100 + n for n in ns]),
+            "training_seconds": mean_and_sd([70 + 2 * n for n in ns]),
+            "search_peak_bytes": (max(ns) + 1) * 2**28,
+            "scores": {"gsm8k": mean_and_sd([n / 64 for n in ns])},
+        }  # fmt: skip
+    return result
+
+
+def approximately(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: approximately(each) for key, each in value.items()}
+    return pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+def test_compare_json_is_what_the_runs_left(plan: Plan) -> None:
+    found, want = collect(plan), worked_out(plan)
+    order = sorted(want, key=lambda name: want[name]["test_loss"]["mean"])
+    assert [method["name"] for method in found["methods"]] == order
+    assert order[0] == "regmix" and order != list(LOSSES)
+    for method in found["methods"]:
+        got = {key: method[key] for key in want[method["name"]]}
+        assert got == approximately(want[method["name"]]), method["name"]
+        assert [run["seed"] for run in method["runs"]] == list(LOSSES[method["name"]])
+    assert found["num_samples"] == 25 * 12 and found["max_epochs"] == 3
+    assert (found["sources"], found["test"]) == (list(SOURCES), list(plan.config.test))
+    assert found["seeds"] == list(SEEDS)
+    kind = "token_mean" if plan.config.train.get("data") else "sample_mean"
+    for method in found["methods"]:
+        for run in method["runs"]:
+            folder = plan.output / method["name"] / f"seed-{run['seed']}"
+            sets = json.loads((folder / "train" / "evaluation.json").read_text())["sets"]
+            losses = {entry["name"]: entry[kind] for entry in sets}
+            assert run["test_losses"] == {name: losses[name] for name in TESTS}
+            assert run["validation_losses"] == {"goal": losses["goal"]}
+            number = run["training_peak_bytes"] - 5
+            assert run["search_peak_bytes"] == (number + 1) * 2**28
+            assert run["rows"] == sum(run["given"].values()) == 1200 + 21 * number
+
+
+def shown(value: dict[str, float], digits: int) -> str:
+    return f"{value['mean']:.{digits}f} ± {value['sd']:.{digits}f}"
+
+
+def test_the_tables_show_these_numbers(plan: Plan) -> None:
+    comparison, want = collect(plan), worked_out(plan)
+    screen = io.StringIO()
+    write(plan.output, comparison, Console(file=screen, width=200))
+    lines = (plan.output / "compare.md").read_text().splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    head = ["method", "test loss", "behind", "gsm8k", *SOURCES, "rows", "cost", "search", "memory"]
+    assert cells[0] == head and cells[1] == ["---"] * len(head)
+    for name, *row in cells[2:]:
+        of = want[name]
+        assert row == [
+            shown(of["test_loss"], 4), shown(of["behind"], 4), shown(of["scores"]["gsm8k"], 3),
+            *(shown(of["weights"][source], 2) for source in SOURCES),
+            f"{of['rows']['mean']:,.0f}", f"{of['cost']['mean']:.2f}",
+            duration(round(of["search_seconds"]["mean"])),
+            f"{of['search_peak_bytes'] / 1024**3:.1f} GiB",
+        ]  # fmt: skip
+        on_screen = next(line for line in screen.getvalue().splitlines() if f" {name} " in line)
+        assert on_screen.split() == [name, *" ".join(row).split()]
+    said = " ".join(lines)
+    assert "over 2 to 3 seeds" in said and "up to 300 rows" in said and "at most 3 times" in said
+    assert json.loads((plan.output / "compare.json").read_text()) == comparison
+
+
+def test_the_picture_shows_these_numbers(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(plot.pyplot, "close", drawn.append)
+    monkeypatch.setattr(plot, "SOURCES_SHOWN", 2)
+    comparison, want = collect(plan), worked_out(plan)
+    plot.draw(comparison, plan.output / "x.png")
+    [figure] = drawn
+    losses, weights = figure.axes
+    from_below = [label.get_text() for label in losses.get_yticklabels()]
+    assert from_below == [method["name"] for method in comparison["methods"]][::-1]
+    for row, (name, bar) in enumerate(zip(from_below, losses.containers, strict=True)):
+        point, caps, _ = bar.lines
+        mean, sd = (want[name]["test_loss"][key] for key in ("mean", "sd"))
+        assert (point.get_xdata()[0], point.get_ydata()[0]) == (pytest.approx(mean), row)
+        assert [cap.get_xdata()[0] for cap in caps] == pytest.approx([mean - sd, mean + sd])
+        seeds = [line for line in losses.lines if row - 0.5 < line.get_ydata()[0] < row]
+        runs = next(m["runs"] for m in comparison["methods"] if m["name"] == name)
+        assert list(seeds[0].get_xdata()) == [run["test_loss"] for run in runs]
+    widths = [[patch.get_width() for patch in bars] for bars in weights.containers]
+    assert [bars.get_label() for bars in weights.containers] == ["code", "web", "others"]
+    for row, name in enumerate(from_below):
+        shares = [want[name]["weights"][source]["mean"] for source in SOURCES]
+        assert [column[row] for column in widths] == pytest.approx(shares)
+        starts = [bars[row].get_x() for bars in weights.containers]
+        assert starts == pytest.approx([0.0, shares[0], shares[0] + shares[1]])
