@@ -17,7 +17,7 @@ from tests.distributed.harness import run_distributed
 
 pytestmark = pytest.mark.distributed
 
-LAYERS, HIDDEN, KEYS, FFN, VOCAB, SEQ, BATCH = 8, 64, 32, 96, 256, 48, 2
+LAYERS, HIDDEN, KEYS, FFN, VOCAB, SEQ, BATCH = 4, 64, 32, 96, 256, 48, 2
 LAYER_MATRICES = HIDDEN * (HIDDEN + 2 * KEYS) + HIDDEN * HIDDEN + 3 * HIDDEN * FFN
 LAYER = LAYER_MATRICES + 2 * HIDDEN
 HEAD = HIDDEN * VOCAB
@@ -32,7 +32,7 @@ CASES: dict[str, tuple[int, dict, dict, list[int] | None]] = {
     "one": (1, {}, {}, None),
     "full": (1, {"recompute_granularity": "full"}, {}, None),
     "selective": (1, {"recompute_granularity": "selective"}, {}, None),
-    "frozen": (1, {}, FROZEN, [3]),
+    "frozen": (1, {}, FROZEN, [1]),
     "tp2": (2, TP2, {}, None),
     "tp2 sp": (2, {**TP2, "sequence_parallel": True}, {}, None),
     "pp2": (2, {**PP2, **BF16}, {}, None),
@@ -43,13 +43,8 @@ CASES: dict[str, tuple[int, dict, dict, list[int] | None]] = {
 # Layouts that are estimated from those of few layers: name: (ranks, parallel, lisa)
 ESTIMATED: dict[str, tuple[int, dict, dict]] = {
     "tp2 dp4 dist": (8, {**TP2, **DIST, **BF16, "sequence_parallel": True}, {}),
-    "pp2 lisa": (4, {**PP2, **BF16}, {"lisa_layers": 4, "lisa_interval": 5}),
-    "pp4 vpp2 full": (
-        4,
-        {**BF16, "pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 1,
-         "recompute_granularity": "full"},
-        {},
-    ),
+    "pp2 lisa": (4, {**PP2, **BF16}, {"lisa_layers": 2, "lisa_interval": 5}),
+    "pp2 vpp2": (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1, **BF16}, {}),
     "tp2 pp2 cp2 dist": (8, {**TP2, **PP2, **DIST, **BF16, "context_parallel_size": 2}, {}),
 }  # fmt: skip
 
@@ -110,9 +105,9 @@ def test_flops_of_a_pass(found: dict[str, Any]) -> None:
     forward = LAYERS * (2 * TOKENS * LAYER_MATRICES + 2 * PRODUCT)
     assert found["full"]["flops"] == whole + forward
     assert found["selective"]["flops"] == whole + LAYERS * 2 * PRODUCT
-    # Three layers forward alone, one whole, four and the head without their weights' gradients.
-    frozen = TOKENS * LAYER_MATRICES * (3 * 2 + 6 + 4 * 4) + TOKENS * 4 * HEAD
-    assert found["frozen"]["flops"] == frozen + (3 * 2 + 5 * 7) * PRODUCT
+    # A layer forward alone, one whole, two and the head without their weights' gradients.
+    frozen = TOKENS * LAYER_MATRICES * (2 + 6 + 2 * 4) + TOKENS * 4 * HEAD
+    assert found["frozen"]["flops"] == frozen + (2 + 3 * 7) * PRODUCT
     assert found["tp2"]["flops"] == whole / 2
     assert found["pp2"]["flops"] == (whole - TOKENS * 6 * HEAD) / 2
     assert found["dp2"]["flops"] == whole
@@ -146,11 +141,14 @@ def test_traffic_of_a_pass(found: dict[str, Any]) -> None:
     hidden, row = 4 * TOKENS * HIDDEN, 4 * TOKENS
     # Two a layer forward, two backward; the embedding; the head's input gradient; and the loss:
     # largest logit, the label's, the sum.
-    assert found["tp2"]["pass"]["TP"] == (4 * LAYERS + 2) * hidden + 3 * row
-    # Gathers before the two column-parallel layers, scatters behind the row-parallel ones; each
-    # gathered input once more for its weights' gradient.
-    sp = found["tp2 sp"]["pass"]["TP"]
-    assert sp == pytest.approx((4 * LAYERS * 2 + 2 * LAYERS + 4) * hidden / 2, rel=0.02)
+    tp2 = (4 * LAYERS + 2) * hidden + 3 * row
+    assert found["tp2"]["pass"]["TP"] == pytest.approx(tp2, rel=1e-3)
+    # A layer: gathers before its two column-parallel products, scatters behind the row-parallel
+    # ones, the same turned round, and each gathered input once more for its weights' gradient. The
+    # embedding scatters, the head gathers. Norms of u and w are reduced once in three passes.
+    norms = 2 * 4 * (2 * LAYERS + 1) * HIDDEN / 3
+    sp = (10 * LAYERS + 5) * hidden / 2 + 3 * row + norms
+    assert found["tp2 sp"]["pass"]["TP"] == pytest.approx(sp, rel=1e-3)
     assert found["pp2"]["pass"]["PP"] == 2 * TOKENS * HIDDEN  # bf16, to the next stage
 
 
@@ -176,6 +174,8 @@ def test_estimates_from_few_layers_are_the_rehearsals(found: dict[str, Any], nam
         # What the ends of a stage pad or share is not a sum over layers.
         assert ours["held_bytes"] == pytest.approx(theirs["held_bytes"], rel=0.01)
         assert ours["flops_per_pass"] == pytest.approx(theirs["flops_per_pass"], rel=1e-6)
-        assert ours["sent_per_pass_bytes"] == pytest.approx(theirs["sent_per_pass_bytes"], rel=0.01)
+        for link in ("TP", "CP"):
+            sent = theirs["sent_per_pass_bytes"][link]
+            assert ours["sent_per_pass_bytes"][link] == pytest.approx(sent, rel=0.01), link
         assert ours["total_bytes"] == pytest.approx(theirs["total_bytes"], rel=0.1)
     assert estimate["cost"]["step_s"] == pytest.approx(plan["cost"]["step_s"], rel=0.03)
