@@ -12,6 +12,7 @@ from rich.console import Console
 
 from megatron_scalebio.data.formats import Dialogue, Text
 from megatron_scalebio.data.prepare import PrepareConfig, Progress, SourceInput, prepare
+from megatron_scalebio.data.sources import ExampleSource
 from megatron_scalebio.data.tokenizer import load_tokenizer
 from megatron_scalebio.sample import command
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
@@ -23,6 +24,7 @@ from megatron_scalebio.sample.contamination import (
 )
 from megatron_scalebio.sample.manifest import drawn_from
 from megatron_scalebio.sample.stage import sample
+from megatron_scalebio.train.outputs import natural_shares
 
 SEQ = 16
 
@@ -110,9 +112,17 @@ def test_excluded_sets_are_counted_and_not_drawn(tmp_path: Path, folders: dict[s
     assert (first["given"], second["max_epochs"], second["redistributed"]) == (8, 1, 0)
     [against] = second["contamination"]["against"]
     assert (against["name"], against["examples"]) == ("goal", 4)
-    # What a source of a drawn folder counts for is what it was drawn from.
+    # A drawn folder counts as a source by what it was drawn from.
     assert drawn_from(tmp_path / "out" / "small") == 6
+    assert drawn_from(tmp_path / "out" / "long") == 40
     assert drawn_from(Path(folders["small"])) is None
+    folder = tmp_path / "out" / "long"
+    pair = [
+        ExampleSource(name, path, SEQ)
+        for name, path in (("long", folder), ("goal", Path(folders["goal"])))
+    ]
+    goal = len(pair[1])
+    assert natural_shares(pair) == pytest.approx([40 / (40 + goal), goal / (40 + goal)])
 
 
 def entry(name: str, weight: float, usable: int, asked: int, given: int) -> dict[str, Any]:
@@ -157,12 +167,12 @@ def test_the_table_shows_the_manifest(
 
 def test_remarks_tell_what_was_moved_and_what_is_missing(folders: dict[str, str]) -> None:
     sources = [entry("web", 3.0, 8000, 6000, 7000), entry("math", 1.0, 500, 3000, 2000)]
-    lines = command.remarks(*shown(folders, sources, num_samples=9000, max_epochs=4))
+    lines = command.remarks(*shown(folders, sources, num_samples=9000, max_epochs=3))
     assert lines[0] == (
         "warning: not in the proportions asked for: web 77.8% for 75.0%, math 22.2% for 25.0%; "
-        "about --num-samples 8,000 keeps them, or more --max-epochs"
-    )  # 4 epochs of 500 rows are a quarter of 8,000
-    assert lines[1].startswith("1,000 rows above 4 epochs of math were asked of the other sources")
+        "about --num-samples 6,000 keeps them, or more --max-epochs"
+    )  # 3 epochs of 500 rows are a quarter of 6,000
+    assert lines[1].startswith("1,000 rows above 3 epochs of math were asked of the other sources")
     assert lines[2] == "compared with goal, test" and len(lines) == 3
     near = [entry("web", 3.0, 8000, 6000, 7600), entry("math", 1.0, 500, 3000, 2400)]
     lines = command.remarks(*shown(folders, near, num_samples=9000))
@@ -170,7 +180,9 @@ def test_remarks_tell_what_was_moved_and_what_is_missing(folders: dict[str, str]
     short = [entry("web", 3.0, 800, 6000, 3200), entry("math", 1.0, 400, 2000, 1100)]
     lines = command.remarks(*shown(folders, short, num_samples=8000, max_epochs=4))
     assert "3,700 rows fewer than asked: the sources have no more, 4 times each" in lines
-    lines = command.remarks(*shown(folders, short, per_source=4000))
+    _, config = shown(folders, short, per_source=6000)
+    each = [shown(folders, [one], per_source=6000)[0][0] for one in short]
+    lines = command.remarks(each, config)
     assert lines[0] == "3,700 rows fewer than asked: the sources have no more"
 
 
