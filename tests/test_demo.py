@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,13 +44,18 @@ def test_demo_finds_the_known_mixture(tmp_path: Path) -> None:
     content = json.loads((run / "weights.json").read_text())
     learned = {source["name"]: source["weight"] for source in content["sources"]}
     known = {"english": 0.6, "code": 0.4, "shuffled": 0.0, "noise": 0.0}
-    assert sum(abs(learned[name] - weight) for name, weight in known.items()) <= 0.15
+    away = sum(abs(learned[name] - weight) for name, weight in known.items())
+    assert away <= 0.15
     assert learned["shuffled"] < 0.03
     assert learned["noise"] < 0.03
     for name in ("weights.json", "blend.txt", "report.html", "tensorboard"):
         assert (run / name).exists()
         assert name in said
-    assert "L1 distance from the known mixture" in said
+    [told] = re.findall(r"L1 distance from the known mixture: ([\d.]+)", said)
+    assert float(told) == pytest.approx(away, abs=0.0005)
+    for name, weight in learned.items():
+        [row] = [line.split() for line in said.splitlines() if line.split()[:1] == [name]][-1:]
+        assert float(row[1].rstrip("%")) == pytest.approx(100 * weight, abs=0.05)
 
 
 def texts(path: Path) -> list[str]:

@@ -76,3 +76,37 @@ def test_many_sources_are_cut_and_counted() -> None:
     console.banner({})
     assert "and 985 more sources" in out.getvalue()
     assert len(out.getvalue().splitlines()) < 25
+
+
+def test_held_out_losses_are_shown_as_they_are() -> None:
+    console, out = make_console(["a"], terminal=False)
+    entry = {"name": "goal", "examples": 1234, "sample_mean": 2.34567, "token_mean": 1.98765,
+             "perplexity": 1043.21}  # fmt: skip
+    console.losses([entry, {**entry, "name": "test", "perplexity": 7.29876}])
+    rows = [line.split() for line in out.getvalue().splitlines()]
+    assert rows[0] == ["held-out", "set", "examples", "loss", "per", "token", "perplexity"]
+    assert rows[1] == ["goal", "1,234", "2.3457", "1.9877", "1043.2"]
+    assert rows[2][-1] == "7.2988"
+
+
+def test_time_left_goes_by_the_median_of_the_last_fifty_steps(
+    make_run: Callable[..., Path],
+) -> None:
+    record = json.loads((make_run(steps=1) / "metrics.jsonl").read_text())
+    out = io.StringIO()
+    source = SourceLine("a", 1, 1, 1.0, 1.0)
+    quiet = Console(file=out, width=200, highlight=False)
+    console = RunConsole([source] * 5, train_iters=1000, log_interval=70, console=quiet)
+    for step in range(1, 71):  # ten slow ones first, which the last fifty don't hold
+        slow = 9.0 if step <= 20 else 0.5 if step % 5 else 3.0
+        console.step(record | {"step": step, "step_time_s": slow, "skipped": None})
+    assert "ETA 7 min  500 ms/step" in out.getvalue().splitlines()[-1]  # 0.5 · 930 s
+    assert out.getvalue().splitlines()[-1].startswith("step 70/1000  ")
+
+
+def test_a_training_line_shows_its_loss(make_run: Callable[..., Path]) -> None:
+    record = json.loads((make_run(steps=1) / "metrics.jsonl").read_text())
+    console, out = make_console(["a"], terminal=False)
+    trained = {k: record[k] for k in ("train_loss_w", "step_time_s")}
+    console.step({**trained, "step": 1, "validation_loss": 9.9})
+    assert f"loss {record['train_loss_w']:.4f}  ETA" in out.getvalue()

@@ -65,6 +65,17 @@ def test_tensorboard_carries_megatron_tags_and_ours(tmp_path: Path) -> None:
     assert tags["mixture/weight/b"] == [(1, pytest.approx(record["weights"][1]))]
 
 
+def test_the_slowest_rank_is_told_at_the_steps_that_name_it(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    for record in records(3):
+        slow = {"rank": 5, "ratio": 1.75, "part": "data", "host": "node"}
+        log.log(record | {"straggler": slow if record["step"] == 2 else None})
+    log.close()
+    tags = scalars(tmp_path)
+    assert tags["straggler/rank"] == [(2, 5.0)] and tags["straggler/ratio"] == [(2, 1.75)]
+    assert "straggler/part" not in tags
+
+
 def test_resume_equals_never_stopping(tmp_path: Path) -> None:
     steps = records(20)
     whole, broken = tmp_path / "whole", tmp_path / "broken"

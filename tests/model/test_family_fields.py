@@ -1,0 +1,97 @@
+"""Each family's config.json gives each field of the model, at values that no default has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_scalebio.families import read_family
+
+# What these families call their sizes, and what the sizes are here.
+SIZES = {
+    "num_hidden_layers": 6, "hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 200,
+    "max_position_embeddings": 640, "vocab_size": 1013,
+}  # fmt: skip
+FIELDS = {
+    "num_layers": 6, "hidden_size": 96, "num_attention_heads": 6, "ffn_hidden_size": 200,
+    "max_position_embeddings": 640, "vocab_size": 1013, "rotary_base": 4321, "rotary_percent": 1.0,
+}  # fmt: skip
+LLAMA = {**SIZES, "num_key_value_heads": 3, "head_dim": 20, "rms_norm_eps": 3e-5,
+         "rope_theta": 4321.0, "tie_word_embeddings": False}  # fmt: skip
+RMS_NORM = {
+    **FIELDS, "num_query_groups": 3, "kv_channels": 20, "normalization": "RMSNorm",
+    "norm_epsilon": 3e-5, "untie_embeddings_and_output_weights": True,
+}  # fmt: skip
+EVERY_OTHER = ["sliding_attention", "full_attention"] * 3
+EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+
+# architecture: (model type, config.json, fields of the model)
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "LlamaForCausalLM": ("llama", LLAMA, {**RMS_NORM, "swiglu": True}),
+    "MistralForCausalLM": (
+        "mistral", {**LLAMA, "sliding_window": 37},
+        {**RMS_NORM, "swiglu": True, "window_size": 37},
+    ),
+    "Qwen2ForCausalLM": (
+        "qwen2",
+        {**LLAMA, "use_sliding_window": True, "sliding_window": 41, "layer_types": EVERY_THIRD},
+        {**RMS_NORM, "swiglu": True, "add_qkv_bias": True, "window_size": 41,
+         "window_attn_skip_freq": 3},
+    ),
+    "Qwen3ForCausalLM": (
+        "qwen3", LLAMA,
+        {**RMS_NORM, "swiglu": True, "add_qkv_bias": False, "qk_layernorm": True},
+    ),
+    "Gemma2ForCausalLM": (
+        "gemma2",
+        {**LLAMA, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 33.0,
+         "final_logit_softcapping": 17.0, "sliding_window": 29, "layer_types": EVERY_OTHER},
+        {**RMS_NORM, "swiglu": False, "activation": "geglu_tanh", "apply_layernorm_1p": True,
+         "post_norms": True, "scale_embedding": True, "softmax_scale": 0.125,
+         "attn_logit_softcapping": 33.0, "final_logit_softcapping": 17.0, "window_size": 29,
+         "window_attn_skip_freq": 2},
+    ),
+    "GPTNeoXForCausalLM": (
+        "gpt_neox",
+        {**SIZES, "hidden_act": "gelu_fast", "layer_norm_eps": 3e-4, "rotary_pct": 0.5,
+         "rotary_emb_base": 4321, "use_parallel_residual": False, "tie_word_embeddings": True},
+        {**FIELDS, "normalization": "LayerNorm", "norm_epsilon": 3e-4, "swiglu": False,
+         "activation": "gelu_tanh", "add_bias_linear": True, "add_qkv_bias": True,
+         "parallel_residual": False, "untie_embeddings_and_output_weights": False,
+         "rotary_percent": 0.5},
+    ),
+    "GPT2LMHeadModel": (
+        "gpt2",
+        {"n_layer": 6, "n_embd": 96, "n_head": 6, "n_inner": 200, "n_positions": 640,
+         "vocab_size": 1013, "layer_norm_epsilon": 3e-4, "tie_word_embeddings": False},
+        {"num_layers": 6, "hidden_size": 96, "num_attention_heads": 6, "ffn_hidden_size": 200,
+         "max_position_embeddings": 640, "position_embedding_type": "learned_absolute",
+         "normalization": "LayerNorm", "norm_epsilon": 3e-4, "swiglu": False,
+         "activation": "gelu_tanh", "add_bias_linear": True, "add_qkv_bias": True,
+         "untie_embeddings_and_output_weights": True, "vocab_size": 1013},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", CASES)
+def test_every_value_of_config_json_arrives(tmp_path: Path, architecture: str) -> None:
+    kind, values, fields = CASES[architecture]
+    config = {"architectures": [architecture], "model_type": kind, **values}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    family, found = read_family(tmp_path)
+    assert architecture in family.architectures
+    assert found == fields
+
+
+def test_sizes_that_are_left_out_follow_from_the_others(tmp_path: Path) -> None:
+    gpt2 = CASES["GPT2LMHeadModel"][1]
+    for architecture, kind, values, name, size in (
+        ("GPT2LMHeadModel", "gpt2", {**gpt2, "n_inner": None}, "ffn_hidden_size", 4 * 96),
+        ("LlamaForCausalLM", "llama", {**LLAMA, "head_dim": None}, "kv_channels", 16),
+    ):
+        config = {"architectures": [architecture], "model_type": kind, **values}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert read_family(tmp_path)[1][name] == size
