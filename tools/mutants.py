@@ -1,0 +1,401 @@
+#!/usr/bin/env python
+"""Changes the core in one place at a time, runs its tests, and lists the changes none notices.
+
+    tools/mutants.py [--module bilevel/step.py ...] [--lines 40-80] [--jobs 2] [--output mutants]
+
+The changes are mutmut's (https://mutmut.readthedocs.io) and those of meaning below: w for u, a copy
+left out, a statement dropped, arguments swapped. mutmut's own runner is of no use here: it changes
+neither a module's constants nor decorated functions, and sees no test that runs in ranks.
+
+pyproject.toml names the modules with their tests, quick ones first, and what is left out and why
+([tool.mutants]). Each change is tried in a process forked from one that has imported torch,
+Megatron and pytest, and nothing of the package; ranks are forked from that in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import gc
+import importlib.abc
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import libcst as cst
+from libcst.metadata import MetadataWrapper, ParentNodeProvider, PositionProvider
+from mutmut.mutation import mutators
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "megatron_scalebio"
+LIMIT_S = 300.0  # a change that takes longer is noticed: `make test` would hang
+
+# Of mutmut's, all but those that put None or other text in place of something: these crash.
+_MUTMUTS = {
+    "operator_number", "operator_name", "operator_augmented_assignment",
+    "operator_remove_unary_ops", "operator_arg_removal", "operator_symmetric_string_methods_swap",
+    "operator_keywords", "operator_swap_op", "operator_if_exp",
+}  # fmt: skip
+_OTHERS = {
+    "sum": "mean", "mean": "sum", "min": "max", "max": "min", "floor": "ceil", "ceil": "floor",
+    "any": "all", "all": "any", "argmax": "argmin", "zeros": "ones", "zeros_like": "ones_like",
+    "maximum": "minimum", "minimum": "maximum", "hypot": "maximum", "isnan": "isinf",
+    "sorted": "list", "median": "max", "first": "second", "second": "first", "low": "high",
+    "high": "low", "w": "u", "u": "w", "W": "U", "U": "W", "TRAIN": "VALID", "VALID": "TRAIN",
+    "train": "validation", "validation": "train", "source": "target", "target": "source",
+    "s": "t", "t": "s",
+}  # fmt: skip
+_IDLE = {
+    "abs", "clone", "detach", "copy", "square", "sqrt", "log", "double", "float", "cpu", "to",
+    "clamp", "clamp_min", "cumsum", "item", "mean", "sum", "round", "deepcopy", "tolist",
+}  # fmt: skip
+
+
+@dataclass
+class Change:
+    path: Path
+    line: int
+    before: str
+    after: str
+    source: str = field(repr=False)
+    module: cst.Module = field(repr=False)
+    node: cst.CSTNode = field(repr=False)
+    new: cst.CSTNode = field(repr=False)
+
+    def __str__(self) -> str:
+        before, after = self.before, self.after
+        start = len(os.path.commonprefix([before, after]))
+        end = len(os.path.commonprefix([before[start:][::-1], after[start:][::-1]]))
+        start, end = max(0, start - 24), max(0, end - 24)
+        shown = (text[start : len(text) - end] for text in (before, after))
+        where = self.path.relative_to(ROOT)
+        return f"{where}:{self.line}: " + "  →  ".join(shown)
+
+    def code(self) -> str:
+        return self.module.deep_replace(self.node, self.new).code  # type: ignore[attr-defined]
+
+
+def changes_of(path: Path) -> list[Change]:
+    source = path.read_text()
+    wrapper = MetadataWrapper(cst.parse_module(source))
+    finder = _Finder(set(re.findall(r"\w+", source)))
+    wrapper.visit(finder)
+    result = []
+    for line, node, new in finder.found:
+        before, after = (
+            " ".join(wrapper.module.code_for_node(x).split()) for x in (node, new)
+        )
+        if before != after:
+            result.append(Change(path, line, before, after, source, wrapper.module, node, new))
+    return result
+
+
+class _Finder(cst.CSTVisitor):
+    """All changes of a file, with the lines and nodes they are made in."""
+
+    METADATA_DEPENDENCIES = (PositionProvider, ParentNodeProvider)
+
+    def __init__(self, words: set[str]) -> None:
+        super().__init__()
+        self.words = words
+        self.found: list[tuple[int, cst.CSTNode, cst.CSTNode]] = []
+
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        if isinstance(node, (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom)):
+            return False
+        if isinstance(node, cst.Expr) and isinstance(node.value, cst.SimpleString):
+            return False  # a docstring
+        for new in (*_by_mutmut(node), *self._of_meaning(node)):
+            position = self.get_metadata(PositionProvider, node, None)
+            self.found.append((position.start.line if position else 0, node, new))
+        return True
+
+    def _of_meaning(self, node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+        if isinstance(node, cst.Float):
+            yield node.with_changes(value=repr(node.evaluated_value * 1.25))
+        elif isinstance(node, cst.Call):
+            yield from _other_calls(node)
+        elif isinstance(node, cst.SimpleStatementLine):
+            if len(node.body) == 1 and _may_go(node.body[0]):
+                yield node.with_changes(body=[cst.Pass()])
+        elif isinstance(node, cst.SimpleString) and node.value[1:-1] in ("w", "u"):
+            yield node.with_changes(value='"u"' if node.value[1:-1] == "w" else '"w"')
+        elif isinstance(node, cst.Name):
+            parent = self.get_metadata(ParentNodeProvider, node)
+            # Not where a name is given.
+            if isinstance(parent, (cst.Param, cst.FunctionDef, cst.ClassDef, cst.AssignTarget)):
+                return
+            if isinstance(parent, (cst.Arg, cst.AnnAssign)) and node not in (
+                getattr(parent, "value", None),
+            ):
+                return
+            yield from self._other_names(node)
+
+    def _other_names(self, node: cst.Name) -> Iterator[cst.CSTNode]:
+        if node.value in _OTHERS and len(node.value) > 1:
+            yield node.with_changes(value=_OTHERS[node.value])
+            return
+        words = node.value.split("_")
+        for number, word in enumerate(words):
+            name = "_".join([*words[:number], _OTHERS.get(word, ""), *words[number + 1 :]])
+            if word in _OTHERS and name in self.words:
+                yield node.with_changes(value=name)
+
+
+def _by_mutmut(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+    for kind, operator in mutators.mutation_operators:
+        if isinstance(node, kind) and operator.__name__ in _MUTMUTS:
+            for new in operator(node):
+                # Not None for an argument, only an argument less.
+                if not isinstance(node, cst.Call) or len(new.args) < len(node.args):  # type: ignore[attr-defined]
+                    yield new
+
+
+def _other_calls(node: cst.Call) -> Iterator[cst.CSTNode]:
+    arguments = node.args
+    if isinstance(node.func, cst.Attribute):
+        if node.func.attr.value in _IDLE and not (
+            isinstance(node.func.value, cst.Name)
+            and node.func.value.value in ("torch", "np", "math", "copy")
+        ):
+            yield node.func.value
+        if len(arguments) == 1 and node.func.attr.value in _OTHERS:
+            yield node.with_changes(args=[])
+    for number in range(len(arguments) - 1):
+        one, other = arguments[number : number + 2]
+        if one.keyword is None and other.keyword is None and not one.star and not other.star:
+            swapped = [one.with_changes(value=other.value), other.with_changes(value=one.value)]
+            yield node.with_changes(
+                args=[*arguments[:number], *swapped, *arguments[number + 2 :]]
+            )
+
+
+def _may_go(statement: cst.BaseSmallStatement) -> bool:
+    if isinstance(statement, cst.Assign):
+        target = statement.targets[0].target
+        return isinstance(target, (cst.Attribute, cst.Subscript))
+    if isinstance(statement, cst.Expr):
+        return isinstance(statement.value, cst.Call)
+    return isinstance(statement, (cst.AugAssign, cst.Del))
+
+
+class _Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
+    """Gives the changed text of one file to whoever imports it."""
+
+    def __init__(self, path: Path, code: str) -> None:
+        self.path, self.text = path, code
+        self.name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+    def find_spec(self, name: str, *_: Any) -> Any:
+        if name == self.name:
+            return importlib.util.spec_from_loader(name, self, origin=str(self.path))
+        return None
+
+    def get_filename(self, name: str) -> str:
+        return str(self.path)
+
+    def get_data(self, path: str) -> bytes:
+        return self.text.encode()
+
+    def path_stats(self, path: str) -> Any:
+        raise OSError  # never from, nor into, a file of byte code
+
+
+def run_tests(tests: list[str], times: Path, path: Path | None = None, code: str = "") -> int:
+    """pytest's exit code, in this process, of tests of the package with one file changed."""
+    import hypothesis
+    import pytest
+    import torch.multiprocessing as mp
+
+    if path is not None:
+        sys.meta_path.insert(0, _Changed(path, code))
+    hypothesis.settings.register_profile(
+        "mutants", derandomize=True, database=None, max_examples=25,
+        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    )  # fmt: skip
+    hypothesis.settings.load_profile("mutants")
+    start = mp.start_processes  # ranks must hold the change as well
+
+    def forked(*args: Any, start_method: str = "", **options: Any) -> Any:
+        return start(*args, start_method="fork", **options)
+
+    mp.start_processes = forked
+    options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:warnings"]
+    return int(pytest.main([*options, *tests], plugins=[_QuickFirst(times)]))
+
+
+class _QuickFirst:
+    """Sorts tests by the time they took without a change, which it notes if that is not known."""
+
+    def __init__(self, times: Path) -> None:
+        self.times = times
+        self.known = json.loads(times.read_text()) if times.exists() else {}
+        self.took: dict[str, float] = {}
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items.sort(key=lambda item: self.known.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.took[report.nodeid] = self.took.get(report.nodeid, 0.0) + report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        if not self.known:
+            self.times.write_text(json.dumps(self.took))
+
+
+def in_fork(work: partial[int]) -> int:
+    """The id of a forked process that works in silence and ends with what the work returns."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    log = os.open(os.environ.get("MUTANTS_LOG", os.devnull), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 70
+    try:
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def outcomes(works: list[partial[int]], jobs: int) -> Iterator[tuple[int, int | None]]:
+    """The number of each work and its exit code, None past LIMIT_S, as they end."""
+    waiting, running = list(enumerate(works))[::-1], {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            number, work = waiting.pop()
+            running[in_fork(work)] = (number, time.monotonic() + LIMIT_S)
+        time.sleep(0.02)
+        for pid, (number, deadline) in list(running.items()):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done or time.monotonic() > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+                if not done:
+                    os.waitpid(pid, 0)
+                del running[pid]
+                yield number, os.waitstatus_to_exitcode(status) if done else None
+
+
+def warm_up(tests: list[str]) -> None:
+    """Imports what the package and its tests import of others."""
+    listing = (
+        "import sys, importlib; sys.path.insert(0, '.')\n"
+        f"for name in {[t.removesuffix('.py').replace('/', '.') for t in tests]}:\n"
+        "    importlib.import_module(name)\n"
+        f"import {PACKAGE}.train.reweight\n"
+        "print('\\n'.join(sys.modules))"
+    )
+    warnings.simplefilter("ignore")
+    named = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", listing], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.split()
+    for name in named:
+        if name.split(".")[0] not in (PACKAGE, "tests", "__main__", "__mp_main__"):
+            with contextlib.suppress(Exception):  # then it is imported where it is needed
+                importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is not looked at is not copied in forks
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--module", nargs="*", default=[], help="these alone")
+    parser.add_argument("--lines", default="1-99999", help="changes in these lines alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, default=ROOT / "mutants")
+    parser.add_argument("--list", action="store_true", help="show the changes, run nothing")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
+    first, last = map(int, arguments.lines.split("-"))
+    modules = {
+        name: [str(test) for test in tests]
+        for name, tests in settings["tests"].items()
+        if not arguments.module or name in arguments.module
+    }
+    planned: list[tuple[str, Change]] = []
+    for name in modules:
+        for change in changes_of(ROOT / PACKAGE / name):
+            if first <= change.line <= last and not left_out(change, settings["leave_out"]):
+                planned.append((name, change))
+    if arguments.list:
+        print("\n".join(str(change) for _, change in planned))
+        return 0
+    warm_up(sorted({test for tests in modules.values() for test in tests}))
+    with tempfile.TemporaryDirectory() as folder:
+        times = {name: Path(folder) / f"{i}.json" for i, name in enumerate(modules)}
+        unchanged = [partial(run_tests, tests, times[name]) for name, tests in modules.items()]
+        for number, code in outcomes(unchanged, arguments.jobs):
+            if code != 0:
+                print(f"the tests of {list(modules)[number]} fail without any change: {code}")
+                return 1
+        works = [partial(_try, change, modules[name], times[name]) for name, change in planned]
+        start = time.monotonic()
+        codes = dict(outcomes(works, arguments.jobs))
+    report(list(modules), planned, codes, time.monotonic() - start, arguments.output)
+    return 0
+
+
+def _try(change: Change, tests: list[str], times: Path) -> int:
+    return run_tests(tests, times, change.path, change.code())
+
+
+def left_out(change: Change, rules: list[dict[str, str]]) -> bool:
+    line = change.source.splitlines()[change.line - 1]
+    name = str(change.path.relative_to(ROOT / PACKAGE))
+    text = f"{change.before} → {change.after}"
+    return any(
+        fnmatch.fnmatch(name, rule.get("module", "*"))
+        and re.search(rule.get("line", ""), line)
+        and re.search(rule.get("change", ""), text)
+        for rule in rules
+    )
+
+
+def report(
+    modules: list[str],
+    planned: list[tuple[str, Change]],
+    codes: dict[int, int | None],
+    took_s: float,
+    folder: Path,
+) -> None:
+    """Prints the table and the survivors, and leaves them in the folder with every outcome."""
+    lines = [f"{'module':26}{'mutants':>9}{'killed':>8}{'survived':>10}{'share':>8}"]
+    for module in (*modules, "all"):
+        its = [codes[i] for i, (name, _) in enumerate(planned) if module in (name, "all")]
+        alive = its.count(0)
+        lines.append(
+            f"{module:26}{len(its):9}{len(its) - alive:8}{alive:10}{alive / max(len(its), 1):8.1%}"
+        )
+    survivors = [str(change) for number, (_, change) in enumerate(planned) if codes[number] == 0]
+    lines += ["", *survivors, "", f"{took_s:.0f} s"]
+    print("\n".join(lines))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.txt").write_text("\n".join(lines) + "\n")
+    every = [[str(change), codes[number]] for number, (_, change) in enumerate(planned)]
+    (folder / "all.json").write_text(json.dumps(every, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
