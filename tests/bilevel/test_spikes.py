@@ -94,7 +94,7 @@ def test_every_answer_follows_from_the_table(name: str) -> None:
     """On noise of changing size with jumps; each of the four bounds is the last to hold a value."""
     assert set(WATCHED) == set(BOUNDS)
     generator, binding = np.random.default_rng(8), set()
-    for level, noise in itertools.product((0.02, 0.3, 3.0), (0.01, 0.05, 0.3)):
+    for level, noise in itertools.product((0.02, 0.3, 3.0), (0.01, 0.3, 1.5)):
         guard = SpikeGuard()
         applied: list[float] = []
         every: list[float] = []
@@ -116,7 +116,7 @@ def test_every_answer_follows_from_the_table(name: str) -> None:
             every.append(value)
             if not spikes:
                 applied.append(value)
-    assert binding >= ({0, 2, 3} if "norm" in name else {0, 1, 2, 3} - {0} * ("loss" in name))
+    assert binding == ({0, 2, 3} if "norm" in name else {0, 1, 2, 3})
 
 
 def settled(values: dict[str, float]) -> SpikeGuard:
@@ -149,7 +149,8 @@ def test_a_quarter_above_the_largest_of_the_last_eight_steps_is_no_spike() -> No
 
     assert risen(7).judge({LOSS: 5.0}) is None
     assert risen(7).judge({LOSS: 5.001}) is not None
-    assert risen(8).judge({LOSS: 4.5}) is None  # 1.25 · 3.5 … no: of what is left, 2.0
+    assert risen(7).judge({LOSS: 4.5}) is None
+    assert risen(8).judge({LOSS: 4.5}) is not None
 
 
 def test_thirty_two_steps_are_the_least() -> None:
