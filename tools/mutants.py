@@ -79,15 +79,21 @@ class Change:
 
     def __str__(self) -> str:
         before, after = self.before, self.after
-        start = len(os.path.commonprefix([before, after]))
-        end = len(os.path.commonprefix([before[start:][::-1], after[start:][::-1]]))
-        start, end = max(0, start - 24), max(0, end - 24)
+        start = _alike(before, after)
+        end = max(0, _alike(before[start:][::-1], after[start:][::-1]) - 24)
+        start = max(0, start - 24)
         shown = (text[start : len(text) - end] for text in (before, after))
         where = self.path.relative_to(ROOT)
         return f"{where}:{self.line}: " + "  →  ".join(shown)
 
     def code(self) -> str:
         return self.module.deep_replace(self.node, self.new).code  # type: ignore[attr-defined]
+
+
+def _alike(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def changes_of(path: Path) -> list[Change]:
@@ -97,9 +103,7 @@ def changes_of(path: Path) -> list[Change]:
     wrapper.visit(finder)
     result = []
     for line, node, new in finder.found:
-        before, after = (
-            " ".join(wrapper.module.code_for_node(x).split()) for x in (node, new)
-        )
+        before, after = (" ".join(wrapper.module.code_for_node(x).split()) for x in (node, new))
         if before != after:
             result.append(Change(path, line, before, after, source, wrapper.module, node, new))
     return result
@@ -180,9 +184,7 @@ def _other_calls(node: cst.Call) -> Iterator[cst.CSTNode]:
         one, other = arguments[number : number + 2]
         if one.keyword is None and other.keyword is None and not one.star and not other.star:
             swapped = [one.with_changes(value=other.value), other.with_changes(value=one.value)]
-            yield node.with_changes(
-                args=[*arguments[:number], *swapped, *arguments[number + 2 :]]
-            )
+            yield node.with_changes(args=[*arguments[:number], *swapped, *arguments[number + 2 :]])
 
 
 def _may_go(statement: cst.BaseSmallStatement) -> bool:
@@ -270,7 +272,7 @@ def in_fork(work: partial[int]) -> int:
     code = 70
     try:
         code = work()
-    except BaseException:
+    except BaseException:  # noqa: BLE001  nothing may get past here
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -305,10 +307,9 @@ def warm_up(tests: list[str]) -> None:
         "print('\\n'.join(sys.modules))"
     )
     warnings.simplefilter("ignore")
-    named = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", listing], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout.split()
-    for name in named:
+    command = [sys.executable, "-W", "ignore", "-c", listing]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    for name in done.stdout.split():
         if name.split(".")[0] not in (PACKAGE, "tests", "__main__", "__mp_main__"):
             with contextlib.suppress(Exception):  # then it is imported where it is needed
                 importlib.import_module(name)
@@ -352,7 +353,11 @@ def main() -> int:
                 return 1
         works = [partial(_try, change, modules[name], times[name]) for name, change in planned]
         start = time.monotonic()
-        codes = dict(outcomes(works, arguments.jobs))
+        codes: dict[int, int | None] = {}
+        for number, code in outcomes(works, arguments.jobs):
+            codes[number] = code
+            if len(codes) % 25 == 0:
+                print(f"{len(codes)} of {len(works)}", file=sys.stderr, flush=True)
     report(list(modules), planned, codes, time.monotonic() - start, arguments.output)
     return 0
 

@@ -99,7 +99,9 @@ def test_tail_is_the_end_of_the_run() -> None:
 
 
 def test_tail_of_merged_blocks_is_the_blocks_that_lie_wholly_in_it() -> None:
-    trajectory = torch.rand(1000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    trajectory = torch.rand(
+        1000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    )
     blocks = filled(trajectory, capacity=8)
     assert (blocks.num_blocks, blocks.block_length, blocks.steps) == (7, 128, 1000)
     means = [trajectory[128 * k : 128 * (k + 1)].mean(0) for k in range(7)]
@@ -297,9 +299,7 @@ def test_halves_may_differ_by_their_joint_error(confidence: float) -> None:
         other = [1 - x for x in column]
         tolerance = half_width(column, confidence) * 1.01
         assert tolerance / 2 < 0.99 * apart
-        return judge_convergence(
-            path_of(column, other), tolerance=tolerance, confidence=confidence
-        )
+        return judge_convergence(path_of(column, other), tolerance=tolerance, confidence=confidence)
 
     assert judged(0.999 * joint).converged
     said = judged(1.001 * joint)

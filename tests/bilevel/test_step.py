@@ -120,7 +120,8 @@ def test_a_forward_step_takes_the_next_pass_to_the_model_of_its_role(
         calls.append((on_u, inputs))
         return inputs["labels"].float()
 
-    planned = [Pass(role, held, tensor([1.0, 2.0, 3.0])) for role in (U, W, VALID) for held in TRAIN]
+    weight_G = tensor([1.0, 2.0, 3.0])
+    planned = [Pass(role, held, weight_G) for role in (U, W, VALID) for held in TRAIN]
     passes, marks = iter(planned), HERE.marks
     for number, this in enumerate(planned, start=1):
         output, loss = forward_step(passes, twin)  # type: ignore[arg-type]
@@ -245,12 +246,11 @@ class ToyOptimizer:
 
     def __init__(self, norm: float) -> None:
         self.norm, self.prepared = norm, False
-        parameters = [[torch.nn.Parameter(torch.zeros(2))] for _ in range(2)]
+        first, last = self.clipped = [[torch.nn.Parameter(torch.zeros(2))] for _ in range(2)]
         self.chained_optimizers = [
             SimpleNamespace(is_stub_optimizer=stub, get_parameters=lambda held=held: held)
-            for stub, held in ((False, parameters[0]), (False, []), (True, None), (False, parameters[1]))
-        ]  # fmt: skip
-        self.clipped = parameters
+            for stub, held in ((False, first), (False, []), (True, None), (False, last))
+        ]
 
     def prepare_grads(self) -> None:
         self.prepared = True

@@ -78,7 +78,7 @@ def test_u_is_built_on_the_storage_of_w(twins: tuple[list, list]) -> None:
     for b_w, b_u in zip(tensors(w, "buffers"), tensors(u, "buffers"), strict=True):
         assert b_w.data_ptr() != b_u.data_ptr()
     later = torch.nn.Linear(3, 3)
-    assert later.weight.data_ptr() not in {p.data_ptr() for p in tensors(w)}, "nothing more is hooked"
+    assert later.weight.data_ptr() not in {p.data_ptr() for p in tensors(w)}, "no hook is left"
 
 
 def test_another_model_for_u_is_refused_and_nothing_stays_hooked(
