@@ -45,13 +45,14 @@ class Change:
 
     Attributes:
         before, after: the node's text, on one line.
+        within: kinds of libcst's nodes that the node is in, such as Raise.
     """
 
     path: Path
     line: int
     before: str
     after: str
-    source: str = field(repr=False)
+    within: list[str]
     module: cst.Module = field(repr=False)
     node: cst.CSTNode = field(repr=False)
     new: cst.CSTNode = field(repr=False)
@@ -80,32 +81,37 @@ def changes_of(path: Path) -> list[Change]:
     finder = _Finder(set(re.findall(r"\w+", source)))
     wrapper.visit(finder)
     result = []
-    for line, node, new in finder.found:
+    for line, within, node, new in finder.found:
         before, after = (" ".join(wrapper.module.code_for_node(x).split()) for x in (node, new))
         if before != after:
-            result.append(Change(path, line, before, after, source, wrapper.module, node, new))
+            result.append(Change(path, line, before, after, within, wrapper.module, node, new))
     return result
 
 
 class _Finder(cst.CSTVisitor):
-    """All changes of a file, with the lines and nodes they are made in."""
+    """All changes of a file: line, kinds of nodes it is in, node, what is put in its place."""
 
     METADATA_DEPENDENCIES = (PositionProvider, ParentNodeProvider)
 
     def __init__(self, words: set[str]) -> None:
         super().__init__()
         self.words = words
-        self.found: list[tuple[int, cst.CSTNode, cst.CSTNode]] = []
+        self.found: list[tuple[int, list[str], cst.CSTNode, cst.CSTNode]] = []
+        self._within: list[str] = []
 
     def on_visit(self, node: cst.CSTNode) -> bool:
-        if isinstance(node, (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom)):
+        if _left_alone(node):
             return False
-        if isinstance(node, cst.Expr) and isinstance(node.value, cst.SimpleString):
-            return False  # a docstring
         for new in (*_by_mutmut(node), *self._of_meaning(node)):
             position = self.get_metadata(PositionProvider, node, None)
-            self.found.append((position.start.line if position else 0, node, new))
+            line = position.start.line if position else 0
+            self.found.append((line, list(self._within), node, new))
+        self._within.append(type(node).__name__)
         return True
+
+    def on_leave(self, original_node: cst.CSTNode) -> None:
+        if self._within and not _left_alone(original_node):
+            self._within.pop()
 
     def _of_meaning(self, node: cst.CSTNode) -> Iterator[cst.CSTNode]:
         if isinstance(node, cst.Float):
@@ -135,6 +141,13 @@ class _Finder(cst.CSTVisitor):
             name = "_".join([*words[:number], _OTHERS.get(word, ""), *words[number + 1 :]])
             if word in _OTHERS and name in self.words:
                 yield node.with_changes(value=name)
+
+
+def _left_alone(node: cst.CSTNode) -> bool:
+    if isinstance(node, (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom)):
+        return True
+    # A docstring.
+    return isinstance(node, cst.Expr) and isinstance(node.value, cst.SimpleString)
 
 
 def _by_mutmut(node: cst.CSTNode) -> Iterator[cst.CSTNode]:

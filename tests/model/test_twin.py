@@ -112,7 +112,9 @@ def test_what_trains_gets_storage_of_its_own_once(twins: tuple[list, list]) -> N
         for name, parameter in named_parameters(chunks):
             parameter.requires_grad_(name in trained)
     before = [p.clone() for p in tensors(w)]
+    places = [p.data_ptr() for p in tensors(w)]
     unshare_storage(w, u)
+    assert [p.data_ptr() for p in tensors(w)] == places, "w stays where it is"
     assert shared_names(w, u) == set(NAMES) - trained
     for value, p_w, p_u in zip(before, tensors(w), tensors(u), strict=True):
         assert p_w.equal(value) and p_u.equal(value)
