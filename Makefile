@@ -1,6 +1,7 @@
 # make demo    learn the mixture of the embedded example on two CPU ranks
 # make test    run the tests              make checks   lint and types
 # make test-long   the tests left out above: large configurations, layout search, GGUF
+# make mutants  which small changes of the core would no test notice?  (mutants/report.txt)
 # make bench   run the benchmarks         make clean    remove what make made
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-long checks lint types bench clean environment
+.PHONY: demo test test-long mutants checks lint types bench clean environment
 # Nothing that the tests start may wait for a hub.
 test: export HF_HUB_OFFLINE = 1
 environment: $(VENV)/.installed
@@ -33,6 +34,10 @@ test: $(VENV)/.installed-test
 test-long: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m long
 
+mutants: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps mutmut==3.8.1 libcst==1.9.0
+	$(BIN)/python tools/mutants.py
+
 checks: lint types
 
 lint: environment
@@ -46,4 +51,4 @@ bench: environment
 	$(BIN)/python benchmarks/step_cost.py
 
 clean:
-	rm -rf $(VENV) demo-run *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-run mutants *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -38,6 +38,8 @@ setup(
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
+            "mutmut>=3.8,<3.9",  # its operators, in tools/mutants.py
+            "libcst>=1.9,<2",
             "ruff>=0.9,<0.18",
             "mypy>=1.14,<3",
             "types-PyYAML",

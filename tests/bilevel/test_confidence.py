@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from megatron_scalebio.bilevel.confidence import (
     CRITICAL_VALUES,
     MIN_TAIL_STEPS,
     TrajectoryBlocks,
+    Verdict,
     judge_convergence,
     random_scaling_half_width,
     tail_average,
@@ -52,11 +55,27 @@ def test_blocks_cover_like_steps() -> None:
     assert float(coverage) == pytest.approx(0.95, abs=0.025)
 
 
-def test_half_width_equals_the_formula_written_as_a_loop() -> None:
-    x = torch.randn(37, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    n, mean = len(x), float(x.mean())
-    v = sum(float((x[:r] - mean).sum()) ** 2 for r in range(1, n + 1)) / n**2
-    assert float(random_scaling_half_width(x)) == pytest.approx(6.747 * (v / n) ** 0.5, rel=1e-12)
+# Abadir and Paruolo 1997, table II.
+PUBLISHED = {0.80: 3.875, 0.90: 5.323, 0.95: 6.747, 0.98: 8.613}
+
+
+def half_width(path: list[float], confidence: float = 0.95) -> float:
+    """c · sqrt(V / n), V = (1/n²) Σ_r (Σ_{k≤r} (x_k − x̄))²: the formula written as a loop."""
+    n, mean = len(path), sum(path) / len(path)
+    v = sum(sum(x - mean for x in path[:r]) ** 2 for r in range(1, n + 1)) / n**2
+    return PUBLISHED[confidence] * (v / n) ** 0.5
+
+
+def test_half_widths_equal_the_formula() -> None:
+    x = torch.randn(37, 3, generator=torch.Generator().manual_seed(2)) * torch.tensor([1, 9, 0.2])
+    for confidence in PUBLISHED:
+        want = [half_width(column, confidence) for column in x.double().T.tolist()]
+        got = random_scaling_half_width(x, confidence)
+        assert got.tolist() == pytest.approx(want, rel=1e-12)
+    assert torch.equal(random_scaling_half_width(x), random_scaling_half_width(x, 0.95))
+    two = random_scaling_half_width(torch.tensor([[0.2], [0.6]], dtype=torch.float64))
+    assert float(two) == pytest.approx(6.747 * 0.2 / 8**0.5)
+    assert sorted(PUBLISHED) == sorted(CRITICAL_VALUES)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 8, 9, 63, 64, 100, 1000])
@@ -79,6 +98,38 @@ def test_tail_is_the_end_of_the_run() -> None:
         filled(trajectory).tail(0.0)
 
 
+def test_tail_of_merged_blocks_is_the_blocks_that_lie_wholly_in_it() -> None:
+    trajectory = torch.rand(
+        1000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5)
+    )
+    blocks = filled(trajectory, capacity=8)
+    assert (blocks.num_blocks, blocks.block_length, blocks.steps) == (7, 128, 1000)
+    means = [trajectory[128 * k : 128 * (k + 1)].mean(0) for k in range(7)]
+    for fraction, kept in ((0.5, 3), (0.43, 3), (0.42, 2), (1.0, 7), (1 / 7, 1), (0.01, 1)):
+        torch.testing.assert_close(blocks.tail(fraction), torch.stack(means[7 - kept :]))
+    assert torch.equal(blocks.tail(), blocks.tail(0.5))
+    # 0.29 · 100 is 28.999999999999996.
+    assert len(filled(trajectory[:100]).tail(0.29)) == 29
+    for fraction in (-0.1, 0.0, 1.001):
+        with pytest.raises(ValueError, match="fraction"):
+            blocks.tail(fraction)
+
+
+def test_blocks_hold_single_steps_until_there_are_512() -> None:
+    blocks = filled(torch.rand(511, 2))
+    assert (blocks.num_blocks, blocks.block_length) == (511, 1)
+    blocks.append(torch.rand(2, requires_grad=True))
+    assert (blocks.num_blocks, blocks.block_length) == (256, 2)
+    assert not blocks.tail().requires_grad
+
+
+@pytest.mark.parametrize(("sources", "capacity"), [(0, 8), (2, 0), (2, 1), (2, 3), (2, 9)])
+def test_blocks_need_a_source_and_pairs(sources: int, capacity: int) -> None:
+    assert TrajectoryBlocks(1, 2).num_sources == 1
+    with pytest.raises(ValueError, match="even"):
+        TrajectoryBlocks(sources, capacity)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 8, 13, 200])
 def test_resumed_trajectory_is_identical(cut: int) -> None:
     trajectory = torch.rand(203, 4).softmax(-1)
@@ -93,12 +144,22 @@ def test_resumed_trajectory_is_identical(cut: int) -> None:
 
 
 def test_state_is_a_copy_and_of_these_sources() -> None:
-    blocks = filled(torch.rand(5, 2))
+    trajectory = torch.rand(21, 2, dtype=torch.float64)
+    blocks = filled(trajectory, capacity=4)
+    assert blocks.block_length == 8
     state = blocks.state_dict()
-    blocks.append(torch.rand(2))
-    assert state["num_blocks"] == 5 and float(state["block_sums"][5].sum()) == 0.0
-    with pytest.raises(ValueError, match="sources"):
-        TrajectoryBlocks(3).load_state_dict(state)
+    loaded = TrajectoryBlocks(2, capacity=4)
+    loaded.load_state_dict(state)
+    for _ in range(20):
+        blocks.append(torch.rand(2))
+        loaded.append(torch.rand(2))
+    assert (state["num_blocks"], state["block_length"], state["open_steps"]) == (2, 8, 5)
+    sums = trajectory[:16].view(2, 8, 2).sum(1)
+    torch.testing.assert_close(state["block_sums"], torch.cat([sums, torch.zeros_like(sums)]))
+    torch.testing.assert_close(state["open_sum"], trajectory[16:].sum(0))
+    for other in (TrajectoryBlocks(3, capacity=4), TrajectoryBlocks(2, capacity=8)):
+        with pytest.raises(ValueError, match="sources"):
+            other.load_state_dict(state)
 
 
 def test_intervals_are_shares_and_reach_zero_below_the_resolution() -> None:
@@ -110,6 +171,22 @@ def test_intervals_are_shares_and_reach_zero_below_the_resolution() -> None:
     assert float(intervals.low_S[1]) > 0.09 and float(intervals.low_S[2]) == 0.0
     wide = weight_intervals(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     assert wide.low_S.tolist() == [0.0, 0.0] and wide.high_S.tolist() == [1.0, 1.0]
+
+
+def test_intervals_are_the_weights_and_half_widths_cut_to_shares() -> None:
+    columns = [[0.01, 0.02, 0.05, 0.08], [0.9, 0.93, 0.97, 1.0], [0.5, 0.52, 0.48, 0.49]]
+    got = weight_intervals(torch.tensor(columns, dtype=torch.float64).T, 0.90)
+    assert got.confidence == 0.90
+    for i, column in enumerate(columns):
+        weight, half = sum(column) / 4, half_width(column, 0.90)
+        assert float(got.weight_S[i]) == pytest.approx(weight)
+        assert float(got.half_width_S[i]) == pytest.approx(half)
+        assert float(got.low_S[i]) == pytest.approx(max(weight - half, 0.0))
+        assert float(got.high_S[i]) == pytest.approx(min(weight + half, 1.0))
+    assert float(got.low_S[0]) == 0.0 and float(got.high_S[1]) == 1.0
+    still = weight_intervals(torch.tensor([[0.01, 0.0099], [0.01, 0.0099]], dtype=torch.float64))
+    assert still.low_S.tolist() == [0.01, 0.0], "below 0.01 a weight can't be told from none"
+    assert still.high_S.tolist() == [0.01, 0.0099]
 
 
 def test_one_block_knows_nothing() -> None:
@@ -154,4 +231,94 @@ def test_short_and_decayed_runs_are_not_converged() -> None:
     frozen = judge_convergence(torch.full((400, 2), 0.5))
     assert not frozen.converged and "no weight has moved" in frozen.reason
     decayed = judge_convergence(torch.full((400, 2), 0.5), constant_rate=False)
+    assert not decayed.converged and "decays" in decayed.reason
+
+
+def path_of(*columns: list[float]) -> torch.Tensor:
+    return torch.tensor(columns, dtype=torch.float64).T
+
+
+def wave(size: float, steps: int = 100) -> list[float]:
+    return [size * math.sin(2 * math.pi * (k + 0.5) / steps) for k in range(steps)]
+
+
+def test_the_widest_interval_must_be_within_the_tolerance() -> None:
+    shape = [wave(1.0) + wave(1.0), wave(2.0) + wave(2.0), wave(0.5) + wave(0.5)]
+    columns = [[0.3 + 0.01 * x for x in column] for column in shape]
+    for confidence in (0.80, 0.95, 0.98):
+        widest = half_width(columns[1], confidence)
+        options = {"names": ["web", "code", "math"], "confidence": confidence}
+        said = judge_convergence(path_of(*columns), tolerance=1.001 * widest, **options)
+        assert said.converged
+        assert said.reason == (
+            f"every weight is known to ±{widest:.3f} or better ({confidence:.0%} confidence, "
+            f"tolerance ±{1.001 * widest:g}) and none drifts"
+        )
+        said = judge_convergence(path_of(*columns), tolerance=0.999 * widest, **options)
+        assert not said.converged
+        assert said.reason == (
+            f"the weight of code is known to ±{widest:.3f} only, "
+            f"the tolerance is ±{0.999 * widest:g}"
+        )
+    exactly = float(random_scaling_half_width(path_of(*columns))[1])
+    assert judge_convergence(path_of(*columns), tolerance=exactly).converged
+    said = judge_convergence(path_of(*columns), tolerance=0.001)
+    assert "the weight of source 1 is known" in said.reason
+    assert judge_convergence(path_of(*columns), tolerance=0.05).converged
+    wider = path_of(*([0.05 / half_width(columns[1]) * 1.01 * x for x in c] for c in columns))
+    assert not judge_convergence(wider).converged, "0.05 at 95 % unless told otherwise"
+    narrower = path_of(*([0.05 / half_width(columns[1]) * 0.99 * x for x in c] for c in columns))
+    assert judge_convergence(narrower).converged
+
+
+def test_halves_may_differ_by_half_the_tolerance() -> None:
+    steps = 201  # the middle one belongs to the second half
+    rise = [k / steps for k in range(steps)]
+    columns = [[0.5 - 0.04 * x for x in rise], [0.3 + 0.03 * x for x in rise], [0.2] * steps]
+    moved = abs(sum(columns[0][100:]) / 101 - sum(columns[0][:100]) / 100)
+    assert half_width(columns[0]) < 1.99 * moved
+    joint = math.hypot(half_width(columns[0][:100]), half_width(columns[0][100:]))
+    assert joint < moved
+    names = ["web", "code", "math"]
+    assert judge_convergence(path_of(*columns), names, tolerance=2.001 * moved).converged
+    said = judge_convergence(path_of(*columns), names, tolerance=1.999 * moved)
+    assert not said.converged
+    assert said.reason == (
+        f"the weight of web is still drifting: {moved:.3f} between the halves of the averaged "
+        "steps, more than their error"
+    )
+
+
+@pytest.mark.parametrize("confidence", [0.90, 0.95])
+def test_halves_may_differ_by_their_joint_error(confidence: float) -> None:
+    first, second = wave(0.01), wave(0.02)
+    joint = math.hypot(half_width(first, confidence), half_width(second, confidence))
+
+    def judged(apart: float) -> Verdict:
+        column = [0.4 + x for x in first] + [0.4 + apart + x for x in second]
+        other = [1 - x for x in column]
+        tolerance = half_width(column, confidence) * 1.01
+        assert tolerance / 2 < 0.99 * apart
+        return judge_convergence(path_of(column, other), tolerance=tolerance, confidence=confidence)
+
+    assert judged(0.999 * joint).converged
+    said = judged(1.001 * joint)
+    assert not said.converged and "source" in said.reason and "drifting" in said.reason
+
+
+def test_two_hundred_steps_are_the_least() -> None:
+    columns = [[0.3 + x for x in wave(0.001) + wave(0.001)], [0.7 - x for x in wave(0.001) * 2]]
+    assert judge_convergence(path_of(*columns)).converged
+    said = judge_convergence(path_of(*columns)[1:])
+    assert said == Verdict(False, "only 199 steps are averaged, at least 200 are needed")
+    said = judge_convergence(path_of(*columns)[:66], block_length=3)
+    assert said.reason == "only 198 steps are averaged, at least 200 are needed"
+
+
+def test_one_source_need_not_move() -> None:
+    assert judge_convergence(torch.ones(200, 1)).converged
+    assert not judge_convergence(torch.full((200, 2), 0.5)).converged
+    one_of_two = path_of([0.3 + x for x in wave(0.001) * 2], [0.5] * 200)
+    assert judge_convergence(one_of_two).converged
+    decayed = judge_convergence(one_of_two, constant_rate=False)
     assert not decayed.converged and "decays" in decayed.reason

@@ -66,6 +66,54 @@ def test_exponentiated_gradient_moves_logits_by_the_hypergradient_in_its_usual_s
     assert log_ratio == pytest.approx(0.2)
 
 
+def exponentiated_gradient(
+    initial: list[float], path: list[list[float]], rates: list[float]
+) -> tuple[list[list[float]], list[float], float]:
+    """The weights after each step, the norms of Jᵀ g, and v: the equations of `mixture`, by hand.
+
+    v ← .99 v + .01 Σ_i p_i g_i²,  λ_i −= lr g_i / √(v / (1 − .99ᵗ)), no p below 1e-4 / S. From
+    step 31 on a g of more than 6 √(v / (1 − .99ᵗ⁻¹)) is cut to that size.
+    """
+    probs = [x / sum(initial) for x in initial]
+    v, trajectory, norms = 0.0, [], []
+    for number, (g, lr) in enumerate(zip(path, rates, strict=True), start=1):
+        mean = sum(p * x for p, x in zip(probs, g, strict=True))
+        norms.append(math.hypot(*(p * (x - mean) for p, x in zip(probs, g, strict=True))))
+        square = sum(p * x * x for p, x in zip(probs, g, strict=True))
+        if number > 30:
+            most = 36 * v / (1 - 0.99 ** (number - 1))
+            if square > most:
+                g = [x * math.sqrt(most / square) for x in g]
+                square = most
+        v = 0.99 * v + 0.01 * square
+        size = math.sqrt(v / (1 - 0.99**number))
+        raised = [p * math.exp(-lr * x / size) for p, x in zip(probs, g, strict=True)]
+        raised = [max(x / sum(raised), 1e-4 / len(raised)) for x in raised]
+        probs = [x / sum(raised) for x in raised]
+        trajectory.append(probs)
+    return trajectory, norms, v
+
+
+def test_exponentiated_gradient_is_its_equations_step_by_step() -> None:
+    initial = [3.0, 1.0, 0.5, 2.5, 0.001]
+    path = noise(60, 5, seed=3)
+    # Spikes: one before any is cut, one at the first step that may be, one that is just not cut.
+    for number, factor in ((29, 40.0), (30, 60.0), (44, 5.0), (50, 0.0), (52, 90.0)):
+        path[number] *= factor
+    rates = [0.05 if number % 3 else 0.2 for number in range(60)]
+    mixture = Mixture(initial, "eg")
+    want, want_norms, v = exponentiated_gradient(initial, path.tolist(), rates)
+    for g_S, lr, weights, norm in zip(path, rates, want, want_norms, strict=True):
+        assert mixture.step(g_S, lr) == pytest.approx(norm, rel=1e-9)
+        assert mixture.probs_S.tolist() == pytest.approx(weights, rel=1e-9)
+    assert mixture.mean_square == pytest.approx(v, rel=1e-9)
+    assert mixture.steps == 60
+    assert mixture.trajectory.tail(1.0).flatten().tolist() == pytest.approx(
+        [weight for weights in want for weight in weights], rel=1e-9
+    )
+    assert mixture.initial_S.tolist() == pytest.approx([x / 7.001 for x in initial], rel=1e-12)
+
+
 def test_exponentiated_gradient_does_not_see_the_scale_of_the_loss() -> None:
     small, large = Mixture([1.0] * 4, "eg"), Mixture([1.0] * 4, "eg")
     for g_S in noise(30, 4):
@@ -125,12 +173,40 @@ def test_a_lost_source_can_come_back() -> None:
 def test_adamw_is_torch_adamw_on_the_logits() -> None:
     mixture = Mixture([1.0, 2.0, 3.0], "adamw")
     logits_S = torch.tensor([1 / 6, 2 / 6, 3 / 6], dtype=torch.float64).log().requires_grad_()
-    reference = torch.optim.AdamW([logits_S], lr=0.01, weight_decay=0.0)
-    for g_S in noise(10, 3):
+    reference = torch.optim.AdamW([logits_S], weight_decay=0.0)
+    weights = []
+    for number, g_S in enumerate(noise(10, 3)):
         logits_S.grad = logits_gradient(g_S, mixture_probs(logits_S.detach()))
-        mixture.step(g_S, 0.01)
+        reference.param_groups[0]["lr"] = lr = 0.01 * (1 + number % 4)
+        assert mixture.step(g_S, lr) == float(logits_S.grad.norm())
         reference.step()
-    assert torch.equal(mixture.probs_S, mixture_probs(logits_S.detach()))
+        weights.append(mixture_probs(logits_S.detach()))
+        assert torch.equal(mixture.probs_S, weights[-1])
+        assert not mixture.probs_S.requires_grad
+    assert torch.equal(mixture.trajectory.tail(1.0), torch.stack(weights))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_state_does_not_change_with_later_steps(kind: str) -> None:
+    path = noise(40, 3)
+    mixture = Mixture([1.0, 2.0, 3.0], kind)
+    for g_S in path[:20]:
+        mixture.step(g_S, 0.05)
+    state, loaded = mixture.state_dict(), Mixture([1.0] * 3, kind)
+    expected = mixture.probs_S
+    loaded.load_state_dict(state)
+    for g_S in path[20:]:
+        mixture.step(g_S, 0.05)
+    again = Mixture([1.0] * 3, kind)
+    again.load_state_dict(state)
+    for restored in (loaded, again):
+        assert torch.equal(restored.probs_S, expected)
+        assert restored.steps == restored.trajectory.steps == 20
+    if kind == "eg":
+        for g_S in path[20:]:
+            loaded.step(g_S, 0.05)
+        assert torch.equal(loaded.probs_S, mixture.probs_S)
+        assert loaded.mean_square == mixture.mean_square
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,3 +240,4 @@ def test_resume_is_exact(kind: str, cut: int) -> None:
     assert torch.equal(whole.probs_S, resumed.probs_S)
     assert torch.equal(whole.initial_S, resumed.initial_S)
     assert torch.equal(whole.trajectory.tail(1.0), resumed.trajectory.tail(1.0))
+    assert (resumed.steps, resumed.mean_square) == (whole.steps, whole.mean_square)

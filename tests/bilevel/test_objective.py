@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,17 +75,54 @@ def test_equal_excess_losses_are_a_fixed_point_whichever_sources_are_missing() -
 
 
 def test_batches_that_miss_sources_point_the_right_way_on_average() -> None:
-    """Centring over those present shrinks a step a little, as ratio estimates do."""
-    generator = np.random.default_rng(0)
-    excess_S, probs_S = tensor([0.5, -0.3, 0.2, 0.0, -0.6, 0.1]), tensor([1 / 6] * 6)
-    inclusion_S = tensor([0.9, 0.5, 0.7, 0.6, 0.8, 0.5])
-    total_S, draws = torch.zeros(6, dtype=torch.float64), 4000
-    present = torch.from_numpy(generator.random((draws, 6))) < inclusion_S
-    for row in present[present.any(1)]:
-        seen_S = torch.where(row, excess_S, torch.full_like(excess_S, math.nan))
-        total_S += hypergradient(seen_S, probs_S, inclusion_S, 1.0)
+    """Over all batches there can be. Centring over those present shrinks a step a little, as ratio
+    estimates do."""
+    excess_S = tensor([0.5, -0.3, 0.2, 0.0, -0.6, 0.1])
+    probs_S = tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
+    inclusion_S = tensor([1.0, 0.9, 0.7, 0.6, 0.5, 0.45])
+    mean_S = torch.zeros(6, dtype=torch.float64)
+    for row in itertools.product([False, True], repeat=6):
+        present_S = torch.tensor(row)
+        chance = torch.where(present_S, inclusion_S, 1 - inclusion_S).prod()
+        if chance > 0:
+            seen_S = torch.where(present_S, excess_S, math.nan)
+            mean_S += chance * hypergradient(seen_S, probs_S, inclusion_S, 1.0)
     exact_S = hypergradient(excess_S, probs_S, everywhere(6), 1.0)
-    assert torch.nn.functional.cosine_similarity(total_S, exact_S, dim=0) > 0.95
+    assert torch.nn.functional.cosine_similarity(mean_S, exact_S, dim=0) > 0.99
+    assert mean_S.norm() == pytest.approx(float(exact_S.norm()), rel=0.1)
+
+
+def test_hypergradient_is_its_equation() -> None:
+    """g_i = α (e_i − Σ p_j e_j / Σ p_j) / π_i over the sources j that are present, 0 elsewhere."""
+    excess, probs = [0.3, math.nan, -0.1, 0.7, math.nan], [0.35, 0.05, 0.3, 0.2, 0.1]
+    inclusion, alpha = [1.0, 0.4, 0.8, 0.5, 0.7], 7.0
+    here = [i for i in range(5) if not math.isnan(excess[i])]
+    mean = sum(probs[i] * excess[i] for i in here) / sum(probs[i] for i in here)
+    want = [alpha * (excess[i] - mean) / inclusion[i] if i in here else 0.0 for i in range(5)]
+    got = hypergradient(tensor(excess), tensor(probs), tensor(inclusion), alpha)
+    assert got.tolist() == pytest.approx(want, rel=1e-12)
+
+
+def test_logits_gradient_is_the_product_with_the_jacobian_of_softmax() -> None:
+    """J = diag(p) − p pᵀ; of a g that is not centred yet."""
+    probs_S, g_S = tensor([0.5, 0.3, 0.15, 0.05]), tensor([1.0, 4.0, -2.0, 3.0])
+    jacobian_SS = torch.diag(probs_S) - torch.outer(probs_S, probs_S)
+    torch.testing.assert_close(logits_gradient(g_S, probs_S), jacobian_SS.T @ g_S)
+
+
+def test_probabilities_are_softmax_in_double_precision() -> None:
+    logits = [0.5, -2.0, 3.25]
+    whole = sum(math.exp(x) for x in logits)
+    got = mixture_probs(torch.tensor(logits, dtype=torch.float32))
+    assert got.tolist() == pytest.approx([math.exp(x) / whole for x in logits], rel=1e-14)
+
+
+def test_mixed_loss_is_the_mean_under_the_weights_of_the_sources_that_are_there() -> None:
+    probs_S, loss_S = tensor([0.5, 0.2, 0.3]), tensor([2.0, math.nan, 5.0])
+    assert mixed(probs_S, loss_S) == pytest.approx((0.5 * 2.0 + 0.3 * 5.0) / 0.8, rel=1e-12)
+    assert mixed(probs_S, tensor([1.0, 2.0, 4.0])) == pytest.approx(2.1, rel=1e-12)
+    assert mixed(probs_S, tensor([1.0, math.inf, 4.0])) == math.inf, "a damaged loss is seen"
+    assert math.isnan(mixed(probs_S, tensor([math.nan] * 3)))
 
 
 def test_a_mean_of_those_there_is_that_of_all_where_all_are_alike() -> None:
@@ -111,6 +148,7 @@ def test_a_mean_of_those_there_is_right_on_average() -> None:
 @pytest.mark.parametrize("alpha", [1e-9, 1.0, 100.0])
 def test_scales_add_up_to_one(alpha: float) -> None:
     assert role_scale(Role.TRAIN_U, alpha) == 1.0
+    assert role_scale(Role.VALID_W, alpha) == pytest.approx(1 / (1 + alpha))
     whole = role_scale(Role.TRAIN_W, alpha) + role_scale(Role.VALID_W, alpha)
     assert whole == pytest.approx(1.0)
     # α → 0 is plain training of w on the validation set, α → ∞ on the mixture.

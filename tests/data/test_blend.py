@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -92,6 +94,122 @@ def test_batches_go_through_a_source_before_they_repeat() -> None:
     for group, size in enumerate(sizes):
         for start in range(0, len(seen[group]) - size + 1, size):
             assert sorted(seen[group][start : start + size]) == list(range(size))
+
+
+def mixed_bits(value: int) -> int:
+    """SplitMix64's next(), Steele, Lea & Flood 2014, figure 17: γ added, then the finaliser."""
+    value = (value + 0x9E3779B97F4A7C15) % 2**64
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) % 2**64
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) % 2**64
+    return value ^ value >> 31
+
+
+def place(position: int, size: int, group: int, seed: int) -> int:
+    """Four Feistel rounds over the fewest bits, an even number, that hold the source, until the
+    value is in range; keyed by seed, group and epoch. With Python's unbounded integers."""
+    epoch, value = divmod(position, size)
+    key = mixed_bits((group + seed * 0x9E3779B97F4A7C15) % 2**64)
+    key = mixed_bits((key + epoch) % 2**64)
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = value >> half, value % 2**half
+        for turn in range(4):
+            mixed = mixed_bits(right ^ mixed_bits((key + turn) % 2**64)) % 2**half
+            left, right = right, left ^ mixed
+        value = left << half | right
+        if value < size:
+            return value
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 3])
+def test_the_order_of_examples_is_the_documented_one(seed: int) -> None:
+    """Runs are repeated by their seed, by later versions as well."""
+    sizes = [1, 2, 3, 4, 5, 16, 17, 64, 65, 1000, 4097]
+    rows = [(p, n, g) for g, n in enumerate(sizes) for p in (0, 1, n - 1, n, 2 * n + 1, 5 * n + 3)]
+    position, size, group = np.array(rows).T
+    got = shuffled_index(position, size, group, seed)
+    assert got.tolist() == [place(p, n, g, seed) for p, n, g in rows]
+    assert got.dtype == np.int64
+
+
+def dealt(expected: list[Fraction], offset: Fraction) -> list[int]:
+    """Marks offset + 0, 1, 2, … in each stretch (from, to] of the cumulated expectations."""
+    edges = [sum(expected[:i], Fraction(0)) for i in range(len(expected) + 1)]
+    marks = [offset + k for k in range(int(edges[-1]) + 1)]
+    return [sum(a < m <= b for m in marks) for a, b in itertools.pairwise(edges)]
+
+
+def test_counts_are_marks_in_stretches() -> None:
+    eighths = [13, 4, 22, 1, 24]  # of a seat; 64 in all
+    expected = [Fraction(n, 8) for n in eighths]
+    for sixteenth in range(1, 16):
+        counts_S = systematic_counts(np.array(eighths) / 8, sixteenth / 16)
+        assert counts_S.tolist() == dealt(expected, Fraction(sixteenth, 16)), sixteenth
+    assert counts_S.dtype == np.int64
+    # A mark on an edge: none for the start, one for the end.
+    assert systematic_counts(np.array([1.0, 2.0, 1.0]), 0.0).tolist() == [1, 2, 1]
+    # 0.1 + 0.2 + 2.7 and 5 × 6.4 miss 3 and 32 by rounding.
+    for expected_S in (np.array([0.1, 0.2, 2.7]), np.full(5, 6.4)):
+        for offset in (0.0, 1e-12, 1 - 1e-12, 0.4, 0.3):
+            assert systematic_counts(expected_S, offset).sum() == round(expected_S.sum())
+
+
+def seats(probs: list[float], batch: int, floor: float) -> list[float]:
+    """B ((1 − f) p_i + f / S); where B ≥ S one each, the others by what is asked above one."""
+    asked = [batch * ((1 - floor) * p + floor / len(probs)) for p in probs]
+    if batch < len(probs):
+        return asked
+    above = [max(x - 1, 0.0) for x in asked]
+    return [1 + (batch - len(probs)) * x / sum(above) if sum(above) else 1.0 for x in above]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 5, 7, 32])
+@pytest.mark.parametrize("floor", [0.05, 0.5, 1.0])
+def test_expected_counts_are_their_equation(batch: int, floor: float) -> None:
+    probs_S = np.array([0.6, 0.02, 0.3, 0.08])
+    want = seats(probs_S.tolist(), batch, floor)
+    np.testing.assert_allclose(expected_counts(probs_S, batch, floor), want, rtol=1e-12)
+    np.testing.assert_allclose(expected_counts(np.full(4, 0.25), 4, floor), 1.0)
+    if batch < 4:
+        rounded_S = probs_S * 1.001  # as sums of weights in single precision are
+        assert expected_counts(rounded_S, batch, floor).sum() == pytest.approx(batch, rel=1e-12)
+
+
+@pytest.mark.parametrize(("batch", "floor"), [(3, 0.3), (4, 0.3), (13, 0.1)])
+def test_batches_are_what_the_definition_gives(batch: int, floor: float) -> None:
+    """Counts by the step's own offset; each source goes on where its last batch ended."""
+    sizes, seed, drawn = [9, 5, 70, 3], 11, [0, 0, 0, 0]
+    sampler = BlendSampler(sizes, batch, seed, floor)
+    mixtures = np.random.default_rng(2).dirichlet([3, 1, 1, 0.5], size=25)
+    for step, probs_S in enumerate(mixtures):
+        expected = seats(probs_S.tolist(), batch, floor)
+        offset = np.random.default_rng((seed, step)).random()
+        counts = dealt([Fraction(x).limit_denominator(10**8) for x in expected], Fraction(offset))
+        picks = sampler.next(probs_S)
+        want = [
+            (group, place(drawn[group] + k, sizes[group], group, seed))
+            for group, count in enumerate(counts)
+            for k in range(count)
+        ]
+        assert list(zip(picks.group_B.tolist(), picks.index_B.tolist(), strict=True)) == want
+        drawn = [n + count for n, count in zip(drawn, counts, strict=True)]
+        assert sampler.state_dict() == {"step": step + 1, "drawn": drawn}
+        want_inclusion = [min(1.0, x) for x in expected]
+        np.testing.assert_allclose(picks.inclusion_S, want_inclusion, rtol=0, atol=2e-9)
+        if batch >= len(sizes):
+            assert (picks.inclusion_S == 1.0).all()
+
+
+def test_a_saved_state_does_not_change_with_later_batches() -> None:
+    sampler, probs_S = BlendSampler([9, 5], 7, 4, 0.25), np.array([0.7, 0.3])
+    sampler.next(probs_S)
+    state = sampler.state_dict()
+    kept, loaded = json.dumps(state), BlendSampler([9, 5], 7, 4, 0.25)
+    loaded.load_state_dict(state)
+    for _ in range(3):
+        assert sampler.next(probs_S).index_B.tolist() == loaded.next(probs_S).index_B.tolist()
+    assert json.dumps(state) == kept
+    assert loaded.state_dict() == sampler.state_dict()
 
 
 @pytest.mark.parametrize("size", [20, 100])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from megatron_scalebio.optim.lisa import active_layers, period_of, set_trainable
 CASES = [(2, 12, 1, 1), (2, 12, 2, 1), (3, 12, 2, 1), (1, 8, 4, 1), (5, 16, 2, 2), (3, 24, 4, 3)]
 
 
+@functools.cache
 def draw(active: int, layers: int, stages: int, virtual: int, period: int, seed: int = 1) -> list:
     drawn = active_layers(LisaConfig(lisa_layers=active), layers, stages, virtual, period, seed)
     assert drawn is not None
@@ -101,55 +104,102 @@ def test_draws_repeat_by_seed_and_differ_between_periods_and_seeds() -> None:
     assert [draw(*case, p, seed=2) for p in range(50)] != [draw(*case, p) for p in range(50)]
 
 
-@pytest.mark.parametrize(
-    ("case", "drawn"),
-    [
-        ((2, 12, 1, 1), {0: [2, 10], 1: [1, 3], 2: [4, 5], 9: [0, 11]}),
-        ((3, 12, 2, 1), {0: [3, 4, 6], 1: [0, 10, 11], 2: [2, 5, 7], 9: [2, 6, 9]}),
-        ((5, 16, 2, 2), {0: [0, 4, 8, 9, 13], 1: [2, 5, 10, 12, 15], 9: [0, 4, 7, 11, 14]}),
-    ],
-)
-def test_a_seed_means_the_same_layers_for_ever(
-    case: tuple[int, int, int, int], drawn: dict[int, list[int]]
-) -> None:
-    """A checkpoint holds the period's number alone: another draw would resume on other layers."""
-    assert {period: draw(*case, period, seed=1234) for period in drawn} == drawn
+def replay(
+    active: int, layers: int, stages: int, virtual: int, periods: int, seed: int
+) -> list[list[int]]:
+    """The draws of all periods, dealt one after the other.
+
+    Each chunk has its hand of layers, shuffled by (seed, 2, shuffle, chunk), and deals on from it,
+    round after round. A turn ends when the chunks have had the remainder equally often; the order
+    in which they have it is shuffled by (seed, 1, turn). Where a turn ends with a round, there is
+    a new hand.
+    """
+    chunks = stages * virtual
+    held = layers // chunks
+    even, rest = active // chunks, active % chunks
+    dealt, owed, turn, shuffle, place = [0] * chunks, 0, -1, -1, 0
+    order: list[int] = []
+    hands: list[list[int]] = []
+    drawn = []
+    for _ in range(periods):
+        if owed == 0:
+            turn += 1
+            generator = np.random.default_rng((seed, 1, turn))
+            by_stage, by_chunk = generator.permutation(stages), generator.permutation(virtual)
+            order = [stage + stages * block for block in by_chunk for stage in by_stage]
+            place = 0
+            if all(count % held == 0 for count in dealt):
+                shuffle += 1
+                hands = [
+                    list(np.random.default_rng((seed, 2, shuffle, chunk)).permutation(held))
+                    for chunk in range(chunks)
+                ]
+                dealt = [0] * chunks
+        counts = [even] * chunks
+        for _ in range(rest):
+            counts[order[place % chunks]] += 1
+            place += 1
+        owed = (owed + rest) % chunks
+        period = []
+        for chunk, count in enumerate(counts):
+            for _ in range(count):
+                period.append(chunk * held + int(hands[chunk][dealt[chunk] % held]))
+                dealt[chunk] += 1
+        drawn.append(sorted(period))
+    return drawn
 
 
-def chunk_of(numbers: list[int], first: bool, last: bool) -> torch.nn.Module:
-    """What LISA looks at of a pipeline chunk; Megatron counts layers from 1."""
-    gpt = torch.nn.Module()
-    gpt.pre_process, gpt.post_process = first, last
-    gpt.decoder = torch.nn.Module()
-    gpt.decoder.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in numbers)
-    for layer, number in zip(gpt.decoder.layers, numbers, strict=True):
-        layer.layer_number = number
-    if first:
-        gpt.embedding = torch.nn.Linear(2, 2)
-    if last:
-        gpt.output_layer, gpt.decoder.final_layernorm = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    return gpt
+@pytest.mark.parametrize("case", [*LEVEL_CASES, (6, 6, 1, 1), (5, 9, 3, 1), (6, 20, 2, 2)])
+def test_draws_are_the_documented_ones(case: tuple[int, int, int, int]) -> None:
+    """A run is repeated by its seed, by later versions as well."""
+    for seed in (1, 6):
+        want = replay(*case, 60, seed)
+        assert [draw(*case, period, seed) for period in range(60)] == want
 
 
-@pytest.mark.parametrize("embedding", [False, True])
-@pytest.mark.parametrize("norm", [False, True])
-def test_what_trains_is_what_was_drawn_and_what_is_switched_on(embedding: bool, norm: bool) -> None:
-    config = LisaConfig(lisa_layers=2, lisa_train_embedding=embedding, lisa_train_norm=norm)
-    chunks = [chunk_of([1, 2], True, False), chunk_of([3, 4], False, True)]
-    parts = [
-        chunks[0].embedding, *chunks[0].decoder.layers, *chunks[1].decoder.layers,
-        chunks[1].decoder.final_layernorm, chunks[1].output_layer,
-    ]  # fmt: skip
+class ToyChunk(torch.nn.Module):
+    """What `set_trainable` looks at in a chunk of Megatron's GPT."""
 
-    def trains(layers: list[int] | None) -> list[bool]:
-        set_trainable(chunks, layers, config)
-        each = [{p.requires_grad for p in part.parameters()} for part in parts]
-        assert all(len(kinds) == 1 for kinds in each)
-        return [True in kinds for kinds in each]
+    def __init__(self, first: int, last: int, pre_process: bool, post_process: bool) -> None:
+        super().__init__()
+        self.pre_process, self.post_process = pre_process, post_process
+        self.decoder = torch.nn.Module()
+        self.decoder.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(first, last))
+        for number, layer in enumerate(self.decoder.layers, start=first + 1):
+            layer.layer_number = number  # Megatron counts from 1
+        self.rotary = torch.nn.Linear(2, 2)
+        if pre_process:
+            self.embedding = torch.nn.Linear(2, 2)
+        if post_process:
+            self.output_layer = torch.nn.Linear(2, 2)
+            self.decoder.final_layernorm = torch.nn.LayerNorm(2)
 
-    assert trains(None) == [True] * 7
-    assert trains([0, 3]) == [embedding, True, False, False, True, norm, embedding]
-    assert trains([1]) == [embedding, False, True, False, False, norm, embedding]
+
+def trained(layers: list[int] | None, **options: bool) -> list[str]:
+    """Names of what trains in a model of two stages of three layers, after another period."""
+    chunks = [ToyChunk(0, 3, True, False), ToyChunk(3, 6, False, True)]
+    set_trainable(chunks, [0, 4], LisaConfig(lisa_layers=2))
+    set_trainable(chunks, layers, LisaConfig(lisa_layers=2, **options))
+    names = [
+        f"{number}.{name.rsplit('.', 1)[0]}"
+        for number, chunk in enumerate(chunks)
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad
+    ]
+    return sorted(set(names))
+
+
+def test_the_layers_of_the_draw_and_what_is_asked_for_train() -> None:
+    layers = ["0.decoder.layers.1", "0.decoder.layers.2", "1.decoder.layers.2"]
+    ends = ["0.embedding", "1.output_layer"]
+    norm = ["1.decoder.final_layernorm"]
+    frozen = {"lisa_train_embedding": False, "lisa_train_norm": False}
+    assert trained([1, 2, 5]) == sorted(layers + ends + norm)
+    assert trained([1, 2, 5], **frozen) == layers
+    assert trained([1, 2, 5], lisa_train_norm=False) == sorted(layers + ends)
+    assert trained([1, 2, 5], lisa_train_embedding=False) == sorted(layers + norm)
+    every = [f"{stage}.decoder.layers.{layer}" for stage in (0, 1) for layer in (0, 1, 2)]
+    assert trained(None) == trained(None, **frozen) == sorted(every + ends + norm)
 
 
 def test_all_layers_without_lisa() -> None:

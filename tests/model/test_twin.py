@@ -1,0 +1,198 @@
+"""The twin: u on w's storage, micro-batches to the model of their role, FP8 copies made in time.
+
+Of toy chunks, in this process: what Megatron's own models do in it is in tests/distributed.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_scalebio.model import twin
+from megatron_scalebio.model.twin import (
+    TwinModel,
+    build_twins,
+    finalize_twin_grads,
+    forget_weight_copies,
+    named_parameters,
+    share_storage,
+    shared_names,
+    unshare_storage,
+)
+
+
+class ToyChunk(torch.nn.Module):
+    """A chunk of two layers; the weights of the second are replaced while it is built."""
+
+    def __init__(self, fp8: str | None = None) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)
+        self.second.weight = torch.nn.Parameter(torch.full((2, 3), 0.5))
+        self.register_parameter("none", None)
+        self.register_buffer("table", torch.arange(4.0))
+        self.config = SimpleNamespace(fp8=fp8)
+        self.model_type, self.vp_stage = object(), 3
+        self.share_embeddings_and_output_weights = object()
+        self.input: Any = None
+        for layer in (self.first, self.second):
+            layer.is_first_microbatch = False
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        self.input = tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple:
+        return self, self.input, args, kwargs
+
+
+NAMES = [
+    f"{chunk}.{layer}.{kind}"
+    for chunk in (0, 1) for layer in ("first", "second") for kind in ("weight", "bias")
+]  # fmt: skip
+
+
+@pytest.fixture
+def twins(monkeypatch: pytest.MonkeyPatch) -> tuple[list, list]:
+    arguments = ("config", "megatron", 61)
+
+    def build(*given: Any) -> list[ToyChunk]:
+        assert given == arguments
+        return [ToyChunk(), ToyChunk()]
+
+    monkeypatch.setattr(twin, "build_model", build)
+    return build_twins(*arguments)
+
+
+def tensors(chunks: list, kind: str = "parameters") -> list[torch.Tensor]:
+    return [tensor for chunk in chunks for tensor in getattr(chunk, kind)()]
+
+
+def test_u_is_built_on_the_storage_of_w(twins: tuple[list, list]) -> None:
+    w, u = twins
+    assert [type(chunk) for chunk in w + u] == [ToyChunk] * 4
+    for p_w, p_u in zip(tensors(w), tensors(u), strict=True):
+        assert p_w is not p_u and p_u.data_ptr() == p_w.data_ptr() and p_u.equal(p_w)
+    assert len({p.data_ptr() for p in tensors(w)}) == 8
+    for b_w, b_u in zip(tensors(w, "buffers"), tensors(u, "buffers"), strict=True):
+        assert b_w.data_ptr() != b_u.data_ptr()
+    later = torch.nn.Linear(3, 3)
+    assert later.weight.data_ptr() not in {p.data_ptr() for p in tensors(w)}, "no hook is left"
+
+
+def test_another_model_for_u_is_refused_and_nothing_stays_hooked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models = iter([[ToyChunk], [torch.nn.LayerNorm]])
+
+    def build(*_: Any) -> list[torch.nn.Module]:
+        [kind] = next(models)
+        return [kind(7)] if kind is torch.nn.LayerNorm else [kind()]
+
+    monkeypatch.setattr(twin, "build_model", build)
+    with pytest.raises((AssertionError, ValueError)):
+        build_twins("config", "megatron", 61)  # type: ignore[arg-type]
+    before = torch.nn.Linear(2, 2).weight
+    assert before.shape == (2, 2)
+
+
+def test_parameters_are_named_by_their_chunk(twins: tuple[list, list]) -> None:
+    w, _ = twins
+    named = list(named_parameters(w))
+    assert [name for name, _ in named] == NAMES
+    assert all(p is q for (_, p), q in zip(named, tensors(w), strict=True))
+
+
+def test_what_trains_gets_storage_of_its_own_once(twins: tuple[list, list]) -> None:
+    w, u = twins
+    assert shared_names(w, u) == set(NAMES)
+    trained = {"0.second.weight", "1.first.bias"}
+    for chunks in (w, u):
+        for name, parameter in named_parameters(chunks):
+            parameter.requires_grad_(name in trained)
+    before = [p.clone() for p in tensors(w)]
+    places = [p.data_ptr() for p in tensors(w)]
+    unshare_storage(w, u)
+    assert [p.data_ptr() for p in tensors(w)] == places, "w stays where it is"
+    assert shared_names(w, u) == set(NAMES) - trained
+    for value, p_w, p_u in zip(before, tensors(w), tensors(u), strict=True):
+        assert p_w.equal(value) and p_u.equal(value)
+    own = dict(named_parameters(u))["0.second.weight"]
+    own.data += 1.0
+    place = own.data_ptr()
+    unshare_storage(w, u)
+    assert own.data_ptr() == place, "it has its own already"
+    assert dict(named_parameters(w))["0.second.weight"].equal(torch.full((2, 3), 0.5))
+    assert own.equal(torch.full((2, 3), 1.5))
+    share_storage(w, u)
+    assert shared_names(w, u) == set(NAMES)
+    for value, p_w, p_u in zip(before, tensors(w), tensors(u), strict=True):
+        assert p_w.equal(value) and p_u.equal(value), "u is w again, not w u"
+
+
+def test_a_micro_batch_goes_to_the_model_of_its_role() -> None:
+    w, u = ToyChunk(), ToyChunk()
+    both = TwinModel(w, u)  # type: ignore[arg-type]
+    first, second = torch.zeros(1), torch.ones(1)
+    both.set_input_tensor(first)
+    assert both(True, 5, labels=6) == (u, first, (5,), {"labels": 6})
+    assert w.input is None
+    both.set_input_tensor(second)
+    assert both(False, 7, labels=8) == (w, second, (7,), {"labels": 8})
+    assert u.input is first
+    assert both.config is w.config and both.model_type is w.model_type and both.vp_stage == 3
+    shared = both.share_embeddings_and_output_weights
+    assert shared is w.share_embeddings_and_output_weights
+
+
+def remade(both: TwinModel) -> list[bool]:
+    """Which layers of w, then of u, make FP8 copies anew, when a step begins."""
+    both.set_is_first_microbatch()
+    layers = [layer for gpt in (both.w, both.u) for layer in (gpt.first, gpt.second)]  # type: ignore[union-attr]
+    made = [bool(layer.is_first_microbatch) for layer in layers]
+    for layer in layers:
+        layer.is_first_microbatch = False
+    return made
+
+
+def test_fp8_copies_of_what_trains_are_made_every_step_and_of_the_rest_every_period() -> None:
+    w, u = ToyChunk("hybrid"), ToyChunk("hybrid")
+    for gpt in (w, u):
+        gpt.first.requires_grad_(False)
+    gpt.second.bias.requires_grad_(False)  # any of a layer's parameters makes it train
+    both = TwinModel(w, u)  # type: ignore[arg-type]
+    assert remade(both) == [True, True, True, True]
+    assert remade(both) == remade(both) == [False, True, False, True]
+    forget_weight_copies([u])
+    assert remade(both) == [False, True, True, True]
+    assert remade(both) == [False, True, False, True]
+    assert remade(TwinModel(w, u)) == [True, True, True, True], "another period"  # type: ignore[arg-type]
+    forget_weight_copies([w, u])
+    w.first.is_first_microbatch = True
+    both.set_is_first_microbatch()
+    both.set_is_first_microbatch()
+    assert w.first.is_first_microbatch is True, "asked for and not yet made"
+    alone = TwinModel(w, w)  # type: ignore[arg-type]
+    assert remade(alone)[:2] == [True, True] and remade(alone)[:2] == [False, True]
+
+
+def test_without_fp8_nothing_is_marked() -> None:
+    both = TwinModel(ToyChunk(), ToyChunk())  # type: ignore[arg-type]
+    assert remade(both) == [False] * 4
+
+
+def test_gradients_of_w_and_then_of_u_are_finalized(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple] = []
+    monkeypatch.setattr(
+        twin, "finalize_model_grads", lambda *args, **kwargs: calls.append((*args, kwargs))
+    )
+    chunks = [ToyChunk() for _ in range(4)]
+    w, u = chunks[:2], chunks[2:]
+    apart: list[Any] = [TwinModel(a, b) for a, b in zip(w, u, strict=True)]  # type: ignore[arg-type]
+    options = {"force_all_reduce": True, "pg_collection": "groups"}
+    finalize_twin_grads(apart, torch.tensor(99), **options)
+    assert calls == [(w, None, options), (u, None, options)]
+    calls.clear()
+    finalize_twin_grads([TwinModel(a, a) for a in w], None)  # type: ignore[arg-type]
+    assert calls == [(w, None, {})], "w alone once: twice would reduce its sums again"

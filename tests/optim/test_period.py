@@ -1,0 +1,345 @@
+"""A period's optimizers against AdamW written out, u's return to w, and what closing leaves.
+
+On one rank, with gradients given by hand: the flush that makes them has tests of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_distributed
+
+# All away from their defaults.
+RATES = {
+    "lr": 2e-3, "min_lr": 5e-4, "weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.9,
+    "adam_eps": 1e-3, "clip_grad": 0.7,
+}  # fmt: skip
+MODEL = {
+    "num_layers": 3, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 24,
+    "make_vocab_size_divisible_by": 16,
+}  # fmt: skip
+OVERLAP = {
+    "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True,
+}  # fmt: skip
+CASES: dict[str, dict] = {
+    "fp32": {}, "bf16": {"bf16": True},
+    "distributed": {"use_distributed_optimizer": True, "overlap_grad_reduce": True},
+    "overlap-bf16": {**OVERLAP, "bf16": True},
+}  # fmt: skip
+Weights = dict[str, torch.Tensor]
+
+
+class Case:
+    """A tiny model with layers 1 and 2 of three training, and its period."""
+
+    def __init__(self, parallel: dict, with_u: bool = True) -> None:
+        from megatron_scalebio import runtime
+        from megatron_scalebio.config_loader import load_config
+        from megatron_scalebio.model.provider import transformer_config
+        from megatron_scalebio.model.twin import build_twins, named_parameters
+        from megatron_scalebio.optim.builder import Period
+        from megatron_scalebio.optim.lisa import set_trainable
+
+        lisa = {"lisa_layers": 2, "lisa_interval": 4}
+        self.config = load_config(
+            None, {"model": MODEL, "parallel": parallel, "optimizer": RATES, "lisa": lisa}
+        )
+        runtime.start(self.config)
+        self.megatron = transformer_config(self.config)
+        self.w, self.u = build_twins(self.config, self.megatron, 16)
+        generator = torch.Generator().manual_seed(1)
+        for _, p in named_parameters(self.w):
+            p.data.copy_(0.3 * torch.randn(p.shape, generator=generator))
+        for chunks in (self.w, self.u):
+            set_trainable(chunks, [1, 2], self.config.lisa)
+        self.period = Period(self.config, self.megatron, self.w, self.u if with_u else None)
+
+    def named(self, which: str, trained: bool = True) -> dict[str, torch.nn.Parameter]:
+        from megatron_scalebio.model.twin import named_parameters
+
+        chunks = {"w": self.w, "u": self.u}[which]
+        return {name: p for name, p in named_parameters(chunks) if p.requires_grad or not trained}
+
+    def values(self, which: str) -> Weights:
+        return {name: p.detach().clone() for name, p in self.named(which, trained=False).items()}
+
+    def give(self, which: str, seed: int, scale: float = 1.0) -> Weights:
+        """Adds gradients to a model's buffers, as a flush does."""
+        generator = torch.Generator().manual_seed(seed)
+        given = {}
+        for name, p in self.named(which).items():
+            given[name] = scale * torch.randn(p.shape, generator=generator)
+            p.main_grad += given[name]
+        return given
+
+    def step(self, which: str, lr: float) -> float:
+        from megatron_scalebio.bilevel.step import prepare_gradients
+        from megatron_scalebio.optim.builder import set_rate
+
+        optimizer = self.period.optimizers[which]
+        norm = prepare_gradients(optimizer, self.config.optimizer.clip_grad)
+        set_rate(optimizer, lr, self.config.optimizer.weight_decay)
+        optimizer.step_with_ready_grads()
+        self.period.gather_parameters()
+        return norm
+
+
+class AdamW:
+    """Loshchilov & Hutter 2019, algorithm 2, in double precision, with its gradients clipped.
+
+    No decay of norms and biases (of one dimension).
+    """
+
+    def __init__(self, start: Weights) -> None:
+        self.p = {name: value.double() for name, value in start.items()}
+        self.m = {name: torch.zeros_like(value) for name, value in self.p.items()}
+        self.v = {name: torch.zeros_like(value) for name, value in self.p.items()}
+        self.t = 0
+
+    def step(self, gradients: Weights, lr: float) -> float:
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+        self.t += 1
+        for name, g in gradients.items():
+            g = g.double() * min(1.0, RATES["clip_grad"] / (norm + 1e-6))
+            self.m[name] = 0.8 * self.m[name] + 0.2 * g
+            self.v[name] = 0.9 * self.v[name] + 0.1 * g.square()
+            if self.p[name].ndim > 1:
+                self.p[name] -= lr * 0.3 * self.p[name]
+            size = (self.v[name] / (1 - 0.9**self.t)).sqrt() + 1e-3
+            self.p[name] -= lr * self.m[name] / (1 - 0.8**self.t) / size
+        return norm
+
+
+def close_to(case: Case, which: str, want: Weights) -> None:
+    for name, p in case.named(which).items():
+        rounded = want[name].to(p.dtype)
+        # A bfloat16 on the other side of a rounding edge is one unit in the last place away.
+        rtol, atol = (1e-2, 1e-5) if p.dtype == torch.bfloat16 else (1e-5, 1e-6)
+        torch.testing.assert_close(p.data, rounded, rtol=rtol, atol=atol, msg=f"{which} {name}")
+        if p.dtype == torch.bfloat16:
+            assert float((p.data != rounded).float().mean()) < 0.02, name
+
+
+def same(a: Weights, b: Weights) -> bool:
+    return all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def masters_and_moments(case: Case, which: str) -> list[torch.Tensor]:
+    tensors = []
+    for part in case.period.optimizers[which].chained_optimizers:
+        for group in part.optimizer.param_groups:
+            for p in group["params"]:
+                state = part.optimizer.state[p]
+                assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+                tensors += [p.data, *(torch.as_tensor(value) for value in state.values())]
+    return tensors
+
+
+def steps_and_resync(case: Case) -> None:
+    period, start = case.period, case.values("w")
+    frozen = set(start) - set(case.named("w"))
+    assert frozen and set(case.named("u")) == set(case.named("w"))
+    assert all(p.main_grad.dtype == torch.float32 for p in case.named("w").values())
+    oracles = {which: AdamW({k: start[k] for k in case.named(which)}) for which in ("w", "u")}
+    for number, lr in enumerate((0.05, 0.02, 0.04)):
+        for which in ("w", "u"):
+            case.give(which, 99)  # what the step before has left
+        period.zero_grad()
+        for which in ("w", "u"):
+            assert all(p.main_grad.eq(0).all() for p in case.named(which).values())
+        # The second step's gradients are too small to be clipped.
+        scale = 1e-3 if number == 1 else 1.0
+        of_w = case.give("w", 10 + number, scale)
+        of_u = case.give("u", 20 + number, scale)
+        if number == 2:
+            period.add_gradients_of_u(0.75)
+            of_w = {name: g + 0.75 * of_u[name] for name, g in of_w.items()}
+        before_u = case.values("u")
+        norm = case.step("w", lr)
+        assert norm == pytest.approx(oracles["w"].step(of_w, lr), rel=1e-5)
+        assert same(before_u, case.values("u")), "w's step is not u's"
+        norm = case.step("u", lr / 2)
+        assert norm == pytest.approx(oracles["u"].step(of_u, lr / 2), rel=1e-5)
+    for which in ("w", "u"):
+        close_to(case, which, oracles[which].p)
+        assert all(torch.equal(case.values(which)[name], start[name]) for name in frozen)
+
+    of_w = [t.clone() for t in masters_and_moments(case, "w")]
+    held = [t.data_ptr() for t in masters_and_moments(case, "u")]
+    period.resync()
+    assert same(case.values("w"), case.values("u"))
+    for was, now_w, now_u in zip(
+        of_w, masters_and_moments(case, "w"), masters_and_moments(case, "u"), strict=True
+    ):
+        assert torch.equal(was, now_w) and torch.equal(was, now_u)
+        assert now_w.data_ptr() != now_u.data_ptr(), "u's own"
+    assert [t.data_ptr() for t in masters_and_moments(case, "u")] == held
+    close_to(case, "u", oracles["w"].p)
+    for which in ("w", "u"):  # and they go on alike
+        period.zero_grad()
+        case.give(which, 31)
+        before = case.values("w") if which == "u" else None
+        case.step(which, 0.03)
+        assert before is None or same(before, case.values("w"))
+    assert same(case.values("w"), case.values("u"))
+
+
+def closing(case: Case) -> None:
+    period = case.period
+    assert all(p.main_grad is not None for p in case.named("w").values())
+    before = {which: case.values(which) for which in ("w", "u")}
+    buffers = {
+        t.untyped_storage().data_ptr()
+        for chunks in period.ddp.values() for chunk in chunks for buffer in chunk.buffers
+        for t in (buffer.grad_data, buffer.param_data) if t is not None
+    }  # fmt: skip
+    case.megatron.no_sync_func = object()
+    period.close()
+    for which in ("w", "u"):
+        assert same(before[which], case.values(which))
+        for p in case.named(which, trained=False).values():
+            assert p.grad is None
+            for left in ("main_grad", "main_param", "main_param_sharded"):
+                assert not hasattr(p, left), left
+            assert not hasattr(p, "grad_added_to_main_grad")
+            assert p.untyped_storage().data_ptr() not in buffers
+    assert case.megatron.no_sync_func is None
+    assert not any(hasattr(period, name) for name in ("twins", "ddp", "optimizers"))
+
+
+def on_rank() -> None:
+    from megatron_scalebio import runtime
+    from megatron_scalebio.model.twin import finalize_twin_grads, shared_names
+
+    for name, parallel in CASES.items():
+        case = Case(parallel)
+        period, ddp = case.period, case.period.ddp
+        frozen = set(case.named("w", trained=False)) - set(case.named("w"))
+        assert shared_names(case.w, case.u) == frozen, name
+        assert [(t.w, t.u) for t in period.twins] == [(ddp["w"][0], ddp["u"][0])]
+        assert period.optimizers["w"] is not period.optimizers["u"]
+        assert case.megatron.finalize_model_grads_func is finalize_twin_grads
+        if parallel.get("overlap_grad_reduce"):
+            assert case.megatron.no_sync_func == ddp["w"][0].no_sync
+        else:
+            assert case.megatron.no_sync_func is None
+        steps_and_resync(case)
+        closing(case)
+        without_u(parallel)
+        runtime.stop_model_parallel()
+
+
+def without_u(parallel: dict) -> None:
+    """w alone is both of the twin. Its optimizer, if it is a distributed one, can load a state."""
+    from megatron_scalebio.model.twin import shared_names
+    from megatron_scalebio.optim.builder import allocate_state
+
+    case, distributed = Case(parallel, with_u=False), "use_distributed_optimizer" in parallel
+    period = case.period
+    assert set(period.ddp) == set(period.optimizers) == {"w"}
+    assert [(t.w, t.u) for t in period.twins] == [(period.ddp["w"][0],) * 2]
+    every = set(case.named("w", trained=False))
+    # A distributed optimizer takes w's trainable weights into its buffer.
+    moved = set(case.named("w")) if distributed else set()
+    assert shared_names(case.w, case.u) == every - moved
+    [part] = period.optimizers["w"].chained_optimizers
+    assert not part.optimizer.state
+    allocate_state(period.optimizers["w"])
+    parameters = [p for group in part.optimizer.param_groups for p in group["params"]]
+    assert len(part.optimizer.state) == (len(parameters) if distributed else 0)
+    if distributed:
+        # What `load_state_dict` leaves: one step for all, which each would count up.
+        step = torch.tensor(5.0)
+        for state in part.optimizer.state.values():
+            state["step"] = step
+        for p, (group, order) in part.model_param_group_index_map.items():
+            master = part.optimizer.param_groups[group]["params"][order]
+            tensors = {
+                "param": torch.full_like(master, 1.5), "exp_avg": torch.full_like(master, 2.5),
+                "exp_avg_sq": torch.full_like(master, 3.5),
+            }  # fmt: skip
+            with torch.no_grad():
+                part._set_main_param_and_optimizer_states(p, tensors)
+            state = part.optimizer.state[master]
+            assert master.eq(1.5).all() and state["exp_avg"].eq(2.5).all()
+            assert state["exp_avg_sq"].eq(3.5).all()
+        case.give("w", 1)
+        case.step("w", 0.01)
+        steps = [float(state["step"]) for state in part.optimizer.state.values()]
+        assert steps == [6.0] * len(parameters)
+    period.close()
+
+
+def test_periods_step_return_and_close() -> None:
+    run_distributed(on_rank, 1)
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple]:
+    from megatron_scalebio.optim import builder
+
+    calls: list[tuple] = []
+    monkeypatch.setattr(builder, name, lambda *args, **kwargs: calls.append((args, kwargs)))
+    return calls
+
+
+def loaded(parallel: dict) -> Any:
+    from megatron_scalebio.config_loader import load_config
+
+    return load_config(None, {"model": MODEL, "parallel": parallel, "optimizer": RATES})
+
+
+FP8 = {"fp8_format": "hybrid", "fp8_recipe": "delayed"}
+
+
+@pytest.mark.parametrize("parallel", [{}, {"bf16": True}, {**OVERLAP, "bf16": True, **FP8}])
+def test_megatron_is_told_the_configured_optimizer(
+    monkeypatch: pytest.MonkeyPatch, parallel: dict
+) -> None:
+    from megatron_scalebio.optim import builder
+
+    calls = captured(monkeypatch, "get_megatron_optimizer")
+    builder._optimizer(loaded(parallel), ["chunks"])  # type: ignore[list-item]
+    [((settings, chunks), options)] = calls
+    assert chunks == ["chunks"] and options == {}
+    assert settings.optimizer == "adam"
+    for name, value in RATES.items():
+        assert getattr(settings, name) == value, name
+    bf16 = parallel.get("bf16", False)
+    assert settings.bf16 == bf16
+    assert settings.params_dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert settings.use_distributed_optimizer == ("overlap_param_gather" in parallel)
+    assert settings.overlap_param_gather == ("overlap_param_gather" in parallel)
+    assert settings.fp8_recipe == ("delayed" if "fp8_format" in parallel else None)
+
+
+@pytest.mark.parametrize("asked", [None, "use_distributed_optimizer", "overlap_grad_reduce"])
+def test_megatron_is_told_the_configured_reduction(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None
+) -> None:
+    from megatron_scalebio.optim import builder
+
+    switches = {
+        "use_distributed_optimizer": False, "overlap_grad_reduce": False,
+        "overlap_param_gather": False, "fp8_param_gather": False,
+    }  # fmt: skip
+    if asked == "use_distributed_optimizer":  # which the others need
+        switches.update(OVERLAP, fp8_param_gather=True, overlap_grad_reduce=True)
+        parallel = {**switches, **FP8, "bf16": True}
+    elif asked:
+        parallel = {asked: True}
+        switches[asked] = True
+    else:
+        parallel = {}
+    calls = captured(monkeypatch, "DistributedDataParallel")
+    for number in (0, 1, 2):
+        builder._wrap(loaded(parallel), "megatron", "chunk", number)  # type: ignore[arg-type]
+    for number, ((megatron, settings, chunk), options) in enumerate(calls):
+        assert (megatron, chunk) == ("megatron", "chunk")
+        assert options == {"disable_bucketing": number > 0}
+        assert settings.grad_reduce_in_fp32 is True
+        for name, value in switches.items():
+            assert getattr(settings, name) is value, name
