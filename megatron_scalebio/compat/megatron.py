@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.datasets import indexed_dataset
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import p2p_communication
@@ -74,6 +75,18 @@ def take_rates(saved: Any, optimizer: MegatronOptimizer) -> None:
     if isinstance(saved, dict | list):
         for value in saved.values() if isinstance(saved, dict) else saved:
             take_rates(value, optimizer)
+
+
+def start_of_shard(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> int:
+    """The first element of a parameter that this rank's shard of the optimizer holds."""
+    require(DistributedOptimizer, "_get_model_param_range_map")
+    return optimizer._get_model_param_range_map(parameter)["param"].start
+
+
+def scaled_as_llama3(rope: RotaryEmbedding, **options: float) -> torch.Tensor:
+    """The frequencies of a rotary module, scaled by the options of llama3's rule."""
+    require(RotaryEmbedding, "_apply_scaling")
+    return rope._apply_scaling(rope.inv_freq, **options)
 
 
 def start_manager_of_writers(initializer: Callable[..., None], *args: Any) -> None:
