@@ -4,7 +4,7 @@
 # make mutants  which small changes of the core would no test notice?  (mutants/report.txt)
 # make bench   run the benchmarks         make clean    remove what make made
 
-PYTHON ?= python3
+# PYTHON=...   the Python to make the environment with, 3.12 or 3.13 [the newest that is found]
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
@@ -14,13 +14,12 @@ export OMP_NUM_THREADS ?= 1
 test: export HF_HUB_OFFLINE = 1
 environment: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt setup.py
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+$(VENV)/.installed: requirements.txt setup.py tools/environment.sh
+	PYTHON=$(PYTHON) tools/environment.sh $(VENV)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
+	@echo "environment: the packages of requirements-test.txt"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test.txt
 	touch $@
 

@@ -14,10 +14,10 @@ setup(
     package_data={
         "megatron_scalebio": ["report/*.j2", "report/*.css", "report/*.js", "evaluate/tasks/*.yaml"]
     },
-    python_requires=">=3.10",
+    python_requires=">=3.12,<3.14",
     install_requires=[
-        "torch>=2.6,<2.14",  # 2.6: torch.load is weights_only by default
-        "megatron-core>=0.16.1,<0.17",  # the engine; newest for Python 3.10 and 3.11
+        "torch>=2.6,<2.15",  # 2.6: torch.load is weights_only by default
+        "megatron-core>=0.19.2,<0.20",  # the engine
         "psutil>=5.9,<8",  # megatron-core's checkpoint writer needs it and does not declare it
         "numpy>=1.26,<3",
         "transformers>=5,<6",  # tokenizers, chat templates, config.json of Hugging Face models
@@ -45,7 +45,7 @@ setup(
             "types-PyYAML",
             "pre-commit>=4,<5",
         ],
-        "te": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        "te": ["transformer-engine[core_cu13,pytorch]>=2.20,<2.21"],
     },
     entry_points={"console_scripts": ["megatron-scalebio=megatron_scalebio.cli:main"]},
 )

@@ -48,8 +48,6 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_LOST
     except KeyboardInterrupt:
         return 130
-    finally:
-        logging.shutdown()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -78,11 +76,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _quieten() -> None:
     """Leaves out what Megatron and torch tell their developers, and errors they raise as well."""
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"megatron|torch\.distributed\.checkpoint"
+    )
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\.")
     # Processes that Megatron spawns to write checkpoints import it anew.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
+    # A build of torch with CUDA tells of a machine without a GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _nearest(flag: str, known: list[str]) -> str:

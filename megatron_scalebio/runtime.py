@@ -13,18 +13,16 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_scalebio import cpu
+from megatron_scalebio.compat import cpu, megatron
 from megatron_scalebio.config import Config, ParallelConfig
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.launcher import world_size_from_environment
-
-T = TypeVar("T")
 
 # Minutes by which a collective outlasts the watchdog, who knows which rank it waits for.
 _BEHIND_WATCHDOG = 1
@@ -49,6 +47,7 @@ def start(config: Config) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not torch.cuda.is_available():
         cpu.adapt()
+    megatron.adapt()
     if not dist.is_initialized():
         _join(parallel)
     if not parallel_state.model_parallel_is_initialized():
@@ -149,7 +148,7 @@ def on_main(work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def only_on_main(make: Callable[[], T]) -> T | None:
+def only_on_main[T](make: Callable[[], T]) -> T | None:
     """Makes something on rank 0 and gives it there; None elsewhere. A UserError reaches all."""
     made: list[T] = []
     on_main(lambda: made.append(make()))

@@ -18,25 +18,26 @@ BELOW = {
     "launcher": set(),
     "progress": set(),
     "__init__": set(),
-    "cpu": set(),
+    "compat": set(),
     "config": LEAVES,
     "families": set(),
     "config_loader": {"config", "families"},
-    "runtime": {"config", "cpu"},
+    "runtime": {"compat", "config"},
     "guard": {"runtime"},
     "report": set(),
-    "data": {"config", "config_loader"},
+    "data": {"compat", "config", "config_loader"},
     "sample": {"config", "config_loader", "data"},
-    "model": {"config", "runtime"},
+    "model": {"compat", "config", "runtime"},
     "optim": {"config", "model", "runtime"},
     "bilevel": {"config", "data", "model", "runtime", "guard.stragglers"},
     "checkpoint": {
-        "config", "data", "model", "optim", "bilevel", "runtime", "guard.process", "train.state",
+        "compat", "config", "data", "model", "optim", "bilevel", "runtime", "guard.process",
+        "train.state",
     },
     "convert": {"config", "config_loader", "families", "checkpoint", "model", "runtime"},
     "evaluate": {"config", "config_loader", "data", "report", "train"},
     "plan": {
-        "config", "config_loader", "cpu", "families", "data", "model", "optim", "bilevel",
+        "compat", "config", "config_loader", "families", "data", "model", "optim", "bilevel",
         "report", "runtime",
     },
     "train": {
@@ -44,8 +45,8 @@ BELOW = {
         "runtime", "convert", "sample", "guard",
     },
     "baselines": {
-        "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
-        "progress", "runtime", "sample", "train",
+        "compat", "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint",
+        "report", "progress", "runtime", "sample", "train",
     },
     "compare": {"config", "config_loader", "report"},
     "cli": set(),  # stages are imported by name, when they are asked for
@@ -53,6 +54,17 @@ BELOW = {
 }  # fmt: skip
 # What the rest of the train package is to `checkpoint`: it must not be imported there.
 STATE = "train.state"
+
+
+# Private names outside `compat`: of Python and of torch.
+_PRIVATE = {
+    "_exit", "_current_frames", "_actions", "_record_memory_history", "_dump_snapshot", "_cdata",
+    "_schema", "_overloadpacket", "_C", "_current_graph_task_id", "_get_default_store",
+    "_StorageInfo",
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+}  # fmt: skip
 
 
 def modules() -> list[Path]:
@@ -108,6 +120,21 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_private_names_of_megatron_are_named_in_compat_alone(path: Path) -> None:
+    if name_of(path).startswith("compat."):
+        return
+    tree = list(ast.walk(ast.parse(path.read_text())))
+    own = {n.name for n in tree if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own |= {n.attr for n in tree if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    own |= {n.id for n in tree if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    used = {n.attr for n in tree if isinstance(n, ast.Attribute)}
+    imports = [n for n in tree if isinstance(n, ast.ImportFrom) and not is_own(str(n.module))]
+    used |= {alias.name for n in imports for alias in n.names}
+    foreign = {name for name in used - own if name.startswith("_") and not name.endswith("__")}
+    assert foreign <= _PRIVATE
 
 
 @pytest.mark.parametrize("stage", ["reweight", "train"])

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_scalebio.compat.megatron import start_of_shard
 from megatron_scalebio.config import OptimizerConfig
 
 
@@ -76,7 +77,7 @@ def _read(part: Any, parameter: torch.nn.Parameter, flat: torch.Tensor) -> None:
         number, order = part.model_param_group_index_map[parameter]
         group = part.optimizer.param_groups[number]
         key = group["params"][order]
-        start = part._get_model_param_range_map(parameter)["param"].start
+        start = start_of_shard(part, parameter)
     else:
         key = getattr(parameter, "main_param", parameter)
         groups = [

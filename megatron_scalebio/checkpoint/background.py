@@ -9,6 +9,7 @@ At most one is in flight. On CPU the copy is fork's own: pages are copied as the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +25,15 @@ from megatron_scalebio.checkpoint import folder as folders
 from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.checkpoint.folder import BILEVEL
 from megatron_scalebio.checkpoint.helpers import helpers
+from megatron_scalebio.checkpoint.integrity import hash_written
 from megatron_scalebio.checkpoint.sharding import bilevel_state, w_state
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.guard.process import die_with
 from megatron_scalebio.progress import HERE
 from megatron_scalebio.train.state import RunState
+
+# The other strategy, the default, needs the package nvidia-resiliency-ext.
+_IN_BACKGROUND: dict[str, Any] = {"async_sharded_save": True, "async_strategy": "mcore"}
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,14 @@ class Saves:
         with helpers():
             temporary = runtime.on_main(lambda: folders.begin(folder, state.step))
             with saver.writing(state.step, folder, temporary):
-                w = dist_checkpointing.save(w_state(state), str(temporary), async_sharded_save=True)
+                w = dist_checkpointing.save(w_state(state), str(temporary), **_IN_BACKGROUND)
                 runtime.on_main(lambda: folders.make_empty(temporary / BILEVEL))
                 bilevel = dist_checkpointing.save(
-                    bilevel_state(state), str(temporary / BILEVEL), async_sharded_save=True
+                    bilevel_state(state), str(temporary / BILEVEL), **_IN_BACKGROUND
                 )
-                self._queue.schedule_async_request(_in_turn([w, bilevel]))
+                self._queue.schedule_async_request(
+                    _in_turn([(w, temporary), (bilevel, temporary / BILEVEL)])
+                )
         keep_last = keep_last or state.config.checkpoint.keep_last
         self._in_flight = _InFlight(state.step, folder, temporary, keep_last)
 
@@ -117,25 +125,34 @@ class Saves:
             self._queue.async_calls[0].async_caller.close(abort=True)
 
 
-def _in_turn(requests: list[AsyncRequest]) -> AsyncRequest:
-    """One request for several: all writers of a rank report in one queue, in their order."""
-    finalize: list[Callable[[], None]] = [fn for each in requests for fn in each.finalize_fns]
-    writing = [each for each in requests if each.async_fn is not None]
+def _in_turn(requests: list[tuple[AsyncRequest, Path]]) -> AsyncRequest:
+    """One request for several, each into its folder: all writers of a rank report in one queue, in
+    their order.
+    """
+    finalize: list[Callable[[], None]] = [fn for each, _ in requests for fn in each.finalize_fns]
+    writing = [(each, folder) for each, folder in requests if each.async_fn is not None]
     if not writing:
         return AsyncRequest(None, (), finalize)
-    return AsyncRequest(_write, (None, None), finalize, preload_fn=partial(_staged, writing))
+    staged = partial(_staged, writing)
+    return AsyncRequest(_write, (os.getpid(), None), finalize, preload_fn=staged)
 
 
-def _staged(requests: list[AsyncRequest]) -> list[tuple[Callable[..., None], list[Any]]]:
-    """Each writer with its arguments, tensors copied to the host."""
+Staged = tuple[Callable[..., None], list[Any], Path]
+
+
+def _staged(requests: list[tuple[AsyncRequest, Path]]) -> list[Staged]:
+    """Each writer with its arguments, tensors copied to the host, and its folder."""
     staged = []
-    for each in requests:
+    for each, folder in requests:
         arguments = list(each.async_fn_args)
         arguments[1] = each.preload_fn()
-        staged.append((each.async_fn, arguments))
+        staged.append((each.async_fn, arguments, folder))
     return staged
 
 
-def _write(_: None, staged: list[tuple[Callable[..., None], list[Any]]]) -> None:
-    for write, arguments in staged:
+def _write(rank_process: int, staged: list[Staged]) -> None:
+    """Runs in the writer's process."""
+    die_with(rank_process)
+    for write, arguments, folder in staged:
         write(*arguments)
+        hash_written(folder, runtime.rank())

@@ -3,6 +3,7 @@
     SAVE/latest_checkpointed_iteration.txt
     SAVE/iter_0000100/          w and the run's common state: an ordinary Megatron checkpoint
     SAVE/iter_0000100/bilevel/  u where it differs from w, and both optimizers
+    …/integrity.json            checksums of the files beside it
 
 A checkpoint is written under a temporary name and renamed when whole, so a crash at any time
 leaves the last good one. No two attempts share a name: what writes for a killed run may outlive it.
@@ -11,17 +12,22 @@ leaves the last good one. No two attempts share a name: what writes for a killed
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import re
 import shutil
 import uuid
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_scalebio.checkpoint import integrity
 from megatron_scalebio.errors import UserError, disk_errors_named
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# The object of what is no tensor. Megatron-Core wrote a file common.pt instead until 0.18.
+COMMON, COMMON_FILE = "common_state/shard_0_1", "common.pt"
 BILEVEL = "bilevel"
 _METADATA_NAMES = {
     *(
@@ -99,6 +105,8 @@ def commit(temporary: Path, save: Path, step: int, keep_last: int) -> None:
     """
     final = iteration_folder(save, step)
     with disk_errors_named(final):
+        for part in (temporary, temporary / BILEVEL):
+            integrity.seal(part)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -110,14 +118,21 @@ def commit(temporary: Path, save: Path, step: int, keep_last: int) -> None:
             shutil.rmtree(iteration_folder(save, old), ignore_errors=True)
 
 
-def newest_whole(save: Path) -> tuple[int | None, list[str]]:
+def newest_whole(save: Path, before: int | None = None) -> tuple[int | None, list[str]]:
     """The newest checkpoint that is not damaged, and what is wrong with newer ones.
+
+    The bytes of its files are left to `integrity.changed_file`, which the ranks share.
+
+    Args:
+        before: only steps before this one.
 
     Returns:
         (step or None, one line for each damaged checkpoint that was passed over)
     """
     problems: list[str] = []
     for step in reversed(steps_on_disk(save)):
+        if before is not None and step >= before:
+            continue
         folder = iteration_folder(save, step)
         problem = damage(folder) or damage(folder / BILEVEL)
         if not problem:
@@ -143,22 +158,25 @@ def damage(folder: Path) -> str:
     Raises:
         UserError: if its metadata names code that a checkpoint has no business to name.
     """
-    for name in ("metadata.json", "common.pt", ".metadata"):
+    for name in ("metadata.json", ".metadata"):
         if not (folder / name).is_file():
             return f"{folder}: lacks {name}"
-    problem = _damage_of_common(folder / "common.pt")
-    if problem:
-        return problem
     try:
         with (folder / ".metadata").open("rb") as stream:
-            storage = _MetadataUnpickler(stream).load().storage_data.values()
+            storage = _MetadataUnpickler(stream).load().storage_data
             ends = [
-                (folder / info.relative_path, int(info.offset + info.length)) for info in storage
+                (folder / info.relative_path, int(info.offset + info.length))
+                for info in storage.values()
             ]
+            names = {index.fqn for index in storage}
     except UserError as error:
         raise UserError(f"{folder}/{error}") from None
     except _UNPICKLING_ERRORS as error:
         return f"{folder}/.metadata: unreadable ({error})"
+    if COMMON not in names:
+        problem = _damage_of_common(folder / COMMON_FILE)
+        if problem:
+            return problem
     for path, end in ends:
         size = path.stat().st_size if path.is_file() else -1
         if size < end:
@@ -174,12 +192,29 @@ _UNPICKLING_ERRORS = (
 
 
 def _damage_of_common(path: Path) -> str:
+    if not path.is_file():
+        return f"{path.parent}: lacks {COMMON} and {COMMON_FILE}"
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
         return f"{path}: unreadable ({error})"
     return f"{path}: {broken} is damaged" if broken else ""
+
+
+@contextlib.contextmanager
+def data_alone() -> Iterator[None]:
+    """A block in which torch reads the pickled objects of a checkpoint as data alone."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def find_checkpoint(load: Path) -> Path:

@@ -107,6 +107,8 @@ def _load_storage(data: bytes) -> Any:
 
 _FUNCTIONS = {
     ("torch.storage", "_load_from_bytes"): _Function(_load_storage),
+    # Megatron-Core puts it in that one's place.
+    ("megatron.core.safe_globals", "safe_load_from_bytes"): _Function(_load_storage),
     ("torch._utils", "_rebuild_tensor_v2"): _Function(lambda *args: None),
     ("collections", "OrderedDict"): _Function(OrderedDict),
 }

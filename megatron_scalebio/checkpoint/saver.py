@@ -1,20 +1,21 @@
 """Saves and loads a run through Megatron's dist_checkpointing, under any layout.
 
-w is saved as Megatron-LM saves a model (keys without `module.`, `common.pt` with `args`,
-`checkpoint_version`, `iteration`). What the bilevel run adds lies beside it in `bilevel/`.
+w is saved as Megatron-LM saves a model (keys without `module.`; `args`, `checkpoint_version` and
+`iteration` beside them). What the bilevel run adds lies beside it in `bilevel/`.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
@@ -29,6 +30,7 @@ from megatron_scalebio.checkpoint import folder as folders
 from megatron_scalebio.checkpoint import fp8_state
 from megatron_scalebio.checkpoint.folder import BILEVEL
 from megatron_scalebio.checkpoint.helpers import helpers
+from megatron_scalebio.checkpoint.integrity import changed_file, hash_written
 from megatron_scalebio.checkpoint.sharding import (
     PER_LAYER,
     bilevel_state,
@@ -39,10 +41,11 @@ from megatron_scalebio.checkpoint.sharding import (
     random_state,
     w_state,
 )
+from megatron_scalebio.compat.megatron import allocate_state, take_rates
 from megatron_scalebio.config import Config
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.twin import named_parameters
-from megatron_scalebio.optim.builder import allocate_state, set_adam
+from megatron_scalebio.optim.builder import set_adam
 from megatron_scalebio.optim.lisa import period_of
 from megatron_scalebio.train.state import RunState
 
@@ -76,6 +79,9 @@ def save(state: RunState, folder: Path, keep_last: int | None = None) -> None:
             dist_checkpointing.save(w_state(state), str(temporary))
             runtime.on_main(lambda: folders.make_empty(temporary / BILEVEL))
             dist_checkpointing.save(bilevel_state(state), str(temporary / BILEVEL))
+            for part in (temporary, temporary / BILEVEL):
+                hash_written(part, runtime.rank())
+            runtime.barrier()  # rank 0 joins what the others have hashed
         keep_last = keep_last or state.config.checkpoint.keep_last
         runtime.on_main(lambda: folders.commit(temporary, folder, state.step, keep_last))
 
@@ -111,7 +117,7 @@ def load_latest(state: RunState, folder: Path, required: bool = False) -> tuple[
         UserError: if all are damaged, or the checkpoint is of other sources or another model, or
             there is none although one is required, or it is the end of a run of other settings.
     """
-    step, problems = runtime.on_main(lambda: folders.newest_whole(folder))
+    step, problems = _newest_whole(folder)
     if step is None and problems:
         raise UserError(
             "no whole checkpoint", where=problems[0], mend="restore one, or start in a new folder"
@@ -128,6 +134,34 @@ def load_latest(state: RunState, folder: Path, required: bool = False) -> tuple[
     return step is not None, warnings
 
 
+def _newest_whole(folder: Path) -> tuple[int | None, list[str]]:
+    """`folders.newest_whole`, with every byte compared. A collective."""
+    problems: list[str] = []
+    step: int | None = None
+    while True:
+        before = step
+        step, more = runtime.on_main(partial(folders.newest_whole, folder, before))
+        problems += more
+        if step is None:
+            return None, problems
+        source = folders.iteration_folder(folder, step)
+        changed = _changed_file(source) or _changed_file(source / BILEVEL)
+        if not changed:
+            return step, problems
+        problems.append(changed)
+
+
+def _changed_file(folder: Path) -> str:
+    """A file of a checkpoint that is not what was saved, and how; "" if none. A collective.
+
+    All ranks read: a shared file system gives them more together than to one.
+    """
+    ranks = runtime.world_size()
+    found: list[Any] = [""] * ranks
+    dist.all_gather_object(found, changed_file(folder, runtime.rank(), ranks))
+    return next((problem for problem in found if problem), "")
+
+
 def load_step(state: RunState, folder: Path, step: int) -> None:
     """Goes back to the checkpoint of one step.
 
@@ -135,7 +169,7 @@ def load_step(state: RunState, folder: Path, step: int) -> None:
         UserError: if there is none, or it is damaged.
     """
     source = folders.iteration_folder(folder, step)
-    problem = runtime.on_main(lambda: folders.damage(source))
+    problem = runtime.on_main(lambda: folders.damage(source)) or _changed_file(source)
     if problem:
         raise UserError(problem, where=str(folder), mend="remove the folder to train it again")
     _load(state, source)
@@ -148,7 +182,7 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
         UserError: if there is none, it is damaged, or its shapes are not the model's.
     """
     source = folders.find_checkpoint(path)
-    problem = runtime.on_main(lambda: folders.damage(source))
+    problem = runtime.on_main(lambda: folders.damage(source)) or _changed_file(source)
     if problem:
         raise UserError(problem, where="model.pretrained_checkpoint", mend="fetch it again")
     wanted = model_state(chunks, None)
@@ -165,7 +199,7 @@ def _load(state: RunState, source: Path) -> list[str]:
 
 
 def _load_whole(state: RunState, source: Path) -> list[str]:
-    common = torch.load(source / BILEVEL / "common.pt", map_location="cpu", weights_only=True)
+    common = dist_checkpointing.load_common_state_dict(str(source / BILEVEL))
     _check_sources(state, common, source)
     changed = _changed_settings(state, common["run"], source)
     _check_shapes(model_state(state.w, None), source)
@@ -182,7 +216,9 @@ def _load_whole(state: RunState, source: Path) -> list[str]:
         wanted = optimizer_states(state, is_loading=True)
         loaded = dist_checkpointing.load(wanted, str(source / BILEVEL))
         for name, optimizer in period.optimizers.items():
-            optimizer.load_state_dict(loaded[f"optimizer_{name}"])
+            saved = loaded[f"optimizer_{name}"]
+            take_rates(saved, optimizer)
+            optimizer.load_state_dict(saved)
             set_adam(optimizer, state.config.optimizer)
     if common["layout"] == layout():
         _load_random_state(source / BILEVEL)
@@ -191,25 +227,16 @@ def _load_whole(state: RunState, source: Path) -> list[str]:
 
 @contextmanager
 def _reading(source: Path) -> Iterator[None]:
-    """Loads data only, never code, and turns what is raised over a damaged checkpoint into a line.
-
-    torch reads the objects of a distributed checkpoint by pickle unless this variable is set.
-    """
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    """Loads data alone, and turns what is raised over a damaged checkpoint into a line."""
     try:
-        yield
+        with folders.data_alone():
+            yield
     except _CHECKPOINT_ERRORS as error:
         raise UserError(
             f"could not load: {_last_line(error)}",
             where=str(source),
             mend="if it is damaged, remove it to go on from the checkpoint before",
         ) from None
-    finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
 
 
 def _check_sources(state: RunState, common: dict[str, Any], source: Path) -> None:

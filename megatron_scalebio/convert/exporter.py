@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_scalebio.checkpoint.folder import find_checkpoint
+from megatron_scalebio.checkpoint.integrity import changed_file
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.convert.carry import carry, files_to_carry
 from megatron_scalebio.convert.layout import OutFile, OutTensor, fresh_layout, layout_of
@@ -22,7 +23,7 @@ from megatron_scalebio.convert.megatron_reader import (
     padding_multiple,
 )
 from megatron_scalebio.convert.output import new_folder, refuse_existing
-from megatron_scalebio.convert.ranks import joined
+from megatron_scalebio.convert.ranks import Ranks, joined
 from megatron_scalebio.convert.safetensors_file import bytes_of, write_all, writing
 from megatron_scalebio.convert.source import Source, has_weights, open_source
 from megatron_scalebio.convert.table import Table, Whole
@@ -60,6 +61,7 @@ def export_checkpoint(
     with joined() as ranks:
         ranks.main(lambda: refuse_existing(save))
         plan = ranks.each(lambda: ExportPlan(load, hf_reference, which, dtype))
+        ranks.each(lambda: plan.refuse_changed(ranks))
         with new_folder(save, plan.layout.nbytes, ranks) as temporary:
             share = ranks.share(plan.layout.files, lambda file: file.nbytes)
             ranks.each(partial(_write_files, plan, share, temporary, on_progress))
@@ -119,6 +121,13 @@ class ExportPlan:
         else:
             self.layout = fresh_layout(self._fresh_tensors())
         self.new_dtype = self._new_dtype(dtype)
+
+    def refuse_changed(self, ranks: Ranks) -> None:
+        """Raises UserError if a file of this rank's share is not what was saved."""
+        for checkpoint in (self._w, self._u):
+            problem = checkpoint and changed_file(checkpoint.folder, ranks.rank, ranks.size)
+            if problem:
+                raise UserError(problem, mend="the checkpoint is damaged: use another")
 
     def checkpoint_of(self, whole: Whole) -> MegatronFolder:
         """u's own part of the checkpoint where u is asked for and departed from w."""

@@ -12,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_scalebio.checkpoint.folder import TRACKER
+from megatron_scalebio.checkpoint.folder import COMMON, TRACKER
+from megatron_scalebio.checkpoint.integrity import hash_written, seal
 from megatron_scalebio.checkpoint.megatron_args import megatron_args
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import load_config
-from megatron_scalebio.convert.megatron_writer import ChunkWriter, finish, objects
+from megatron_scalebio.convert.megatron_writer import (
+    ChunkWriter,
+    common_state,
+    finish,
+    objects,
+)
 from megatron_scalebio.convert.output import new_folder, refuse_existing
 from megatron_scalebio.convert.ranks import Ranks, joined
 from megatron_scalebio.convert.source import open_source
@@ -66,7 +72,8 @@ def _write(plan: ImportPlan, folder: Path, ranks: Ranks, on_progress: Progress) 
     results = ranks.gather(ranks.each(partial(_write_share, plan, release, ranks, on_progress)))
 
     def complete() -> None:
-        finish(release, plan.table.wholes, plan.shapes, plan.dtypes, results, plan.args)
+        finish(release, plan.table.wholes, plan.shapes, plan.dtypes, results)
+        seal(release)
         (folder / TRACKER).write_text(RELEASE)
 
     ranks.main(complete)
@@ -81,9 +88,12 @@ def _write_share(plan: ImportPlan, release: Path, ranks: Ranks, on_progress: Pro
             writer.write(whole, plan.read(whole))
             done += plan.nbytes(whole)
             on_progress(done, total)
-        for key in objects(plan.table.wholes) if ranks.is_main else ():
-            writer.write_object(key)
+        if ranks.is_main:
+            for key in objects(plan.table.wholes):
+                writer.write_object(key)
+            writer.write_object(COMMON, common_state(plan.args))
         writer.close()
+        hash_written(release, ranks.rank)
     finally:
         writer.abandon()
     return writer.results

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import pickle
 from pathlib import Path
 
 import torch
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.safe_globals import register_safe_globals
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_scalebio.checkpoint.folder import BILEVEL, damage
+from megatron_scalebio.checkpoint.folder import BILEVEL, damage, data_alone
 from megatron_scalebio.convert.table import Whole
 from megatron_scalebio.errors import UserError
 
 # Where a model's tensors are, beside those of optimizers and random states.
 _MODEL = ("embedding.", "decoder.", "output_layer.", "encoder.", "mtp.")
-_READ_ERRORS = (RuntimeError, OSError, EOFError, pickle.UnpicklingError, AssertionError, ValueError)
+_READ_ERRORS = (
+    RuntimeError, OSError, EOFError, pickle.UnpicklingError, AssertionError, ValueError,
+    CheckpointException,  # not an Exception
+)  # fmt: skip
 
 
 class MegatronFolder:
@@ -134,9 +139,10 @@ class _Into(DefaultLoadPlanner):
 
 def padding_multiple(folder: Path) -> int | None:
     """What the vocabulary is padded to a multiple of, if the checkpoint's arguments tell."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    register_safe_globals()  # argparse.Namespace among them
+    with data_alone():
         try:
-            common = torch.load(folder / "common.pt", map_location="cpu", weights_only=True)
+            common = load_common_state_dict(folder)
         except _READ_ERRORS:  # Megatron-LM's may hold objects of its own
             return None
     args = common.get("args")

@@ -2,7 +2,7 @@
 
     .metadata       every tensor's global shape, dtype and chunks, and where each chunk lies
     __R_0.distcp    the chunks that rank R wrote, one after the other, each as by torch.save
-    metadata.json   the format's name; common.pt: the arguments
+    metadata.json   the format's name
 
 Tensors of layers are one global tensor (layers, …) with a chunk for each layer, as Megatron-Core
 saves them. It also expects an (empty) object `._extra_state` for each module that might hold FP8
@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_scalebio.checkpoint.folder import COMMON
 from megatron_scalebio.convert.safetensors_file import write_all
 from megatron_scalebio.convert.shapes import LAYER
 from megatron_scalebio.convert.table import Whole
@@ -65,9 +66,8 @@ class ChunkWriter:
             tensor = tensor.clone()  # torch.save writes the storage
         self._append(MetadataIndex(whole.stacked_key, offset), tensor)
 
-    def write_object(self, key: str) -> None:
-        """Appends an empty object."""
-        self._append(MetadataIndex(key), [None])
+    def write_object(self, key: str, content: Any = None) -> None:
+        self._append(MetadataIndex(key), [content])
 
     def close(self) -> None:
         """Sends the file to the disk."""
@@ -78,7 +78,7 @@ class ChunkWriter:
         """Closes the file as it is."""
         self._stream.close()
 
-    def _append(self, index: MetadataIndex, content: Tensor | list[None]) -> None:
+    def _append(self, index: MetadataIndex, content: Tensor | list[Any]) -> None:
         begin = self._stream.tell()
         try:
             torch.save(content, self._stream)
@@ -116,6 +116,16 @@ def objects(wholes: Iterable[Whole]) -> list[str]:
     return list(keys)
 
 
+def common_state(args: argparse.Namespace) -> dict[str, Any]:
+    """The object `COMMON`: what Megatron-LM looks for beside the tensors."""
+    return {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": {"singleton_local_shards": False},
+    }
+
+
 def _module(key: str) -> str:
     """The module of a tensor; Transformer Engine's linear layers hold the norm before them."""
     module, _, name = key.rpartition(".")
@@ -129,7 +139,6 @@ def finish(
     shapes: dict[str, Shape],
     dtypes: dict[str, torch.dtype],
     results: list[list[WriteResult]],
-    args: argparse.Namespace,
 ) -> None:
     """Completes a checkpoint whose chunks all ranks have written.
 
@@ -137,7 +146,6 @@ def finish(
         shapes: of each tensor as written, by stacked key, without the axis of layers.
         dtypes: by stacked key.
         results: each rank's.
-        args: what Megatron-LM looks for in `common.pt`.
     """
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for whole in wholes:
@@ -154,22 +162,12 @@ def finish(
         described[key].chunks.append(  # type: ignore[union-attr]
             ChunkStorageMetadata(torch.Size(offset), torch.Size(chunk))
         )
-    for key in objects(wholes):
+    for key in (*objects(wholes), COMMON):
         described[key] = BytesStorageMetadata()
     written = sum(len(part) for part in results)
     assert written == sum(len(getattr(entry, "chunks", "1")) for entry in described.values())
     _write_metadata(folder / ".metadata", described, results)
-    common = {
-        "args": args,
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "content_metadata": {"singleton_local_shards": False},
-    }
-    torch.save(common, folder / "common.pt")
-    names = {
-        "sharded_backend": "torch_dist", "sharded_backend_version": 1,
-        "common_backend": "torch", "common_backend_version": 1,
-    }  # fmt: skip
+    names = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(names))
 
 

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import _INDEX_HEADER as INDEX_MAGIC
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_scalebio.compat.megatron import index_magic
 from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
 from megatron_scalebio.errors import UserError
 
@@ -246,7 +246,7 @@ def _bytes_listed(path: Path) -> int:
     magic, version, code, sequences, documents = _HEADER.unpack(content)
     whole = _HEADER.size + 12 * sequences + 8 * documents
     codes = {dtype.value for dtype in DType}
-    if magic != INDEX_MAGIC or version != 1 or code not in codes or path.stat().st_size < whole:
+    if magic != index_magic() or version != 1 or code not in codes or path.stat().st_size < whole:
         raise broken
     if sequences == 0:
         raise UserError("holds no sequence", where=str(path), mend="drop it or refill it")

@@ -20,8 +20,8 @@ from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_scalebio.compat.megatron import PartedLayer
 from megatron_scalebio.model.attention import SdpaAttention
 from megatron_scalebio.model.norm import LocalNorm
 
@@ -46,9 +46,9 @@ def block_spec(
     if config.parallel_residual:
         layer.module = ParallelResidualLayer
     if config.post_norms:
-        attention, mlp = layer.submodules.self_attention, layer.submodules.mlp
-        linear = attention.submodules.linear_proj
-        attention.submodules.linear_proj = mlp.submodules.linear_fc2 = _with_post_norm(linear, norm)
+        attention = layer.submodules.self_attention.submodules
+        mlp = layer.submodules.mlp.keywords["submodules"]
+        attention.linear_proj = mlp.linear_fc2 = _with_post_norm(attention.linear_proj, norm)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 
 
@@ -92,13 +92,13 @@ def _with_post_norm(linear: type, norm: Any) -> type:
     return PostNormLinear
 
 
-class ParallelResidualLayer(TransformerLayer):
+class ParallelResidualLayer(PartedLayer):
     """x + Attention(norm₁(x)) + MLP(norm₂(x)): both blocks read the layer's input."""
 
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, **keywords: Any
     ) -> tuple[torch.Tensor, Any]:
         keywords.pop("dynamic_inference_decode_only", None)
-        after_attention, context = self._forward_attention(hidden_states, *args, **keywords)
-        mlp_output = self.mlp(self._forward_pre_mlp_layernorm(hidden_states))
-        return self._forward_post_mlp(mlp_output, after_attention), context
+        after_attention, context = self.attend(hidden_states, *args, **keywords)
+        mlp_output = self.mlp(self.normalize_for_mlp(hidden_states))
+        return self.join_mlp(mlp_output, after_attention), context

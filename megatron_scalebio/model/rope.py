@@ -23,6 +23,7 @@ import math
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+from megatron_scalebio.compat.megatron import scaled_as_llama3
 from megatron_scalebio.config.model import ModelConfig
 from megatron_scalebio.config.rope import RopeScaling
 
@@ -48,8 +49,8 @@ def scale_rope(rope: RotaryEmbedding, model: ModelConfig, seq_length: int) -> No
     if scaling.rope_type == "linear":
         rope.inv_freq = rope.inv_freq / scaling.factor
     elif scaling.rope_type == "llama3":
-        rope.inv_freq = rope._apply_scaling(
-            rope.inv_freq,
+        rope.inv_freq = scaled_as_llama3(
+            rope,
             factor=scaling.factor,
             low_freq_factor=scaling.low_freq_factor,
             high_freq_factor=scaling.high_freq_factor,

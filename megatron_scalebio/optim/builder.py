@@ -8,13 +8,11 @@ layers. `Period` holds what lives that long.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scalebio.config import Config, OptimizerConfig
@@ -179,37 +177,3 @@ def set_adam(optimizer: MegatronOptimizer, rates: OptimizerConfig) -> None:
     """Sets the configured Adam options of every group, where loading has set the checkpoint's."""
     for group in optimizer.param_groups:
         group["betas"], group["eps"] = (rates.adam_beta1, rates.adam_beta2), rates.adam_eps
-
-
-def allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Gives a fresh DistributedOptimizer the Adam state that loading writes into.
-
-    It reads the step from that state before it loads, which torch's Adam has after a step only.
-    """
-    for part in optimizer.chained_optimizers:
-        if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
-            part._init_optimizer_states_with_dummy_values()
-
-
-def _complete_adam_state() -> None:
-    """Mends a load of Megatron's DistributedOptimizer over torch's Adam.
-
-    torch's Adam keeps `step` with every parameter, Transformer Engine's and Apex's with the group.
-    `fully_reshardable` checkpoints follow the latter, and loading one into the former raises
-    KeyError('step'). `load_state_dict` has already set the step by then: it stays as it is.
-    """
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def with_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state:
-            # load_state_dict has given all parameters one tensor, which each would count up.
-            state["step"] = state["step"].clone()
-            tensors = {"step": state["step"], **tensors}
-        original(self, model_param, tensors)
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
-
-
-_complete_adam_state()

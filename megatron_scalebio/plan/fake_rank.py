@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import p2p_communication
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_scalebio import cpu
+from megatron_scalebio.compat import cpu, megatron
 from megatron_scalebio.config import Config
 
 # (what: "send_next", "recv_prev", "send_prev" or "recv_next", shape)
@@ -45,6 +44,7 @@ def playing(
     The process must have no process group and use no CUDA.
     """
     cpu.adapt()
+    megatron.adapt()
     parallel = config.parallel
     with ExitStack() as stack:
         enter = stack.enter_context
@@ -53,8 +53,8 @@ def playing(
         enter(replaced(dist, "all_gather_object", _all_alike))
         create_group = parallel_state.create_group
         enter(replaced(parallel_state, "create_group", _fake_groups(create_group)))
-        for name, gives in (("_batched_p2p_ops", list), ("_p2p_ops", dict)):
-            enter(replaced(p2p_communication, name, _wire(on_message, gives)))
+        for module, name, gives in megatron.exchanges():
+            enter(replaced(module, name, _wire(on_message, gives)))
         # Fused functions are compiled on a GPU; here their parts run one by one.
         enter(torch.compiler.set_stance("force_eager"))
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)

@@ -80,7 +80,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def natural_shares(sources: Sequence[Source]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -51,20 +52,28 @@ def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip(path: Path) -> None:
-    """Changes bytes all over a file, not its size."""
-    content = bytearray(path.read_bytes())
-    for place in range(200, len(content), 500):
-        content[place] ^= 0xFF
-    path.write_bytes(content)
+def turn(part: Path) -> None:
+    """Changes 64 bytes in the middle of a tensor: its pickle, sizes and shapes stay right."""
+    metadata = FileSystemReader(part).read_metadata()
+    index = max(metadata.storage_data, key=lambda i: metadata.storage_data[i].length)
+    info = metadata.storage_data[index]
+    with (part / info.relative_path).open("r+b") as stream:
+        stream.seek(info.offset + info.length // 2)
+        before = stream.read(64)
+        stream.seek(-64, os.SEEK_CUR)
+        stream.write(bytes(byte ^ 1 for byte in before))
 
 
-def plant_object(part: Path, taken: Path) -> None:
-    """Puts a pickle in place of an object that the checkpoint holds beside its tensors."""
+def plant_object(part: Path, taken: Path, name: str = "rng_state") -> None:
+    """Puts a pickle in place of an object that the checkpoint holds beside its tensors.
+
+    By somebody who knows of the checksums.
+    """
+    (part / "integrity.json").unlink()
     metadata = FileSystemReader(part).read_metadata()
     blob = io.BytesIO()
-    torch.save({"torch": Touch(taken)}, blob)
-    index = next(i for i in metadata.storage_data if i.fqn.startswith("rng_state"))
+    torch.save([{"torch": Touch(taken)}], blob)
+    index = next(i for i in metadata.storage_data if i.fqn.startswith(name))
     info = metadata.storage_data[index]
     data = part / info.relative_path
     info.offset, info.length = data.stat().st_size, len(blob.getvalue())
@@ -80,7 +89,9 @@ def newest_loses(name: str) -> Callable[[Path], None]:
 PASSED_OVER: dict[str, Callable[[Path], Any]] = {
     "short data": lambda run: shorten(next((run / NEWEST / "bilevel").glob("__0_0.distcp"))),
     "short w": lambda run: shorten(next((run / NEWEST).glob("__0_0.distcp"))),
-    "short common": lambda run: shorten(run / NEWEST / "bilevel" / "common.pt"),
+    "turned w": lambda run: turn(run / NEWEST),
+    "turned optimizer": lambda run: turn(run / NEWEST / "bilevel"),
+    "no checksums": lambda run: (run / NEWEST / "bilevel" / "integrity.json").write_text("{"),
     "no metadata": newest_loses(".metadata"),
     "no bilevel": lambda run: shutil.rmtree(run / NEWEST / "bilevel"),
 }
@@ -89,20 +100,16 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda run: [shorten(path) for path in (run / "checkpoints").rglob("__0_0.distcp")],
         "no whole checkpoint (restore one, or start in a new folder)",
     ),
-    "flipped data": (
-        lambda run: flip(run / NEWEST / "__0_0.distcp"),
-        "iter_0000004: could not load: ",
-    ),
     "code in .metadata": (
         lambda run: (run / NEWEST / ".metadata").write_bytes(pickle.dumps(Touch(run / "taken"))),
         "iter_0000004/.metadata: refers to ",
     ),
-    "code in common.pt": (
-        lambda run: torch.save({"run": Touch(run / "taken")}, run / NEWEST / "bilevel/common.pt"),
+    "code in the common state": (
+        lambda run: plant_object(run / NEWEST / "bilevel", run / "taken", "common_state"),
         "iter_0000004: could not load: ",
     ),
-    "code in w's common.pt": (
-        lambda run: torch.save({"args": Touch(run / "taken")}, run / NEWEST / "common.pt"),
+    "code in w's common state": (
+        lambda run: plant_object(run / NEWEST, run / "taken", "common_state"),
         "iter_0000004: could not load: ",
     ),
     "code in an object": (

@@ -13,23 +13,25 @@ import pytest
 from tests.commands import ROOT
 from tests.processes import finish, kill_all
 
-# A rank whose writer has a writer of its own, as Megatron's have.
+# A rank that writes a checkpoint in the background, for ever.
 RANK = """
-import multiprocessing, sys, time
+import time
+from pathlib import Path
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron_scalebio import runtime
+from megatron_scalebio.checkpoint.background import _in_turn
 from megatron_scalebio.checkpoint.helpers import helpers
+from megatron_scalebio.config_loader import load_config
 
-fork = multiprocessing.get_context("fork")
-
-def write(depth):
-    if depth:
-        fork.Process(target=write, args=(depth - 1,)).start()
-    else:
-        print("writing", flush=True)
+def write(*nothing):
+    print("writing", flush=True)
     time.sleep(600)
 
 if __name__ == "__main__":
+    runtime.start(load_config(None, {}))
+    request = AsyncRequest(write, (None, None), [], preload_fn=lambda: None)
     with helpers():
-        fork.Process(target=write, args=(1,)).start()
+        AsyncCallsQueue().schedule_async_request(_in_turn([(request, Path())]))
     time.sleep(600)
 """
 
@@ -44,7 +46,7 @@ def test_they_ignore_a_stop_signal_and_die_with_the_rank() -> None:
     try:
         assert rank.stdout and rank.stdout.readline() == "writing\n"
         family = psutil.Process(rank.pid).children(recursive=True)
-        assert len([each for each in family if "resource_tracker" not in each.cmdline()[-1]]) == 3
+        assert len([each for each in family if "resource_tracker" not in each.cmdline()[-1]]) == 2
         for each in family:
             each.send_signal(signal.SIGTERM)
             each.send_signal(signal.SIGUSR1)

@@ -44,8 +44,8 @@ def rebuild(name: str) -> None:
     """As Megatron-Bridge builds one: by name, and some by rules of its own."""
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_scalebio import cpu
     from megatron_scalebio.checkpoint.megatron_args import megatron_args
+    from megatron_scalebio.compat import cpu
     from megatron_scalebio.model.provider import transformer_config
 
     small = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96}

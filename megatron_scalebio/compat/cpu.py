@@ -1,7 +1,8 @@
-"""Lets Megatron-Core 0.16 run on CPU + gloo. The only file that knows it assumes CUDA.
+"""Lets Megatron-Core run on CPU + gloo. The only file that knows it assumes CUDA.
 
-Megatron-Core asks for `torch.cuda.current_device()`, writes `device="cuda"` literally in factory
-calls, pins memory, keeps CUDA random states and checks `tensor.type()` for "torch.cuda.".
+Megatron-Core asks for `torch.cuda.current_device()` and streams, writes `device="cuda"` literally
+in factory calls, pins memory, keeps CUDA random states and checks `tensor.type()` for
+"torch.cuda.".
 `adapt()` answers each of these for a machine without CUDA, and refuses to act where CUDA is
 present.
 """
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.utils._device
 
+from megatron_scalebio.compat import require
+
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint")
 _adapted = False
 
@@ -25,16 +28,16 @@ def adapt() -> None:
     assert not torch.cuda.is_available(), "cpu.adapt() is for machines without CUDA"
     if _adapted:
         return
-    _adapted = True
-    _adapt_devices()
     _adapt_random_states()
+    _adapt_devices()
+    _adapted = True
 
 
 def _adapt_devices() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
-    for name in ("synchronize", "set_device", "empty_cache"):
-        setattr(cuda, name, lambda *args, **kwargs: None)
+    cuda.current_stream = torch.cpu.current_stream
+    cuda.synchronize = lambda *args, **kwargs: None
     # `with torch.device(...)` knows factories by identity: it must learn them before they change.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
@@ -42,7 +45,6 @@ def _adapt_devices() -> None:
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.type = _cuda_type_names(tensor.type)
-    cuda.FloatTensor = torch.FloatTensor
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -71,11 +73,12 @@ def _cuda_type_names(type_of: Callable[..., Any]) -> Callable[..., Any]:
 
 def _adapt_random_states() -> None:
     """Megatron's CUDA generators become torch's one CPU generator."""
-    cuda: Any = torch.cuda
-    cuda.manual_seed = torch.manual_seed
-    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     import megatron.core.tensor_parallel.random as random
 
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    require(random, "_get_cuda_rng_state", "_set_cuda_rng_state")
+    cuda: Any = torch.cuda
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = random._set_cuda_rng_state = lambda state, *args, **kwargs: (
+        torch.set_rng_state(state)
+    )

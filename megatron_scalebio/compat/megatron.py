@@ -1,0 +1,123 @@
+"""A fault of Megatron-Core 0.19.2 mended, and the private names of it that the package needs."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.managers import SyncManager
+from typing import Any
+
+import torch
+from megatron.core.datasets import indexed_dataset
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_scalebio.compat import require
+
+_adapted = False
+
+
+def adapt() -> None:
+    """Mends Megatron once. Call before an optimizer is built."""
+    global _adapted
+    if not _adapted:
+        _complete_adam_state()
+        _adapted = True
+
+
+def _complete_adam_state() -> None:
+    """Mends a load of Megatron's DistributedOptimizer over torch's Adam.
+
+    torch's Adam keeps `step` with every parameter, Transformer Engine's and Apex's with the group.
+    `fully_reshardable` checkpoints follow the latter, and loading one into the former raises
+    KeyError('step'). `load_state_dict` has already set the step by then: it stays as it is.
+    """
+    require(DistributedOptimizer, "_set_main_param_and_optimizer_states")
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def with_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            # load_state_dict has given all parameters one tensor, which each would count up.
+            state["step"] = state["step"].clone()
+            tensors = {"step": state["step"], **tensors}
+        original(self, model_param, tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Gives a fresh DistributedOptimizer the Adam state that loading writes into.
+
+    It reads the step from that state before it loads, which torch's Adam has after a step only.
+    """
+    require(DistributedOptimizer, "_init_optimizer_states_with_dummy_values")
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
+            part._init_optimizer_states_with_dummy_values()
+
+
+def take_rates(saved: Any, optimizer: MegatronOptimizer) -> None:
+    """Puts an optimizer's rates into a loaded state, which may have been saved under others.
+
+    Megatron finds a saved parameter group by its `max_lr` and `min_lr` among others, and refuses a
+    state whose rates differ. The rates of a step come from the schedule, not from there.
+    """
+    if isinstance(saved, dict):
+        for group in saved.get("param_groups", ()):
+            for name in ("max_lr", "min_lr"):
+                group[name] = optimizer.param_groups[0][name]
+    if isinstance(saved, dict | list):
+        for value in saved.values() if isinstance(saved, dict) else saved:
+            take_rates(value, optimizer)
+
+
+def start_of_shard(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> int:
+    """The first element of a parameter that this rank's shard of the optimizer holds."""
+    require(DistributedOptimizer, "_get_model_param_range_map")
+    return optimizer._get_model_param_range_map(parameter)["param"].start
+
+
+def scaled_as_llama3(rope: RotaryEmbedding, **options: float) -> torch.Tensor:
+    """The frequencies of a rotary module, scaled by the options of llama3's rule."""
+    require(RotaryEmbedding, "_apply_scaling")
+    return rope._apply_scaling(rope.inv_freq, **options)
+
+
+def start_manager_of_writers(initializer: Callable[..., None], *args: Any) -> None:
+    """Starts the process through which checkpoint writers report, as Megatron's first save does.
+
+    Args:
+        initializer: called with `args` in that process, which Megatron's own start has no room for.
+    """
+    require(filesystem_async, "_results_queue", "get_write_results_queue")
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer, args)
+        filesystem_async._results_queue = manager.Queue()
+
+
+def index_magic() -> bytes:
+    """What every `.idx` file begins with."""
+    require(indexed_dataset, "_INDEX_HEADER")
+    return indexed_dataset._INDEX_HEADER
+
+
+def exchanges() -> list[tuple[Any, str, type]]:
+    """The functions by which pipeline stages send and receive: module, name, type of the result."""
+    names = {"_batched_p2p_ops": list, "_p2p_ops": dict}
+    require(p2p_communication, *names)
+    return [(p2p_communication, name, gives) for name, gives in names.items()]
+
+
+class PartedLayer(TransformerLayer):
+    """Megatron's transformer layer with its parts under public names, to be joined otherwise."""
+
+    attend = TransformerLayer._forward_attention
+    normalize_for_mlp = TransformerLayer._forward_pre_mlp_layernorm
+    join_mlp = TransformerLayer._forward_post_mlp
