@@ -11,7 +11,11 @@ from typing import Any
 import torch
 
 from megatron_scalebio.config import Config, ModelConfig
-from megatron_scalebio.model.provider import padded_vocab_size, uses_transformer_engine
+from megatron_scalebio.model.provider import (
+    default_ffn_hidden_size,
+    padded_vocab_size,
+    uses_transformer_engine,
+)
 
 # What models here do not have, by the values that say so. Megatron-Bridge looks for each of them.
 _WITHOUT: dict[str, Any] = {
@@ -55,7 +59,7 @@ def megatron_args(
         **_tokenizer(tokenizer),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size or default_ffn_hidden_size(config),
         num_attention_heads=model.num_attention_heads,
         group_query_attention=model.num_query_groups is not None,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
@@ -66,24 +70,30 @@ def megatron_args(
         rotary_percent=model.rotary_percent,
         **_positions(model),
         normalization=model.normalization,
-        norm_epsilon=model.norm_epsilon,
         layernorm_epsilon=model.norm_epsilon,
+        norm_epsilon=model.norm_epsilon,  # by its old name, as Megatron-Bridge asks for it
         swiglu=model.swiglu,
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
-        apply_layernorm_1p=model.apply_layernorm_1p,
-        window_size=model.window_size and (model.window_size - 1, 0),
+        layernorm_zero_centered_gamma=model.apply_layernorm_1p,
+        apply_layernorm_1p=model.apply_layernorm_1p,  # the old name, which both loaders ask for
+        window_size=None if model.window_size is None else tuple(model.window_size),
         window_attn_skip_freq=model.window_attn_skip_freq,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
         untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
         padded_vocab_size=padded_vocab_size(config, vocab_size),
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
         context_parallel_size=parallel.context_parallel_size,
         overlap_p2p_comm=parallel.num_layers_per_virtual_pipeline_stage is not None,
         cp_comm_type=["p2p"],
         transformer_impl="transformer_engine" if uses_transformer_engine(config) else "local",
+        fp8=parallel.fp8_format,
+        fp8_recipe=parallel.fp8_recipe,
         fp8_param_gather=parallel.fp8_param_gather,
         bias_swiglu_fusion=model.swiglu,
         bias_gelu_fusion=model.activation == "gelu_tanh",  # which that fusion is, too
