@@ -194,6 +194,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             )
         return value
     if origin is list:
+        if args[0] is int and isinstance(value, int):
+            value = [value]  # as a flag reads it
         if not isinstance(value, list):
             raise UserError(f"{value!r} is not a list", where=where, mend="write [a, b]")
         return [_convert(item, args[0], f"{where}[{n}]") for n, item in enumerate(value)]
@@ -267,6 +269,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, **keywords)
 
 
+def _whole_numbers(text: str) -> list[int]:
+    """`1,2` or `(1,2)`, as Megatron-LM's flags take them."""
+    try:
+        return [int(number) for number in text.strip("()").split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N,N") from None
+
+
 def _flag_type(hint: Any) -> dict[str, Any]:
     args = [a for a in typing.get_args(hint) if a is not type(None)]
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -275,6 +285,8 @@ def _flag_type(hint: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is typing.Literal:
         return {"choices": args}
+    if args and args[0] is int:
+        return {"type": _whole_numbers, "metavar": "N,N"}
     if args and args[0] in (SourceConfig, ValidationConfig):
         return {"action": _NamedPaths, "nargs": "+", "metavar": "NAME=PATH"}
     if typing.get_origin(hint) is dict:

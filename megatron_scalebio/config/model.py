@@ -39,8 +39,8 @@ class ModelConfig:
     )
     add_bias_linear: bool = option(False, "biases in linear layers")
     add_qkv_bias: bool = option(False, "biases in the QKV projection (Qwen 2)")
-    window_size: int | None = option(
-        None, "sliding window: tokens that a position sees, itself included"
+    window_size: list[int] | None = option(
+        None, "sliding window: positions seen before and after one, beside itself (4095,0)"
     )
     window_attn_skip_freq: int | None = option(
         None, "every N-th layer sees all tokens in spite of window_size"
@@ -67,8 +67,10 @@ class ModelConfig:
             self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups",
             "kv_channels", "ffn_hidden_size", "max_position_embeddings", "vocab_size",
             "make_vocab_size_divisible_by", "norm_epsilon", "init_method_std", "rotary_base",
-            "window_size", "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping",
+            "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping",
         )  # fmt: skip
+        if self.window_size is not None:
+            self._check_window(self.window_size)
         if self.window_attn_skip_freq is not None and (
             self.window_attn_skip_freq < 2 or self.window_size is None
         ):
@@ -100,6 +102,24 @@ class ModelConfig:
                 "rope_scaling", self.rope_scaling.rope_type,
                 f"does not go with position_embedding_type {self.position_embedding_type}",
                 "drop one of them",
+            )  # fmt: skip
+
+    def _check_window(self, window: list[int]) -> None:
+        causal = "write {0},0, in YAML [{0}, 0]"
+        if len(window) == 1:  # the form of earlier versions
+            raise refuse(
+                "window_size", window[0], "is one number; Megatron's form is two, neither of which "
+                "counts the position itself", causal.format(max(window[0] - 1, 0)),
+            )  # fmt: skip
+        if len(window) != 2 or window[0] < 0:
+            raise refuse(
+                "window_size", window, "must be how many positions one sees before and after it",
+                "write two whole numbers as in 4095,0, or drop it",
+            )  # fmt: skip
+        if window[1] != 0:
+            raise refuse(
+                "window_size", window, "sees positions after a token, which the model predicts",
+                causal.format(window[0]),
             )  # fmt: skip
 
     def _check_rope(self, head: int) -> None:

@@ -147,8 +147,9 @@ def sliding_window(config: HfConfig) -> dict[str, Any]:
         kind == "sliding_attention" for kind in kinds or ["sliding_attention"]
     ):
         return {}
+    window = [size - 1, 0]  # transformers counts the position itself, Megatron those before it
     if kinds is None or "full_attention" not in kinds:
-        return {"window_size": size}
+        return {"window_size": window}
     every = kinds.index("full_attention") + 1
     pattern = [
         "full_attention" if number % every == 0 else "sliding_attention"
@@ -156,4 +157,4 @@ def sliding_window(config: HfConfig) -> dict[str, Any]:
     ]
     if every < 2 or kinds != pattern:
         raise config.refuse("layer_types", "supported: every N-th layer full, the others sliding")
-    return {"window_size": size, "window_attn_skip_freq": every}
+    return {"window_size": window, "window_attn_skip_freq": every}

@@ -69,8 +69,7 @@ def transformer_config(config: Config) -> ModelSettings:
         activation_func=_activation(model),
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
-        # Megatron counts the tokens to the left of a position.
-        window_size=None if model.window_size is None else (model.window_size - 1, 0),
+        window_size=None if model.window_size is None else tuple(model.window_size),
         window_attn_skip_freq=model.window_attn_skip_freq,
         softmax_scale=softmax_scale(model),
         attn_logit_softcapping=model.attn_logit_softcapping,

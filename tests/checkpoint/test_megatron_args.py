@@ -25,12 +25,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "add_qkv_bias": True,
     },
     "no width given": {"swiglu": True, "ffn_hidden_size": None},
-    "window": {"window_size": 9, "qk_layernorm": True, "untie_embeddings_and_output_weights": True},
+    "window": {
+        "window_size": [8, 0], "qk_layernorm": True, "untie_embeddings_and_output_weights": True,
+    },  # fmt: skip
 }
 # Of the run, not of the model; or of how a device computes it.
 ELSEWHERE = {
     "params_dtype", "bf16", "batch_p2p_comm", "overlap_p2p_comm", "bias_activation_fusion",
-    "cp_comm_type", "window_size", "num_query_groups", "fp8_param", "transformer_impl",
+    "cp_comm_type", "num_query_groups", "fp8_param", "transformer_impl",
 }  # fmt: skip
 
 
