@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "activation": ("gelu", "geglu_tanh"),
         "add_bias_linear": (False, True),
         "add_qkv_bias": (False, True),
-        "window_size": (None, 7),
+        "window_size": (None, [6, 0]),
         "window_attn_skip_freq": (None, 3),
         "softmax_scale": (None, 0.3),
         "attn_logit_softcapping": (None, 50.0),
@@ -157,7 +157,7 @@ ELSEWHERE = {("model", "rope_scaling"), ("model", "hf")}
 # Options that another one cannot be without.
 NEEDS: dict[str, dict[str, dict[str, Any]]] = {
     "known_weights": {"data": {"sources": [A, B]}},
-    "window_attn_skip_freq": {"model": {"window_size": 7}},
+    "window_attn_skip_freq": {"model": {"window_size": [6, 0]}},
     "num_layers_per_virtual_pipeline_stage": {"parallel": {"pipeline_model_parallel_size": 4}},
     "sequence_parallel": {"parallel": {"tensor_model_parallel_size": 2}},
     "overlap_param_gather": {
@@ -194,6 +194,8 @@ def words_of(name: str, value: Any) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, list) and isinstance(value[0], int):
+        return [f"--{flag}", ",".join(map(str, value))]
     if isinstance(value, list):
         return [f"--{flag}", *(f"{entry['name']}={entry['path']}" for entry in value)]
     if isinstance(value, dict):

@@ -26,8 +26,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "no width given": {"swiglu": True, "ffn_hidden_size": None},
     "window": {
-        "window_size": [8, 0], "qk_layernorm": True, "untie_embeddings_and_output_weights": True,
-    },  # fmt: skip
+        "window_size": [8, 0],
+        "qk_layernorm": True,
+        "untie_embeddings_and_output_weights": True,
+    },
 }
 # Of the run, not of the model; or of how a device computes it.
 ELSEWHERE = {
@@ -100,7 +102,7 @@ def test_every_argument_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -
             kv_channels=20, ffn_hidden_size=272, max_position_embeddings=501, rotary_base=9000,
             rotary_percent=0.7, normalization="LayerNorm", norm_epsilon=3e-6, swiglu=False,
             activation="gelu_tanh", add_bias_linear=True, add_qkv_bias=True, qk_layernorm=True,
-            apply_layernorm_1p=True, window_size=31, window_attn_skip_freq=3,
+            apply_layernorm_1p=True, window_size=[30, 0], window_attn_skip_freq=3,
             untie_embeddings_and_output_weights=True, make_vocab_size_divisible_by=7,
         ),
         parallel=ParallelConfig(

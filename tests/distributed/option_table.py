@@ -46,13 +46,9 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
     ],
     "add_bias_linear": [({"model": {"add_bias_linear": on}}, on) for on in (True, False)],
     "add_qkv_bias": [({"model": {"add_qkv_bias": on}}, on) for on in (True, False)],
-    # A window holds the position itself; Megatron counts those to its left.
-    "window_size": [
-        ({}, None),
-        *[({"model": {"window_size": n}}, [n - 1, 0]) for n in (1, 7)],
-    ],
+    "window_size": [({}, None), *[({"model": {"window_size": [n, 0]}}, [n, 0]) for n in (1, 7)]],
     "window_attn_skip_freq": [
-        ({"model": {"window_size": 7, "window_attn_skip_freq": n}}, n) for n in (2, 5)
+        ({"model": {"window_size": [6, 0], "window_attn_skip_freq": n}}, n) for n in (2, 5)
     ],
     "softmax_scale": [({}, None), *[({"model": {"softmax_scale": x}}, x) for x in (0.25, 2.0)]],
     "attn_logit_softcapping": [
@@ -78,7 +74,7 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
         for n in (1, 3)
     ],
     "context_parallel_size": [({"parallel": {"context_parallel_size": n}}, n) for n in (2, 4)],
-    "cp_comm_type": [({}, "p2p"), ({"model": {"window_size": 7}}, "all_gather")],
+    "cp_comm_type": [({}, "p2p"), ({"model": {"window_size": [7, 0]}}, "all_gather")],
     "sequence_parallel": [
         ({"parallel": {**TP2, "sequence_parallel": on}}, on) for on in (True, False)
     ],

@@ -33,12 +33,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "LlamaForCausalLM": ("llama", LLAMA, {**RMS_NORM, "swiglu": True}),
     "MistralForCausalLM": (
         "mistral", {**LLAMA, "sliding_window": 37},
-        {**RMS_NORM, "swiglu": True, "window_size": 37},
+        {**RMS_NORM, "swiglu": True, "window_size": [36, 0]},
     ),
     "Qwen2ForCausalLM": (
         "qwen2",
         {**LLAMA, "use_sliding_window": True, "sliding_window": 41, "layer_types": EVERY_THIRD},
-        {**RMS_NORM, "swiglu": True, "add_qkv_bias": True, "window_size": 41,
+        {**RMS_NORM, "swiglu": True, "add_qkv_bias": True, "window_size": [40, 0],
          "window_attn_skip_freq": 3},
     ),
     "Qwen3ForCausalLM": (
@@ -51,7 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "final_logit_softcapping": 17.0, "sliding_window": 29, "layer_types": EVERY_OTHER},
         {**RMS_NORM, "swiglu": False, "activation": "geglu_tanh", "apply_layernorm_1p": True,
          "post_norms": True, "scale_embedding": True, "softmax_scale": 0.125,
-         "attn_logit_softcapping": 33.0, "final_logit_softcapping": 17.0, "window_size": 29,
+         "attn_logit_softcapping": 33.0, "final_logit_softcapping": 17.0, "window_size": [28, 0],
          "window_attn_skip_freq": 2},
     ),
     "GPTNeoXForCausalLM": (
