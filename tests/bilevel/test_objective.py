@@ -120,10 +120,11 @@ def test_probabilities_are_softmax_in_double_precision() -> None:
 
 def test_mixed_loss_is_the_mean_under_the_weights_of_the_sources_that_are_there() -> None:
     probs_S, loss_S = tensor([0.5, 0.2, 0.3]), tensor([2.0, math.nan, 5.0])
-    assert mixed(probs_S, loss_S) == pytest.approx((0.5 * 2.0 + 0.3 * 5.0) / 0.8, rel=1e-12)
-    assert mixed(probs_S, tensor([1.0, 2.0, 4.0])) == pytest.approx(2.1, rel=1e-12)
-    assert mixed(probs_S, tensor([1.0, math.inf, 4.0])) == math.inf, "a damaged loss is seen"
-    assert math.isnan(mixed(probs_S, tensor([math.nan] * 3)))
+    always = everywhere(3)
+    assert mixed(probs_S, loss_S, always) == pytest.approx((0.5 * 2.0 + 0.3 * 5.0) / 0.8, rel=1e-12)
+    assert mixed(probs_S, tensor([1.0, 2.0, 4.0]), always) == pytest.approx(2.1, rel=1e-12)
+    assert mixed(probs_S, tensor([1.0, math.inf, 4.0]), always) == math.inf, "damage is seen"
+    assert math.isnan(mixed(probs_S, tensor([math.nan] * 3), always))
 
 
 def test_a_mean_of_those_there_is_that_of_all_where_all_are_alike() -> None:

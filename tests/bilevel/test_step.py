@@ -9,6 +9,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from megatron_scalebio.bilevel.step import (
     reduce_losses,
 )
 from megatron_scalebio.data.batch import MicroBatch
+from megatron_scalebio.data.blend import Picks
 from megatron_scalebio.progress import HERE
 
 U, W, VALID = Role.TRAIN_U, Role.TRAIN_W, Role.VALID_W
@@ -188,6 +190,14 @@ RECORDS = [
     record(U, [1], [32.0]), record(W, [2, 2], [64.0, 128.0]),
     record(VALID, [1, 0], [256.0, 512.0]), record(VALID, [1], [1024.0]),
 ]  # fmt: skip
+
+
+def picks(counts_S: list[int], inclusion_S: list[float] | None = None) -> Picks:
+    """A global batch of so many examples of each source."""
+    group_B = np.repeat(np.arange(len(counts_S)), counts_S)
+    return Picks(group_B, group_B, np.array(inclusion_S or [1.0] * len(counts_S)))
+
+
 PASSES = [Pass(U, batch([0], [1.0], [[1]], tokens=n), tensor([1.0])) for n in (5, 70, 900)]
 
 
@@ -195,26 +205,29 @@ def test_losses_are_the_sums_of_all_ranks_without_the_inclusion(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ranks = OtherRank(monkeypatch, [0.5, 0.25, 0.0, 0.125, 0.0, 2.0, 3.0, 5.0, 10.0], True)
-    inclusion_S, counts_S = tensor([1.0, 0.5, 0.25]), torch.tensor([3, 0, 1])
-    losses = reduce_losses(RECORDS, PASSES, inclusion_S, counts_S, 2)
+    train, valid = picks([3, 0, 1], [1.0, 0.5, 0.25]), picks([1, 2], [0.5, 1.0])
+    losses = reduce_losses(RECORDS, PASSES, train, valid)
     assert ranks.ours == [5.0, 32.0, 2.0, 8.0, 0.0, 208.0, 512.0, 1280.0, 975.0]
     assert losses.u_S.tolist() == pytest.approx([5.5, math.nan, 0.5], nan_ok=True)
     assert losses.w_S.tolist() == pytest.approx([8.125, math.nan, 52.5], nan_ok=True)
-    assert losses.validation_V.tolist() == [515.0, 1285.0]
+    assert losses.validation_V.tolist() == [257.5, 1285.0]
+    assert losses.inclusion_S.tolist() == [1.0, 0.5, 0.25]
+    assert losses.inclusion_V.tolist() == [0.5, 1.0]
     assert losses.tokens == 985 and isinstance(losses.tokens, int)
     assert losses.culprit == ""
 
 
 def test_a_source_of_one_example_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     OtherRank(monkeypatch, [0.0] * 9, True)
-    losses = reduce_losses(RECORDS, PASSES, tensor([1.0] * 3), torch.tensor([2, 1, 1]), 2)
+    losses = reduce_losses(RECORDS, PASSES, picks([2, 1, 1]), picks([1, 0]))
     assert losses.u_S.tolist() == [5.0, 32.0, 2.0]
+    assert losses.validation_V.tolist() == pytest.approx([512.0, math.nan], nan_ok=True)
 
 
 def test_ranks_that_hold_no_losses_add_none(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = [float(n) for n in range(1, 10)]
     ranks = OtherRank(monkeypatch, theirs, False)
-    losses = reduce_losses([], PASSES, tensor([1.0] * 3), torch.tensor([1, 1, 1]), 2)
+    losses = reduce_losses([], PASSES, picks([1, 1, 1]), picks([1, 1]))
     assert ranks.ours == [0.0] * 9
     assert losses.u_S.tolist() == [1.0, 2.0, 3.0] and losses.w_S.tolist() == [4.0, 5.0, 6.0]
     assert losses.validation_V.tolist() == [7.0, 8.0] and losses.tokens == 9
@@ -237,7 +250,7 @@ def test_what_is_not_finite_is_named(
         theirs[2] = theirs[4] = math.nan  # the first is named
     OtherRank(monkeypatch, theirs, True)
     # Source 1 has no example, by what this rank knows: a bad sum is still told.
-    losses = reduce_losses(RECORDS, PASSES, tensor([1.0] * 3), torch.tensor([1, 0, 1]), 2)
+    losses = reduce_losses(RECORDS, PASSES, picks([1, 0, 1]), picks([1, 1]))
     assert losses.culprit == culprit
 
 
