@@ -10,8 +10,10 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-long mutants checks lint types bench clean environment
-# Nothing that the tests start may wait for a hub.
+# Nothing that the tests start may wait for a hub. They start many processes, which share what Python
+# has compiled, even where the shell says not to keep it.
 test: export HF_HUB_OFFLINE = 1
+test: export PYTHONDONTWRITEBYTECODE =
 environment: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt setup.py tools/environment.sh
