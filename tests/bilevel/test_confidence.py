@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from megatron_scalebio.bilevel.confidence import (
     tail_average,
     weight_intervals,
 )
+from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.train.reweight import _refuse_skips, verdict
 
 
 def ar1_paths(num_paths: int, steps: int, memory: float, *, seed: int) -> torch.Tensor:
@@ -322,3 +327,46 @@ def test_one_source_need_not_move() -> None:
     assert judge_convergence(one_of_two).converged
     decayed = judge_convergence(one_of_two, constant_rate=False)
     assert not decayed.converged and "decays" in decayed.reason
+
+
+def verdict_of(**options: object) -> Verdict:
+    """Of a run whose weights travel for 300 of 1,000 steps and then wander closely."""
+    trajectory = TrajectoryBlocks(2)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1000):
+        first = 0.6 + 0.3 * max(0.0, 1 - step / 300)
+        first += 0.01 * float(torch.randn((), generator=generator))
+        trajectory.append(torch.tensor([first, 1 - first]))
+    config = load_config(None, {"bilevel": options})
+    mixture = SimpleNamespace(trajectory=trajectory)
+    sources = [SimpleNamespace(name=name) for name in ("web", "math")]
+    state = SimpleNamespace(config=config, mixture=mixture, data=SimpleNamespace(sources=sources))
+    return verdict(state)  # type: ignore[arg-type]
+
+
+def test_a_runs_verdict_goes_by_its_options() -> None:
+    assert verdict_of().converged and "95% confidence, tolerance ±0.05" in verdict_of().reason
+    told = verdict_of(confidence=0.8, tolerance=0.1).reason
+    assert "80% confidence, tolerance ±0.1" in told
+    strict = verdict_of(tolerance=1e-5)
+    assert not strict.converged and "the tolerance is ±1e-05" in strict.reason
+    assert "the weight of web " in strict.reason or "the weight of math " in strict.reason
+    assert not verdict_of(average_fraction=1.0).converged, "the way there is no rest"
+    short = verdict_of(average_fraction=0.1)
+    assert short.reason == "only 100 steps are averaged, at least 200 are needed"
+    assert "learning rate decays" in verdict_of(lr_lambda_decay_style="cosine").reason
+
+
+@pytest.mark.parametrize(
+    ("limit", "in_a_row", "ends"), [(3, 2, False), (3, 3, True), (7, 6, False)]
+)
+def test_a_run_ends_after_as_many_skipped_steps_as_asked(
+    limit: int, in_a_row: int, ends: bool
+) -> None:
+    config = load_config(None, {"train": {"skip_limit": limit}})
+    state = SimpleNamespace(
+        config=config, step=20, skipped_in_a_row=in_a_row, mixture=SimpleNamespace(steps=4)
+    )
+    result = SimpleNamespace(skipped="w: gradient norm is nan")
+    with pytest.raises(UserError, match=f"{in_a_row} steps in a row") if ends else nullcontext():
+        _refuse_skips(state, result)  # type: ignore[arg-type]

@@ -50,6 +50,7 @@ def read_off(folder: str) -> None:
     }
     found["optimizers"] = optimizers(folder)
     found["layout"] = batch_layouts(folder)
+    found["packed"] = [packed(folder, seed, length) for seed, length in ((7, 16), (11, 24))]
     (Path(folder) / "found.json").write_text(json.dumps(found))
     runtime.stop()
 
@@ -190,6 +191,16 @@ def batch_layouts(folder: str) -> list[list[int]]:
     return found
 
 
+def packed(folder: str, seed: int, length: int) -> list[int]:
+    """What Megatron's dataset of a prefix is given."""
+    from megatron_scalebio.data.sources import PackedSource
+
+    config = load({"train": {"seed": seed}, "data": {"seq_length": length}})
+    source = PackedSource("p", str(Path(folder) / "a" / "tokens"), config, Path(folder) / "cache")
+    settings = source._dataset.config
+    return [settings.random_seed, settings.sequence_length, source.length(0), source.tokens]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     import numpy as np
@@ -232,6 +243,10 @@ def test_options_reach_samplers_and_batches(found: dict[str, Any]) -> None:
         [4, 24, 16, False, 32, 0.25, 1234, 32, 1235],  # least multiple of 8 and 2 · CP
         [4, 8, 16, True, 32, 0.25, 1234, 32, 1235],
     ]
+
+
+def test_options_reach_packed_sources(found: dict[str, Any]) -> None:
+    assert found["packed"] == [[7, 16, 16, 340], [11, 24, 24, 340]]
 
 
 def test_collectives_wait_a_minute_longer_than_the_watchdog(found: dict[str, Any]) -> None:
