@@ -129,10 +129,13 @@ VPP = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage
         # 2 · 5 chunks of CP, times TP with sequence parallelism; and eights, or sixteens a rank
         (CP5_TP3, 40, False),
         ({**CP5_TP3, "sequence_parallel": True}, 120, False),
-        ({**CP5_TP3, "bf16": True, "fp8_format": "hybrid"}, 240, False),
+        (
+            {**CP5_TP3, "context_parallel_size": 4, "bf16": True, "fp8_format": "hybrid"},
+            192, False,
+        ),
         (VPP, 8, True),
     ],
-)
+)  # fmt: skip
 def test_batches_are_cut_for_this_rank_and_padded_for_its_layout(
     problem: tuple[list, list], parallel: dict[str, Any], multiple: int, fixed: bool
 ) -> None:

@@ -69,6 +69,9 @@ def settings(problem: tuple[list, list], name: str) -> dict[str, Any]:
         "optimizer": {"lr": 3e-3, "weight_decay": 0.1},
         "train": {"train_iters": 9, "micro_batch_size": 2, "global_batch_size": 8, "seed": 77},
     }  # fmt: skip
+    if name == "train":
+        given = zip(sources, (1.0, 3.0, 1.0), strict=True)
+        tree["data"]["sources"] = [{**source, "initial_weight": w} for source, w in given]
     for section, values in KINDS[name][2].items():
         tree[section] = {**tree.get(section, {}), **values}
     return tree
@@ -150,6 +153,7 @@ def goes_on_with_other_settings(name: str, problem: tuple[list, list], folder: P
 
     other = {"adam_beta1": 0.5, "adam_beta2": 0.6, "adam_eps": 1e-3, "weight_decay": 0.3}
     state, step = begin(name, problem, folder / "cache", **other)
+    assert state.probs_S.tolist() == [0.2, 0.6, 0.2]
     resumed, [warning] = saver.load_latest(state, folder)
     assert resumed and warning == (
         "goes on with other settings: optimizer.weight_decay 0.1 -> 0.3, optimizer.adam_beta1 0.9 "

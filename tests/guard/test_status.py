@@ -165,6 +165,48 @@ def test_a_failure_of_one_rank_is_told_after_a_grace_and_one_of_all_is_not() -> 
     assert judge.looks(rank(0), rank(1), bug) == 0 and "ValueError" in judge._verdict
 
 
+class Told:
+    """The ranks' store, as those of one node have written to it."""
+
+    def __init__(self, ranks: list[Status]) -> None:
+        self.held = {str(each.rank): each.encode().encode() for each in ranks}
+
+    def check(self, keys: list[str]) -> bool:
+        return set(keys) <= self.held.keys()
+
+    def get(self, key: str) -> bytes:
+        return self.held[key]
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.held[key] for key in keys]
+
+
+def looking(number: int, told: list[Status], pending: BaseException | None = None) -> list[Any]:
+    """What a rank does about what three ranks tell, once."""
+    judge, done = Judge(600.0, pending), []
+    judge._rank, judge._store, judge._neighbour = number, Told(told), None
+    judge.ranks = sorted(told, key=lambda each: each.rank)
+    judge._judge = lambda ranks: done.append([each.rank for each in ranks])
+    judge._judge_gone = lambda gone, what: done.append((gone.rank, what))
+    judge._find_verdict()
+    return done
+
+
+def test_the_first_and_the_last_rank_judge_and_each_watches_the_next() -> None:
+    alive = Process.this()
+    all_well = [replace(rank(number), process=alive) for number in range(3)]
+    assert [looking(number, all_well) for number in range(3)] == [[[0, 1, 2]], [], [[0, 1, 2]]]
+    assert looking(1, all_well, RuntimeError("a collective failed")) == [[0, 1, 2]]
+    assert looking(0, all_well[:2]) == [], "one has not come so far"
+    dead = replace(alive, started=alive.started - 1)
+    died = [replace(each, process=dead) if each.rank == 2 else each for each in all_well]
+    assert looking(1, died) == [(2, "died")] and looking(0, died) == [[0, 1, 2]]
+    died = [replace(each, process=dead) if each.rank == 0 else each for each in all_well]
+    assert looking(2, died) == [(0, "died")], "after the last comes the first"
+    ended = [replace(each, state=ENDED) if each.rank == 0 else each for each in died]
+    assert looking(2, ended) == [[0, 1, 2]], "it may"
+
+
 def test_the_first_verdict_counts() -> None:
     class Store:
         held = ""

@@ -19,6 +19,7 @@ from tests.markov import VOCAB, write_source
 
 pytestmark = pytest.mark.distributed
 BETA1, BETA2, EPS, DECAY, CLIP = 0.8, 0.7, 0.02, 0.3, 0.5
+STD = 0.2
 RATES = {"w": 0.05, "u": 0.03}
 # Norm of each gradient: the first is clipped, the second is not.
 NORMS = (4.0, 0.4)
@@ -26,7 +27,7 @@ NORMS = (4.0, 0.4)
 NUMERICS = [(False, False, False), (False, True, True), (True, False, True), (True, True, False)]
 
 
-def begin(folder: Path, bf16: bool, sharded: bool, lisa: bool) -> Any:
+def begin(folder: Path, bf16: bool, sharded: bool, lisa: bool, seed: int = 77) -> Any:
     from megatron_scalebio import runtime
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.train.state import TrainState
@@ -36,7 +37,7 @@ def begin(folder: Path, bf16: bool, sharded: bool, lisa: bool) -> Any:
         "data": {"seq_length": 8, "sources": entries[:2], "validation": entries[2:]},
         "model": {
             "num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "add_bias_linear": True,
-            "init_method_std": 0.2,
+            "init_method_std": STD,
         },
         "parallel": {"bf16": bf16, "use_distributed_optimizer": sharded},
         "lisa": {"lisa_layers": 1} if lisa else {},
@@ -44,7 +45,7 @@ def begin(folder: Path, bf16: bool, sharded: bool, lisa: bool) -> Any:
             "adam_beta1": BETA1, "adam_beta2": BETA2, "adam_eps": EPS, "weight_decay": DECAY,
             "clip_grad": CLIP,
         },
-        "train": {"micro_batch_size": 2, "global_batch_size": 2},
+        "train": {"micro_batch_size": 2, "global_batch_size": 2, "seed": seed},
     }  # fmt: skip
     config = load_config(None, settings)
     runtime.start(config)
@@ -154,6 +155,25 @@ def nothing_is_left(state: Any) -> None:
             assert parameter.untyped_storage().nbytes() == parameter.nbytes
 
 
+def starts_from_chance(state: Any, again: Any, other: Any) -> None:
+    """N(0, std²), √(2 · layers) smaller where it adds to the residual stream; norms 1, biases 0."""
+    drawn, same, others = (weights(each.w) for each in (state, again, other))
+    for name, value in drawn.items():
+        assert torch.equal(same[name], value), "a seed means the same weights"
+        if value.ndim == 1:
+            assert value.eq(1.0 if "norm" in name and name.endswith("weight") else 0.0).all(), name
+            continue
+        assert not torch.equal(others[name], value), "another seed means others"
+        std = STD / 2 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else STD
+        assert float(value.std()) == pytest.approx(std, rel=0.15), name
+        assert abs(float(value.mean())) < 0.1 * std, name
+    of_layers = [
+        [v for n, v in drawn.items() if f"layers.{i}." in n and v.ndim > 1] for i in (0, 1)
+    ]
+    assert len(of_layers[0]) == 4
+    assert not any(torch.equal(a, b) for a, b in zip(*of_layers, strict=True))
+
+
 def overlaps_as_asked(state: Any) -> None:
     """w alone, as `train` overlaps its communication."""
     from megatron_scalebio.optim.builder import Period
@@ -180,6 +200,8 @@ def overlaps_as_asked(state: Any) -> None:
 
 
 def on_rank(folder_name: str) -> None:
+    runs = [begin(Path(folder_name), False, False, False, seed) for seed in (77, 77, 5)]
+    starts_from_chance(*runs)
     for bf16, sharded, lisa in NUMERICS:
         state = begin(Path(folder_name), bf16, sharded, lisa)
         steps_are_adams(state, bf16)

@@ -109,10 +109,11 @@ def a_draw_resets(folder: Path, numerics: tuple[bool, bool]) -> None:
     """Under LISA every new draw does, and nothing between them."""
     state = begin(folder, numerics, RESYNC, lisa=True)
     assert go_to(state, DRAW) == [0]
-    w, layers = of_weights(side(state, "w")), state.active_layers
+    w, layers, left = of_weights(side(state, "w")), state.active_layers, state.period
     assert differing(w, of_weights(side(state, "u")))
     state.enter_period()
     assert state.u_is_w and state.active_layers != layers
+    assert not hasattr(left, "optimizers"), "the period before was closed"
     assert not differing(of_weights(side(state, "w")), w), "w stays as it was"
     assert not differing(side(state, "w"), side(state, "u"))
     assert not storages(state, "w") & storages(state, "u")
