@@ -82,6 +82,7 @@ def naive_less(folder: Path) -> dict[str, Any]:
     wanted = [flat(torch.cat(each).mean()) for each in of_sets]
     wanted += [flat(model_losses(model, state.pool, int(row)).mean()) for row in rows[:3]]
     state.config.data.loss_mean = "token"
+    state.config.train.micro_batch_size = 5  # the last one of each set is filled up
     features = GradientFeatures(state, 10**6, 0)
     got = [*map(features.of_mean, validation), *features.of_examples(state.pool, rows[:3], None)]
     cosines = []

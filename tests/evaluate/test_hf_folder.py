@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from megatron_scalebio.errors import UserError
@@ -20,6 +21,18 @@ def test_the_longest_sequence_of_gpt2_is_its_own(tmp_path: Path, hf_folder: Path
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     assert "max_position_embeddings" not in (tmp_path / "config.json").read_text()
     assert open_folder(tmp_path).max_length == 64
+
+
+def test_a_model_is_opened_as_it_is_stored_and_without_dropout(
+    tmp_path: Path, hf_folder: Path
+) -> None:
+    shutil.copytree(hf_folder, tmp_path, dirs_exist_ok=True)
+    stored = open_folder(hf_folder).model
+    assert stored.dtype == torch.float32 and not stored.training
+    stored.to(torch.bfloat16).save_pretrained(tmp_path)
+    opened = open_folder(tmp_path)
+    assert opened.model.dtype == torch.bfloat16 and not opened.model.training
+    assert opened.max_length == 2048
 
 
 def test_code_of_a_folder_is_never_run(
