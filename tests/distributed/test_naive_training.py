@@ -112,6 +112,7 @@ def on_one_rank(folder_name: str) -> None:
             state.leave_period()
             runtime.stop_model_parallel()
     (folder / "seeds.json").write_text(json.dumps([seeded(folder, seed) for seed in (3, 3, 4)]))
+    (folder / "learned.json").write_text(json.dumps(weights_and_epochs(folder)))
     (folder / "reset.json").write_text(json.dumps(reset_in_bf16(folder)))
 
 
@@ -127,6 +128,28 @@ def seeded(folder: Path, seed: int) -> dict:
         state.enter_period()
         result["layers"].append(state.active_layers)
     ended(state)
+    return result
+
+
+def weights_and_epochs(folder: Path) -> list:
+    """Of runs on the weights that another one learned: their mixture, steps and decay."""
+    learned = {"a": 0.5, "b": 0.3, "c": 0.2}
+    entries = [
+        {"name": name, "path": name, "weight": learned[name], "initial_weight": 1 / 3}
+        for name in "cab"
+    ]
+    (folder / "weights.json").write_text(json.dumps({"sources": entries}))
+    train, data = (
+        {**BATCH, "train_iters": 99, "train_epochs": 1.5},
+        {"weights": str(folder / "weights.json")},
+    )
+    result = []
+    for stage in ("reweight", "train"):
+        state = begun(folder, stage, train=train, data=data)
+        probs_S = state.probs_S if stage == "train" else state.mixture.probs_S
+        last = state.schedule.at(state.config.train.train_iters - 1).lr_w
+        result.append([probs_S.tolist(), state.config.train.train_iters, last])
+        ended(state)
     return result
 
 
@@ -228,6 +251,7 @@ def test_steps_equal_their_definition(ran: tuple[Path, dict], name: str) -> None
         want = naive.step(train, valid, step["layers"])
         mixtures.append(naive.mixture.p)
         assert step["record"]["skipped"] is None
+        assert step["record"]["active_layers"] == step["layers"]
         for field, value in want.items():
             np.testing.assert_allclose(
                 step["record"][field], value, *LOOSER.get(field, (2e-5, 0.0)), err_msg=field
@@ -271,3 +295,10 @@ def test_the_seed_decides_weights_layers_and_examples(ran: tuple[Path, dict]) ->
 def test_a_reset_takes_over_masters_and_moments_too(ran: tuple[Path, dict]) -> None:
     before, after, u_is_w = json.loads((ran[0] / "reset.json").read_text())
     assert before == [True] * 4 and after == [False] * 4 and u_is_w
+
+
+def test_a_run_takes_over_learned_weights_and_counts_epochs(ran: tuple[Path, dict]) -> None:
+    for weights, steps, last_rate in json.loads((ran[0] / "learned.json").read_text()):
+        assert weights == pytest.approx([0.5, 0.3, 0.2])
+        assert steps == 6, "27 examples, once and a half, eight a step"
+        assert last_rate == pytest.approx(PLAIN["lr"] / 10)
