@@ -111,7 +111,7 @@ def on_one_rank(folder_name: str) -> None:
             torch.save(recorded(state, step), folder / f"{name}.pt")
             state.leave_period()
             runtime.stop_model_parallel()
-    (folder / "seeds.json").write_text(json.dumps([seeded(folder, seed) for seed in (3, 3, 4)]))
+    (folder / "seeds.json").write_text(json.dumps([seeded(folder, seed) for seed in (3, 4)]))
     (folder / "learned.json").write_text(json.dumps(weights_and_epochs(folder)))
     (folder / "reset.json").write_text(json.dumps(reset_in_bf16(folder)))
 
@@ -122,9 +122,10 @@ def seeded(folder: Path, seed: int) -> dict:
     state = begun(folder, "reweight", train=train, lisa=lisa)
     thirds = torch.full((3,), 1 / 3, dtype=torch.float64)
     result = {"weights": state.w[0].embedding.word_embeddings.weight[0].tolist(), "layers": []}
-    for name, shares in (("sampler", thirds.numpy()), ("validation_sampler", thirds.numpy())):
-        result[name] = getattr(state.data, name).next(shares).index_B.tolist()
-    for state.step in range(0, 16, 2):
+    samplers = (state.data.sampler, state.data.validation_sampler)
+    result["seeds"] = [sampler.seed for sampler in samplers]
+    result["examples"] = [sampler.next(thirds.numpy()).index_B.tolist() for sampler in samplers]
+    for state.step in (0, 2):
         state.enter_period()
         result["layers"].append(state.active_layers)
     ended(state)
@@ -286,10 +287,9 @@ def watched(record: dict) -> dict[str, float]:
 
 
 def test_the_seed_decides_weights_layers_and_examples(ran: tuple[Path, dict]) -> None:
-    one, again, other = json.loads((ran[0] / "seeds.json").read_text())
-    assert one == again
+    one, other = json.loads((ran[0] / "seeds.json").read_text())
     assert all(one[what] != other[what] for what in one), (one, other)
-    assert one["sampler"] != one["validation_sampler"]
+    assert one["seeds"] == [3, 4], "validation examples are not drawn as those of training"
 
 
 def test_a_reset_takes_over_masters_and_moments_too(ran: tuple[Path, dict]) -> None:
