@@ -223,7 +223,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 # Relative and absolute tolerances of differences of losses in fp32, and of what follows them.
 LOOSER = {
-    "excess_loss": (3e-4, 1e-6), "grad_norm_lambda": (3e-4, 1e-6), "weights": (1e-4, 0.0),
+    "excess_loss": (1e-3, 2e-6), "grad_norm_lambda": (1e-3, 2e-6), "weights": (2e-4, 1e-6),
 }  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def test_steps_equal_their_definition(ran: tuple[Path, dict], name: str) -> None
     mixtures = []
     for number, step in enumerate(got["steps"]):
         draw = got["draws"]["sampler"][number]
-        np.testing.assert_allclose(draw["shares"], naive.mixture.p, rtol=1e-4)
+        np.testing.assert_allclose(draw["shares"], naive.mixture.p, *LOOSER["weights"])
         assert len(draw["picks"]) == scenario["train"]["global_batch_size"]
         train, valid = examples(problem, "abc", draw), {}
         if name in REWEIGHT:
@@ -268,7 +268,7 @@ def test_steps_equal_their_definition(ran: tuple[Path, dict], name: str) -> None
         np.testing.assert_allclose(values, want_values, rtol=1e-4, atol=1e-6, err_msg=field)
     assert (got["trained"], got["step"]) == (naive.tokens, len(got["steps"]))
     if "tail" in got:
-        np.testing.assert_allclose(got["tail"], mixtures, rtol=1e-4)
+        np.testing.assert_allclose(got["tail"], mixtures, *LOOSER["weights"])
 
 
 def watched(record: dict) -> dict[str, float]:
