@@ -188,6 +188,7 @@ class Reweighting:
                 0.0 if of_mixture == "constant" else warmup,
             ),
             "alpha": bilevel.get("alpha", 10.0) / of(1.0, 1.0, "constant", 0.0),
+            "outer_round": self.at * rounds // steps,
         }  # fmt: skip
 
     def step(self, train: Groups, valid: Groups, layers: list[int] | None) -> dict:

@@ -111,7 +111,8 @@ def on_one_rank(folder_name: str) -> None:
             torch.save(recorded(state, step), folder / f"{name}.pt")
             state.leave_period()
             runtime.stop_model_parallel()
-    (folder / "seeds.json").write_text(json.dumps([seeded(folder, seed) for seed in (3, 3, 4)]))
+    (folder / "seeds.json").write_text(json.dumps([seeded(folder, seed) for seed in (4, 5)]))
+    (folder / "learned.json").write_text(json.dumps(weights_and_epochs(folder)))
     (folder / "reset.json").write_text(json.dumps(reset_in_bf16(folder)))
 
 
@@ -121,12 +122,35 @@ def seeded(folder: Path, seed: int) -> dict:
     state = begun(folder, "reweight", train=train, lisa=lisa)
     thirds = torch.full((3,), 1 / 3, dtype=torch.float64)
     result = {"weights": state.w[0].embedding.word_embeddings.weight[0].tolist(), "layers": []}
-    for name, shares in (("sampler", thirds.numpy()), ("validation_sampler", thirds.numpy())):
-        result[name] = getattr(state.data, name).next(shares).index_B.tolist()
-    for state.step in range(0, 16, 2):
+    samplers = (state.data.sampler, state.data.validation_sampler)
+    result["seeds"] = [sampler.seed for sampler in samplers]
+    result["examples"] = [sampler.next(thirds.numpy()).index_B.tolist() for sampler in samplers]
+    for state.step in (0, 2):
         state.enter_period()
         result["layers"].append(state.active_layers)
     ended(state)
+    return result
+
+
+def weights_and_epochs(folder: Path) -> list:
+    """Of runs on the weights that another one learned: their mixture, steps and decay."""
+    learned = {"a": 0.5, "b": 0.3, "c": 0.2}
+    entries = [
+        {"name": name, "path": name, "weight": learned[name], "initial_weight": 1 / 3}
+        for name in "cab"
+    ]
+    (folder / "weights.json").write_text(json.dumps({"sources": entries}))
+    train, data = (
+        {**BATCH, "train_iters": 99, "train_epochs": 1.5},
+        {"weights": str(folder / "weights.json")},
+    )
+    result = []
+    for stage in ("reweight", "train"):
+        state = begun(folder, stage, train=train, data=data)
+        probs_S = state.probs_S if stage == "train" else state.mixture.probs_S
+        last = state.schedule.at(state.config.train.train_iters - 1).lr_w
+        result.append([probs_S.tolist(), state.config.train.train_iters, last])
+        ended(state)
     return result
 
 
@@ -199,7 +223,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 # Relative and absolute tolerances of differences of losses in fp32, and of what follows them.
 LOOSER = {
-    "excess_loss": (3e-4, 1e-6), "grad_norm_lambda": (3e-4, 1e-6), "weights": (1e-4, 0.0),
+    "excess_loss": (1e-3, 2e-6), "grad_norm_lambda": (1e-3, 2e-6), "weights": (2e-4, 1e-6),
 }  # fmt: skip
 
 
@@ -216,7 +240,7 @@ def test_steps_equal_their_definition(ran: tuple[Path, dict], name: str) -> None
     mixtures = []
     for number, step in enumerate(got["steps"]):
         draw = got["draws"]["sampler"][number]
-        np.testing.assert_allclose(draw["shares"], naive.mixture.p, rtol=1e-4)
+        np.testing.assert_allclose(draw["shares"], naive.mixture.p, *LOOSER["weights"])
         assert len(draw["picks"]) == scenario["train"]["global_batch_size"]
         train, valid = examples(problem, "abc", draw), {}
         if name in REWEIGHT:
@@ -228,6 +252,7 @@ def test_steps_equal_their_definition(ran: tuple[Path, dict], name: str) -> None
         want = naive.step(train, valid, step["layers"])
         mixtures.append(naive.mixture.p)
         assert step["record"]["skipped"] is None
+        assert step["record"]["active_layers"] == step["layers"]
         for field, value in want.items():
             np.testing.assert_allclose(
                 step["record"][field], value, *LOOSER.get(field, (2e-5, 0.0)), err_msg=field
@@ -243,7 +268,7 @@ def test_steps_equal_their_definition(ran: tuple[Path, dict], name: str) -> None
         np.testing.assert_allclose(values, want_values, rtol=1e-4, atol=1e-6, err_msg=field)
     assert (got["trained"], got["step"]) == (naive.tokens, len(got["steps"]))
     if "tail" in got:
-        np.testing.assert_allclose(got["tail"], mixtures, rtol=1e-4)
+        np.testing.assert_allclose(got["tail"], mixtures, *LOOSER["weights"])
 
 
 def watched(record: dict) -> dict[str, float]:
@@ -262,12 +287,18 @@ def watched(record: dict) -> dict[str, float]:
 
 
 def test_the_seed_decides_weights_layers_and_examples(ran: tuple[Path, dict]) -> None:
-    one, again, other = json.loads((ran[0] / "seeds.json").read_text())
-    assert one == again
+    one, other = json.loads((ran[0] / "seeds.json").read_text())
     assert all(one[what] != other[what] for what in one), (one, other)
-    assert one["sampler"] != one["validation_sampler"]
+    assert one["seeds"] == [4, 5], "validation examples are not drawn as those of training"
 
 
 def test_a_reset_takes_over_masters_and_moments_too(ran: tuple[Path, dict]) -> None:
     before, after, u_is_w = json.loads((ran[0] / "reset.json").read_text())
     assert before == [True] * 4 and after == [False] * 4 and u_is_w
+
+
+def test_a_run_takes_over_learned_weights_and_counts_epochs(ran: tuple[Path, dict]) -> None:
+    for weights, steps, last_rate in json.loads((ran[0] / "learned.json").read_text()):
+        assert weights == pytest.approx([0.5, 0.3, 0.2])
+        assert steps == 6, "27 examples, once and a half, eight a step"
+        assert last_rate == pytest.approx(PLAIN["lr"] / 10)

@@ -155,6 +155,7 @@ def commands(folder: Path) -> None:
         data={"seq_length": tree["data"]["seq_length"], "loss_mean": "token"},
         optimizer=PLAIN,
         train={**BATCH, "train_iters": 4, "eval_interval": 0, "validation_batch_size": 6},
+        checkpoint={"save_interval": 2, "keep_last": 9},
     )  # fmt: skip
 
     def run(stage: str, name: str, *flags: object) -> None:
@@ -173,6 +174,7 @@ def commands(folder: Path) -> None:
     spoiling.undo()
     mixtures.clear()
     words = ["--lr-lambda", 0.5, "--average-fraction", 0.67, "--confidence", 0.8]
+    words += ["--save", folder / "elsewhere" / "checkpoints"]
     run("reweight", "stops early", "--early-stop", *words)
     (folder / "mixtures.json").write_text(json.dumps(mixtures))
     reweight.verdict = judged
@@ -319,10 +321,12 @@ def test_the_best_weights_are_kept_over_a_resume(ran: tuple[Path, dict]) -> None
 
 def test_a_converged_run_stops_where_that_is_asked_for(ran: tuple[Path, dict]) -> None:
     folder, _ = ran
-    for name, steps in (("stops early", 3), ("reweight once", 4)):
+    for name, steps, place in (
+        ("stops early", 3, "elsewhere"), ("reweight once", 4, "reweight once"),
+    ):  # fmt: skip
         code, said = noted(folder / "noted", name)
         assert code == 0, said
-        assert len(metrics(folder / name)) == steps == max(saved(folder / name))
+        assert len(metrics(folder / name)) == steps == max(saved(folder / place))
         content = json.loads((folder / name / "weights.json").read_text())
         assert (content["step"], content["complete"]) == (steps, True)
         tokens = sum(record["tokens"] for record in metrics(folder / name))
