@@ -1,0 +1,112 @@
+"""What Megatron's DDP and optimizers are asked for, and the copy of Adam's state; no rank needed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.optim.test_period import MODEL, OVERLAP, RATES
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple]:
+    from megatron_scalebio.optim import builder
+
+    calls: list[tuple] = []
+    monkeypatch.setattr(builder, name, lambda *args, **kwargs: calls.append((args, kwargs)))
+    return calls
+
+
+def loaded(parallel: dict) -> Any:
+    from megatron_scalebio.config_loader import load_config
+
+    return load_config(None, {"model": MODEL, "parallel": parallel, "optimizer": RATES})
+
+
+def test_all_of_adam_is_copied_and_nothing_is_shared() -> None:
+    """`step` is in the group in Transformer Engine's Adam, in the state in torch's."""
+    from megatron_scalebio.optim.builder import _copy_adam
+
+    def adam(value: float, step: int, held: bool) -> Any:
+        first, second, third = (torch.full((2,), value + n) for n in range(3))
+        state = {first: {"exp_avg": torch.full((2,), value), "step": step, "scale": [value]}}
+        if held:
+            state[second] = {"exp_avg": torch.full((2,), 2 * value)}
+        groups = [{"params": [first, second], "step": step}, {"params": [third]}]
+        return SimpleNamespace(param_groups=groups, state=defaultdict(dict, state))
+
+    source, target = adam(1.0, 5, held=True), adam(7.0, 9, held=False)
+    kept = target.state[target.param_groups[0]["params"][0]]["exp_avg"]
+    _copy_adam(source, target)
+    assert [group.get("step") for group in target.param_groups] == [5, None]
+    for of_source, of_target in zip(source.param_groups, target.param_groups, strict=True):
+        for p_s, p_t in zip(of_source["params"], of_target["params"], strict=True):
+            assert p_s.equal(p_t) and p_s.data_ptr() != p_t.data_ptr()
+            held_s, held_t = source.state.get(p_s, {}), target.state.get(p_t, {})
+            assert set(held_s) == set(held_t)
+            for key, value in held_s.items():
+                if isinstance(value, torch.Tensor):
+                    assert value.equal(held_t[key])
+                    assert value.data_ptr() != held_t[key].data_ptr()
+                else:
+                    assert value == held_t[key]
+                    assert not isinstance(value, list) or value is not held_t[key]
+    assert [group.get("step") for group in source.param_groups] == [5, None]
+    assert target.state[target.param_groups[0]["params"][0]]["exp_avg"] is kept, "in its place"
+    assert float(source.param_groups[0]["params"][0][0]) == 1.0
+
+
+FP8 = {"fp8_format": "hybrid", "fp8_recipe": "delayed"}
+
+
+@pytest.mark.parametrize("parallel", [{}, {"bf16": True}, {**OVERLAP, "bf16": True, **FP8}])
+def test_megatron_is_told_the_configured_optimizer(
+    monkeypatch: pytest.MonkeyPatch, parallel: dict
+) -> None:
+    from megatron_scalebio.optim import builder
+
+    calls = captured(monkeypatch, "get_megatron_optimizer")
+    builder._optimizer(loaded(parallel), ["chunks"])  # type: ignore[list-item]
+    [((settings, chunks), options)] = calls
+    assert chunks == ["chunks"] and options == {}
+    assert settings.optimizer == "adam"
+    for name, value in RATES.items():
+        assert getattr(settings, name) == value, name
+    bf16 = parallel.get("bf16", False)
+    assert settings.bf16 == bf16
+    assert settings.params_dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert settings.use_distributed_optimizer == ("overlap_param_gather" in parallel)
+    assert settings.overlap_param_gather == ("overlap_param_gather" in parallel)
+    assert settings.fp8_recipe == ("delayed" if "fp8_format" in parallel else None)
+
+
+@pytest.mark.parametrize("asked", [None, "use_distributed_optimizer", "overlap_grad_reduce"])
+def test_megatron_is_told_the_configured_reduction(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None
+) -> None:
+    from megatron_scalebio.optim import builder
+
+    switches = {
+        "use_distributed_optimizer": False, "overlap_grad_reduce": False,
+        "overlap_param_gather": False, "fp8_param_gather": False,
+    }  # fmt: skip
+    if asked == "use_distributed_optimizer":  # which the others need
+        switches.update(OVERLAP, fp8_param_gather=True, overlap_grad_reduce=True)
+        parallel = {**switches, **FP8, "bf16": True}
+    elif asked:
+        parallel = {asked: True}
+        switches[asked] = True
+    else:
+        parallel = {}
+    calls = captured(monkeypatch, "DistributedDataParallel")
+    for number in (0, 1, 2):
+        builder._wrap(loaded(parallel), "megatron", "chunk", number)  # type: ignore[arg-type]
+    for number, ((megatron, settings, chunk), options) in enumerate(calls):
+        assert (megatron, chunk) == ("megatron", "chunk")
+        assert options == {"disable_bucketing": number > 0}
+        assert settings.grad_reduce_in_fp32 is True
+        for name, value in switches.items():
+            assert getattr(settings, name) is value, name
