@@ -1,4 +1,4 @@
-"""What Megatron's DDP and optimizers are asked for, and the copy of Adam's state; no rank needed."""
+"""What Megatron is asked for when a period is built, and the copy of Adam's state."""
 
 from __future__ import annotations
 
