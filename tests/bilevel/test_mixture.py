@@ -213,6 +213,7 @@ def test_a_saved_state_does_not_change_with_later_steps(kind: str) -> None:
         mixture.step(g_S, 0.05)
     state, loaded = mixture.state_dict(), Mixture([1.0] * 3, kind)
     expected = mixture.probs_S
+    assert not state["logits"].requires_grad
     loaded.load_state_dict(state)
     for g_S in path[20:]:
         mixture.step(g_S, 0.05)

@@ -35,7 +35,9 @@ def test_all_of_adam_is_copied_and_nothing_is_shared() -> None:
         state = {first: {"exp_avg": torch.full((2,), value), "step": step, "scale": [value]}}
         if held:
             state[second] = {"exp_avg": torch.full((2,), 2 * value)}
-        groups = [{"params": [first, second], "step": step}, {"params": [third]}]
+        groups: list[dict] = [{"params": [first, second]}, {"params": [third]}]
+        if held:  # one that has not stepped has none yet
+            groups[0]["step"] = step
         return SimpleNamespace(param_groups=groups, state=defaultdict(dict, state))
 
     source, target = adam(1.0, 5, held=True), adam(7.0, 9, held=False)
