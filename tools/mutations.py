@@ -38,6 +38,8 @@ _IDLE = {
     "clamp", "clamp_min", "cumsum", "item", "mean", "sum", "round", "deepcopy", "tolist",
 }  # fmt: skip
 
+_SYMMETRIC = {"max", "min", "gcd", "hypot", "maximum", "minimum"}
+
 
 @dataclass
 class Change:
@@ -146,6 +148,8 @@ class _Finder(cst.CSTVisitor):
 def _left_alone(node: cst.CSTNode) -> bool:
     if isinstance(node, (cst.Annotation, cst.Decorator, cst.Import, cst.ImportFrom)):
         return True
+    if isinstance(node, cst.Arg) and node.keyword is not None and node.keyword.value == "strict":
+        return True  # zip's: a check
     # A docstring.
     return isinstance(node, cst.Expr) and isinstance(node.value, cst.SimpleString)
 
@@ -169,6 +173,9 @@ def _other_calls(node: cst.Call) -> Iterator[cst.CSTNode]:
             yield node.func.value
         if len(arguments) == 1 and node.func.attr.value in _OTHERS:
             yield node.with_changes(args=[])
+    name = node.func.attr if isinstance(node.func, cst.Attribute) else node.func
+    if isinstance(name, cst.Name) and name.value in _SYMMETRIC:
+        return
     for number in range(len(arguments) - 1):
         one, other = arguments[number : number + 2]
         if one.keyword is None and other.keyword is None and not one.star and not other.star:

@@ -121,7 +121,9 @@ def test_tail_of_merged_blocks_is_the_blocks_that_lie_wholly_in_it() -> None:
 
 
 def test_blocks_hold_single_steps_until_there_are_512() -> None:
-    blocks = filled(torch.rand(511, 2))
+    blocks = TrajectoryBlocks(2)
+    for probs_S in torch.rand(511, 2):
+        blocks.append(probs_S)
     assert (blocks.num_blocks, blocks.block_length) == (511, 1)
     blocks.append(torch.rand(2, requires_grad=True))
     assert (blocks.num_blocks, blocks.block_length) == (256, 2)

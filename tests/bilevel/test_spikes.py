@@ -205,8 +205,10 @@ def test_resume_is_exact() -> None:
     steps = noisy(200)
     for values in steps[:100]:
         guard.judge(values)
+    resumed.judge({name: 1e3 for name in WATCHED})
     resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
-    for values in [*steps[100:], {LOSS: 50.0}]:
+    assert resumed.state_dict() == guard.state_dict()
+    for values in [{LOSS: 50.0}, {NORM: 70.0}, *steps[100:], {LOSS: 50.0}]:
         assert resumed.judge(values) == guard.judge(values)
     assert resumed.state_dict() == guard.state_dict()
     norms = {NORM, "u: gradient norm"}
@@ -214,3 +216,11 @@ def test_resume_is_exact() -> None:
         held = guard.state_dict()[kind]
         assert set(held) == names
         assert max(map(len, held.values())) == most
+
+
+def test_a_state_without_spikes_starts_anew() -> None:
+    """Of a checkpoint from before there were any, or before one of the values was watched."""
+    for state in ({}, {"applied": {}}, {"applied": {LOSS: []}, "last": {}}):
+        guard = settled({LOSS: 1.0, NORM: 1.0})
+        guard.load_state_dict(state)
+        assert guard.state_dict() == SpikeGuard().state_dict()

@@ -56,6 +56,7 @@ class Case:
             p.data.copy_(0.3 * torch.randn(p.shape, generator=generator))
         for chunks in (self.w, self.u):
             set_trainable(chunks, [1, 2], self.config.lisa)
+        self.places = [p.data_ptr() for p in self.named("w").values()]
         self.period = Period(self.config, self.megatron, self.w, self.u if with_u else None)
 
     def named(self, which: str, trained: bool = True) -> dict[str, torch.nn.Parameter]:
@@ -151,6 +152,8 @@ def steps_and_resync(case: Case) -> None:
         period.zero_grad()
         for which in ("w", "u"):
             assert all(p.main_grad.eq(0).all() for p in case.named(which).values())
+            parts = period.optimizers[which].chained_optimizers
+            assert all(p.grad is None for part in parts for p in part.get_parameters())
         # The second step's gradients are too small to be clipped.
         scale = 1e-3 if number == 1 else 1.0
         of_w = case.give("w", 10 + number, scale)
@@ -188,6 +191,21 @@ def steps_and_resync(case: Case) -> None:
     assert same(case.values("w"), case.values("u"))
 
 
+def watched_hooks(period: Any) -> list[bool]:
+    """Whether weights were gathered, for every time that a chunk's hooks are taken off from now."""
+    synced: list[bool] = []
+    for chunk in (chunk for chunks in period.ddp.values() for chunk in chunks):
+
+        def disable(
+            param_sync: bool = True, original: Any = chunk.disable_forward_pre_hook
+        ) -> None:
+            synced.append(param_sync)
+            original(param_sync=param_sync)
+
+        chunk.disable_forward_pre_hook = disable
+    return synced
+
+
 def closing(case: Case) -> None:
     period = case.period
     assert all(p.main_grad is not None for p in case.named("w").values())
@@ -198,7 +216,15 @@ def closing(case: Case) -> None:
         for t in (buffer.grad_data, buffer.param_data) if t is not None
     }  # fmt: skip
     case.megatron.no_sync_func = object()
+    synced = watched_hooks(period)
+    period.gather_parameters()
+    assert synced == [True] * len(synced)
+    chunks = [chunk for chunks in period.ddp.values() for chunk in chunks]
+    overlap = case.config.parallel.overlap_param_gather
+    assert [bool(chunk.remove_forward_pre_hook_handles) for chunk in chunks] == [overlap] * 2
     period.close()
+    assert synced == [True] * (4 if overlap else 0), "weights are made whole first"
+    assert not any(chunk.remove_forward_pre_hook_handles for chunk in chunks)
     for which in ("w", "u"):
         assert same(before[which], case.values(which))
         for p in case.named(which, trained=False).values():
@@ -220,6 +246,8 @@ def on_rank() -> None:
         period, ddp = case.period, case.period.ddp
         frozen = set(case.named("w", trained=False)) - set(case.named("w"))
         assert shared_names(case.w, case.u) == frozen, name
+        if not parallel.get("use_distributed_optimizer"):  # whose buffer takes weights in
+            assert [p.data_ptr() for p in case.named("w").values()] == case.places
         assert [(t.w, t.u) for t in period.twins] == [(ddp["w"][0], ddp["u"][0])]
         assert period.optimizers["w"] is not period.optimizers["u"]
         assert case.megatron.finalize_model_grads_func is finalize_twin_grads
@@ -276,70 +304,3 @@ def without_u(parallel: dict) -> None:
 
 def test_periods_step_return_and_close() -> None:
     run_distributed(on_rank, 1)
-
-
-def captured(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple]:
-    from megatron_scalebio.optim import builder
-
-    calls: list[tuple] = []
-    monkeypatch.setattr(builder, name, lambda *args, **kwargs: calls.append((args, kwargs)))
-    return calls
-
-
-def loaded(parallel: dict) -> Any:
-    from megatron_scalebio.config_loader import load_config
-
-    return load_config(None, {"model": MODEL, "parallel": parallel, "optimizer": RATES})
-
-
-FP8 = {"fp8_format": "hybrid", "fp8_recipe": "delayed"}
-
-
-@pytest.mark.parametrize("parallel", [{}, {"bf16": True}, {**OVERLAP, "bf16": True, **FP8}])
-def test_megatron_is_told_the_configured_optimizer(
-    monkeypatch: pytest.MonkeyPatch, parallel: dict
-) -> None:
-    from megatron_scalebio.optim import builder
-
-    calls = captured(monkeypatch, "get_megatron_optimizer")
-    builder._optimizer(loaded(parallel), ["chunks"])  # type: ignore[list-item]
-    [((settings, chunks), options)] = calls
-    assert chunks == ["chunks"] and options == {}
-    assert settings.optimizer == "adam"
-    for name, value in RATES.items():
-        assert getattr(settings, name) == value, name
-    bf16 = parallel.get("bf16", False)
-    assert settings.bf16 == bf16
-    assert settings.params_dtype == (torch.bfloat16 if bf16 else torch.float32)
-    assert settings.use_distributed_optimizer == ("overlap_param_gather" in parallel)
-    assert settings.overlap_param_gather == ("overlap_param_gather" in parallel)
-    assert settings.fp8_recipe == ("delayed" if "fp8_format" in parallel else None)
-
-
-@pytest.mark.parametrize("asked", [None, "use_distributed_optimizer", "overlap_grad_reduce"])
-def test_megatron_is_told_the_configured_reduction(
-    monkeypatch: pytest.MonkeyPatch, asked: str | None
-) -> None:
-    from megatron_scalebio.optim import builder
-
-    switches = {
-        "use_distributed_optimizer": False, "overlap_grad_reduce": False,
-        "overlap_param_gather": False, "fp8_param_gather": False,
-    }  # fmt: skip
-    if asked == "use_distributed_optimizer":  # which the others need
-        switches.update(OVERLAP, fp8_param_gather=True, overlap_grad_reduce=True)
-        parallel = {**switches, **FP8, "bf16": True}
-    elif asked:
-        parallel = {asked: True}
-        switches[asked] = True
-    else:
-        parallel = {}
-    calls = captured(monkeypatch, "DistributedDataParallel")
-    for number in (0, 1, 2):
-        builder._wrap(loaded(parallel), "megatron", "chunk", number)  # type: ignore[arg-type]
-    for number, ((megatron, settings, chunk), options) in enumerate(calls):
-        assert (megatron, chunk) == ("megatron", "chunk")
-        assert options == {"disable_bucketing": number > 0}
-        assert settings.grad_reduce_in_fp32 is True
-        for name, value in switches.items():
-            assert getattr(settings, name) is value, name
