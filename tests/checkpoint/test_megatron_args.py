@@ -23,8 +23,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "add_qkv_bias": True,
     },
     "window": {
-        "window_size": [8, 0], "qk_layernorm": True, "untie_embeddings_and_output_weights": True,
-    },  # fmt: skip
+        "window_size": [8, 0],
+        "qk_layernorm": True,
+        "untie_embeddings_and_output_weights": True,
+    },
 }
 # Of the run, not of the model; or of how a device computes it.
 ELSEWHERE = {

@@ -3,7 +3,7 @@
 Its own parser takes the arguments from the checkpoint, its own builder makes the model and its
 `load_checkpoint(strict=True)` fills it. Logits are compared with our own model's, loaded from the
 same checkpoint. What Megatron-LM does not read from a checkpoint is in the last column of MODELS;
-README.md tells users the same.
+docs/megatron_lm.md tells users the same.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ from tests.markov import VOCAB, write_problem
 
 pytestmark = pytest.mark.distributed
 LENGTH = 24
-EPSILON = 0.3  # large enough to be seen
 
 # The model, and the flags that Megatron-LM has to be given beside `--use-checkpoint-args`.
 MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "gated, no width given": ({"ffn_hidden_size": None, "hidden_size": 40}, []),
+    "gated, no width given": (
+        {
+            "ffn_hidden_size": None, "hidden_size": 40, "hidden_dropout": 0.25,
+            "attention_dropout": 0.125,
+        },
+        [],
+    ),
     "query groups": (
         {
             "num_query_groups": 2, "untie_embeddings_and_output_weights": True,
@@ -42,12 +47,35 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["--no-bias-gelu-fusion"],
     ),
     "gpt2": (
-        {"swiglu": False, "activation": "gelu_tanh", "add_bias_linear": True, "norm_epsilon": EPSILON},
-        ["--norm-epsilon", str(EPSILON)],
+        {
+            "swiglu": False, "activation": "gelu_tanh", "add_bias_linear": True,
+            "norm_epsilon": 1e-2,
+        },
+        ["--norm-epsilon", "1e-2"],
     ),
     "window": (
         {"window_size": [5, 0], "window_attn_skip_freq": 2, "qk_layernorm": True},
         ["--window-size", "5,0", "--window-attn-skip-freq", "2", "--qk-layernorm"],
+    ),
+    "llama 3.1": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rotary_base": 500_000},
+        ["--use-rope-scaling"],
+    ),
+    "linear": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+        ["--rotary-seq-len-interpolation-factor", "3"],
+    ),
+    "yarn": (
+        {
+            "rope_scaling": {
+                "rope_type": "yarn", "factor": 6.0, "original_max_position_embeddings": 8,
+                "beta_fast": 20.0, "beta_slow": 2.0,
+            },
+        },
+        [
+            "--rotary-scaling-factor", "6", "--yarn-original-max-position-embeddings", "8",
+            "--yarn-beta-fast", "20", "--yarn-beta-slow", "2",
+        ],
     ),
 }  # fmt: skip
 
@@ -70,8 +98,9 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for name, (model, _) in MODELS.items():
         write_config(
-            folder / f"{name}.yaml", sources, validation, model=model,
-            train={"train_iters": 2, "output": str(folder / name)}, optimizer={"lr": 3e-2},
+            folder / f"{name}.yaml", sources, validation, optimizer={"lr": 3e-2},
+            train={"train_iters": 2, "output": str(folder / name)},
+            model={**model, "init_method_std": 0.1},  # such that attention is not all alike
         )  # fmt: skip
     run_distributed(run_and_read, 1, str(folder))
     return folder
@@ -81,9 +110,12 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_megatron_lm_computes_the_same_logits(read: Path, name: str) -> None:
     code, said = noted(read / "noted", name)
     assert code == 0, said
-    ours, theirs = torch.load(read / f"{name}.pt")
-    assert ours.std() > 0.1
+    ours, theirs, dropouts, vocab_size = torch.load(read / f"{name}.pt")
+    assert ours.std() > 0.3
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    model = MODELS[name][0]
+    assert dropouts == [model.get("hidden_dropout", 0.0), model.get("attention_dropout", 0.0)]
+    assert vocab_size == VOCAB  # not padded to Megatron's own multiple
 
 
 def run_and_read(folder_name: str) -> None:
@@ -93,12 +125,14 @@ def run_and_read(folder_name: str) -> None:
         note(folder / "noted", name, command("reweight", "--config", folder / f"{name}.yaml"))
     for name, (_, flags) in MODELS.items():
         checkpoints = folder / name / "checkpoints"
-        theirs = logits(megatron_lm(checkpoints, flags))
-        ours = logits(our_own(folder / f"{name}.yaml", checkpoints))
-        torch.save((ours, theirs), folder / f"{name}.pt")
+        theirs = megatron_lm(checkpoints, flags)
+        dropouts = [theirs.config.hidden_dropout, theirs.config.attention_dropout]
+        ours = our_own(folder / f"{name}.yaml", checkpoints)
+        result = (logits(ours), logits(theirs), dropouts, theirs.vocab_size)
+        torch.save(result, folder / f"{name}.pt")
 
 
-def megatron_lm(load: Path, flags: list[str]) -> torch.nn.Module:
+def megatron_lm(load: Path, flags: list[str]) -> Any:
     from megatron.core import rerun_state_machine
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import arguments, global_vars, initialize
@@ -121,7 +155,7 @@ def megatron_lm(load: Path, flags: list[str]) -> torch.nn.Module:
     return model
 
 
-def our_own(config_path: Path, load: Path) -> torch.nn.Module:
+def our_own(config_path: Path, load: Path) -> Any:
     from megatron_scalebio.checkpoint.saver import load_pretrained
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.model.provider import build_model, transformer_config
@@ -132,7 +166,7 @@ def our_own(config_path: Path, load: Path) -> torch.nn.Module:
     return chunks[0]
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
+def logits(model: Any) -> torch.Tensor:
     tokens_BS = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     positions_BS = torch.arange(LENGTH).expand(2, -1)
     with torch.no_grad():
