@@ -52,6 +52,17 @@ def test_named_paths_on_the_command_line() -> None:
     assert config.data.known_weights == {"a": 0.25, "b": 0.75}
 
 
+@pytest.mark.parametrize("word", ["7,0", "(7,0)"])
+def test_a_window_is_given_as_megatron_takes_it(tmp_path: Path, word: str) -> None:
+    config = from_flags("--window-size", word)
+    assert config.model.window_size == [7, 0]
+    assert load_config(written(tmp_path, config_text(config))) == config
+    with pytest.raises(
+        UserError, match=r"^--window-size: 9 is one number; .* \(write 8,0, in YAML"
+    ):
+        from_flags("--window-size", "9")
+
+
 def test_resolved_configuration_reads_back_unchanged(tmp_path: Path) -> None:
     config = load_config(written(tmp_path, {"data": DATA, "lisa": {"lisa_layers": 2}}))
     again = load_config(written(tmp_path, config_text(config)))
@@ -100,6 +111,13 @@ REFUSED = [
     ("parallel", "overlap_param_gather", True, "needs overlap_grad_reduce and"),
     ("parallel", "fp8_param_gather", True, "needs fp8_format and use_distributed_optimizer"),
     ("model", "window_attn_skip_freq", 2, "window_attn_skip_freq: 2 needs a window_size"),
+    ("model", "window_size", 4096, "window_size: 4096 is one number; Megatron's form is two, "
+     "neither of which counts the position itself (write 4095,0, in YAML [4095, 0])"),
+    ("model", "window_size", [7, 1], "window_size: [7, 1] sees positions after a token, which the "
+     "model predicts (write 7,0, in YAML [7, 0])"),
+    ("model", "window_size", [-1, 0], "window_size: [-1, 0] must be how many positions one sees"),
+    ("model", "window_size", [7, 0, 0], "window_size: [7, 0, 0] must be how many positions"),
+    ("model", "window_size", [7.5, 0], "model.window_size[0]: 7.5 is not of type int"),
     ("model", "rope_scaling", {"rope_type": "ntk", "factor": 2}, "choose from llama3, linear"),
     ("model", "rope_scaling", {"rope_type": "yarn"}, "factor is missing"),
     ("model", "rope_scaling", {"rope_type": "yarn", "factor": 2, "beta_fast": 0.5},

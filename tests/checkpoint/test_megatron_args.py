@@ -60,6 +60,8 @@ def rebuild(name: str) -> None:
     assert {"num_layers", "kv_channels", "layernorm_epsilon", "normalization"} <= told
     for field in sorted(told - ELSEWHERE):
         assert getattr(args, field) == getattr(ours, field), field
+    assert args.norm_epsilon == ours.layernorm_epsilon
+    assert args.apply_layernorm_1p == ours.layernorm_zero_centered_gamma
     assert args.swiglu == (ours.gated_linear_unit and ours.activation_func is F.silu)
     assert args.bias_gelu_fusion == (MODELS[name].get("activation") == "gelu_tanh")
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
