@@ -28,7 +28,6 @@ MEGATRON_TAGS = {
     "lm loss validation": "validation_loss",
     "learning-rate": "lr_w",
     "grad-norm": "grad_norm_w",
-    "params-norm": "params_norm",
     "iteration-time": "step_time_s",
     "throughput": "tokens_per_second",
     "mem-allocated-bytes": "memory_bytes",

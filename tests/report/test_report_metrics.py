@@ -47,13 +47,13 @@ def scalars(path: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_carries_megatron_tags_and_ours(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     (record,) = records(1)
-    log.log({**record, "params_norm": 12.5})
+    log.log(record)
     log.close()
     tags = scalars(tmp_path)
     expected = {
         "lm loss", "lm loss vs samples", "lm loss validation", "lm loss validation vs samples",
         "lm loss validation-gpt4_val", "lm loss validation-code_val", "learning-rate",
-        "batch-size", "grad-norm", "params-norm", "iteration-time", "throughput",
+        "batch-size", "grad-norm", "iteration-time", "throughput",
         "mem-allocated-bytes", "bilevel/L1", "bilevel/L2_w", "bilevel/L2_u", "bilevel/alpha",
         "bilevel/grad_norm_u", "bilevel/grad_norm_lambda", "learning-rate-u",
         "learning-rate-lambda", "time/flush", "mixture/weight/b", "mixture/excess_loss/b",
