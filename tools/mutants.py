@@ -22,6 +22,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -40,7 +41,8 @@ from mutations import Change, changes_of
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_scalebio"
 MOST_SURVIVORS = 0.05  # a share: with more, the exit code is 1
-LIMIT_S = 300.0  # a change that takes longer is noticed: `make test` would hang
+CPU_LIMIT_S = 90  # several times what the slowest tests take
+LIMIT_S = 600.0  # a change that takes longer is noticed: `make test` would hang
 
 
 class _Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
@@ -113,6 +115,7 @@ def in_fork(work: partial[int]) -> int:
     if pid:
         return pid
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
     log = os.open(os.environ.get("MUTANTS_LOG", os.devnull), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
