@@ -5,6 +5,7 @@
 # make bench   run the benchmarks         make clean    remove what make made
 
 # PYTHON=...   the Python to make the environment with, 3.12 or 3.13 [the newest that is found]
+# TORCH=...    cpu or cuda: the build of torch, on Linux [cuda where there is an NVIDIA driver]
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
@@ -17,12 +18,12 @@ test: export PYTHONDONTWRITEBYTECODE =
 environment: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt setup.py tools/environment.sh
-	PYTHON=$(PYTHON) tools/environment.sh $(VENV)
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/environment.sh $(VENV)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
 	@echo "environment: the packages of requirements-test.txt"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-test.txt
 	touch $@
 
 demo: environment
@@ -36,7 +37,7 @@ test-long: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m long
 
 mutants: $(VENV)/.installed-test
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps mutmut==3.8.1 libcst==1.9.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps mutmut==3.8.1 libcst==1.9.0
 	$(BIN)/python tools/mutants.py
 
 checks: lint types

@@ -175,6 +175,8 @@ def whole(state: Any) -> described.Table:
 
 
 def round_trip(name: str, problem: tuple[list, list], folder: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
     from megatron_scalebio.checkpoint import saver
 
     state, step = begin(name, problem, folder / "cache")
@@ -183,7 +185,8 @@ def round_trip(name: str, problem: tuple[list, list], folder: Path) -> dict[str,
     disturb(state)
     saver.save(state, folder)
     saved, layers = whole(state), layers_of_u(folder, state)
-    common = torch.load(next(folder.glob("iter_*/bilevel/common.pt")), weights_only=True)["run"]
+    [part] = folder.glob("iter_*/bilevel")
+    common = dist_checkpointing.load_common_state_dict(part)["run"]
     two_more = [step() and whole(state) for _ in range(2)]
     state.leave_period()
 
@@ -266,10 +269,12 @@ def layers_of_u(folder: Path, state: Any) -> list[int] | None:
 
 def told_to_megatron(folder: Path, state: Any) -> dict[str, Any]:
     """What w's part says of itself, besides whether its arguments are the configuration's."""
+    from megatron.core import dist_checkpointing
+
     from megatron_scalebio.checkpoint.megatron_args import megatron_args
 
     [part] = folder.glob("iter_*")
-    common = torch.load(part / "common.pt", weights_only=False)
+    common = dist_checkpointing.load_common_state_dict(part)
     args = megatron_args(state.config, 32, state.data.tokenizer)
     right = vars(common["args"]) == vars(args)
     return {"folder": part.name, "args are right": right, **{

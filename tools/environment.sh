@@ -7,8 +7,9 @@
 #
 # PYTHON names the Python to take. Otherwise it is the first of python3.13, python3.12 and python3
 # that runs and is new enough, on the PATH or among pyenv's; else one that uv fetches into FOLDER.
+# TORCH is cpu or cuda, the build of torch on Linux [cuda where there is an NVIDIA driver].
 set -euo pipefail
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(CDPATH='' cd "$(dirname "$0")/.." && pwd)
 
 usable() { # it runs, is of a right version and can make environments
     "$1" -c 'import sys, ensurepip, venv; sys.exit(not (3, 12) <= sys.version_info < (3, 14))' \
@@ -43,6 +44,17 @@ python_of_uv() {
     UV_PYTHON_INSTALL_DIR=$1/python "$uv" python find --managed-python 3.13
 }
 
+version_of() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null || true
+}
+
+remove_former() { # an environment of another Python can't be mended
+    if [ -e "$folder/pyvenv.cfg" ]; then
+        echo "environment: what $folder holds is of another Python: made anew"
+        rm -rf "$folder"
+    fi
+}
+
 refuse() {
     echo "environment: error: no Python 3.12 or 3.13 $1" \
         "(install python3.12 with its venv module, or name one: make PYTHON=/path/to/python3.12)" >&2
@@ -64,25 +76,26 @@ folder=${1:?the folder of the environment}
 if ! python=$(python_here); then
     [ -z "${PYTHON:-}" ] || refuse "at $PYTHON"
     echo "environment: no Python 3.12 or 3.13 here: uv fetches one"
-    python=$(python_of_uv "$folder" 2> /dev/null) || refuse "is here, and uv could not fetch one"
+    remove_former
+    python=$(python_of_uv "$folder") || refuse "is here, and uv could not fetch one"
+elif [ "$(version_of "$python")" != "$(version_of "$folder/bin/python")" ]; then
+    remove_former
 fi
-echo "environment: $("$python" --version) ($python) in $folder"
-clear=()
-if [ -e "$folder/pyvenv.cfg" ] && ! usable "$folder/bin/python"; then
-    echo "environment: what $folder holds is of another Python: made anew"
-    clear=(--clear)
-fi
-"$python" -m venv "${clear[@]}" "$folder"
+echo "environment: Python $(version_of "$python") ($python) in $folder"
+"$python" -m venv "$folder"
 
 torch=$(grep '^torch==' "$here/requirements.txt")
-if [ "$(uname)" = Linux ] && ! [ -e /proc/driver/nvidia/version ]; then
+driver() {
+    [ -e /proc/driver/nvidia/version ] || nvidia-smi > /dev/null 2>&1
+}
+if [ "$(uname)" = Linux ] && [ "${TORCH:-}" != cuda ] && { [ "${TORCH:-}" = cpu ] || ! driver; }; then
     # Without the CUDA packages, which are several GB. Where that index is out of reach, pip's own
     # has to do.
-    echo "environment: $torch for a machine without a GPU"
+    echo "environment: $torch for a machine without a GPU (make TORCH=cuda: for one with)"
     install --no-deps --retries 0 --timeout 15 \
         --index-url https://download.pytorch.org/whl/cpu "$torch" 2> /dev/null ||
-        echo "environment: PyTorch's index of CPU builds is out of reach: the build with CUDA" \
-            "comes from pip's index, several GB"
+        echo "environment: not to be had from PyTorch's index of CPU builds: pip's own has the build" \
+            "with CUDA, several GB"
 fi
 echo "environment: the packages of requirements.txt"
 install -r "$here/requirements.txt"

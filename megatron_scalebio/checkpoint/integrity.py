@@ -10,34 +10,45 @@ reads the whole checkpoint for that while all others wait.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+import os
 from pathlib import Path
+from typing import Any
 
 from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIFEST
 
 _PART = "integrity-{}.part"  # of a rank, until the checkpoint is whole
+_TEMPORARY = ".tmp"
 
 
 def hash_written(folder: Path, rank: int) -> None:
-    """Leaves the checksums of the files that this rank has written into a checkpoint folder."""
-    sums = _sums(folder.glob(f"__{rank}_*.distcp"))
-    (folder / _PART.format(rank)).write_text(json.dumps(sums))
+    """Leaves the checksums of the files that this rank has written into a checkpoint folder.
+
+    A disk that refuses is `seal`'s to tell, which does what was not done here.
+    """
+    with contextlib.suppress(OSError):
+        sums = {path.name: _sum(path) for path in folder.glob(f"__{rank}_*.distcp")}
+        _write(folder / _PART.format(rank), sums)
 
 
 def seal(folder: Path) -> None:
-    """Joins the ranks' parts to the manifest, and adds the files that no rank has told of."""
+    """Joins the ranks' parts to the manifest, and adds the files that no rank has told of.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    for cut_off in folder.glob(_PART.format("*") + _TEMPORARY):
+        cut_off.unlink()
     sums: dict[str, str] = {}
-    parts = list(folder.glob(_PART.format("*")))
-    for part in parts:
+    for part in folder.glob(_PART.format("*")):
         sums |= json.loads(part.read_text())
-    told = {MANIFEST, *sums, *(part.name for part in parts)}
-    sums |= _sums(path for path in folder.iterdir() if path.is_file() and path.name not in told)
-    content = {"algorithm": "sha256", "files": dict(sorted(sums.items()))}
-    (folder / MANIFEST).write_text(json.dumps(content, indent=2))
-    for part in parts:
         part.unlink()
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in (MANIFEST, *sums):
+            sums[path.name] = _sum(path)
+    _write(folder / MANIFEST, {"algorithm": "sha256", "files": dict(sorted(sums.items()))})
 
 
 def changed_file(folder: Path, rank: int = 0, ranks: int = 1) -> str:
@@ -51,14 +62,14 @@ def changed_file(folder: Path, rank: int = 0, ranks: int = 1) -> str:
     try:
         content = json.loads(manifest.read_text())
         algorithm, sums = content["algorithm"], dict(content["files"])
-    except (ValueError, KeyError, TypeError):
-        return f"{manifest}: unreadable"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{manifest}: unreadable ({error})"
     if algorithm != "sha256":
-        return ""
+        return f"{manifest}: {algorithm!r} is no checksum that is known here"
     for name in sorted(sums)[rank::ranks]:
         path = folder / name
         try:
-            same = _sums([path])[name] == sums[name]
+            same = _sum(path) == sums[name]
         except OSError as error:
             return f"{path}: {error.strerror}"
         if not same:
@@ -66,9 +77,16 @@ def changed_file(folder: Path, rank: int = 0, ranks: int = 1) -> str:
     return ""
 
 
-def _sums(paths: Iterable[Path]) -> dict[str, str]:
-    sums = {}
-    for path in paths:
-        with path.open("rb") as stream:
-            sums[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return sums
+def _sum(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write(path: Path, content: Any) -> None:
+    """Whole and on the disk, or not at all."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    with temporary.open("w") as stream:
+        json.dump(content, stream, indent=2)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(path)

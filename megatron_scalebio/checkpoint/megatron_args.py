@@ -1,4 +1,4 @@
-"""The arguments of a run under Megatron-LM's names, which its loaders look for in `common.pt`."""
+"""The arguments of a run under Megatron-LM's names, which its loaders look for in a checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _WITHOUT: dict[str, Any] = {
 def megatron_args(
     config: Config, vocab_size: int, tokenizer: Mapping[str, Any] | None = None
 ) -> argparse.Namespace:
-    """The arguments that Megatron-LM, Megatron-Bridge and converters look for in `common.pt`.
+    """The arguments that Megatron-LM, Megatron-Bridge and converters look for in a checkpoint.
 
     Args:
         vocab_size: of the model, without padding.

@@ -162,6 +162,11 @@ def _changed_file(folder: Path) -> str:
     return next((problem for problem in found if problem), "")
 
 
+def _damage(source: Path) -> str:
+    """What is wrong with one folder of a checkpoint; "" if nothing. A collective."""
+    return runtime.on_main(lambda: folders.damage(source)) or _changed_file(source)
+
+
 def load_step(state: RunState, folder: Path, step: int) -> None:
     """Goes back to the checkpoint of one step.
 
@@ -169,7 +174,7 @@ def load_step(state: RunState, folder: Path, step: int) -> None:
         UserError: if there is none, or it is damaged.
     """
     source = folders.iteration_folder(folder, step)
-    problem = runtime.on_main(lambda: folders.damage(source)) or _changed_file(source)
+    problem = _damage(source) or _damage(source / BILEVEL)
     if problem:
         raise UserError(problem, where=str(folder), mend="remove the folder to train it again")
     _load(state, source)
@@ -182,7 +187,7 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
         UserError: if there is none, it is damaged, or its shapes are not the model's.
     """
     source = folders.find_checkpoint(path)
-    problem = runtime.on_main(lambda: folders.damage(source)) or _changed_file(source)
+    problem = _damage(source)
     if problem:
         raise UserError(problem, where="model.pretrained_checkpoint", mend="fetch it again")
     wanted = model_state(chunks, None)

@@ -1,10 +1,11 @@
-"""All that patches Megatron-Core or torch, or needs a private name of Megatron.
+"""All that patches Megatron-Core or torch for a run, and all that needs a private name of Megatron.
 
     cpu        Megatron without CUDA
     megatron   a fault mended, and private names that have no public equal
 
-Nothing here acts on import. Whatever is patched or borrowed is looked up first, so that another
-Megatron is refused in one line instead of failing in the middle of a run.
+Nothing here acts on import. What is patched or borrowed is looked up when a run begins, so that
+another Megatron is refused in one line instead of failing in the middle. (`plan` puts stand-ins in
+Megatron's place while it rehearses, and takes them out again: plan/fake_rank.py.)
 """
 
 from __future__ import annotations

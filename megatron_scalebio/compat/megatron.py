@@ -18,13 +18,31 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_scalebio.compat import require
 
+_EXCHANGES = {"_batched_p2p_ops": list, "_p2p_ops": dict}
+_BORROWED: list[tuple[Any, ...]] = [
+    (
+        DistributedOptimizer, "_set_main_param_and_optimizer_states",
+        "_init_optimizer_states_with_dummy_values", "_get_model_param_range_map",
+    ),
+    (RotaryEmbedding, "_apply_scaling"),
+    (filesystem_async, "_results_queue", "get_write_results_queue"),
+    (indexed_dataset, "_INDEX_HEADER"),
+    (p2p_communication, *_EXCHANGES),
+    (TransformerLayer, "_forward_attention", "_forward_pre_mlp_layernorm", "_forward_post_mlp"),
+]  # fmt: skip
 _adapted = False
 
 
 def adapt() -> None:
-    """Mends Megatron once. Call before an optimizer is built."""
+    """Mends Megatron once, and checks that it has what is borrowed here. Call as a run begins.
+
+    Raises:
+        UserError: if it has not.
+    """
     global _adapted
     if not _adapted:
+        for owner, *names in _BORROWED:
+            require(owner, *names)
         _complete_adam_state()
         _adapted = True
 
@@ -36,7 +54,6 @@ def _complete_adam_state() -> None:
     `fully_reshardable` checkpoints follow the latter, and loading one into the former raises
     KeyError('step'). `load_state_dict` has already set the step by then: it stays as it is.
     """
-    require(DistributedOptimizer, "_set_main_param_and_optimizer_states")
     original = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def with_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
@@ -56,7 +73,6 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
 
     It reads the step from that state before it loads, which torch's Adam has after a step only.
     """
-    require(DistributedOptimizer, "_init_optimizer_states_with_dummy_values")
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer:
             part._init_optimizer_states_with_dummy_values()
@@ -79,13 +95,11 @@ def take_rates(saved: Any, optimizer: MegatronOptimizer) -> None:
 
 def start_of_shard(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> int:
     """The first element of a parameter that this rank's shard of the optimizer holds."""
-    require(DistributedOptimizer, "_get_model_param_range_map")
     return optimizer._get_model_param_range_map(parameter)["param"].start
 
 
 def scaled_as_llama3(rope: RotaryEmbedding, **options: float) -> torch.Tensor:
     """The frequencies of a rotary module, scaled by the options of llama3's rule."""
-    require(RotaryEmbedding, "_apply_scaling")
     return rope._apply_scaling(rope.inv_freq, **options)
 
 
@@ -95,7 +109,6 @@ def start_manager_of_writers(initializer: Callable[..., None], *args: Any) -> No
     Args:
         initializer: called with `args` in that process, which Megatron's own start has no room for.
     """
-    require(filesystem_async, "_results_queue", "get_write_results_queue")
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(initializer, args)
@@ -104,20 +117,22 @@ def start_manager_of_writers(initializer: Callable[..., None], *args: Any) -> No
 
 def index_magic() -> bytes:
     """What every `.idx` file begins with."""
-    require(indexed_dataset, "_INDEX_HEADER")
     return indexed_dataset._INDEX_HEADER
 
 
 def exchanges() -> list[tuple[Any, str, type]]:
     """The functions by which pipeline stages send and receive: module, name, type of the result."""
-    names = {"_batched_p2p_ops": list, "_p2p_ops": dict}
-    require(p2p_communication, *names)
-    return [(p2p_communication, name, gives) for name, gives in names.items()]
+    return [(p2p_communication, name, gives) for name, gives in _EXCHANGES.items()]
 
 
 class PartedLayer(TransformerLayer):
     """Megatron's transformer layer with its parts under public names, to be joined otherwise."""
 
-    attend = TransformerLayer._forward_attention
-    normalize_for_mlp = TransformerLayer._forward_pre_mlp_layernorm
-    join_mlp = TransformerLayer._forward_post_mlp
+    def attend(self, *args: Any, **keywords: Any) -> Any:
+        return self._forward_attention(*args, **keywords)
+
+    def normalize_for_mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self._forward_pre_mlp_layernorm(hidden_states)
+
+    def join_mlp(self, mlp_output: Any, residual: torch.Tensor) -> torch.Tensor:
+        return self._forward_post_mlp(mlp_output, residual)

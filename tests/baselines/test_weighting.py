@@ -231,15 +231,19 @@ def test_mixtures_that_nothing_is_learned_for(runs: Path, name: str, counts: lis
 
 
 @pytest.mark.parametrize(
-    ("name", "prior"),
-    [("doremi", SIZES), ("doremi-few-places", GIVEN)],
+    ("name", "prior", "places"),
+    [("doremi", SIZES, None), ("doremi-few-places", GIVEN, 2)],
     ids=["natural", "given"],
 )
 def test_doremi_s_reference_learns_what_one_would_train_on_otherwise(
-    runs: Path, name: str, prior: tuple
+    runs: Path, name: str, prior: tuple, places: int | None
 ) -> None:
+    """Σ p_i ℓ_i over the sources in a batch, each by the chance of being there (Hájek 1971)."""
+    share = np.array(prior) / sum(prior)
+    chance = np.ones(3) if places is None else places * (0.75 * share + 0.25 / 3)
+    standing = share / chance.clip(max=1)
     for record in metrics(runs / name / "reference"):
-        there = [(p, loss) for p, loss in zip(prior, record["loss_w"], strict=True) if loss]
+        there = [(p, loss) for p, loss in zip(standing, record["loss_w"], strict=True) if loss]
         want = sum(p * loss for p, loss in there) / sum(p for p, _ in there)
         assert record["train_loss_w"] == pytest.approx(want)
     assert len(metrics(runs / name / "reference")) == 4

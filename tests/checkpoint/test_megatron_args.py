@@ -1,4 +1,4 @@
-"""The arguments in `common.pt` describe the model that was trained, to those who read them."""
+"""The arguments in a checkpoint describe the model that was trained, to those who read them."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ OWN, OTHER = Path("own"), Path("other")
 def folder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Makes `load_latest` find a step and damage; what it then loads and sets aside is noted."""
     monkeypatch.setattr(saver.runtime, "on_main", lambda work: work())
+    monkeypatch.setattr(saver, "_changed_file", lambda folder: "")
 
     def holds(step: int | None, problems: list[str], changed: list[str] | None = None) -> list[Any]:
         done: list[Any] = []
@@ -29,7 +30,7 @@ def folder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             done.append(("load", source))
             return changed or []
 
-        monkeypatch.setattr(saver.folders, "newest_whole", lambda folder: (step, problems))
+        monkeypatch.setattr(saver.folders, "newest_whole", lambda folder, before: (step, problems))
         monkeypatch.setattr(saver, "_load", load)
         monkeypatch.setattr(
             saver.folders, "set_aside", lambda *words: done.append(("aside", *words))

@@ -266,8 +266,11 @@ def test_damaged_bytes_are_found(folder: Path, capsys: Any) -> None:
         damaged[place] ^= 0xFF
     path.write_bytes(damaged)
     words = ("--hf-reference", folder / "hf", "--save", folder / "out")
-    fragments = ["release: could not read "]
-    assert_refused(folder, fragments, capsys, "export", "--load", folder / "megatron", *words)
+    command = ("export", "--load", folder / "megatron", *words)
+    fragments = ["release/__0_0.distcp: its bytes have changed since it was saved"]
+    assert_refused(folder, fragments, capsys, *command)
+    (folder / RELEASE / "integrity.json").unlink()  # as in a checkpoint of Megatron-LM
+    assert_refused(folder, ["release: could not read "], capsys, *command)
 
 
 @pytest.mark.parametrize("flag", ["--make-vocab-size-divisible-by", "--tensor-model-parallel-size"])

@@ -263,8 +263,8 @@ def on_rank() -> None:
 
 def without_u(parallel: dict) -> None:
     """w alone is both of the twin. Its optimizer, if it is a distributed one, can load a state."""
+    from megatron_scalebio.compat.megatron import allocate_state
     from megatron_scalebio.model.twin import shared_names
-    from megatron_scalebio.optim.builder import allocate_state
 
     case, distributed = Case(parallel, with_u=False), "use_distributed_optimizer" in parallel
     period = case.period

@@ -1,0 +1,66 @@
+"""What patches Megatron acts when it is called, once, and refuses another Megatron in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_scalebio.compat import WRITTEN_FOR, require
+from megatron_scalebio.errors import UserError
+from tests.commands import ROOT
+
+CODE = """
+import warnings; warnings.simplefilter("ignore")
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+import megatron.core.tensor_parallel.random as random
+
+def patched():
+    return (
+        torch.cuda.current_device, torch.zeros, torch.Tensor.type, random._get_cuda_rng_state,
+        DistributedOptimizer._set_main_param_and_optimizer_states,
+    )
+
+before = patched()
+from megatron_scalebio import runtime
+from megatron_scalebio.compat import cpu, megatron
+from megatron_scalebio.train import reweight
+assert patched() == before, "acts on import"
+for _ in range(2):
+    cpu.adapt()
+    megatron.adapt()
+    once = patched() if _ == 0 else once
+assert all(a is not b for a, b in zip(patched(), before)), "does not act"
+assert patched() == once, "acts twice"
+del DistributedOptimizer._get_model_param_range_map
+megatron._adapted = False
+try:
+    megatron.adapt()
+except Exception as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="for machines without CUDA")
+def test_nothing_is_patched_until_a_run_begins() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert said.returncode == 0, said.stderr
+    lacking = (
+        "has no DistributedOptimizer._get_model_param_range_map, which megatron_scalebio builds"
+    )
+    assert lacking in said.stdout
+
+
+def test_another_megatron_is_refused_by_the_name_that_it_lacks() -> None:
+    owner = SimpleNamespace(__name__="some.module", here=1)
+    require(owner, "here")
+    with pytest.raises(UserError) as refusal:
+        require(owner, "here", "_gone")
+    said = str(refusal.value)
+    assert "has no some.module._gone" in said and f"install megatron-core {WRITTEN_FOR}" in said
+    assert said.startswith("megatron-core 0.19.")
