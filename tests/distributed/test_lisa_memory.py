@@ -20,7 +20,7 @@ from tests.markov import VOCAB, write_source
 
 pytestmark = pytest.mark.distributed
 
-LAYERS, ACTIVE, PERIODS = 12, 2, 20
+LAYERS, ACTIVE, PERIODS = 12, 2, 8
 # Adam's step counters, buffers padded for the distributed optimizer.
 SLACK = 0.02
 
