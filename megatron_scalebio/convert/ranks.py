@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.launcher import world_size_from_environment
-
-T = TypeVar("T")
 
 
 class Ranks:
@@ -23,7 +21,7 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def each(self, work: Callable[[], T]) -> T:
+    def each[T](self, work: Callable[[], T]) -> T:
         """Does something on every rank and gives this rank's result.
 
         Raises:
@@ -45,7 +43,7 @@ class Ranks:
         """Does something on rank 0 while the others wait; all raise what it raises."""
         self.each(work if self.is_main else lambda: None)
 
-    def gather(self, value: T) -> list[T]:
+    def gather[T](self, value: T) -> list[T]:
         """All ranks' values, in their order, on all ranks."""
         if self.size == 1:
             return [value]
@@ -55,7 +53,7 @@ class Ranks:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def share(self, items: Sequence[T], nbytes: Callable[[T], int]) -> list[T]:
+    def share[T](self, items: Sequence[T], nbytes: Callable[[T], int]) -> list[T]:
         """This rank's part of the items: neighbours, and about as many bytes as the others'."""
         total = sum(map(nbytes, items)) or 1
         mine, before = [], 0
