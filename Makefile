@@ -4,7 +4,7 @@
 # make mutants  which small changes of the core would no test notice?  (mutants/report.txt)
 # make bench   run the benchmarks         make clean    remove what make made
 
-# PYTHON=...   the Python to make the environment with, 3.12 or 3.13 [the newest that is found]
+# PYTHON=...   the Python to make the environment with, 3.12 or 3.13 [the first that is found]
 # TORCH=...    cpu or cuda: the build of torch, on Linux [cuda where there is an NVIDIA driver]
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -86,6 +86,16 @@ def _quieten() -> None:
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
     # A build of torch with CUDA tells of a machine without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(what: sys.UnraisableHookArgs) -> None:
+    """torch's checkpoint writers flush a file that is closed when they are collected.
+
+    Python tells of it since 3.13.
+    """
+    if "NoCloseWriter" not in repr(what.object):
+        sys.__unraisablehook__(what)
 
 
 def _nearest(flag: str, known: list[str]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
+from megatron_scalebio.cli import _unraisable
 from megatron_scalebio.compat import WRITTEN_FOR, require
 from megatron_scalebio.errors import UserError
 from tests.commands import ROOT
@@ -64,3 +67,21 @@ def test_another_megatron_is_refused_by_the_name_that_it_lacks() -> None:
     said = str(refusal.value)
     assert "has no some.module._gone" in said and f"install megatron-core {WRITTEN_FOR}" in said
     assert said.startswith("megatron-core 0.19.")
+
+
+class Refuses:
+    def __del__(self) -> None:
+        raise ValueError("of another kind")
+
+
+def test_torch_s_closed_files_are_not_told_and_all_else_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", _unraisable)
+    raw = io.BytesIO()
+    writer, _ = _StorageWriterTransforms().transform_save_stream(None, raw)  # type: ignore[arg-type]
+    raw.close()
+    del writer
+    assert capsys.readouterr().err == ""
+    Refuses()
+    assert "of another kind" in capsys.readouterr().err

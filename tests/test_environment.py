@@ -11,7 +11,7 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "environment.sh"
 TOO_OLD = "#!/bin/sh\nexit 1\n"  # runs, and says no to the question for its version
-STAND_IN = "#!/bin/sh\necho 'pyenv: python3.13: command not found' >&2\nexit 127\n"
+STAND_IN = "#!/bin/sh\necho 'pyenv: python3.12: command not found' >&2\nexit 127\n"
 
 
 @pytest.fixture
@@ -37,15 +37,15 @@ def ask(machine: Path, *words: str, **variables: str) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-@pytest.mark.skipif(os.path.exists("/usr/bin/python3.13"), reason="this one would be found")
+@pytest.mark.skipif(os.path.exists("/usr/bin/python3.12"), reason="this one would be found")
 def test_the_first_that_runs_and_is_new_enough_is_taken(machine: Path) -> None:
-    program(machine / "bin" / "python3.13", STAND_IN)
+    program(machine / "bin" / "python3.12", STAND_IN)
     program(machine / "bin" / "python3", TOO_OLD)
-    third = program(machine / "home" / ".pyenv" / "versions" / "3.12.9" / "bin" / "python3.12")
+    third = program(machine / "home" / ".pyenv" / "versions" / "3.13.9" / "bin" / "python3.13")
     assert ask(machine, "--python").stdout.strip() == str(third)
-    second = program(machine / "bin" / "python3.12")
+    second = program(machine / "bin" / "python3.13")
     assert ask(machine, "--python").stdout.strip() == str(second)
-    first = program(machine / "home" / ".pyenv" / "versions" / "3.13.1" / "bin" / "python3.13")
+    first = program(machine / "home" / ".pyenv" / "versions" / "3.12.1" / "bin" / "python3.12")
     assert ask(machine, "--python").stdout.strip() == str(first)
 
 

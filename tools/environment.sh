@@ -5,7 +5,7 @@
 #   tools/environment.sh FOLDER      makes it
 #   tools/environment.sh --python    says which Python it would take
 #
-# PYTHON names the Python to take. Otherwise it is the first of python3.13, python3.12 and python3
+# PYTHON names the Python to take. Otherwise it is the first of python3.12, python3.13 and python3
 # that runs and is new enough, on the PATH or among pyenv's; else one that uv fetches into FOLDER.
 # TORCH is cpu or cuda, the build of torch on Linux [cuda where there is an NVIDIA driver].
 set -euo pipefail
@@ -22,7 +22,7 @@ python_here() {
         usable "$PYTHON" && command -v "$PYTHON"
         return
     fi
-    for name in python3.13 python3.12 python3; do
+    for name in python3.12 python3.13 python3; do
         for path in "$(command -v "$name" || true)" "$HOME"/.pyenv/versions/*/bin/"$name"; do
             # A version manager's stand-in may be there and not run.
             if [ -n "$path" ] && usable "$path"; then
@@ -40,8 +40,8 @@ python_of_uv() {
         uv=$1/uv/bin/uv
         python3 -m venv "$1/uv" && "$1/uv/bin/pip" install --quiet uv || return 1
     fi
-    UV_PYTHON_INSTALL_DIR=$1/python "$uv" python install --quiet --no-bin 3.13 || return 1
-    UV_PYTHON_INSTALL_DIR=$1/python "$uv" python find --managed-python 3.13
+    UV_PYTHON_INSTALL_DIR=$1/python "$uv" python install --quiet --no-bin 3.12 || return 1
+    UV_PYTHON_INSTALL_DIR=$1/python "$uv" python find --managed-python 3.12
 }
 
 version_of() {
