@@ -115,6 +115,10 @@ class Period:
                 if parameter.requires_grad:
                     # With the distributed optimizer the weight is a view into a flat buffer.
                     parameter.data = parameter.data.clone()
+        for chunk in (chunk for chunks in self.ddp.values() for chunk in chunks):
+            # They hold DDP's hooks on the parameters. One that outlived its period would take the
+            # gradient from the next period's, until the garbage collector came by.
+            chunk.grad_accs.clear()
         self._megatron.no_sync_func = None  # it would keep the buffers alive
         del self.twins, self.ddp, self.optimizers
 

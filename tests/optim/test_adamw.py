@@ -155,6 +155,20 @@ def nothing_is_left(state: Any) -> None:
             assert parameter.untyped_storage().nbytes() == parameter.nbytes
 
 
+def no_hook_is_left(state: Any) -> None:
+    """At once, not when the garbage is collected: the next period has hooks of its own."""
+    period = state.enter_period()
+    gc.disable()
+    period.close()
+    for chunks in state.models.values():
+        for name, parameter in parameters(chunks).items():
+            parameter.sum().backward()
+            assert parameter.grad is not None, f"{name}: a closed period took its gradient"
+            parameter.grad = None
+    gc.enable()
+    state.period = None
+
+
 def starts_from_chance(state: Any, again: Any, other: Any) -> None:
     """N(0, std²), √(2 · layers) smaller where it adds to the residual stream; norms 1, biases 0."""
     drawn, same, others = (weights(each.w) for each in (state, again, other))
@@ -207,6 +221,7 @@ def on_rank(folder_name: str) -> None:
         steps_are_adams(state, bf16)
         gradients_of_u_are_added(state)
         nothing_is_left(state)
+        no_hook_is_left(state)
     overlaps_as_asked(state)
 
 
