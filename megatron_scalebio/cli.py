@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if launcher.is_first_rank():
             print(f"megatron-scalebio: error: {error}", file=sys.stderr)
+        launcher.give_way()
         return EXIT_USER_ERROR
     except RankLost:
         return EXIT_LOST

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -11,6 +12,7 @@ VARIABLES = (
 )  # fmt: skip
 # slurm.h: SLURM_MAX_NORMAL_STEP_ID. Higher ones are sbatch's script and salloc's shell.
 _LAST_STEP_OF_SRUN = 0xFFFFFFF0
+_TO_SPEAK_S = 5.0  # ranks start within a second or two of each other
 
 
 def world_size_from_environment() -> int:
@@ -25,6 +27,16 @@ def world_size_from_environment() -> int:
 def is_first_rank() -> bool:
     """Before the ranks have joined; `runtime.is_main` afterwards."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
+
+
+def give_way() -> None:
+    """Before a rank ends with an error that the first rank tells.
+
+    torchrun ends all ranks as soon as one has ended, the first one perhaps before it has spoken. It
+    ends this one here when the first has.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and not is_first_rank():
+        time.sleep(_TO_SPEAK_S)
 
 
 def _in_step_of_srun() -> bool:

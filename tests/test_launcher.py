@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_scalebio import launcher
+from megatron_scalebio.cli import main
 from megatron_scalebio.convert.ranks import joined
 
 SBATCH = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
@@ -39,3 +40,24 @@ def test_ranks_are_those_that_a_launcher_started(
     if ranks == 1:  # a conversion waits for nobody
         with joined() as here:
             assert here.size == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "waits"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, False),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),  # nobody ends the first rank
+    ],
+)
+def test_under_torchrun_other_ranks_end_after_the_first_has_spoken(
+    environment: dict[str, str], waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*launcher.VARIABLES, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    waited: list[float] = []
+    monkeypatch.setattr(launcher.time, "sleep", waited.append)
+    assert main(["reweight", "--lr", "-1"]) == 2
+    assert bool(waited) is waits
