@@ -19,9 +19,9 @@ warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 import torch  # noqa: E402
 
 from megatron_scalebio import runtime  # noqa: E402
-from megatron_scalebio.bilevel.confidence import weight_intervals  # noqa: E402
 from megatron_scalebio.config.presets import PRESETS  # noqa: E402
 from megatron_scalebio.config_loader import load_config  # noqa: E402
+from megatron_scalebio.core.confidence import weight_intervals  # noqa: E402
 from megatron_scalebio.train.loop import train_step  # noqa: E402
 from megatron_scalebio.train.reweight import verdict  # noqa: E402
 from megatron_scalebio.train.state import TrainState  # noqa: E402
@@ -55,19 +55,19 @@ def learn(state: TrainState, trace_every: int = 0) -> dict[str, Any]:
     trace = []
     while state.step < state.config.train.train_iters:
         if trace_every and state.step % trace_every == 0:
-            trace.append(state.mixture.probs_S.tolist())
+            trace.append(state.training.mixture.probs_S.tolist())
         result = train_step(state)
         assert result.skipped is None, result.skipped
     bilevel = state.config.bilevel
     intervals = weight_intervals(
-        state.mixture.trajectory.tail(bilevel.average_fraction), bilevel.confidence
+        state.training.mixture.trajectory.tail(bilevel.average_fraction), bilevel.confidence
     )
     judged = verdict(state)
     return {
         "weights": intervals.weight_S.tolist(),
         "low": intervals.low_S.tolist(),
         "high": intervals.high_S.tolist(),
-        "last": state.mixture.probs_S.tolist(),
+        "last": state.training.mixture.probs_S.tolist(),
         "converged": judged.converged,
         "reason": judged.reason,
         "trajectory": trace,

@@ -18,9 +18,9 @@ import torch
 from common import build, table, write_json
 from markov import LENGTH, PROBLEMS
 
-from megatron_scalebio.bilevel import step as bilevel
-from megatron_scalebio.bilevel.objective import hypergradient, logits_gradient
-from megatron_scalebio.data.blend import BlendSampler
+from megatron_scalebio.core import flush as bilevel
+from megatron_scalebio.core.objective import hypergradient, logits_gradient
+from megatron_scalebio.core.sampler import BlendSampler
 from megatron_scalebio.train.loop import train_step
 from megatron_scalebio.train.state import TrainState
 from tests.markov import write_problem
@@ -70,7 +70,7 @@ def variances(
     train, alpha = state.config.train, state.config.bilevel.alpha
     sizes = [len(source) for source in state.data.sources]
     state.data.sampler = BlendSampler(sizes, train.global_batch_size, 99, floor)
-    period = state.period
+    period = state.training.period
     assert period is not None
     spread = {name: Spread() for name in ("lambda", "w", "u")}
     for _ in range(batches):

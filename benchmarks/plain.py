@@ -19,7 +19,8 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch
 from megatron_scalebio.model.init import initialize_weights
-from megatron_scalebio.model.provider import build_model, transformer_config
+from megatron_scalebio.model.provider import build_model
+from megatron_scalebio.model.settings import transformer_config
 
 
 class PlainTraining:

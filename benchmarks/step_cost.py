@@ -31,9 +31,9 @@ import torch
 from common import build, table, write_json
 from plain import PlainTraining
 
-from megatron_scalebio.bilevel import step as bilevel
-from megatron_scalebio.bilevel.objective import Role
-from megatron_scalebio.model.twin import forget_weight_copies
+from megatron_scalebio.core import flush as bilevel
+from megatron_scalebio.core.objective import Role
+from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.train import loop, outputs
 from megatron_scalebio.train.loop import train_step
 from megatron_scalebio.train.reweight import Reporter
@@ -224,11 +224,11 @@ def pipeline_rank(folder: str, data: dict, args: Any) -> None:
     """One of two pipeline stages: one flush and three flushes of the same passes in turns."""
     parallel = {"pipeline_model_parallel_size": 2, "bf16": args.bf16}
     state = build(settings(data, args, parallel=parallel), Path(folder))
-    probs_S = state.mixture.probs_S
+    probs_S = state.training.mixture.probs_S
     train, valid, *_ = state.data.next(probs_S)
     passes = bilevel.plan_passes(train, valid, probs_S, torch.ones(1).double(), 10.0)
     by_role = [[p for p in passes if p.role is role] for role in Role]
-    period = state.enter_period()
+    period = state.training.enter_period()
 
     def one() -> None:
         period.zero_grad()

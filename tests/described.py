@@ -16,7 +16,8 @@ Table = dict[str, Any]
 # Made from the configuration and never changed; or, below, described in another way.
 FIXED = {
     "config", "megatron", "schedule", "sources", "validation", "test", "layout", "tokenizer",
-    "pool", "irreducible_N",
+    "pool", "irreducible_N", "lisa", "options", "_ddp", "_optimizer", "_pg_collection", "groups",
+    "_losses", "_set_trainable", "observe", "clock", "_resync_interval", "_seed",
 }  # fmt: skip
 APART = {"w", "u", "models", "period", "period_number", "active_layers", "u_is_w"}
 
@@ -46,7 +47,7 @@ def _leaves(value: Any, path: str, left_out: set[str]) -> Iterator[tuple[str, An
 
 
 def weights(chunks: Any) -> Table:
-    from megatron_scalebio.model.twin import named_parameters
+    from megatron_scalebio.core.twin import named_parameters
 
     return {name: parameter.detach().clone() for name, parameter in named_parameters(chunks)}
 
@@ -70,29 +71,33 @@ def training_state(period: Any, side: str) -> Table:
 
 def models(state: Any) -> Table:
     """Weights of all models, which of u's are w's own storage, and the period's training state."""
-    from megatron_scalebio.model.twin import named_parameters
+    from megatron_scalebio.core.twin import named_parameters
 
-    table = {f"{side}.{k}": v for side, c in state.models.items() for k, v in weights(c).items()}
-    if "u" in state.models:
-        pairs = zip(named_parameters(state.w), named_parameters(state.u), strict=True)
+    table = {
+        f"{side}.{k}": v for side, c in state.training.models.items() for k, v in weights(c).items()
+    }
+    if "u" in state.training.models:
+        pairs = zip(
+            named_parameters(state.training.w), named_parameters(state.training.u), strict=True
+        )
         table |= {f"own.{n}": p.data_ptr() != q.data_ptr() for (n, p), (_, q) in pairs}
     if going_on(state):
-        table |= {"period_number": state.period_number, "active": str(state.active_layers)}
-        for side, chunks in state.models.items():
+        table |= {
+            "period_number": state.training.period_number,
+            "active": str(state.training.active_layers),
+        }
+        for side, chunks in state.training.models.items():
             trains = {n: p.requires_grad for n, p in named_parameters(chunks)}
             table |= {f"{side} trains.{name}": value for name, value in trains.items()}
-            held = training_state(state.period, side)
+            held = training_state(state.training.period, side)
             table |= {f"{side} optimizer.{k}": copied(v) for k, v in held.items()}
     return table
 
 
 def going_on(state: Any) -> bool:
     """Whether the period that a state is in is that of its next step, too."""
-    from megatron_scalebio.optim.lisa import period_of
-
-    return state.period is not None and state.period_number == period_of(
-        state.step, state.config.lisa
-    )
+    training = state.training
+    return training.period is not None and training.saves_period
 
 
 def generators() -> Table:

@@ -70,7 +70,7 @@ def run_all(folder_name: str) -> None:
 
 def stopped_early(folder: Path) -> tuple[int | None, str]:
     """A run that may stop early, and whose weights are called converged from step 3 on."""
-    from megatron_scalebio.bilevel.confidence import Verdict
+    from megatron_scalebio.core.confidence import Verdict
     from megatron_scalebio.train import reweight
 
     judge = reweight.verdict
@@ -102,7 +102,7 @@ def one_step(folder: Path) -> dict[str, Any]:
         name: math.sqrt(
             sum(float(p.main_grad.double().square().sum()) for p in chunks[0].parameters())
         )
-        for name, chunks in state.models.items()
+        for name, chunks in state.training.models.items()
     }
     parameters = outputs.parameter_count(state)
     runtime.stop_model_parallel()

@@ -274,7 +274,7 @@ def spoil(config_path: Path, save_to: Path) -> None:
     config = load_config(str(config_path))
     runtime.start(config)
     state = TrainState(config, save_to / "cache")
-    embedding: Any = state.w[0].embedding
+    embedding: Any = state.training.w[0].embedding
     with torch.no_grad():
         embedding.word_embeddings.weight[RARE] = float("inf")
     saver.save(state, save_to)

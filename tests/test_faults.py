@@ -149,9 +149,9 @@ def faulty_data(folder_name: str) -> None:
 
 def spikes(folder: Path) -> None:
     """From step 40 on u's loss comes out tenfold; once in a step of another run, and its resume."""
-    from megatron_scalebio.bilevel import step as bilevel
+    from megatron_scalebio.core import training
 
-    reduce, steps = bilevel.reduce_losses, [0]
+    reduce, steps = training.reduce_losses, [0]
     spoils: set[int] = set()
 
     def spoilt(*args: Any, **kwargs: Any) -> Any:
@@ -159,7 +159,7 @@ def spikes(folder: Path) -> None:
         steps[0] += 1
         return replace(losses, u_S=10 * losses.u_S) if steps[0] in spoils else losses
 
-    bilevel.reduce_losses = spoilt
+    training.reduce_losses = spoilt
     base = ["--config", folder / "x.yaml", "--log-interval", 5, "--save-interval", 10]
     for name, when, iters in (
         ("broken", range(40, 99), 60), ("once", [40], 44), ("once", [], 48),
@@ -169,7 +169,7 @@ def spikes(folder: Path) -> None:
         spoils.update(when)
         words = ["reweight", *base, "--output", folder / name, "--train-iters", iters]
         note(folder / "noted", f"{name} {iters}", command(*words))
-    bilevel.reduce_losses = reduce
+    training.reduce_losses = reduce
 
 
 @pytest.fixture(scope="module")

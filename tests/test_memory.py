@@ -11,8 +11,8 @@ import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.model.twin import forget_weight_copies
 from megatron_scalebio.train.evaluate import held_out_losses
 from megatron_scalebio.train.loop import train_step
 from megatron_scalebio.train.memory import out_of_memory_named
@@ -63,24 +63,26 @@ def weight_copies(state: TrainState) -> dict[str, list[list[str]]]:
             f"layer {number}": layer.mlp.linear_fc1
             for number, layer in enumerate(chunks[0].decoder.layers)
         }
-        for side, chunks in state.models.items()
+        for side, chunks in state.training.models.items()
     }
     for step in range(5):
         for layers in marked.values():
             for layer in layers.values():
                 layer.is_first_microbatch = False
         state.megatron.fp8 = None
-        state.enter_period()
+        state.training.enter_period()
         state.megatron.fp8 = "hybrid"  # as the schedule's question sees it
-        for twin in state.period.twins:
+        for twin in state.training.period.twins:
             twin.set_is_first_microbatch()
         for side, layers in marked.items():
             renewed[side].append([name for name, m in layers.items() if m.is_first_microbatch])
         state.megatron.fp8 = None
         train_step(state)
         if step == 2:  # in the middle of a period
-            held_out_losses(state.w, state.data.validation, state.config, state.data.layout)
-    assert forget_weight_copies(state.w) is None
+            held_out_losses(
+                state.training.w, state.data.validation, state.config, state.data.layout
+            )
+    assert forget_weight_copies(state.training.w) is None
     return renewed
 
 

@@ -70,16 +70,6 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
     assert bare(TrainState, config_of()).settings() == {**common, **learned}
 
 
-def test_an_interleaved_pipeline_takes_multiples_of_its_stages() -> None:
-    parallel = ParallelConfig(
-        pipeline_model_parallel_size=4, num_layers_per_virtual_pipeline_stage=1
-    )
-    state = bare(RunState, config_of(parallel=parallel))
-    assert [state.flush_takes(passes) for passes in (4, 8, 6, 3)] == [True, True, False, False]
-    state = bare(RunState, config_of(parallel=ParallelConfig(pipeline_model_parallel_size=4)))
-    assert state.flush_takes(3)
-
-
 # ---- its data ------------------------------------------------------------------------------------
 
 

@@ -142,8 +142,8 @@ def naive_losses(folder: Path, name: str) -> None:
     config = load_config(str(folder / name / "config.yaml"), change)
     runtime.start(config)
     state = FinetuneState(config, folder / "cache")
-    saver.load_pretrained(state.w, folder / name / "checkpoints")
-    [model] = state.w
+    saver.load_pretrained(state.training.w, folder / name / "checkpoints")
+    [model] = state.training.w
     model.train()
     own = [loss.as_dict() for loss in state.held_out(test=True)]
     assert model.training and not model.eval().training

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_scalebio.config import LisaConfig
-from megatron_scalebio.optim.lisa import active_layers
+from megatron_scalebio.core.lisa import active_layers
 from tests import described
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
@@ -114,21 +114,21 @@ def begin(name: str, problem: tuple[list, list], cache: Path, **optimizer: float
 
 def disturb(state: Any) -> None:
     """Moves what a few good steps leave as it was."""
-    state.skipped_in_a_row = 3
+    state.training.skipped_in_a_row = 3
     state.cost.trained += 11
     state.cost.scored += 7
-    for kind in (state.spikes.applied, state.spikes.last):
+    for kind in (state.training.spikes.applied, state.training.spikes.last):
         for number, name in enumerate(kind):
             kind[name] = [*kind[name], 2.5 + number]
     for number, sampler in enumerate((state.data.sampler, state.data.validation_sampler)):
         sampler.step += 5 + number
         sampler.drawn_S += 3 + number
     if state.stage == "reweight":
-        state.mixture.initial_S = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-        state.mixture.mean_square += 0.25
-        trajectory = state.mixture.trajectory
+        state.training.mixture.initial_S = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+        state.training.mixture.mean_square += 0.25
+        trajectory = state.training.mixture.trajectory
         while trajectory.block_length == 1 or not trajectory.steps % 2:
-            trajectory.append(state.mixture.probs_S)
+            trajectory.append(state.training.mixture.probs_S)
     if hasattr(state, "best_loss"):
         state.best_loss = 3.25
 
@@ -160,11 +160,11 @@ def goes_on_with_other_settings(name: str, problem: tuple[list, list], folder: P
         "-> 0.5, optimizer.adam_beta2 0.95 -> 0.6, optimizer.adam_eps 1e-08 -> 0.001"
     )
     step()
-    groups = state.period.optimizers["w"].param_groups
+    groups = state.training.period.optimizers["w"].param_groups
     assert {(group["betas"], group["eps"]) for group in groups} == {((0.5, 0.6), 1e-3)}
     assert {group["weight_decay"] for group in groups} == {0.3, 0.0}, "norms have none"
     assert {group["lr"] for group in groups} == {state.schedule.at(3).lr_w}
-    state.leave_period()
+    state.training.leave_period()
 
 
 def whole(state: Any) -> described.Table:
@@ -188,7 +188,7 @@ def round_trip(name: str, problem: tuple[list, list], folder: Path) -> dict[str,
     [part] = folder.glob("iter_*/bilevel")
     common = dist_checkpointing.load_common_state_dict(part)["run"]
     two_more = [step() and whole(state) for _ in range(2)]
-    state.leave_period()
+    state.training.leave_period()
 
     fresh, fresh_step = begin(name, problem, folder / "cache")
     unmoved = unmoved_fields(common, fresh)
@@ -197,7 +197,7 @@ def round_trip(name: str, problem: tuple[list, list], folder: Path) -> dict[str,
     assert saver.load_latest(fresh, folder) == (True, [])
     lost = described.differing(whole(fresh), saved)
     parted = [described.differing(fresh_step() and whole(fresh), then) for then in two_more]
-    fresh.leave_period()
+    fresh.training.leave_period()
     return {
         "unmoved": unmoved, "unmissed": unmissed, "lost": lost, "parted": parted, "layers": layers,
         "megatron": told_to_megatron(folder, fresh),
@@ -255,7 +255,7 @@ def layers_of_u(folder: Path, state: Any) -> list[int] | None:
     """Which layers of u are in the checkpoint, besides its embedding and final norm."""
     from megatron.core import dist_checkpointing
 
-    if "u" not in state.models:
+    if "u" not in state.training.models:
         return None
     [part] = folder.glob("iter_*/bilevel")
     keys = dist_checkpointing.load_tensors_metadata(str(part))

@@ -36,13 +36,13 @@ from megatron_scalebio import runtime
 from megatron_scalebio.baselines.found import Found
 from megatron_scalebio.baselines.gradients import counted_gradients, dot
 from megatron_scalebio.baselines.weighting import Record, WeightingState, learn
-from megatron_scalebio.bilevel import step as bilevel
-from megatron_scalebio.bilevel.objective import Role, mixed
 from megatron_scalebio.config import Config
+from megatron_scalebio.core.flush import Losses, Pass, flush, passes_of, reduce_losses
+from megatron_scalebio.core.objective import Role, mixed
+from megatron_scalebio.core.period import Period
+from megatron_scalebio.core.sampler import BlendSampler, Picks
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
-from megatron_scalebio.data.blend import BlendSampler, Picks
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.optim.builder import Period
 from megatron_scalebio.train.start import Begun
 from megatron_scalebio.train.update import step_w
 
@@ -78,7 +78,7 @@ class DogeState(WeightingState):
         data, parallel = self.data, config.parallel
         # Whole micro-batches of every source, on every rank and, interleaved, for every stage.
         unit = data.layout.micro_batch_size * data.layout.dp_size
-        if not self.flush_takes(1):
+        if not self.training.flush_takes(1):
             unit *= parallel.pipeline_model_parallel_size
         sizes = [len(source) for source in data.sources]
         each = max(1, config.train.global_batch_size // (unit * len(sizes))) * unit
@@ -86,7 +86,7 @@ class DogeState(WeightingState):
         passes = data.validation_sampler.batch_size // (
             data.layout.micro_batch_size * data.layout.dp_size
         )
-        if not self.flush_takes(passes):
+        if not self.training.flush_takes(passes):
             raise UserError(
                 f"{data.validation_sampler.batch_size} gives {passes} micro-batches, which the "
                 "interleaved pipeline needs divisible by its stages",
@@ -106,23 +106,23 @@ class DogeState(WeightingState):
         sources = len(self.data.sources)
         uniform_S = torch.full((sources,), 1 / sources, dtype=torch.float64)
         picks = self.data.sampler.next(uniform_S.numpy())
-        mean, layout = self.config.data.loss_mean, self.data.layout
+        layout = self.data.layout
         valid_picks = self.data.validation_sampler.next(self.data.shares_V)
         train = []
         with runtime.refused_together():
             for i in range(sources):
                 mine = picks.group_B == i
                 part = Picks(picks.group_B[mine], picks.index_B[mine], picks.inclusion_S)
-                train.append(micro_batches(self.data.sources, part, layout, mean))
-            valid = micro_batches(self.data.validation, valid_picks, layout, mean)
+                train.append(micro_batches(self.data.sources, part, layout))
+            valid = micro_batches(self.data.validation, valid_picks, layout)
         return train, valid, picks, valid_picks
 
 
 def doge_step(state: DogeState) -> Record:
     """One step of α and of the model, both or neither; its record."""
     config, settings = state.config, state.schedule.at(state.step)
-    train, valid, *picks = state.next_batches()
-    period = state.enter_period()
+    train, valid, picks, valid_picks = state.next_batches()
+    period = state.training.enter_period()
     run = GradientRun(state, period)
     usual = min(1.0, PUBLISHED_REACH / config.train.train_iters)
     rate = (config.baseline.domain_lr or usual) * settings.lr_w / config.optimizer.lr
@@ -148,16 +148,18 @@ def doge_step(state: DogeState) -> Record:
         summed.add(float(log_weight_S[i].exp()) * clip)
     summed.give_back(1.0 / float(log_weight_S.exp().sum()))
 
-    losses = run.losses(*picks)
+    losses = run.losses()
     moved_S = log_weight_S.log_softmax(0)
-    record = step_w(state, period, settings, losses, moved_S.exp())
+    record = step_w(state, losses, picks, moved_S.exp(), learned=moved_S)
     if not record["skipped"]:
         state.mean_norm = float(norm_S.mean())
         state.move_to(moved_S)
     shares_V = torch.from_numpy(state.data.shares_V)
     return {
         **record,
-        "validation_loss": mixed(shares_V, losses.validation_V, losses.inclusion_V),
+        "validation_loss": mixed(
+            shares_V, losses.validation_V, torch.from_numpy(valid_picks.inclusion_S)
+        ),
         "validation_losses": losses.validation_V.tolist(),
         "weights": state.weight_S.tolist(),
         "alignment": score_S.tolist(),
@@ -173,24 +175,26 @@ class GradientRun:
     """The flushes of one step, each of which leaves its gradient in the buffers of w."""
 
     def __init__(self, state: DogeState, period: Period) -> None:
-        self._state, self._period = state, period
-        self._passes: list[bilevel.Pass] = []
+        self._training, self._period = state.training, period
+        self._loss_mean = state.config.data.loss_mean
+        self._groups = (len(state.data.sources), len(state.data.validation))
+        self._passes: list[Pass] = []
         self._records: list[dict[str, Any]] = []
 
     def backward(self, role: Role, batches: list[MicroBatch], weight_G: torch.Tensor) -> None:
-        passes = [bilevel.Pass(role, batch, weight_G) for batch in batches]
+        groups = self._training.groups
+        passes = passes_of({role: 1.0}, batches, weight_G, self._loss_mean, groups)
         self._period.zero_grad()
-        size = self._state.config.train.micro_batch_size
-        self._records += bilevel.flush(self._period.twins, passes, size)
+        self._records += flush(self._period.twins, passes, groups, self._training.observe)
         self._passes += passes
 
     def gradient(self) -> list[torch.Tensor]:
         """This rank's part of the last one."""
         return counted_gradients(self._period.ddp["w"])
 
-    def losses(self, train: Picks, validation: Picks) -> bilevel.Losses:
+    def losses(self) -> Losses:
         """Of all flushes."""
-        return bilevel.reduce_losses(self._records, self._passes, train, validation)
+        return reduce_losses(self._records, self._passes, *self._groups, self._training.groups)
 
 
 class SummedBuffers:

@@ -37,8 +37,6 @@ from megatron_scalebio.baselines.weighting import (
     prior_weights,
     refuse_run_of_another,
 )
-from megatron_scalebio.bilevel import step as bilevel
-from megatron_scalebio.bilevel.objective import Role
 from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
@@ -49,7 +47,7 @@ from megatron_scalebio.train.evaluate import token_losses
 from megatron_scalebio.train.finetune import train_begun
 from megatron_scalebio.train.start import Begun
 from megatron_scalebio.train.state import Data, TokenCost
-from megatron_scalebio.train.update import step_w
+from megatron_scalebio.train.update import train_on
 
 DOMAIN_LR = 1.0  # η
 SMOOTHING = 1e-3  # c
@@ -91,7 +89,7 @@ def train_reference(config: Config, begun: Begun) -> TokenCost | None:
     names = [source.name for source in config.data.sources]
     runtime.on_main(lambda: outputs.prepare_folders(folder, begun.save_to, names))
     code, state = train_begun(reference, begun, part_of=folder.parent)
-    state.leave_period()
+    state.training.leave_period()
     return state.cost if code == EXIT_OK else None
 
 
@@ -134,22 +132,17 @@ def reweighted(log_weight_S: torch.Tensor, score_S: torch.Tensor, eta: float) ->
 
 def doremi_step(state: DoremiState, reference: Chunks) -> Record:
     """One step of α and of the proxy, both or neither; its record."""
-    config, settings, data = state.config, state.schedule.at(state.step), state.data
+    config, data = state.config, state.data
     sources = len(data.sources)
     picks = data.sampler.next(torch.full((sources,), 1 / sources, dtype=torch.float64).numpy())
     with runtime.refused_together():
-        batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
-    period = state.enter_period()
-    score_S = excess_losses(state.w, reference, batches, config, state.score_S)
+        batches = micro_batches(data.sources, picks, data.layout)
+    score_S = excess_losses(state.training.w, reference, batches, config, state.score_S)
     eta = config.baseline.domain_lr or DOMAIN_LR
     log_weight_S = reweighted(state.log_weight_S, score_S, eta)
 
-    passes = [bilevel.Pass(Role.TRAIN_W, batch, log_weight_S.exp()) for batch in batches]
-    period.zero_grad()
-    records = bilevel.flush(period.twins, passes, config.train.micro_batch_size)
-    losses = bilevel.reduce_losses(records, passes, picks)
-    record = step_w(state, period, settings, losses, log_weight_S.exp())
-    state.cost.scored += 2 * losses.tokens
+    record = train_on(state, batches, picks, log_weight_S.exp(), learned=log_weight_S)
+    state.cost.scored += 2 * record["tokens"]
     if not record["skipped"]:
         state.score_S = score_S
         state.move_to(log_weight_S)

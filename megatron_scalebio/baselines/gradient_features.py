@@ -32,10 +32,11 @@ from megatron.core.utils import unwrap_model
 from megatron_scalebio import runtime
 from megatron_scalebio.baselines.adam_moments import AdamMoments, adam_update
 from megatron_scalebio.baselines.sketch import CountSketch, Identity, SketchTable
-from megatron_scalebio.bilevel.objective import Role
-from megatron_scalebio.bilevel.step import Pass, loss_func
-from megatron_scalebio.data.batch import MicroBatch, micro_batches
-from megatron_scalebio.data.blend import Ints, Picks
+from megatron_scalebio.core.batch import MicroBatch, gpt_losses
+from megatron_scalebio.core.flush import Pass, loss_func
+from megatron_scalebio.core.objective import Role
+from megatron_scalebio.core.sampler import Ints, Picks
+from megatron_scalebio.data.batch import micro_batches
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.progress import HERE
 from megatron_scalebio.train.state import RunState
@@ -78,11 +79,11 @@ class GradientFeatures:
     """
 
     def __init__(self, state: RunState, dimensions: int, seed: int) -> None:
-        assert state.period is None
+        assert state.training.period is None
         self._state = state
-        for chunk in state.w:
+        for chunk in state.training.w:
             chunk.requires_grad_(False)
-        named = matrices_of(state.w)
+        named = matrices_of(state.training.w)
         held: list[Any] = [None] * parallel_state.get_model_parallel_group().size()
         sizes = [(key, weight.numel()) for key, weight in named]
         dist.all_gather_object(held, sizes, group=parallel_state.get_model_parallel_group())
@@ -128,7 +129,7 @@ class GradientFeatures:
         out_ND = torch.zeros(len(row_N), self.dimensions, device=runtime.device())
         for place_P, batches in self._batches(source, row_N, 1):
             rows = [int(place_P[batch.member_B[0]]) for batch in batches]
-            self._flush([_weighted(batch, "sample", -1) for batch in batches], rows, out_ND)
+            self._flush([_pass(batch, "sample", -1) for batch in batches], rows, out_ND)
         dist.all_reduce(out_ND)
         return out_ND
 
@@ -142,8 +143,8 @@ class GradientFeatures:
         for place_P, batches in self._batches(source, everything, config.train.micro_batch_size):
             fillers = int((place_P < 0).sum())
             first_filler = len(place_P) - fillers
-            weighted = [_weighted(b, config.data.loss_mean, first_filler) for b in batches]
-            self._flush(weighted, [0] * len(batches), out_1D)
+            passes = [_pass(b, config.data.loss_mean, first_filler) for b in batches]
+            self._flush(passes, [0] * len(batches), out_1D)
         dist.all_reduce(out_1D)
         return out_1D[0] / len(source)
 
@@ -164,31 +165,30 @@ class GradientFeatures:
             filled_B = np.concatenate([place_B, np.repeat(place_B[:1], missing)])
             picks = Picks(np.zeros_like(filled_B), row_N[filled_B], np.ones(1))
             with runtime.refused_together():
-                batches = micro_batches([source], picks, layout, "sample")
+                batches = micro_batches([source], picks, layout)
             yield np.concatenate([place_B, np.full(missing, -1)]), batches
 
-    def _flush(self, batches: list[MicroBatch], row_P: list[int], out_RD: torch.Tensor) -> None:
+    def _flush(self, passes: list[Pass], row_P: list[int], out_RD: torch.Tensor) -> None:
         """Forward and backward of all; each one's gradient is added to its row (−1: to none)."""
-        chunks = self._state.w
+        chunks = self._state.training.w
         self._row_P, self._out_RD = row_P, out_RD
         for matrix in self._matrices:
             matrix.passes = 0
-        self._state.megatron.finalize_model_grads_func = None  # there is nothing to reduce
         for chunk in chunks:
             chunk.eval()
         with HERE.at("gradients"):
             get_forward_backward_func()(
                 forward_step_func=_forward_step,
-                data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+                data_iterator=[iter(passes) for _ in chunks] if len(chunks) > 1 else iter(passes),
                 model=list(chunks),
-                num_microbatches=len(batches),
-                seq_length=max(batch.tokens_BS.shape[1] for batch in batches),
-                micro_batch_size=len(batches[0].tokens_BS),
+                num_microbatches=len(passes),
+                seq_length=max(each.batch.tokens_BS.shape[1] for each in passes),
+                micro_batch_size=len(passes[0].batch.tokens_BS),
                 forward_only=False,
             )
         for chunk in chunks:
             chunk.train()
-        assert all(matrix.passes == len(batches) for matrix in self._matrices)
+        assert all(matrix.passes == len(passes) for matrix in self._matrices)
 
     def _take(self, matrix: _Matrix, weight: torch.Tensor) -> None:
         """Hook: a matrix has got its gradient of one micro-batch."""
@@ -206,20 +206,20 @@ class GradientFeatures:
             matrix.sketch.add(number, values, self._out_RD[row])
 
 
-def _weighted(batch: MicroBatch, loss_mean: str, first_filler: int) -> MicroBatch:
-    """The batch with coefficients of a sum of examples (or of target tokens), fillers left out.
+def _pass(batch: MicroBatch, loss_mean: str, first_filler: int) -> Pass:
+    """A pass whose objective is a sum of examples (or of target tokens), fillers left out.
 
     Args:
         first_filler: members from here on do not count (−1: all do).
     """
     targets_B = (batch.mask_BS > 0).sum(dim=1).clamp_min(1).double()
-    coefficient_B = 1 / targets_B if loss_mean == "sample" else torch.ones_like(targets_B)
+    weight_B = 1 / targets_B if loss_mean == "sample" else torch.ones_like(targets_B)
     if first_filler >= 0:
-        coefficient_B = torch.where(batch.member_B < first_filler, coefficient_B, 0.0)
-    return replace(batch, coefficient_B=coefficient_B)
+        weight_B = torch.where(batch.member_B < first_filler, weight_B, 0.0)
+    return Pass(Role.TRAIN_W, batch, weight_B, weight_B)
 
 
-def _forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _forward_step(passes: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     HERE.mark()
-    this = Pass(Role.TRAIN_W, next(batches), torch.ones(1, dtype=torch.float64))
-    return model(**this.batch.inputs(runtime.device())), partial(loss_func, this)
+    this = next(passes)
+    return gpt_losses(model, this.batch), partial(loss_func, this)

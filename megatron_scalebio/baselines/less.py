@@ -46,10 +46,10 @@ from megatron_scalebio.baselines.gradient_features import GradientFeatures, matr
 from megatron_scalebio.baselines.pool import Pool, highest, random_rows
 from megatron_scalebio.baselines.pool_training import PoolState, side_training_config, train_on_pool
 from megatron_scalebio.baselines.scores import found_from_rows, write_scores
-from megatron_scalebio.bilevel.schedule import Schedule
 from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.config import Config
-from megatron_scalebio.data.blend import Floats, Ints
+from megatron_scalebio.core.sampler import Floats, Ints
+from megatron_scalebio.core.schedule import Schedule
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train.start import Begun
@@ -140,10 +140,10 @@ def take_features(
     state: PoolState, validation: list[Source], store: Chunks, what: str, begun: Begun
 ) -> bool:
     """Fills the features of a checkpoint, which `state` has just loaded. False: stopped."""
-    period = state.enter_period(resuming=True)
-    weights = [weight for _, weight in matrices_of(state.w)]
+    period = state.training.enter_period(resuming=True)
+    weights = [weight for _, weight in matrices_of(state.training.w)]
     moments = adam_moments(period.optimizers["w"], weights)
-    state.leave_period()
+    state.training.leave_period()
     config = state.config
     features = GradientFeatures(state, config.baseline.less_dimensions, config.train.seed)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_scalebio.data.blend import Floats, Ints, shuffled_index
+from megatron_scalebio.core.sampler import Floats, Ints, shuffled_index
 from megatron_scalebio.data.sources import Example, Source
 
 

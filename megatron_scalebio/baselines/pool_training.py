@@ -16,7 +16,7 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.baselines.pool import EpochOrder, Pool
 from megatron_scalebio.config import Config
-from megatron_scalebio.data.blend import Ints, Picks
+from megatron_scalebio.core.sampler import Ints, Picks
 from megatron_scalebio.errors import EXIT_OK
 from megatron_scalebio.report.console import RunConsole
 from megatron_scalebio.train import outputs

@@ -34,7 +34,7 @@ from megatron_scalebio.baselines.weighting import (
     stops,
 )
 from megatron_scalebio.config import Config
-from megatron_scalebio.data.blend import Floats
+from megatron_scalebio.core.sampler import Floats
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.finetune import FinetuneState, train_step
@@ -177,7 +177,7 @@ def train_proxies(config: Config, begun: Begun, iters: int, ledger: Ledger) -> b
                 ledger.add(loss, state.cost)
             if loss is None or not ledger.missing:
                 break
-            state.leave_period()
+            state.training.leave_period()
             del state
             gc.collect()  # two models at once are more than a run plans for
             state = start_proxy(short, begun, ledger.next_mixture())

@@ -53,7 +53,7 @@ from megatron_scalebio.baselines.pool_training import (
 )
 from megatron_scalebio.baselines.scores import found_from_rows, write_scores
 from megatron_scalebio.config import Config, SourceConfig
-from megatron_scalebio.data.blend import Floats, Ints, Picks
+from megatron_scalebio.core.sampler import Floats, Ints, Picks
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import example_losses
 from megatron_scalebio.train.start import Begun
@@ -98,7 +98,7 @@ def irreducible_losses(config: Config, begun: Begun) -> tuple[Floats, TokenCost]
         state = PoolState(reference, cache, "rho_loss reference")
         if not train_on_pool(state, begun, "Reference model, on the validation sets"):
             return None
-        state.leave_period()
+        state.training.leave_period()
         if not losses.fill("irreducible losses", _scorer(state, pool), begun.signals):
             return None
         spent = asdict(state.cost)
@@ -112,7 +112,7 @@ def _scorer(state: PoolState, pool: Pool) -> Any:
 
     def losses_of(row_n: Ints) -> Array:
         layout = state.data.layout
-        return example_losses(state.w, pool, row_n, state.config, layout).mean_N.numpy()
+        return example_losses(state.training.w, pool, row_n, state.config, layout).mean_N.numpy()
 
     return losses_of
 
@@ -138,7 +138,7 @@ class RhoState(PoolState):
 
     def draw(self) -> Picks:
         row_B = self.order.next(self.large_batch)
-        losses = example_losses(self.w, self.pool, row_B, self.config, self.data.layout)
+        losses = example_losses(self.training.w, self.pool, row_B, self.config, self.data.layout)
         self.cost.scored += losses.tokens
         reducible_B = losses.mean_N.numpy() - self.irreducible_N[row_B]
         self.reducible_N[row_B] = reducible_B
@@ -185,7 +185,7 @@ def _offline(config: Config, begun: Begun, irreducible_N: Floats, cost: TokenCos
     state = PoolState(part, begun.folder / "cache", "rho_loss offline")
     if not train_on_pool(state, begun, "Training on all sources", begun.save_to):
         return None
-    state.leave_period()
+    state.training.leave_period()
     made_for = {
         "sources": [source.fingerprint for source in state.data.sources],
         "steps": state.step, "seed": config.train.seed,

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_scalebio.baselines.found import Found
 from megatron_scalebio.baselines.pool import Pool
-from megatron_scalebio.data.blend import Floats, Ints
+from megatron_scalebio.core.sampler import Floats, Ints
 from megatron_scalebio.errors import disk_errors_named
 from megatron_scalebio.train.state import TokenCost
 

@@ -36,7 +36,7 @@ class WeightingState(RunState):
     """
 
     def __init__(self, config: Config, cache: Path) -> None:
-        super().__init__(config, config.baseline.method, cache, with_u=False)
+        super().__init__(config, config.baseline.method, cache)
         sources = len(self.data.sources)
         self.log_weight_S = torch.zeros(sources, dtype=torch.float64).log_softmax(0)
         self._sum_S = torch.zeros(sources, dtype=torch.float64)
@@ -108,7 +108,7 @@ def _steps(
         refuse_skips(state, record)
         if stops(begun, problem):
             break
-    if saved_at != state.step and state.skipped_in_a_row == 0:
+    if saved_at != state.step and state.training.skipped_in_a_row == 0:
         begun.saves.save(state, begun.save_to)
     begun.saves.drain()
     return state.step == train.train_iters
@@ -117,9 +117,10 @@ def _steps(
 def refuse_skips(state: RunState, record: Record) -> None:
     """Ends a training whose steps keep not being applied, or of which none was."""
     train = state.config.train
-    if state.skipped_in_a_row >= min(train.skip_limit, train.train_iters):
+    if state.training.skipped_in_a_row >= min(train.skip_limit, train.train_iters):
         raise UserError(
-            f"{state.skipped_in_a_row} steps in a row were not applied: {record['skipped']}",
+            f"{state.training.skipped_in_a_row} steps in a row were not applied: "
+            f"{record['skipped']}",
             where=f"step {state.step}",
             mend="lower optimizer.lr or look at that source",
         )

@@ -11,11 +11,8 @@ from typing import Any
 import torch
 
 from megatron_scalebio.config import Config, ModelConfig
-from megatron_scalebio.model.provider import (
-    default_ffn_hidden_size,
-    padded_vocab_size,
-    uses_transformer_engine,
-)
+from megatron_scalebio.model.provider import padded_vocab_size
+from megatron_scalebio.model.settings import default_ffn_hidden_size, uses_transformer_engine
 
 # What models here do not have, by the values that say so. Megatron-Bridge looks for each of them.
 _WITHOUT: dict[str, Any] = {

@@ -18,35 +18,33 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.safe_globals import register_safe_globals
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import folder as folders
-from megatron_scalebio.checkpoint import fp8_state
 from megatron_scalebio.checkpoint.folder import BILEVEL
 from megatron_scalebio.checkpoint.helpers import helpers
 from megatron_scalebio.checkpoint.integrity import changed_file, hash_written
 from megatron_scalebio.checkpoint.sharding import (
-    PER_LAYER,
     bilevel_state,
     layout,
-    model_state,
     optimizer_kind,
-    optimizer_states,
     random_state,
     w_state,
 )
-from megatron_scalebio.compat.megatron import allocate_state, take_rates
 from megatron_scalebio.config import Config
+from megatron_scalebio.core.lisa import period_of
+from megatron_scalebio.core.state import (
+    load_models,
+    load_optimizers,
+    model_state,
+    optimizer_states,
+    state_of_u_to_load,
+)
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.model.twin import named_parameters
-from megatron_scalebio.optim.builder import set_adam
-from megatron_scalebio.optim.lisa import period_of
 from megatron_scalebio.train.state import RunState
 
 # What Megatron and torch raise where a disk or a file fails them.
@@ -190,10 +188,12 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
     problem = _damage(source)
     if problem:
         raise UserError(problem, where="model.pretrained_checkpoint", mend="fetch it again")
-    wanted = model_state(chunks, None)
+    wanted = model_state(chunks)
     _check_shapes(wanted, source)
+    register_safe_globals()
     with _reading(source):
-        _load_models(chunks, wanted, source, keep_fp8_state=False)
+        loaded = dist_checkpointing.load(wanted, str(source))
+        load_models(chunks, loaded, keep_fp8_state=False)
 
 
 def _load(state: RunState, source: Path) -> list[str]:
@@ -207,24 +207,20 @@ def _load_whole(state: RunState, source: Path) -> list[str]:
     common = dist_checkpointing.load_common_state_dict(str(source / BILEVEL))
     _check_sources(state, common, source)
     changed = _changed_settings(state, common["run"], source)
-    _check_shapes(model_state(state.w, None), source)
+    training = state.training
+    _check_shapes(model_state(training.w), source)
     state.load_common_state(common["run"])
-    _load_models(state.w, model_state(state.w, None), source)
-    if "u" in state.models:
+    load_models(training.w, dist_checkpointing.load(model_state(training.w), str(source)))
+    if training.u is not None:
         on_disk = dist_checkpointing.serialization.load_sharded_metadata(str(source / BILEVEL))
-        _load_u(state, source / BILEVEL, set(on_disk))
-    if period_of(state.step, state.config.lisa) == common["period"]:
-        _check_optimizer_kind(state.config, common["optimizer_kind"], source)
-        period = state.enter_period(resuming=True)
-        for optimizer in period.optimizers.values():
-            allocate_state(optimizer)
-        wanted = optimizer_states(state, is_loading=True)
+        wanted = state_of_u_to_load(training.u, set(on_disk))
         loaded = dist_checkpointing.load(wanted, str(source / BILEVEL))
-        for name, optimizer in period.optimizers.items():
-            saved = loaded[f"optimizer_{name}"]
-            take_rates(saved, optimizer)
-            optimizer.load_state_dict(saved)
-            set_adam(optimizer, state.config.optimizer)
+        load_models(training.u, loaded, strict=False)
+    if period_of(state.step, training.lisa) == common["period"]:
+        _check_optimizer_kind(state.config, common["optimizer_kind"], source)
+        period = training.enter_period(resuming=True)
+        wanted = optimizer_states(training.models, period, is_loading=True)
+        load_optimizers(period, dist_checkpointing.load(wanted, str(source / BILEVEL)))
     if common["layout"] == layout():
         _load_random_state(source / BILEVEL)
     return changed
@@ -306,53 +302,6 @@ def _check_optimizer_kind(config: Config, saved: list[bool], source: Path) -> No
                 where=f"parallel.{name}",
                 mend=f"set it to {theirs}, or start from {source} with --pretrained-checkpoint",
             )
-
-
-def _load_u(state: RunState, source: Path, on_disk: set[str]) -> None:
-    """Gives u its own storage for what the checkpoint holds of it, and loads that."""
-    u = state.models["u"]
-    wanted = model_state(u, PER_LAYER)
-    held = {
-        chunk: {k: v for k, v in tensors.items() if f"u.{_key_on_disk(v)}" in on_disk}
-        for chunk, tensors in wanted.items()
-    }
-    own = {
-        entry.data.data_ptr()
-        for tensors in held.values()
-        for entry in tensors.values()
-        if isinstance(entry.data, torch.Tensor)
-    }
-    for _, parameter in named_parameters(u):
-        if parameter.data_ptr() in own:
-            parameter.data = parameter.data.clone()
-    wanted = model_state(u, PER_LAYER)
-    held = {chunk: {k: tensors[k] for k in held[chunk]} for chunk, tensors in wanted.items()}
-    add_prefix_for_sharding(held, "u.")
-    _load_models(u, held, source, strict=False)
-
-
-def _key_on_disk(entry: Any) -> str:
-    if isinstance(entry, ShardedObject):
-        return entry.unique_key
-    return getattr(entry, "key", "")
-
-
-def _load_models(
-    chunks: list[torch.nn.Module],
-    wanted: dict[str, Any],
-    source: Path,
-    strict: bool = True,
-    keep_fp8_state: bool = True,
-) -> None:
-    register_safe_globals()
-    loaded = dist_checkpointing.load(wanted, str(source))
-    for chunk, key in zip(chunks, sorted(wanted, key=lambda k: (len(k), k)), strict=True):
-        model = loaded.get(key, {})
-        if keep_fp8_state:
-            fp8_state.refuse_code(model)
-        else:
-            fp8_state.drop(model)
-        unwrap_model(chunk).load_state_dict(model, strict=strict)
 
 
 def _check_shapes(wanted: dict[str, Any], source: Path) -> None:

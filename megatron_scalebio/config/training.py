@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_scalebio.config.checks import option, refuse, require_positive, require_within_one
-
-CONFIDENCE_LEVELS = (0.80, 0.90, 0.95, 0.98)
+from megatron_scalebio.core.options import CONFIDENCE_LEVELS, BilevelOptions, LisaOptions
 
 
 @dataclass
@@ -38,12 +37,12 @@ class OptimizerConfig:
 
 @dataclass
 class BilevelConfig:
-    """The bilevel problem and how its mixture is stepped (DESIGN: `bilevel/objective.py`)."""
+    """The bilevel problem and how its mixture is stepped (`core/objective.py`)."""
 
     preset: Literal["paper"] | None = option(
         None, "a named set of options, below the ones you give: paper, the method as published"
     )
-    alpha: float = option(10.0, "penalty on the lower level's suboptimality")
+    alpha: float = option(BilevelOptions.alpha, "penalty on the lower level's suboptimality")
     alpha_growth: float = option(1.0, "alpha times this each outer round; rates divided by it")
     outer_rounds: int = option(1, "rounds of the alpha schedule")
     mixture_optimizer: Literal["eg", "adamw"] = option(
@@ -56,14 +55,21 @@ class BilevelConfig:
         "constant", "decay of lr_lambda; intervals need it constant"
     )
     resync_interval: int | None = option(
-        10, "steps between resets of u to w; with LISA every new draw resets (null: never)"
+        BilevelOptions.resync_interval,
+        "steps between resets of u to w; with LISA every new draw resets (null: never)",
     )
     floor_share: float = option(
         0.25, "share of each batch dealt equally to all sources; the rest follows the mixture"
     )
-    average_fraction: float = option(0.5, "last share of the steps that the weights average over")
-    confidence: float = option(0.95, "level of the intervals: 0.80, 0.90, 0.95 or 0.98")
-    tolerance: float = option(0.05, "widest half-interval that counts as converged")
+    average_fraction: float = option(
+        BilevelOptions.average_fraction, "last share of the steps that the weights average over"
+    )
+    confidence: float = option(
+        BilevelOptions.confidence, "level of the intervals: 0.80, 0.90, 0.95 or 0.98"
+    )
+    tolerance: float = option(
+        BilevelOptions.tolerance, "widest half-interval that counts as converged"
+    )
     early_stop: bool = option(False, "stop once converged")
     blend_floor: float = option(1e-3, "weights below this are left out of the blend files")
 
@@ -83,7 +89,20 @@ class BilevelConfig:
         if self.resync_interval == 1:
             raise refuse("resync_interval", 1, "leaves u no step to depart from w", "use 2 or more")
         if self.lr_lambda is None:
-            self.lr_lambda = 0.1 if self.mixture_optimizer == "eg" else 0.01
+            self.lr_lambda = BilevelOptions(mixture_optimizer=self.mixture_optimizer).rate
+
+    def options(self, loss_mean: Literal["sample", "token"]) -> BilevelOptions:
+        """As the core takes them."""
+        return BilevelOptions(
+            alpha=self.alpha,
+            mixture_optimizer=self.mixture_optimizer,
+            lr_lambda=self.lr_lambda,
+            resync_interval=self.resync_interval,
+            loss_mean=loss_mean,
+            average_fraction=self.average_fraction,
+            confidence=self.confidence,
+            tolerance=self.tolerance,
+        )
 
 
 @dataclass
@@ -91,12 +110,20 @@ class LisaConfig:
     """Layerwise importance sampled AdamW: few layers train at a time, redrawn each interval."""
 
     lisa_layers: int | None = option(None, "active layers over the whole model [all: LISA off]")
-    lisa_interval: int = option(20, "steps between draws")
+    lisa_interval: int = option(LisaOptions.interval, "steps between draws")
     lisa_train_embedding: bool = option(True, "train the embedding and the output head")
     lisa_train_norm: bool = option(True, "train the final norm")
 
     def __post_init__(self) -> None:
         require_positive(self, "lisa_layers", "lisa_interval")
+
+    def options(self) -> LisaOptions | None:
+        """As the core takes them; None: LISA is off."""
+        if self.lisa_layers is None:
+            return None
+        return LisaOptions(
+            self.lisa_layers, self.lisa_interval, self.lisa_train_embedding, self.lisa_train_norm
+        )
 
 
 @dataclass

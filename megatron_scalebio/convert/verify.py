@@ -96,7 +96,8 @@ def _run_transformers(hf: Path, tokens_BS: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def _run_megatron(config: Any, plan: ExportPlan, tokens_BS: Tensor) -> dict[str, Tensor]:
     from megatron_scalebio import runtime
-    from megatron_scalebio.model.provider import build_model, transformer_config
+    from megatron_scalebio.model.provider import build_model
+    from megatron_scalebio.model.settings import transformer_config
 
     runtime.start(config)
     try:

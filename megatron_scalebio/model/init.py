@@ -14,9 +14,16 @@ from collections.abc import Iterable
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 # Projections back into the residual stream start smaller, by 1/√(2 · layers) (GPT-2).
 _RESIDUAL_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds torch's generators and Megatron's of this rank, for dropout."""
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
 
 
 def initialize_weights(

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_scalebio.model.twin import named_parameters
-from megatron_scalebio.optim.builder import Period
+from megatron_scalebio.core.period import Period
+from megatron_scalebio.core.twin import named_parameters
 
 WEIGHTS_W, WEIGHTS_U = "weights w", "weights u"
 GRADIENTS, MASTERS, ADAM = "gradients", "fp32 masters", "Adam state"

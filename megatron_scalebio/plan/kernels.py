@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from megatron_scalebio.config import Config
 from megatron_scalebio.model import attention as core_attention
 from megatron_scalebio.model.layers import ModelSettings
-from megatron_scalebio.model.provider import transformer_config
+from megatron_scalebio.model.settings import transformer_config
 from megatron_scalebio.plan.fake_rank import replaced
 
 _aten = torch.ops.aten

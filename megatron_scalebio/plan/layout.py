@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_scalebio.config import Config
-from megatron_scalebio.optim.lisa import active_layers, period_of
+from megatron_scalebio.core.lisa import active_layers, period_of
 from megatron_scalebio.plan.hardware import Gpu
 
 PERIODS_LOOKED_AT = 1000
@@ -85,10 +85,11 @@ class Layout:
 
 def draws(config: Config, layout: Layout, most: int = PERIODS_LOOKED_AT) -> list[list[int] | None]:
     """LISA's active layers of the run's first periods, `most` at most."""
-    last = period_of(config.train.train_iters - 1, config.lisa)
+    lisa = config.lisa.options()
+    last = period_of(config.train.train_iters - 1, lisa)
     return [
         active_layers(
-            config.lisa, config.model.num_layers, layout.pp, layout.virtual, period,
+            lisa, config.model.num_layers, layout.pp, layout.virtual, period,
             config.train.seed,
         )
         for period in range(min(last + 1, most))

@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
-from megatron_scalebio.bilevel import step as bilevel
-from megatron_scalebio.bilevel.objective import Role
 from megatron_scalebio.config import Config
-from megatron_scalebio.data.batch import MicroBatch
+from megatron_scalebio.core.batch import MicroBatch, gpt_losses
+from megatron_scalebio.core.flush import Pass, flush
+from megatron_scalebio.core.lisa import set_trainable
+from megatron_scalebio.core.objective import Role
+from megatron_scalebio.core.period import Period
+from megatron_scalebio.core.twin import build_twins
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.model.provider import padded_vocab_size
-from megatron_scalebio.model.twin import build_twins
-from megatron_scalebio.optim.builder import Period
-from megatron_scalebio.optim.lisa import set_trainable
+from megatron_scalebio.model.provider import model_provider, padded_vocab_size
+from megatron_scalebio.model.settings import ddp_config, optimizer_config
 from megatron_scalebio.plan.fake_rank import META, group_kinds, playing
 from megatron_scalebio.plan.holdings import FP8_COPIES, fp8_copies, holdings
 from megatron_scalebio.plan.kernels import kernels_of, on_shapes, settings_for
@@ -104,22 +106,25 @@ def _rehearse(
     assert vocab_size is not None
     try:
         megatron = settings_for(config, layout.cuda)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
         with META:
-            w, u = build_twins(config, megatron, vocab_size)
+            w, u = build_twins(model_provider(config, megatron, vocab_size), groups)
     except (AssertionError, ValueError) as error:  # how Megatron-Core refuses a layout
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"Megatron-Core refuses it: {reason}", where=str(layout)) from error
     for chunks in (w, u):
-        set_trainable(chunks, active, config.lisa)
-    period = Period(config, megatron, w, u)
+        set_trainable(chunks, active, config.lisa.options())
+    announced = _Announced(_passes(config, layout))
+    period = Period(ddp_config(config), optimizer_config(config), w, u, announced.losses)
     held, tensors = holdings(w, u, period)
     ledger = Ledger(group_kinds(), padded_vocab_size(config, vocab_size) // layout.tp)
     ledgers.append(ledger)
     buffers = [b for model in (w, u) for chunk in model for b in chunk.buffers()]
     ledger.ignore([*tensors, *buffers])
-    passes = _Announced(_passes(config, layout), ledger)
+    announced.to = ledger
+    passes = announced.passes
     with ledger:
-        bilevel.flush(period.twins, passes, config.train.micro_batch_size)
+        flush(period.twins, passes, groups)
         ledger.begin("")
         flush_sent = Counter(ledger.traffic.bytes_by_link)
         if config.parallel.use_distributed_optimizer:  # what follows the optimizers' step
@@ -148,37 +153,31 @@ def _rehearse(
     return memory, [w, u]
 
 
-class _Announced(list):
+class _Announced:
     """Passes that tell the ledger whose forward pass begins."""
 
-    def __init__(self, passes: list[bilevel.Pass], ledger: Ledger) -> None:
-        super().__init__(passes)
-        self._ledger = ledger
+    to: Ledger
 
-    def __iter__(self) -> Iterator[bilevel.Pass]:
-        for one in super().__iter__():
-            self._ledger.begin(ROLE_NAMES[one.role])
-            yield one
+    def __init__(self, passes: list[Pass]) -> None:
+        self.passes = [replace(each, batch=replace(each.batch)) for each in passes]
+        self._roles = {id(each.batch): each.role for each in self.passes}
+
+    def losses(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        self.to.begin(ROLE_NAMES[self._roles[id(batch)]])
+        return gpt_losses(model, batch)
 
 
-def _passes(config: Config, layout: Layout) -> list[bilevel.Pass]:
+def _passes(config: Config, layout: Layout) -> list[Pass]:
     """A step's passes on full sequences; as many as fill the pipeline."""
     train, validation = layout.shortest_flush()
     here = config.data.seq_length // layout.cp  # of each sequence
     shape = (config.train.micro_batch_size, here)
     ids_BS = torch.zeros(shape, dtype=torch.int64)
-    batch = MicroBatch(
-        member_B=torch.zeros(0, dtype=torch.int64),
-        tokens_BS=ids_BS,
-        labels_BS=ids_BS,
-        mask_BS=torch.ones(shape),
-        positions_BS=ids_BS,
-        group_B=torch.zeros(shape[0], dtype=torch.int64),
-        coefficient_B=torch.ones(shape[0], dtype=torch.float64),
-        tokens=math.prod(shape),
-    )
-    one = torch.ones(1, dtype=torch.float64)
-    return bilevel.plan_passes([batch] * train, [batch] * validation, one, one, alpha=1.0)
+    group_B = torch.zeros(shape[0], dtype=torch.int64)
+    batch = MicroBatch(ids_BS, ids_BS, torch.ones(shape), ids_BS, group_B, math.prod(shape))
+    roles = [Role.TRAIN_U, Role.TRAIN_W] * train + [Role.VALID_W] * validation
+    one_B = torch.ones(shape[0], dtype=torch.float64)
+    return [Pass(role, batch, one_B, one_B) for role in roles]
 
 
 def _keep_buffers(held: Counter[str]) -> int:

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
-from megatron_scalebio.data.blend import shuffled_index
+from megatron_scalebio.core.sampler import shuffled_index
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -22,10 +22,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
+from megatron_scalebio.core.sampler import Ints, Picks
+from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
-from megatron_scalebio.data.blend import Ints, Picks
 from megatron_scalebio.data.sources import Source
-from megatron_scalebio.model.twin import forget_weight_copies
 from megatron_scalebio.progress import HERE
 
 _PASSES_PER_FLUSH = 64
@@ -180,7 +180,7 @@ def _flushes(
         place_B = np.concatenate([place_B, np.repeat(place_B[:1], missing)])
         picks = Picks(group_B, index_N[place_B], np.ones(2))
         with runtime.refused_together():
-            batches = micro_batches([source, source], picks, layout, "sample")
+            batches = micro_batches([source, source], picks, layout)
         yield place_B, batches
 
 

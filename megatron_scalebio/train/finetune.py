@@ -18,21 +18,18 @@ from typing import Any
 import torch
 
 from megatron_scalebio import runtime
-from megatron_scalebio.bilevel import step as bilevel
-from megatron_scalebio.bilevel.objective import Role
 from megatron_scalebio.config import Config
+from megatron_scalebio.core.sampler import Picks
 from megatron_scalebio.data.batch import micro_batches
-from megatron_scalebio.data.blend import Picks
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
 from megatron_scalebio.guard.stragglers import Stragglers
 from megatron_scalebio.progress import HERE
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import HeldOutLoss, held_out_losses
-from megatron_scalebio.train.loop import Stopwatch
 from megatron_scalebio.train.run_log import RunLog
 from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import RunState
-from megatron_scalebio.train.update import step_w
+from megatron_scalebio.train.update import train_on
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -77,7 +74,7 @@ class FinetuneState(RunState):
     """The state of a `train` run, or of another that trains w alone, on this rank."""
 
     def __init__(self, config: Config, cache: Path, stage: str = "train") -> None:
-        super().__init__(config, stage, cache, with_u=False)
+        super().__init__(config, stage, cache)
         weights = torch.tensor(self.data.initial_weights(), dtype=torch.float64)
         self.probs_S = weights / weights.sum()
         self.best_loss = math.inf
@@ -101,7 +98,7 @@ class FinetuneState(RunState):
         """Losses on the validation sets (some examples of each), or on all of all sets."""
         sets = [*self.data.validation, *self.data.test] if test else self.data.validation
         limit = None if test else self.config.train.eval_examples
-        return held_out_losses(self.w, sets, self.config, self.data.layout, limit)
+        return held_out_losses(self.training.w, sets, self.config, self.data.layout, limit)
 
     def validation_loss(self, losses: list[HeldOutLoss]) -> float:
         """L1: the validation sets' losses by their weights."""
@@ -132,9 +129,10 @@ def finetune(state: FinetuneState, begun: Begun, reporter: Reporter | None) -> i
             saved_at = state.step
         else:
             saves.poll()
-        if state.skipped_in_a_row >= train.skip_limit:
+        if state.training.skipped_in_a_row >= train.skip_limit:
             raise UserError(
-                f"{state.skipped_in_a_row} steps in a row were not applied: {record['skipped']}",
+                f"{state.training.skipped_in_a_row} steps in a row were not applied: "
+                f"{record['skipped']}",
                 where=f"step {state.step}",
                 mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
             )
@@ -143,7 +141,7 @@ def finetune(state: FinetuneState, begun: Begun, reporter: Reporter | None) -> i
             raise problem or UserError("rank 0 could not write its log")
         if signalled:
             break
-    if saved_at != state.step and state.skipped_in_a_row == 0:
+    if saved_at != state.step and state.training.skipped_in_a_row == 0:
         saves.save(state, save_to)
     saves.drain()
     return EXIT_OK if state.step == train.train_iters else EXIT_SIGNALLED
@@ -166,23 +164,13 @@ def _evaluate(state: FinetuneState, record: dict[str, Any], begun: Begun) -> Non
 
 def train_step(state: FinetuneState) -> dict[str, Any]:
     """One step of w on the mixture, applied unless it was not finite or spiked; its record."""
-    config, settings, data = state.config, state.schedule.at(state.step), state.data
-    watch = Stopwatch()
     HERE.step = state.step + 1
-    with watch.phase("data"):
+    with state.clock("data"):
         picks = state.draw()
         with runtime.refused_together():
-            batches = micro_batches(data.sources, picks, data.layout, config.data.loss_mean)
-        passes = [bilevel.Pass(Role.TRAIN_W, batch, state.probs_S) for batch in batches]
-    with watch.phase("period"):
-        period = state.enter_period()
-        period.zero_grad()
-    with watch.phase("flush"):
-        records = bilevel.flush(period.twins, passes, config.train.micro_batch_size)
-        losses = bilevel.reduce_losses(records, passes, picks)
-    with watch.phase("update"):
-        record = step_w(state, period, settings, losses, state.probs_S)
-    return {**record, "time_s": watch.time_s, **state.also_recorded()}
+            batches = micro_batches(state.data.sources, picks, state.data.layout)
+    record = train_on(state, batches, picks, state.probs_S)
+    return {**record, "time_s": state.clock.take(), **state.also_recorded()}
 
 
 class Reporter(RunLog):

@@ -28,11 +28,11 @@ def evaluate_config(config: Config) -> list[HeldOutLoss]:
     runtime.start(config)
     folder = Path(config.train.output)
     runtime.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
-    state = RunState(config, "evaluate", folder / "cache", with_u=False)
+    state = RunState(config, "evaluate", folder / "cache")
     load = config.checkpoint.load
     path = Path(load) if load else pretrained_checkpoint(state, folder)
     if path is None:
         raise UserError("no model", where="checkpoint.load", mend="--load CHECKPOINT or --hf DIR")
-    saver.load_pretrained(state.w, path)
+    saver.load_pretrained(state.training.w, path)
     sets = [*state.data.validation, *state.data.test]
-    return held_out_losses(state.w, sets, config, state.data.layout)
+    return held_out_losses(state.training.w, sets, config, state.data.layout)

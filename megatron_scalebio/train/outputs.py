@@ -20,16 +20,16 @@ from megatron.core.utils import unwrap_model
 
 import megatron_scalebio
 from megatron_scalebio import runtime
-from megatron_scalebio.bilevel.confidence import Verdict, WeightIntervals
-from megatron_scalebio.bilevel.objective import mixed
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
+from megatron_scalebio.core.confidence import Verdict, WeightIntervals
+from megatron_scalebio.core.scalebio import StepReport
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.errors import UserError, disk_errors_named
 from megatron_scalebio.report.metrics import METRICS_FILE
 from megatron_scalebio.sample.manifest import drawn_from
-from megatron_scalebio.train.loop import StepResult
 from megatron_scalebio.train.state import RunState, TokenCost, TrainState
+from megatron_scalebio.train.update import with_names
 
 MEMORY_FILE = "memory.json"
 
@@ -97,7 +97,7 @@ def parameter_count(state: RunState) -> int:
     """Parameters of one model over all stages and TP ranks. A collective."""
     count = 0
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    for chunk in state.w:
+    for chunk in state.training.w:
         gpt = unwrap_model(chunk)
         for parameter in gpt.parameters():
             copy_of_first_stage = getattr(parameter, "shared", False)
@@ -153,35 +153,40 @@ def write_start(state: RunState, config: Config, folder: Path, parameters: int) 
     return run
 
 
-def step_record(state: TrainState, result: StepResult, step_time_s: float) -> dict[str, Any]:
-    """One line of metrics.jsonl; lists follow the order of sources and validation sets."""
-    losses, settings, probs_S = result.losses, result.settings, result.probs_S
-    shares_V = torch.from_numpy(state.data.shares_V)
+def step_record(
+    state: TrainState, report: StepReport, step_time_s: float, time_s: dict[str, float]
+) -> dict[str, Any]:
+    """One line of metrics.jsonl; lists follow the order of sources and validation sets.
+
+    Args:
+        time_s: of the parts of the step.
+    """
+    losses = report.losses
     return {
-        "step": state.step,
-        "alpha": settings.alpha,
-        "outer_round": settings.outer_round,
-        "lr_w": settings.lr_w,
-        "lr_u": settings.lr_u,
-        "lr_lambda": settings.lr_lambda,
-        "validation_loss": mixed(shares_V, losses.validation_V, losses.inclusion_V),
+        "step": report.step,
+        "alpha": report.alpha,
+        "outer_round": state.schedule.at(report.step - 1).outer_round,
+        "lr_w": report.lr_w,
+        "lr_u": report.lr_u,
+        "lr_lambda": report.lr_lambda,
+        "validation_loss": report.validation_loss,
         "validation_losses": losses.validation_V.tolist(),
-        "train_loss_w": mixed(probs_S, losses.w_S, losses.inclusion_S),
-        "train_loss_u": mixed(probs_S, losses.u_S, losses.inclusion_S),
-        "weights": probs_S.tolist(),
+        "train_loss_w": report.train_loss_w,
+        "train_loss_u": report.train_loss_u,
+        "weights": report.weights_S.tolist(),
         "loss_w": losses.w_S.tolist(),
         "loss_u": losses.u_S.tolist(),
         "excess_loss": (losses.w_S - losses.u_S).tolist(),
-        "grad_norm_w": result.grad_norms["w"],
-        "grad_norm_u": result.grad_norms["u"],
-        "grad_norm_lambda": result.grad_norm_lambda,
+        "grad_norm_w": report.grad_norms["w"],
+        "grad_norm_u": report.grad_norms["u"],
+        "grad_norm_lambda": report.grad_norm_lambda,
         "tokens": losses.tokens,
         "tokens_per_second": losses.tokens / step_time_s,
         "step_time_s": step_time_s,
-        "time_s": result.time_s,
+        "time_s": time_s,
         "memory_bytes": runtime.allocated_bytes(),
-        "skipped": result.skipped,
-        "active_layers": state.active_layers,
+        "skipped": report.skipped and with_names(report.skipped, state),
+        "active_layers": state.training.active_layers,
     }
 
 
@@ -204,7 +209,7 @@ def weights_content(
         "sources": weight_entries(
             state.data.sources,
             intervals.weight_S.tolist(),
-            state.mixture.initial_S.tolist(),
+            state.training.mixture.initial_S.tolist(),
             intervals.low_S.tolist(),
             intervals.high_S.tolist(),
         ),

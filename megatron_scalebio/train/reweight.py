@@ -6,17 +6,19 @@ import time
 from pathlib import Path
 
 from megatron_scalebio import runtime
-from megatron_scalebio.bilevel.confidence import Verdict, judge_convergence, weight_intervals
 from megatron_scalebio.checkpoint.background import Saves
 from megatron_scalebio.config import Config
+from megatron_scalebio.core.confidence import Verdict
+from megatron_scalebio.core.scalebio import StepReport
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
 from megatron_scalebio.guard.stragglers import Slowest, Stragglers
 from megatron_scalebio.report.html import write_report
 from megatron_scalebio.train import outputs
-from megatron_scalebio.train.loop import StepResult, train_step
+from megatron_scalebio.train.loop import train_step
 from megatron_scalebio.train.run_log import RunLog
 from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import TrainState
+from megatron_scalebio.train.update import with_names
 
 
 def run(config: Config) -> int:
@@ -57,36 +59,40 @@ def reweight(
     while state.step < config.train.train_iters:
         start = time.perf_counter()
         result = train_step(state)
-        step_time_s = time.perf_counter() - start
-        slow = stragglers.after_step(state.step, result.time_s, step_time_s)
-        problem = reporter.step(result, step_time_s, *slow) if reporter else None
+        time_s, step_time_s = state.clock.take(), time.perf_counter() - start
+        slow = stragglers.after_step(state.step, time_s, step_time_s)
+        problem = reporter.step(result, step_time_s, time_s, *slow) if reporter else None
         if interval and state.step % interval == 0 and not result.skipped:
             saves.save(state, save_to)
             saved_at = state.step
         else:
             saves.poll()
         _refuse_skips(state, result)
-        signalled, failed = runtime.any_rank(signals.received, problem is not None)
+        converged = config.bilevel.early_stop and runtime.is_main() and verdict(state).converged
+        signalled, failed, converged = runtime.any_rank(
+            signals.received, problem is not None, converged
+        )
         if failed:
             raise problem or UserError("rank 0 could not write its log")
         if signalled:
             code = EXIT_SIGNALLED
             break
-        if config.bilevel.early_stop and verdict(state).converged:
+        if converged:
             break
-    if saved_at != state.step and state.skipped_in_a_row == 0:
+    if saved_at != state.step and state.training.skipped_in_a_row == 0:
         saves.save(state, save_to)
     saves.drain()
     return code
 
 
-def _refuse_skips(state: TrainState, result: StepResult) -> None:
+def _refuse_skips(state: TrainState, result: StepReport) -> None:
     """Ends a run whose steps keep not being applied, or of which none was by its end."""
-    train, applied = state.config.train, state.mixture.steps
-    over = state.step == train.train_iters and applied == 0
-    if result.skipped and (over or state.skipped_in_a_row >= train.skip_limit):
+    train, bio = state.config.train, state.training
+    over = state.step == train.train_iters and bio.mixture.steps == 0
+    if result.skipped and (over or bio.skipped_in_a_row >= train.skip_limit):
         raise UserError(
-            f"{state.skipped_in_a_row} steps in a row were not applied: {result.skipped}",
+            f"{bio.skipped_in_a_row} steps in a row were not applied: "
+            f"{with_names(result.skipped, state)}",
             where=f"step {state.step}",
             mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
         )
@@ -94,15 +100,8 @@ def _refuse_skips(state: TrainState, result: StepResult) -> None:
 
 def verdict(state: TrainState) -> Verdict:
     """Whether the weights have converged by now, and why."""
-    bilevel = state.config.bilevel
-    return judge_convergence(
-        state.mixture.trajectory.tail(bilevel.average_fraction),
-        [source.name for source in state.data.sources],
-        block_length=state.mixture.trajectory.block_length,
-        tolerance=bilevel.tolerance,
-        confidence=bilevel.confidence,
-        constant_rate=bilevel.lr_lambda_decay_style == "constant",
-    )
+    constant = state.config.bilevel.lr_lambda_decay_style == "constant"
+    return state.training.verdict(constant_rate=constant)
 
 
 class Reporter(RunLog):
@@ -112,20 +111,22 @@ class Reporter(RunLog):
         self, state: TrainState, folder: Path, parameters: int, warnings: list[str]
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        initial_S = state.mixture.initial_S.tolist()
+        initial_S = state.training.mixture.initial_S.tolist()
         super().__init__(state, folder, parameters, initial_S, warnings, _facts(state.config))
         self.state = state
 
     def step(
-        self, result: StepResult, step_time_s: float, slowest: Slowest | None = None, slow: str = ""
+        self,
+        result: StepReport,
+        step_time_s: float,
+        time_s: dict[str, float],
+        slowest: Slowest | None = None,
+        slow: str = "",
     ) -> UserError | None:
         """Logs a step. Gives a disk's refusal back: all ranks have to stop at it together."""
-        start = time.perf_counter()
-        record = outputs.step_record(self.state, result, step_time_s)
+        record = outputs.step_record(self.state, result, step_time_s, time_s)
         record["straggler"] = slowest and slowest.as_dict()
         problem = self.log(record, slow)
-        # Shown with the next step: a line can't hold the time of its own writing.
-        result.time_s["log"] = time.perf_counter() - start
         return problem
 
     def finish(self, complete: bool) -> None:
@@ -135,9 +136,7 @@ class Reporter(RunLog):
             complete: the run came to its end; otherwise these are the weights so far.
         """
         state, folder = self.state, self.folder
-        bilevel = state.config.bilevel
-        blocks_BS = state.mixture.trajectory.tail(bilevel.average_fraction)
-        intervals = weight_intervals(blocks_BS, bilevel.confidence)
+        intervals = state.training.intervals()
         content = outputs.weights_content(state, intervals, verdict(state), complete)
         left_out = outputs.write_weights(folder, content, state.config)
         self.end()

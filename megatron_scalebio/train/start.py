@@ -93,7 +93,7 @@ def load_start(state: RunState, folder: Path) -> None:
     """Loads the pretrained weights that w starts from, if there are any."""
     pretrained = pretrained_checkpoint(state, folder)
     if pretrained:
-        saver.load_pretrained(state.w, pretrained)
+        saver.load_pretrained(state.training.w, pretrained)
 
 
 def pretrained_checkpoint(state: RunState, folder: Path) -> Path | None:

@@ -1,13 +1,12 @@
 """Everything a run holds between steps, built from its configuration and saved as one.
 
-RunState   ─ data    sources, validation sets, their samplers
-           └ models  w (and u) chunks of this rank, and the period's DDP and optimizers
-TrainState ─ mixture λ with its trajectory: what `reweight` has besides
+RunState ─ data      sources, validation sets, their samplers
+         ├ schedule  rates (and α) of every step
+         └ training  the core's `Training` of w, or its `ScaleBiO` of w, u and λ
 """
 
 from __future__ import annotations
 
-import gc
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,20 +16,20 @@ import numpy as np
 import torch
 
 from megatron_scalebio import runtime
-from megatron_scalebio.bilevel.mixture import Mixture
-from megatron_scalebio.bilevel.schedule import Schedule
-from megatron_scalebio.bilevel.spikes import SpikeGuard
 from megatron_scalebio.config import Config
-from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
-from megatron_scalebio.data.blend import BlendSampler, Picks
+from megatron_scalebio.core.batch import MicroBatch
+from megatron_scalebio.core.sampler import BlendSampler, Picks
+from megatron_scalebio.core.scalebio import ScaleBiO
+from megatron_scalebio.core.schedule import Schedule
+from megatron_scalebio.core.training import Training
+from megatron_scalebio.data.batch import BatchLayout, micro_batches
 from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.model.init import initialize_weights
-from megatron_scalebio.model.provider import build_model, transformer_config
-from megatron_scalebio.model.twin import build_twins, share_storage
-from megatron_scalebio.optim.builder import Period
-from megatron_scalebio.optim.lisa import active_layers, period_of, set_trainable
+from megatron_scalebio.model.init import initialize_weights, seed_generators
+from megatron_scalebio.model.provider import model_provider
+from megatron_scalebio.model.settings import ddp_config, optimizer_config, transformer_config
 from megatron_scalebio.sample.inputs import read_weights
+from megatron_scalebio.train.clock import StepClock
 
 # Options of the bilevel section that judge or write what was learned.
 _JUDGING = {
@@ -113,10 +112,9 @@ class Data:
         """This rank's training and validation micro-batches, and the global picks of both."""
         picks = self.sampler.next(probs_S.numpy())
         valid_picks = self.validation_sampler.next(self.shares_V)
-        mean = self.config.data.loss_mean
         with runtime.refused_together():
-            train = micro_batches(self.sources, picks, self.layout, mean)
-            valid = micro_batches(self.validation, valid_picks, self.layout, mean)
+            train = micro_batches(self.sources, picks, self.layout)
+            valid = micro_batches(self.validation, valid_picks, self.layout)
         return train, valid, picks, valid_picks
 
     def initial_weights(self) -> list[float]:
@@ -143,91 +141,53 @@ def weights_by_name(path: Path, names: list[str]) -> list[float]:
 
 
 class RunState:
-    """The state of a run on this rank: w, and u where the stage trains both.
+    """The state of a run on this rank.
 
     Args:
         stage: the command; a checkpoint resumes under the same alone.
         cache: folder for the sample indices of packed sources.
     """
 
-    def __init__(self, config: Config, stage: str, cache: Path, with_u: bool) -> None:
+    training: Training
+
+    def __init__(self, config: Config, stage: str, cache: Path) -> None:
         self.config, self.stage = config, stage
-        self.step = 0
-        self.skipped_in_a_row = 0
         self.cost = TokenCost()
-        self.spikes = SpikeGuard()
+        self.clock = StepClock()
         self.data = Data(config, cache)
         config.train.resolve_epochs(sum(len(source) for source in self.data.sources))
-        self.schedule = Schedule(config)
+        self.schedule = schedule_of(config)
         self.megatron = transformer_config(config)
-        if with_u:
-            self.w, self.u = build_twins(config, self.megatron, self.data.vocab_size)
-            self.models = {"w": self.w, "u": self.u}
-        else:
-            self.w = build_model(config, self.megatron, self.data.vocab_size)
-            self.models = {"w": self.w}
+        seed_generators(config.train.seed)
+        self.training = self._training()
         if not (config.model.pretrained_checkpoint or config.model.hf):
             initialize_weights(
-                self.w, config.train.seed, config.model.init_method_std, config.model.num_layers
+                self.training.w,
+                config.train.seed,
+                config.model.init_method_std,
+                config.model.num_layers,
             )
-        self.u_is_w = False  # at this step, after `enter_period`
-        self.period_number: int | None = None
-        self.period: Period | None = None
-        self.active_layers: list[int] | None = None
 
-    def enter_period(self, resuming: bool = False) -> Period:
-        """The period of the current step; a new one is built when LISA draws new layers.
+    def _training(self) -> Training:
+        """Of w alone."""
+        return Training(**self._of_training())
 
-        Args:
-            resuming: the period is gone on with: u, just loaded, is not reset to w.
-        """
-        number = period_of(self.step, self.config.lisa)
-        self.u_is_w = False
-        if self.period is None or number != self.period_number:
-            self.leave_period()
-            resync = self.config.bilevel.resync_interval is not None and not resuming
-            if "u" in self.models and resync:
-                share_storage(self.w, self.models["u"])
-                self.u_is_w = True
-            self._set_trainable(number)
-            self.period = Period(self.config, self.megatron, **self.models)
-            self.period_number = number
-        elif self._resync_is_due():
-            self.period.resync()
-            self.u_is_w = True
-        return self.period
-
-    def flush_takes(self, passes: int) -> bool:
-        """Whether one flush may have so many micro-batches: interleaved pipelines are choosy."""
-        parallel = self.config.parallel
-        interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
-        return not interleaved or passes % parallel.pipeline_model_parallel_size == 0
-
-    def _resync_is_due(self) -> bool:
-        """Without LISA; with it, every new period starts from u = w."""
-        interval = self.config.bilevel.resync_interval
-        if "u" not in self.models or interval is None or self.config.lisa.lisa_layers is not None:
-            return False
-        return self.step % interval == 0
-
-    def leave_period(self) -> None:
-        if self.period is not None:
-            self.period.close()
-            self.period = None
-            gc.collect()  # DDP's hooks and buffers form cycles; their memory is wanted now
-
-    def _set_trainable(self, period: int) -> None:
+    def _of_training(self) -> dict[str, Any]:
+        """What every `Training` is made with, from the configuration."""
         config = self.config
-        self.active_layers = active_layers(
-            config.lisa,
-            config.model.num_layers,
-            config.parallel.pipeline_model_parallel_size,
-            config.parallel.virtual_chunks(config.model.num_layers) or 1,
-            period,
-            config.train.seed,
-        )
-        for chunks in self.models.values():
-            set_trainable(chunks, self.active_layers, config.lisa)
+        return {
+            "model_provider": model_provider(config, self.megatron, self.data.vocab_size),
+            "ddp": ddp_config(config),
+            "optimizer": optimizer_config(config),
+            "lisa": config.lisa.options(),
+            "seed": config.train.seed,
+            "observe": self.clock,
+        }
+
+    @property
+    def step(self) -> int:
+        """Steps made, applied or not."""
+        return self.training.steps
 
     def settings(self) -> dict[str, Any]:
         """The options that decide the steps to come, besides data, model and layout, by field."""
@@ -245,12 +205,10 @@ class RunState:
     def common_state(self) -> dict[str, Any]:
         """What is equal on all ranks: step and samplers."""
         return {
+            **self.training.common_state(),
             "stage": self.stage,
             "settings": self.settings(),
-            "step": self.step,
-            "skipped_in_a_row": self.skipped_in_a_row,
             "cost": asdict(self.cost),
-            "spikes": self.spikes.state_dict(),
             "sampler": self.data.sampler.state_dict(),
             "validation_sampler": self.data.validation_sampler.state_dict(),
             "sources": [[source.name, source.fingerprint] for source in self.data.sources],
@@ -263,10 +221,8 @@ class RunState:
         }
 
     def load_common_state(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.training.load_common_state(state)
         self.cost = TokenCost(**state["cost"])
-        self.spikes.load_state_dict(state.get("spikes", {}))
         self.data.sampler.load_state_dict(state["sampler"])
         self.data.validation_sampler.load_state_dict(state["validation_sampler"])
 
@@ -274,9 +230,23 @@ class RunState:
 class TrainState(RunState):
     """The state of a `reweight` run on this rank."""
 
+    training: ScaleBiO
+
     def __init__(self, config: Config, cache: Path) -> None:
-        super().__init__(config, "reweight", cache, with_u=True)
-        self.mixture = Mixture(self.data.initial_weights(), config.bilevel.mixture_optimizer)
+        super().__init__(config, "reweight", cache)
+
+    def _training(self) -> ScaleBiO:
+        config, data = self.config, self.data
+        return ScaleBiO(
+            config.bilevel.options(config.data.loss_mean),
+            [source.name for source in data.sources],
+            validation={
+                source.name: float(share)
+                for source, share in zip(data.validation, data.shares_V, strict=True)
+            },
+            initial_weights=data.initial_weights(),
+            **self._of_training(),
+        )
 
     def settings(self) -> dict[str, Any]:
         bilevel = asdict(self.config.bilevel)
@@ -285,9 +255,20 @@ class TrainState(RunState):
             **{f"bilevel.{k}": v for k, v in bilevel.items() if k not in _JUDGING},
         }
 
-    def common_state(self) -> dict[str, Any]:
-        return {**super().common_state(), "mixture": self.mixture.state_dict()}
 
-    def load_common_state(self, state: dict[str, Any]) -> None:
-        super().load_common_state(state)
-        self.mixture.load_state_dict(state["mixture"])
+def schedule_of(config: Config) -> Schedule:
+    rates, bilevel = config.optimizer, config.bilevel
+    assert rates.min_lr is not None and bilevel.lr_lambda is not None
+    return Schedule(
+        config.train.train_iters,
+        lr=rates.lr,
+        min_lr=rates.min_lr,
+        lr_u=rates.lr_u,
+        warmup_fraction=rates.lr_warmup_fraction,
+        decay_style=rates.lr_decay_style,
+        lr_lambda=bilevel.lr_lambda,
+        lambda_decay_style=bilevel.lr_lambda_decay_style,
+        alpha=bilevel.alpha,
+        alpha_growth=bilevel.alpha_growth,
+        outer_rounds=bilevel.outer_rounds,
+    )

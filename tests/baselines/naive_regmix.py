@@ -72,7 +72,7 @@ def naive_proxy(folder: Path, number: int) -> list[float]:
     state.probs_S = torch.tensor(proxies[number]["weights"], dtype=torch.float64)
     for _ in range(3):
         train_step(state)
-    [model] = state.w
+    [model] = state.training.w
     means = []
     for source in state.data.validation:
         losses = []
@@ -82,6 +82,6 @@ def naive_proxy(folder: Path, number: int) -> list[float]:
                 logits = model(tokens[None, :-1], torch.arange(16)[None], None)[0]
             losses.append(float(torch.nn.functional.cross_entropy(logits, tokens[1:])))
         means.append(sum(losses) / 15)
-    state.leave_period()
+    state.training.leave_period()
     runtime.stop_model_parallel()
     return means

@@ -52,7 +52,7 @@ def naive_less(folder: Path) -> dict[str, Any]:
     scores = np.zeros((len(rows), len(validation)))
     for rate, steps in zip(LESS_RATES, (12, 24), strict=True):
         saver.load_step(state, folder / "less-exact" / "warmup" / "checkpoints", steps)
-        [model] = state.w
+        [model] = state.training.w
         model.eval()
         named = [(n, p) for n, p in model.named_parameters() if "layers" in n and p.dim() == 2]
         weights = [p for _, p in named]
@@ -60,7 +60,7 @@ def naive_less(folder: Path) -> dict[str, Any]:
         def flat(loss: torch.Tensor, of: list = weights) -> torch.Tensor:
             return torch.cat([g.flatten() for g in torch.autograd.grad(loss, of)])
 
-        adam = state.period.optimizers["w"].chained_optimizers[0].optimizer.state
+        adam = state.training.period.optimizers["w"].chained_optimizers[0].optimizer.state
         assert {int(adam[weight]["step"]) for weight in weights} == {steps}
         m, v = (
             torch.cat([adam[weight][key].flatten() for weight in weights])
@@ -77,7 +77,7 @@ def naive_less(folder: Path) -> dict[str, Any]:
             for place_v, goal in enumerate(goals):
                 cosine = torch.nn.functional.cosine_similarity(update, goal, dim=0)
                 scores[place, place_v] += rate * float(cosine) / sum(LESS_RATES)
-        state.leave_period()
+        state.training.leave_period()
     of_sets = [[model_losses(model, s, i) for i in range(len(s))] for s in validation]
     wanted = [flat(torch.cat(each).mean()) for each in of_sets]
     wanted += [flat(model_losses(model, state.pool, int(row)).mean()) for row in rows[:3]]
@@ -133,23 +133,23 @@ def naive_rho(folder: Path) -> dict[str, Any]:
         found[f"{name} sources"] = [source.name for source in saved.data.sources]
         saver.load_latest(saved, folder / part / "checkpoints", required=True)
         found[f"{name} steps"] = saved.step
-        found[name] = losses_of(saved.w[0], range(TOTAL))
-        saved.leave_period()
+        found[name] = losses_of(saved.training.w[0], range(TOTAL))
+        saved.training.leave_period()
     check_dealing(state)
     state.irreducible_N = np.array(found["irreducible"])
     steps = []
     for _ in range(3):
         large = replace_order(state).next(40)
-        now = losses_of(state.w[0], large)
+        now = losses_of(state.training.w[0], large)
         before = state.chosen_N.copy()
         with locating_at_most(len(large)):  # nothing in a step may cost as much as the pool is long
             record = train_step(state)
-        assert state.w[0].training
+        assert state.training.w[0].training
         assert record["weights"] == state.pool.shares(state.chosen_N.astype(float))
         chosen = np.flatnonzero(state.chosen_N - before).tolist()
         steps.append({"large": large.tolist(), "losses": now, "chosen": chosen,
                       "reducible": state.reducible_N[large].tolist()})  # fmt: skip
-    state.leave_period()
+    state.training.leave_period()
     runtime.stop_model_parallel()
     return {**found, "steps": steps}
 

@@ -49,41 +49,41 @@ def on_ranks(problem: dict, names: list[str], folder: str) -> None:
     """Of every layout: ⟨a, a⟩, ⟨a, b⟩, ⟨b, b⟩ with a of a training and b of a validation batch."""
     from megatron_scalebio import runtime
     from megatron_scalebio.baselines.gradients import counted_gradients, dot
-    from megatron_scalebio.bilevel import step as bilevel
-    from megatron_scalebio.bilevel.objective import Role
+    from megatron_scalebio.core.flush import flush, passes_of
+    from megatron_scalebio.core.objective import Role
     from megatron_scalebio.train.state import RunState
 
     for name in names:
         config = config_of(problem, name)
         runtime.start(config)
-        state = RunState(config, "test", Path(folder) / "cache", with_u=False)
+        state = RunState(config, "test", Path(folder) / "cache")
         train, valid, *_ = state.data.next(torch.tensor([0.5, 0.5], dtype=torch.float64))
-        period = state.enter_period()
-        found = []
+        period = state.training.enter_period()
+        found, coefficients, groups = [], [], state.training.groups
         for batches in (train, valid):
             period.zero_grad()
             weight_G = torch.ones(2, dtype=torch.float64)
-            bilevel.flush(
-                period.twins, [bilevel.Pass(Role.TRAIN_W, b, weight_G) for b in batches], 2
-            )
+            passes = passes_of({Role.TRAIN_W: 1.0}, batches, weight_G, "sample", groups)
+            flush(period.twins, passes, groups)
+            coefficients.append([each.coefficient_B for each in passes])
             found.append([part.clone() for part in counted_gradients(period.ddp["w"])])
         a, b = found
         content = {"products": [dot(a, a), dot(a, b), dot(b, b)]}
         if name == "one":
-            content["naive"] = naive_products(state, train, valid)
+            content["naive"] = naive_products(state, train, valid, coefficients)
         (Path(folder) / f"{name}-{runtime.rank()}.json").write_text(json.dumps(content))
-        state.leave_period()
+        state.training.leave_period()
         runtime.stop_model_parallel()
 
 
-def naive_products(state, train: list, valid: list) -> list[float]:
-    weights = {k: v.double() for k, v in global_tensors(state.w, lambda p: p.data).items()}
+def naive_products(state, train: list, valid: list, coefficients: list) -> list[float]:
+    weights = {k: v.double() for k, v in global_tensors(state.training.w, lambda p: p.data).items()}
     found = []
-    for batches in (train, valid):
+    for batches, of_batches in zip((train, valid), coefficients, strict=True):
         leaves = {k: v.clone().requires_grad_() for k, v in weights.items()}
         loss = torch.zeros((), dtype=torch.float64)
-        for batch in batches:
-            rows = zip(batch.tokens_BS, batch.labels_BS, batch.coefficient_B, strict=True)
+        for batch, coefficient_B in zip(batches, of_batches, strict=True):
+            rows = zip(batch.tokens_BS, batch.labels_BS, coefficient_B, strict=True)
             for inputs, labels, coefficient in rows:
                 tokens = torch.cat([inputs[:1], labels])
                 targets = torch.ones_like(tokens)

@@ -87,13 +87,16 @@ def on_one_rank(folder_name: str) -> None:
         for _ in range(STEPS):
             before, iters = state.weight_S, config.train.train_iters
             train, valid = peeked_examples(state, method == "doge")
+            [w] = state.training.w
             if method == "doremi":
-                wanted = naive_doremi(state.w[0], reference[0], means, train, before, rate, clip)
+                wanted = naive_doremi(
+                    state.training.w[0], reference[0], means, train, before, rate, clip
+                )
                 record = doremi.doremi_step(state, reference)
             else:
                 decayed = 0.1 + 0.9 * (1 + math.cos(math.pi * (state.step + 1) / iters)) / 2
                 *wanted, mean_norm = naive_doge(
-                    state.w[0], means, train, valid, before, rate * decayed, mean_norm, clip,
+                    w, means, train, valid, before, rate * decayed, mean_norm, clip,
                     LARGEST[name],
                 )  # fmt: skip
                 record = doge.doge_step(state)
@@ -102,7 +105,7 @@ def on_one_rank(folder_name: str) -> None:
             losses = [record["train_loss_w"], *record["loss_w"]]
             if method == "doge":
                 losses += [record["validation_loss"], *record["validation_losses"]]
-            gradient = [p.main_grad.clone() for p in state.w[0].parameters()]
+            gradient = [p.main_grad.clone() for p in state.training.w[0].parameters()]
             got = [torch.tensor(score), state.weight_S, torch.tensor(losses), flat(gradient)]
             if "dropout" in name:  # drawn anew where the gradient is taken
                 got, wanted = got[:2], wanted[:2]
@@ -116,7 +119,7 @@ def on_one_rank(folder_name: str) -> None:
         ]
         kept[-1]["wanted"] += [mean, torch.tensor(cost)]
         torch.save(kept, folder / f"{name}.pt")
-        state.leave_period()
+        state.training.leave_period()
         runtime.stop_model_parallel()
 
 

@@ -78,7 +78,10 @@ def test_less_warms_up_on_whole_batches() -> None:
 def test_a_training_that_applies_no_step_is_ended(
     in_a_row: int, train_iters: int, ends: bool
 ) -> None:
-    state = SimpleNamespace(config=config(train_iters), skipped_in_a_row=in_a_row, step=7)
+    state = SimpleNamespace(
+        config=config(train_iters), step=7,
+        training=SimpleNamespace(skipped_in_a_row=in_a_row),
+    )  # fmt: skip
     record = {"skipped": "w: loss of source 'x' is nan"}
     if not ends:
         refuse_skips(state, record)  # type: ignore[arg-type]

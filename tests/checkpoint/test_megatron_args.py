@@ -50,7 +50,7 @@ def rebuild(name: str) -> None:
 
     from megatron_scalebio.checkpoint.megatron_args import megatron_args
     from megatron_scalebio.compat import cpu
-    from megatron_scalebio.model.provider import transformer_config
+    from megatron_scalebio.model.settings import transformer_config
 
     small = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96}
     cpu.adapt()

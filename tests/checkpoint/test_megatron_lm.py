@@ -158,7 +158,8 @@ def megatron_lm(load: Path, flags: list[str]) -> Any:
 def our_own(config_path: Path, load: Path) -> Any:
     from megatron_scalebio.checkpoint.saver import load_pretrained
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.model.provider import build_model, transformer_config
+    from megatron_scalebio.model.provider import build_model
+    from megatron_scalebio.model.settings import transformer_config
 
     config = load_config(str(config_path))
     chunks = build_model(config, transformer_config(config), VOCAB)

@@ -43,7 +43,8 @@ def save_again(folder_name: str) -> None:
     from megatron_scalebio.checkpoint import saver
     from megatron_scalebio.checkpoint.sharding import model_state
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.model.provider import build_model, transformer_config
+    from megatron_scalebio.model.provider import build_model
+    from megatron_scalebio.model.settings import transformer_config
 
     folder = Path(folder_name)
     for name in EVERY:

@@ -8,14 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_scalebio.data.batch import (
-    BatchLayout,
-    MicroBatch,
-    context_positions,
-    mean_coefficients,
-    micro_batches,
-)
-from megatron_scalebio.data.blend import BlendSampler, Picks
+from megatron_scalebio.core.batch import MicroBatch
+from megatron_scalebio.core.sampler import BlendSampler, Picks
+from megatron_scalebio.data.batch import BatchLayout, context_positions, micro_batches
 
 SEQ = 20
 
@@ -58,20 +53,20 @@ def picks(step: int = 0) -> Picks:
     return sampler.next(np.array([0.2, 0.5, 0.3]))
 
 
-def cut(micro: int, dp: int, mean: str = "sample", **options: object) -> list[MicroBatch]:
+def cut(micro: int, dp: int, **options: object) -> list[MicroBatch]:
     """All ranks' micro-batches."""
     layouts = [
         replace(LAYOUT, micro_batch_size=micro, dp_size=dp, dp_rank=rank, **options)  # type: ignore[arg-type]
         for rank in range(dp)
     ]
-    return [batch for layout in layouts for batch in micro_batches(SOURCES, picks(), layout, mean)]
+    return [batch for layout in layouts for batch in micro_batches(SOURCES, picks(), layout)]
 
 
 @pytest.mark.parametrize(("micro", "dp"), CUTS)
-def test_every_cut_holds_the_same_examples_with_the_same_coefficients(micro: int, dp: int) -> None:
+def test_every_cut_holds_the_same_examples(micro: int, dp: int) -> None:
     def content(batches: list[MicroBatch]) -> list[tuple]:
         return sorted(
-            (int(b.tokens_BS[i, 0]), int(b.group_B[i]), float(b.coefficient_B[i]))
+            (int(b.tokens_BS[i, 0]), int(b.group_B[i]), int(b.mask_BS[i].sum()))
             for b in batches
             for i in range(len(b.group_B))
         )
@@ -81,45 +76,6 @@ def test_every_cut_holds_the_same_examples_with_the_same_coefficients(micro: int
     assert all(batch.tokens_BS.shape[0] == micro for batch in batches)
     assert content(batches) == content(cut(24, 1))
     assert sum(batch.tokens for batch in batches) == sum(b.tokens for b in cut(24, 1))
-
-
-@pytest.mark.parametrize("mean", ["sample", "token"])
-@pytest.mark.parametrize(("micro", "dp"), CUTS)
-def test_coefficients_of_a_source_add_up_to_one_over_all_ranks(
-    micro: int, dp: int, mean: str
-) -> None:
-    """Each target token weighs its coefficient; a loss of one everywhere has a mean of one."""
-    total_S = torch.zeros(3, dtype=torch.float64)
-    for batch in cut(micro, dp, mean):
-        whole_B = batch.coefficient_B * batch.mask_BS.sum(1)
-        total_S.index_add_(0, batch.group_B, whole_B.double())
-    torch.testing.assert_close(total_S, torch.ones(3, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("mean", ["sample", "token"])
-def test_losses_are_the_mean_that_was_asked_for(mean: str) -> None:
-    """Against a loop over examples, with the loss of a token its own id."""
-    chosen, got_S = picks(), torch.zeros(3, dtype=torch.float64)
-    for batch in cut(2, 2, mean):
-        sum_B = (batch.labels_BS * batch.mask_BS).sum(1).double()
-        got_S.index_add_(0, batch.group_B, batch.coefficient_B * sum_B)
-    for group in range(3):
-        means, sums, counts = [], 0.0, 0
-        for index in chosen.index_B[chosen.group_B == group]:
-            tokens, targets = SOURCES[group].example(int(index))
-            values = tokens[1:][targets[1:] == 1]
-            means.append(values.mean())
-            sums, counts = sums + values.sum(), counts + len(values)
-        want = np.mean(means) if mean == "sample" else sums / counts
-        assert float(got_S[group]) == pytest.approx(want)
-
-
-def test_absent_sources_are_corrected_by_their_inclusion() -> None:
-    group_B, targets_B = np.array([0, 0, 2]), np.array([4, 2, 5])
-    got = mean_coefficients(group_B, targets_B, np.array([1.0, 0.3, 0.5]), "sample")
-    np.testing.assert_allclose(got, [1 / 8, 1 / 4, 1 / 5 / 0.5])
-    got = mean_coefficients(group_B, targets_B, np.array([1.0, 0.3, 0.5]), "token")
-    np.testing.assert_allclose(got, [1 / 6, 1 / 6, 1 / 5 / 0.5])
 
 
 @pytest.mark.parametrize(("micro", "dp"), CUTS)
@@ -161,10 +117,9 @@ def test_context_parallel_ranks_hold_the_chunks_that_megatron_gives_them() -> No
     assert len(pairs) == 1
 
 
-@pytest.mark.parametrize("mean", ["sample", "token"])
-def test_context_parallel_ranks_hold_each_sequence_once(mean: str) -> None:
-    wholes = cut(4, 1, mean, pad_multiple=4)
-    parts = [cut(4, 1, mean, pad_multiple=4, cp_rank=rank, cp_size=2) for rank in range(2)]
+def test_context_parallel_ranks_hold_each_sequence_once() -> None:
+    wholes = cut(4, 1, pad_multiple=4)
+    parts = [cut(4, 1, pad_multiple=4, cp_rank=rank, cp_size=2) for rank in range(2)]
     for whole, *of_ranks in zip(wholes, *parts, strict=True):
         for name in ("tokens_BS", "labels_BS", "mask_BS", "positions_BS"):
             together = torch.full_like(getattr(whole, name), -1)
@@ -172,5 +127,3 @@ def test_context_parallel_ranks_hold_each_sequence_once(mean: str) -> None:
                 together[:, part.positions_BS[0]] = getattr(part, name)
             assert together.equal(getattr(whole, name)), name
         assert sum(part.tokens for part in of_ranks) == whole.tokens
-        for part in of_ranks:
-            assert part.coefficient_B.equal(whole.coefficient_B)

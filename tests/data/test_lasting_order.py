@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_scalebio.baselines.pool import EpochOrder, random_rows
-from megatron_scalebio.data.blend import BlendSampler
+from megatron_scalebio.core.sampler import BlendSampler
 
 
 def test_the_examples_of_a_batch() -> None:

@@ -84,7 +84,7 @@ def begun(folder: Path, stage: str, **sections: dict) -> Any:
 def ended(state: Any) -> None:
     from megatron_scalebio import runtime
 
-    state.leave_period()
+    state.training.leave_period()
     runtime.stop_model_parallel()
 
 
@@ -96,5 +96,5 @@ def step_of(state: Any) -> tuple[str | None, float]:
     if state.stage == "train":
         record = finetune.train_step(state)
     else:
-        record = step_record(state, loop.train_step(state), 1.0)
+        record = step_record(state, loop.train_step(state), 1.0, {})
     return record["skipped"], record["train_loss_w"]

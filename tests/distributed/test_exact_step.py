@@ -162,7 +162,7 @@ def start_point(problem: dict, folder: str) -> None:
         config = load(problem, name)
         runtime.start(config)
         state = TrainState(config, Path(folder) / "cache")
-        state.mixture.logits_S += torch.tensor([0.4, -0.3, 0.1])
+        state.training.mixture.logits_S += torch.tensor([0.4, -0.3, 0.1])
         for _ in range(WARM_STEPS):
             train_step(state)
         saver.save(state, Path(folder) / f"start-{name}")
@@ -172,7 +172,7 @@ def start_point(problem: dict, folder: str) -> None:
 
 def dump_naive(state, path: Path) -> None:
     """What the naive step needs: weights by Megatron name, the next batch by example."""
-    picks = state.data.sampler.next(state.mixture.probs_S.numpy())
+    picks = state.data.sampler.next(state.training.mixture.probs_S.numpy())
     valid = state.data.validation_sampler.next(state.data.shares_V)
 
     def examples(sources, chosen):
@@ -183,9 +183,9 @@ def dump_naive(state, path: Path) -> None:
         return groups
 
     content = {
-        "w": global_tensors(state.w, lambda p: p.data),
-        "u": global_tensors(state.u, lambda p: p.data),
-        "logits": state.mixture.logits_S.detach(),
+        "w": global_tensors(state.training.w, lambda p: p.data),
+        "u": global_tensors(state.training.u, lambda p: p.data),
+        "logits": state.training.mixture.logits_S.detach(),
         "train": examples(state.data.sources, picks),
         "valid": examples(state.data.validation, valid),
         "shares": state.data.shares_V.tolist(),
@@ -197,43 +197,46 @@ def dump_naive(state, path: Path) -> None:
 def one_flush(problem: dict, name: str, folder: Path) -> None:
     from megatron.core import parallel_state
 
-    from megatron_scalebio.bilevel import step as bilevel
-    from megatron_scalebio.bilevel.objective import hypergradient, logits_gradient
     from megatron_scalebio.checkpoint import saver
+    from megatron_scalebio.core.flush import flush, reduce_losses
+    from megatron_scalebio.core.objective import hypergradient, logits_gradient
     from megatron_scalebio.train.state import TrainState
 
     config = load(problem, name)
     state = TrainState(config, folder / "cache")
     saver.load_latest(state, folder / f"start-{start_of(name)}")
-    probs = state.mixture.probs_S
-    train, valid, *picks = state.data.next(probs)
+    probs = state.training.mixture.probs_S
+    train, valid, picks, valid_picks = state.data.next(probs)
+    inclusion, inclusion_V = (torch.from_numpy(each.inclusion_S) for each in (picks, valid_picks))
     shares = torch.from_numpy(state.data.shares_V)
-    alpha = config.bilevel.alpha
-    passes = bilevel.plan_passes(train, valid, probs, shares, alpha)
-    period = state.enter_period()
+    alpha, groups = config.bilevel.alpha, state.training.groups
+    period = state.training.enter_period()
     period.zero_grad()
+    passes = state.training._passes(
+        train, valid, probs / inclusion, shares / inclusion_V, alpha, shared=False
+    )
     # The distributed optimizer would leave each rank its shard of the sums: ask for all.
-    records = bilevel.flush(period.twins, passes, 2, force_all_reduce=True)
-    losses = bilevel.reduce_losses(records, passes, *picks)
-    g = hypergradient(losses.w_S - losses.u_S, probs, losses.inclusion_S, alpha)
+    records = flush(period.twins, passes, groups, force_all_reduce=True)
+    losses = reduce_losses(records, passes, len(probs), len(shares), groups)
+    g = hypergradient(losses.w_S - losses.u_S, probs, inclusion, alpha)
 
     def gradient(p):
         return p.main_grad.clone() if p.requires_grad else None
 
     if parallel_state.get_data_parallel_rank() == 0:
         content = {
-            "w": global_tensors(state.w, gradient),
-            "u": global_tensors(state.u, gradient),
+            "w": global_tensors(state.training.w, gradient),
+            "u": global_tensors(state.training.u, gradient),
             "lambda": logits_gradient(g, probs),
             "losses": {
                 "w": losses.w_S.tolist(),
                 "u": losses.u_S.tolist(),
                 "validation": losses.validation_V.tolist(),
             },
-            "active": state.active_layers,
+            "active": state.training.active_layers,
         }
         torch.save(content, folder / f"flush-{name}-{torch.distributed.get_rank()}.pt")
-    state.leave_period()
+    state.training.leave_period()
 
 
 def twenty_steps(config, name: str, folder: Path) -> None:
@@ -249,12 +252,15 @@ def twenty_steps(config, name: str, folder: Path) -> None:
         assert result.skipped is None, (name, state.step, result.skipped)
         losses = result.losses
         trace.append(
-            torch.cat([losses.w_S, losses.u_S, losses.validation_V, state.mixture.probs_S])
+            torch.cat([losses.w_S, losses.u_S, losses.validation_V, state.training.mixture.probs_S])
         )
     if parallel_state.get_data_parallel_rank() == 0:
-        content = {"trace": torch.stack(trace), "w": global_tensors(state.w, lambda p: p.data)}
+        content = {
+            "trace": torch.stack(trace),
+            "w": global_tensors(state.training.w, lambda p: p.data),
+        }
         torch.save(content, folder / f"steps-{name}-{torch.distributed.get_rank()}.pt")
-    state.leave_period()
+    state.training.leave_period()
 
 
 @pytest.fixture(scope="module")

@@ -81,12 +81,17 @@ class PeakBytes(TorchDispatchMode):
 
 
 def weights(state) -> list[torch.Tensor]:
-    return [p.data for model in (state.w, state.u) for chunk in model for p in chunk.parameters()]
+    return [
+        p.data
+        for model in (state.training.w, state.training.u)
+        for chunk in model
+        for p in chunk.parameters()
+    ]
 
 
 def training_state(state) -> list[torch.Tensor]:
     """Gradient buffers, masters and Adam moments of w and u, without the weights themselves."""
-    period = state.period
+    period = state.training.period
     tensors = []
     for ddp in (*period.ddp["w"], *period.ddp["u"]):
         for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers):
@@ -105,7 +110,9 @@ def training_state(state) -> list[torch.Tensor]:
 
 def trainable(state) -> int:
     """Trainable parameters of w."""
-    return sum(p.numel() for chunk in state.w for p in chunk.parameters() if p.requires_grad)
+    return sum(
+        p.numel() for chunk in state.training.w for p in chunk.parameters() if p.requires_grad
+    )
 
 
 def live_bytes() -> int:
@@ -136,7 +143,7 @@ def memory_follows_the_active_layers(folder: str, bf16: bool, distributed: bool)
         state = load(Path(folder), True, bf16, distributed)
     # Each tensor is drawn in fp32 before its shard is kept; u's are made one at a time.
     assert one_model < built.peak < 1.25 * one_model, (built.peak, one_model)
-    for chunk_w, chunk_u in zip(state.w, state.u, strict=True):
+    for chunk_w, chunk_u in zip(state.training.w, state.training.u, strict=True):
         same_buffers(unwrap_model(chunk_w), unwrap_model(chunk_u))
     assert total_bytes(weights(state)) == one_model, "u takes memory before it trains"
     ratio, alive = [], []
@@ -163,7 +170,7 @@ def same_buffers(w, u) -> None:
 
 def untouched_layers_are_shared(state) -> None:
     """What does not train in u is w's own storage, except what trained in an earlier period."""
-    for chunk_w, chunk_u in zip(state.w, state.u, strict=True):
+    for chunk_w, chunk_u in zip(state.training.w, state.training.u, strict=True):
         for p_w, p_u in zip(chunk_w.parameters(), chunk_u.parameters(), strict=True):
             assert p_w.requires_grad == p_u.requires_grad
             assert (p_w.data_ptr() == p_u.data_ptr()) == (not p_w.requires_grad)

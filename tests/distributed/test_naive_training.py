@@ -98,7 +98,7 @@ def on_one_rank(folder_name: str) -> None:
     folder = Path(folder_name)
 
     def reweight(state) -> dict:
-        return step_record(state, loop.train_step(state), step_time_s=0.5)
+        return step_record(state, loop.train_step(state), 0.5, state.clock.take())
 
     for scenarios, make, step in (
         (REWEIGHT, TrainState, reweight),
@@ -109,7 +109,7 @@ def on_one_rank(folder_name: str) -> None:
             runtime.start(config)
             state = make(config, folder / "cache")
             torch.save(recorded(state, step), folder / f"{name}.pt")
-            state.leave_period()
+            state.training.leave_period()
             runtime.stop_model_parallel()
     (folder / "seeds.json").write_text(json.dumps([seeded(folder, seed) for seed in (4, 5)]))
     (folder / "learned.json").write_text(json.dumps(weights_and_epochs(folder)))
@@ -121,13 +121,16 @@ def seeded(folder: Path, seed: int) -> dict:
     train, lisa = {**BATCH, "seed": seed}, {"lisa_layers": 1, "lisa_interval": 2}
     state = begun(folder, "reweight", train=train, lisa=lisa)
     thirds = torch.full((3,), 1 / 3, dtype=torch.float64)
-    result = {"weights": state.w[0].embedding.word_embeddings.weight[0].tolist(), "layers": []}
+    result = {
+        "weights": state.training.w[0].embedding.word_embeddings.weight[0].tolist(),
+        "layers": [],
+    }
     samplers = (state.data.sampler, state.data.validation_sampler)
     result["seeds"] = [sampler.seed for sampler in samplers]
     result["examples"] = [sampler.next(thirds.numpy()).index_B.tolist() for sampler in samplers]
-    for state.step in (0, 2):
-        state.enter_period()
-        result["layers"].append(state.active_layers)
+    for state.training.steps in (0, 2):
+        state.training.enter_period()
+        result["layers"].append(state.training.active_layers)
     ended(state)
     return result
 
@@ -147,7 +150,7 @@ def weights_and_epochs(folder: Path) -> list:
     result = []
     for stage in ("reweight", "train"):
         state = begun(folder, stage, train=train, data=data)
-        probs_S = state.probs_S if stage == "train" else state.mixture.probs_S
+        probs_S = state.probs_S if stage == "train" else state.training.mixture.probs_S
         last = state.schedule.at(state.config.train.train_iters - 1).lr_w
         result.append([probs_S.tolist(), state.config.train.train_iters, last])
         ended(state)
@@ -163,20 +166,24 @@ def reset_in_bf16(folder: Path) -> list[bool]:
         step_of(state)
 
     def differ() -> list[bool]:
-        [w], [u] = (state.period.optimizers[name].chained_optimizers for name in ("w", "u"))
+        [w], [u] = (
+            state.training.period.optimizers[name].chained_optimizers for name in ("w", "u")
+        )
         of_w, of_u = ([p for g in x.optimizer.param_groups for p in g["params"]] for x in (w, u))
         moments = [
             [x.optimizer.state[p][key] for p in params]
             for key in ("exp_avg", "exp_avg_sq")
             for x, params in ((w, of_w), (u, of_u))
         ]
-        models = ([p.data for p in state.models[name][0].parameters()] for name in ("w", "u"))
+        models = (
+            [p.data for p in state.training.models[name][0].parameters()] for name in ("w", "u")
+        )
         pairs = [tuple(models), (of_w, of_u), tuple(moments[:2]), tuple(moments[2:])]
         return [any(not a.equal(b) for a, b in zip(*pair, strict=True)) for pair in pairs]
 
     before = differ()
-    state.enter_period()
-    result = [before, differ(), state.u_is_w]
+    state.training.enter_period()
+    result = [before, differ(), state.training.u_is_w]
     ended(state)
     return result
 
@@ -186,17 +193,23 @@ def recorded(state, step) -> dict:
     draws: dict[str, list] = {"sampler": [], "validation_sampler": []}
     for name, drawn in draws.items():
         watch(getattr(state.data, name), drawn)
-    start, steps = global_tensors(state.w, lambda p: p.data), []
+    start, steps = global_tensors(state.training.w, lambda p: p.data), []
     for _ in range(state.config.train.train_iters):
         record = step(state)
         weights = {
-            name: global_tensors(chunks, lambda p: p.data) for name, chunks in state.models.items()
+            name: global_tensors(chunks, lambda p: p.data)
+            for name, chunks in state.training.models.items()
         }
-        steps.append({"record": record, "layers": state.active_layers, **weights})
-    content = {"start": start, "steps": steps, "draws": draws, "spikes": state.spikes.applied}
+        steps.append({"record": record, "layers": state.training.active_layers, **weights})
+    content = {
+        "start": start,
+        "steps": steps,
+        "draws": draws,
+        "spikes": state.training.spikes.applied,
+    }
     content |= {"trained": state.cost.trained, "step": state.step}
-    if hasattr(state, "mixture"):
-        content["tail"] = state.mixture.trajectory.tail(1.0)
+    if hasattr(state.training, "mixture"):
+        content["tail"] = state.training.mixture.trajectory.tail(1.0)
     return content
 
 

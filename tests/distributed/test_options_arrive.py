@@ -83,7 +83,7 @@ def starting(config: Any) -> list[float]:
 def megatron_attribute(config: Any, name: str) -> Any:
     import torch
 
-    from megatron_scalebio.model.provider import transformer_config
+    from megatron_scalebio.model.settings import transformer_config
 
     value = getattr(transformer_config(config), name)
     value = getattr(value, "value", value)  # of an enum
@@ -93,11 +93,12 @@ def megatron_attribute(config: Any, name: str) -> Any:
 def of_chunk(config: Any, name: str) -> Any:
     import torch
 
-    from megatron_scalebio.model.provider import build_chunk, transformer_config
+    from megatron_scalebio.model.provider import build_chunk
+    from megatron_scalebio.model.settings import transformer_config
 
     torch.manual_seed(0)
     megatron = transformer_config(config)
-    gpt = build_chunk(config, megatron, 61, None)
+    gpt = build_chunk(config, megatron, 61, True, True)
     if name == "activation":
         return float(megatron.activation_func(torch.tensor(1.0, dtype=torch.float64)))
     if name == "positions":
@@ -139,19 +140,19 @@ def optimizers(folder: str) -> dict[str, Any]:
         config = load(sections, str(Path(folder) / "a"))
         state = TrainState(config, Path(folder) / "cache")
         if name == "overlap":  # `train` alone overlaps; what is built is enough
-            state.enter_period()
+            state.training.enter_period()
         else:
             assert train_step(state).skipped is None
         found[name] = {model: settings_of(state, model) for model in ("w", "u")}
-        state.leave_period()
+        state.training.leave_period()
     return found
 
 
 def settings_of(state: Any, model: str) -> dict[str, Any]:
-    optimizer = state.period.optimizers[model]
+    optimizer, chunks = state.training.period.optimizers[model], state.training.models[model]
     [part] = [p for p in optimizer.chained_optimizers if not p.is_stub_optimizer]
     groups = part.optimizer.param_groups
-    ddp = state.period.ddp[model][0].ddp_config
+    ddp = state.training.period.ddp[model][0].ddp_config
     return {
         "lr": sorted({g["lr"] for g in groups}),
         "betas": sorted({tuple(g["betas"]) for g in groups}),
@@ -159,7 +160,7 @@ def settings_of(state: Any, model: str) -> dict[str, Any]:
         "weight_decay": sorted({g["weight_decay"] for g in groups}),
         "clip_grad": part.config.clip_grad,
         "masters": sorted({str(p.dtype) for g in groups for p in g["params"]}),
-        "weights": sorted({str(p.dtype) for c in state.models[model] for p in c.parameters()}),
+        "weights": sorted({str(p.dtype) for c in chunks for p in c.parameters()}),
         "ddp": [
             ddp.use_distributed_optimizer, ddp.overlap_grad_reduce, ddp.overlap_param_gather,
             ddp.grad_reduce_in_fp32,

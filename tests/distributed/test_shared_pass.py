@@ -43,7 +43,7 @@ def on_ranks(folder: str, sources: list, validation: list, names: list[str]) -> 
         for kind in ("shared", "apart"):
             state = TrainState(config, Path(folder) / "cache")
             if kind == "apart":
-                state.flush_takes = lambda passes: False  # type: ignore[method-assign]
+                state.training.flush_takes = lambda passes: False  # type: ignore[method-assign]
             trace, tokens = [], []
             for _ in range(STEPS):
                 result = train_step(state)
@@ -51,8 +51,8 @@ def on_ranks(folder: str, sources: list, validation: list, names: list[str]) -> 
                 tokens.append(losses.tokens)
                 trace.append(torch.cat([losses.w_S, losses.u_S, losses.validation_V]))
             traces[kind] = {"trace": torch.stack(trace), "tokens": tokens}
-            traces[kind]["weights"] = state.mixture.probs_S
-            state.leave_period()
+            traces[kind]["weights"] = state.training.mixture.probs_S
+            state.training.leave_period()
         if dist.get_rank() == 0:
             torch.save(traces, Path(folder) / f"{name}.pt")
         runtime.stop_model_parallel()

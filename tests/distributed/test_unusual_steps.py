@@ -53,9 +53,9 @@ def on_one_rank(folder_name: str) -> None:
 
 def spoiling(model: str, value: float, when: list[int]) -> None:
     """Has one entry of a model's gradient be `value` in the flushes of these numbers, from now."""
-    from megatron_scalebio.bilevel import step as bilevel
+    from megatron_scalebio.core import training
 
-    whole, flushes = bilevel.flush, [0]
+    whole, flushes = training.flush, [0]
 
     @functools.wraps(whole)
     def flush(twins, *args: Any, **kwargs: Any) -> Any:
@@ -65,21 +65,24 @@ def spoiling(model: str, value: float, when: list[int]) -> None:
             getattr(twins[0], model).buffers[0].grad_data[7] = value
         return records
 
-    bilevel.flush = flush
-    spoiling.undo = lambda: setattr(bilevel, "flush", whole)
+    training.flush = flush
+    spoiling.undo = lambda: setattr(training, "flush", whole)
 
 
 def everything(state: Any) -> dict[str, Any]:
     """What a step moves, copied."""
-    held = {name: global_tensors(chunks, lambda p: p.data) for name, chunks in state.models.items()}
-    for name, optimizer in state.period.optimizers.items():
+    held = {
+        name: global_tensors(chunks, lambda p: p.data)
+        for name, chunks in state.training.models.items()
+    }
+    for name, optimizer in state.training.period.optimizers.items():
         for part in optimizer.chained_optimizers:
             for number, moments in enumerate(part.optimizer.state.values()):
                 held[f"adam {name} {number}"] = {
                     key: torch.as_tensor(value).clone() for key, value in moments.items()
                 }
-    if hasattr(state, "mixture"):
-        mixture = state.mixture
+    if hasattr(state.training, "mixture"):
+        mixture = state.training.mixture
         held["mixture"] = {
             "logits": mixture.logits_S.clone(),
             "moved": torch.tensor([mixture.steps, mixture.mean_square]),
@@ -94,7 +97,7 @@ def spoilt_step(folder: Path, stage: str, model: str, value: float) -> dict:
     result: dict[str, list] = {"said": [], "loss": [], "held": [], "in_a_row": [], "step": []}
     for _ in range(5):
         said, loss = step_of(state)
-        now = (said, loss, everything(state), state.skipped_in_a_row, state.step)
+        now = (said, loss, everything(state), state.training.skipped_in_a_row, state.step)
         for kept, each in zip(result.values(), now, strict=True):
             kept.append(each)
     spoiling.undo()
@@ -108,10 +111,10 @@ def dropping(folder: Path, name: str) -> dict:
     for stage in ("train", "reweight"):
         sections = {"data": {"loss_mean": "token"}, "train": {**BATCH, "eval_examples": FEW}}
         state = begun(folder, stage, model=DROPS[name], **sections)
-        settings, attention = state.megatron, state.w[0].decoder.layers[0].self_attention
+        settings, attention = state.megatron, state.training.w[0].decoder.layers[0].self_attention
         result["shares"] = [settings.hidden_dropout, settings.attention_dropout]
         assert attention.core_attention.dropout == settings.attention_dropout
-        result[f"{stage} start"] = global_tensors(state.w, lambda p: p.data)
+        result[f"{stage} start"] = global_tensors(state.training.w, lambda p: p.data)
         if stage == "train":
             held_out = [state.held_out() for _ in range(2)]
             result["held out"] = [[loss.as_dict() for loss in losses] for losses in held_out]
@@ -132,7 +135,7 @@ def doge_with_few_places(folder: Path) -> dict:
 
     train = {**BATCH, "validation_batch_size": 2}
     state = begun(folder, "doge", train=train, baseline={"method": "doge"})
-    result: dict[str, Any] = {"start": global_tensors(state.w, lambda p: p.data)}
+    result: dict[str, Any] = {"start": global_tensors(state.training.w, lambda p: p.data)}
     sampler = state.data.validation_sampler
     before = sampler.state_dict()
     drawn = sampler.next(state.data.shares_V)
@@ -145,7 +148,7 @@ def doge_with_few_places(folder: Path) -> dict:
 
 
 def commands(folder: Path) -> None:
-    from megatron_scalebio.bilevel.confidence import Verdict
+    from megatron_scalebio.core.confidence import Verdict
     from megatron_scalebio.train import finetune, reweight
 
     tree = tree_of({"optimizer": PLAIN, "train": BATCH}, folder)
@@ -165,7 +168,7 @@ def commands(folder: Path) -> None:
     mixtures = []
 
     def converged_from_the_third(state) -> Verdict:
-        mixtures.append(state.mixture.probs_S.tolist())
+        mixtures.append(state.training.mixture.probs_S.tolist())
         return Verdict(state.step >= 3, "as asked")
 
     judged, reweight.verdict = reweight.verdict, converged_from_the_third

@@ -170,7 +170,8 @@ def run_model(config, folder: Path, name: str, layout: str) -> None:
     from megatron_scalebio import runtime
     from megatron_scalebio.checkpoint import saver
     from megatron_scalebio.data.batch import context_positions
-    from megatron_scalebio.model.provider import build_model, transformer_config
+    from megatron_scalebio.model.provider import build_model
+    from megatron_scalebio.model.settings import transformer_config
 
     megatron = transformer_config(config)
     chunks = build_model(config, megatron, config.model.vocab_size)

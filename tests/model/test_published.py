@@ -25,7 +25,8 @@ def build_all(folder: str) -> None:
     """Global shapes by checkpoint name (and how often: layers) of each model."""
     from megatron_scalebio import runtime
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.model.provider import build_chunk, transformer_config
+    from megatron_scalebio.model.provider import build_chunk
+    from megatron_scalebio.model.settings import transformer_config
 
     for name in NAMES:
         config = load_config(str(CONFIGS / f"{name}.yaml"))

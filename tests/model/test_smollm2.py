@@ -66,11 +66,11 @@ def ask_megatron(model_folder: str, folder_name: str) -> None:
     words = ["--hf", model_folder, "--test", test, "--seq-length", "256", "--output", str(folder)]
     assert main(["evaluate", *words, "--micro-batch-size", "2"]) == 0
     config = load_config(str(write_yaml(folder, model_folder)))
-    state = RunState(config, "evaluate", folder / "cache", with_u=False)
+    state = RunState(config, "evaluate", folder / "cache")
     imported = pretrained_checkpoint(state, folder)
     assert imported is not None
-    saver.load_pretrained(state.w, imported)
-    [model] = state.w
+    saver.load_pretrained(state.training.w, imported)
+    [model] = state.training.w
     model.eval()
     held = torch.load(folder / "transformers.pt", weights_only=True)
     worst, departed = 0.0, []

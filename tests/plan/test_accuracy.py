@@ -90,7 +90,7 @@ def measure(config, folder: Path) -> list[dict]:
     state = TrainState(config, folder / "cache")
     found = []
     for _ in range(STEPS):
-        twins = state.enter_period().twins
+        twins = state.training.enter_period().twins
         saved = Saved(state)
         for twin in twins:
             twin.register_forward_hook(lambda *call, saved=saved: saved.pack(call[2]))
@@ -104,7 +104,7 @@ class Saved:
     """Bytes that autograd keeps for backward passes: each storage once, weights left out."""
 
     def __init__(self, state) -> None:
-        chunks = [*state.w, *state.u]
+        chunks = [*state.training.w, *state.training.u]
         tensors = [t for c in chunks for t in (*c.parameters(), *c.buffers())]
         self._known = {t.untyped_storage()._cdata for t in tensors}
         self._live: dict[int, tuple] = {}
@@ -125,7 +125,7 @@ class Saved:
 
 def held(state) -> dict[str, int]:
     """Bytes of weights, gradients, masters and Adam's moments, from the optimizers' own state."""
-    period, seen = state.period, set()
+    period, seen = state.training.period, set()
 
     def new_bytes(tensors) -> int:
         total = 0
@@ -144,8 +144,8 @@ def held(state) -> dict[str, int]:
     ddps = [ddp for of_model in period.ddp.values() for ddp in of_model]
     states = [moments for part in parts for moments in part.state.values()]
     return {
-        "weights w": new_bytes(p.data for chunk in state.w for p in chunk.parameters()),
-        "weights u": new_bytes(p.data for chunk in state.u for p in chunk.parameters()),
+        "weights w": new_bytes(p.data for chunk in state.training.w for p in chunk.parameters()),
+        "weights u": new_bytes(p.data for chunk in state.training.u for p in chunk.parameters()),
         "gradients": new_bytes(b.grad_data for ddp in ddps for b in ddp.buffers),
         "fp32 masters": new_bytes(
             p for part in parts for group in part.param_groups for p in group["params"]

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scalebio.config import LisaConfig
-from megatron_scalebio.optim.lisa import active_layers, period_of, set_trainable
+from megatron_scalebio.core.lisa import active_layers, period_of, set_trainable
+from megatron_scalebio.core.options import LisaOptions
 
 # (active, layers, stages, virtual chunks per stage)
 CASES = [(2, 12, 1, 1), (2, 12, 2, 1), (3, 12, 2, 1), (1, 8, 4, 1), (5, 16, 2, 2), (3, 24, 4, 3)]
@@ -21,7 +21,7 @@ CASES = [(2, 12, 1, 1), (2, 12, 2, 1), (3, 12, 2, 1), (1, 8, 4, 1), (5, 16, 2, 2
 
 @functools.cache
 def draw(active: int, layers: int, stages: int, virtual: int, period: int, seed: int = 1) -> list:
-    drawn = active_layers(LisaConfig(lisa_layers=active), layers, stages, virtual, period, seed)
+    drawn = active_layers(LisaOptions(active), layers, stages, virtual, period, seed)
     assert drawn is not None
     return drawn
 
@@ -178,8 +178,8 @@ class ToyChunk(torch.nn.Module):
 def trained(layers: list[int] | None, **options: bool) -> list[str]:
     """Names of what trains in a model of two stages of three layers, after another period."""
     chunks = [ToyChunk(0, 3, True, False), ToyChunk(3, 6, False, True)]
-    set_trainable(chunks, [0, 4], LisaConfig(lisa_layers=2))
-    set_trainable(chunks, layers, LisaConfig(lisa_layers=2, **options))
+    set_trainable(chunks, [0, 4], LisaOptions(2))
+    set_trainable(chunks, layers, LisaOptions(2, **options))
     names = [
         f"{number}.{name.rsplit('.', 1)[0]}"
         for number, chunk in enumerate(chunks)
@@ -193,20 +193,20 @@ def test_the_layers_of_the_draw_and_what_is_asked_for_train() -> None:
     layers = ["0.decoder.layers.1", "0.decoder.layers.2", "1.decoder.layers.2"]
     ends = ["0.embedding", "1.output_layer"]
     norm = ["1.decoder.final_layernorm"]
-    frozen = {"lisa_train_embedding": False, "lisa_train_norm": False}
+    frozen = {"train_embedding": False, "train_norm": False}
     assert trained([1, 2, 5]) == sorted(layers + ends + norm)
     assert trained([1, 2, 5], **frozen) == layers
-    assert trained([1, 2, 5], lisa_train_norm=False) == sorted(layers + ends)
-    assert trained([1, 2, 5], lisa_train_embedding=False) == sorted(layers + norm)
+    assert trained([1, 2, 5], train_norm=False) == sorted(layers + ends)
+    assert trained([1, 2, 5], train_embedding=False) == sorted(layers + norm)
     every = [f"{stage}.decoder.layers.{layer}" for stage in (0, 1) for layer in (0, 1, 2)]
     assert trained(None) == trained(None, **frozen) == sorted(every + ends + norm)
 
 
 def test_all_layers_without_lisa() -> None:
-    assert active_layers(LisaConfig(), 12, 2, 1, 5, 1) is None
-    assert [period_of(step, LisaConfig()) for step in (0, 7, 10**6)] == [0, 0, 0]
+    assert active_layers(None, 12, 2, 1, 5, 1) is None
+    assert [period_of(step, None) for step in (0, 7, 10**6)] == [0, 0, 0]
 
 
 def test_periods_are_as_long_as_the_interval() -> None:
-    config = LisaConfig(lisa_layers=1, lisa_interval=20)
-    assert [period_of(step, config) for step in (0, 19, 20, 39, 40)] == [0, 0, 1, 1, 2]
+    options = LisaOptions(1, interval=20)
+    assert [period_of(step, options) for step in (0, 19, 20, 39, 40)] == [0, 0, 1, 1, 2]

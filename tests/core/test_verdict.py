@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_scalebio.bilevel.mixture import Mixture
 from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.core.mixture import Mixture
+from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.train.reweight import verdict
 
 STEPS = 1200  # the trajectory is then kept in blocks of four steps
@@ -21,9 +22,10 @@ def run(options: dict) -> SimpleNamespace:
     noise = np.random.default_rng(3).normal(0.0, 0.03, size=(STEPS, 3))
     for row in np.array([0.5, 0.3, 0.2]) + noise - noise.mean(1, keepdims=True):
         mixture.trajectory.append(torch.tensor(row))
-    sources = [SimpleNamespace(name=name) for name in ("code", "math", "web")]
-    config = load_config(None, {"bilevel": options})
-    return SimpleNamespace(config=config, mixture=mixture, data=SimpleNamespace(sources=sources))
+    config, bio = load_config(None, {"bilevel": options}), ScaleBiO.__new__(ScaleBiO)
+    bio.options, bio.mixture = config.bilevel.options("sample"), mixture
+    bio.sources = ["code", "math", "web"]
+    return SimpleNamespace(config=config, training=bio)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,6 @@ def test_verdict_goes_by_the_configuration(options: dict, converged: bool, words
 
 def test_verdict_names_the_source() -> None:
     state = run({"tolerance": 1e-6})
-    blocks_BS = state.mixture.trajectory.tail(0.5)
+    blocks_BS = state.training.mixture.trajectory.tail(0.5)
     widest = int((blocks_BS - blocks_BS.mean(0)).cumsum(0).square().sum(0).argmax())
-    assert f"weight of {state.data.sources[widest].name} is known" in verdict(state).reason
+    assert f"weight of {state.training.sources[widest]} is known" in verdict(state).reason

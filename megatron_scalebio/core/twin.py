@@ -18,18 +18,43 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from megatron_scalebio.config import Config
-from megatron_scalebio.model.layers import ModelSettings
-from megatron_scalebio.model.provider import build_model
+from megatron_scalebio.core.batch import Batch, gpt_losses
+from megatron_scalebio.core.collectives import device
+
+# Makes a chunk of the model: called with Megatron's `pre_process`, `post_process` and `vp_stage`.
+ModelProvider = Callable[..., torch.nn.Module]
+
+
+def build_chunks(provider: ModelProvider, groups: ProcessGroupCollection) -> list[torch.nn.Module]:
+    """This rank's chunks of a model (one, or one per virtual stage), on its device, in its dtype.
+
+    As Megatron-LM makes them, but for DDP, which a `Period` adds.
+    """
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    chunks = []
+    for number in range(virtual or 1):
+        chunk = provider(
+            pre_process=groups.pp.rank() == 0 and number == 0,
+            post_process=groups.pp.rank() == groups.pp.size() - 1 and number == (virtual or 1) - 1,
+            vp_stage=number if virtual else None,
+        )
+        config = unwrap_model(chunk).config
+        chunk = chunk.to(device())
+        half = config.bf16 and not isinstance(chunk, Float16Module)
+        chunks.append(Float16Module(config, chunk) if half else chunk)
+    return chunks
 
 
 def build_twins(
-    config: Config, megatron: ModelSettings, vocab_size: int
+    provider: ModelProvider, groups: ProcessGroupCollection
 ) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
     """This rank's chunks of w, and of u on w's storage, at the memory of one model.
 
@@ -38,7 +63,7 @@ def build_twins(
     """
     made: list[weakref.ref[torch.nn.Parameter]] = []  # some may be replaced while w is built
     with _each_new_parameter(lambda parameter: made.append(weakref.ref(parameter))):
-        w = build_model(config, megatron, vocab_size)
+        w = build_chunks(provider, groups)
     of_w = iter(made)
 
     def take_storage(parameter: torch.nn.Parameter) -> None:
@@ -47,7 +72,7 @@ def build_twins(
             parameter.data = its_like.data
 
     with _each_new_parameter(take_storage):
-        u = build_model(config, megatron, vocab_size)
+        u = build_chunks(provider, groups)
     assert all(
         p_u.shape == p_w.shape and p_u.untyped_storage()._cdata == p_w.untyped_storage()._cdata
         for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True)
@@ -73,14 +98,23 @@ def _each_new_parameter(seen: Callable[[torch.nn.Parameter], None]) -> Iterator[
 class TwinModel(torch.nn.Module):
     """One pipeline chunk of w and of u (or of w alone, which is then both).
 
+    Args:
+        losses: the forward pass of a batch through a model, `gpt_losses` or like it.
+
     Carries the attributes that Megatron's schedules look up on a model. It is not registered as
     their parent module: it is rebuilt with every LISA period and owns no parameter.
     """
 
-    def __init__(self, w: DistributedDataParallel, u: DistributedDataParallel) -> None:
+    def __init__(
+        self,
+        w: DistributedDataParallel,
+        u: DistributedDataParallel,
+        losses: Callable[[torch.nn.Module, Any], torch.Tensor] = gpt_losses,
+    ) -> None:
         super().__init__()
         gpt: Any = unwrap_model(w)
         self.w, self.u = w, u
+        self._losses = losses
         self.config: TransformerConfig = gpt.config
         self.model_type = gpt.model_type
         self.share_embeddings_and_output_weights = gpt.share_embeddings_and_output_weights
@@ -107,11 +141,33 @@ class TwinModel(torch.nn.Module):
                     module.is_first_microbatch |= trains or not made
             setattr(gpt, _COPIES_OF, self._period)
 
-    def forward(self, on_u: bool, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def hold_reduction(self) -> None:
+        """Before a flush: gradients add up on this rank until the last pass of each model."""
+        for ddp in (self.w, self.u):
+            _reduce_as_they_come(ddp, False)
+
+    def forward(self, on_u: bool, batch: Batch, last: bool = False) -> torch.Tensor:
+        """A pass of w or u.
+
+        Args:
+            last: the model's last one in this flush. Where reduction overlaps the backward pass,
+                the gradients are reduced as this pass completes them.
+        """
         ddp = self.u if on_u else self.w
         gpt: Any = unwrap_model(ddp)
         gpt.set_input_tensor(self._input)
-        return ddp(*args, **kwargs)
+        output = self._losses(ddp, batch)
+        if last and ddp.ddp_config.overlap_grad_reduce and output.requires_grad:
+            # Not before its backward pass begins: other passes of the pipeline end in between.
+            output.register_hook(lambda gradient: _reduce_as_they_come(ddp, True))
+        return output
+
+
+def _reduce_as_they_come(ddp: DistributedDataParallel, reduce: bool) -> None:
+    """Whether the backward passes to come start the reduction of the gradients they complete."""
+    if ddp.ddp_config.overlap_grad_reduce:
+        for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
+            group.is_last_microbatch = reduce
 
 
 # On a GPT chunk: the period for which its weights' FP8 copies were made.

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from megatron_scalebio.bilevel.confidence import TrajectoryBlocks
-from megatron_scalebio.bilevel.objective import logits_gradient, mixture_probs
+from megatron_scalebio.core.confidence import TrajectoryBlocks
+from megatron_scalebio.core.objective import logits_gradient, mixture_probs
 
 # A source never falls below this share of a uniform weight: it can still come back.
 LEAST_SHARE = 1e-4

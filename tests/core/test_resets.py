@@ -43,8 +43,8 @@ def begin(folder: Path, numerics: tuple[bool, bool], resync: int | None, lisa: b
 
 def side(state: Any, name: str) -> Table:
     """Copies of what a model and its optimizer hold."""
-    held = training_state(state.period, name)
-    return {**weights(state.models[name]), **{key: copied(held[key]) for key in held}}
+    held = training_state(state.training.period, name)
+    return {**weights(state.training.models[name]), **{key: copied(held[key]) for key in held}}
 
 
 def of_weights(table: Table) -> Table:
@@ -52,7 +52,7 @@ def of_weights(table: Table) -> Table:
 
 
 def storages(state: Any, name: str) -> set[int]:
-    chunks, held = state.models[name], training_state(state.period, name).values()
+    chunks, held = state.training.models[name], training_state(state.training.period, name).values()
     tensors = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
     tensors += [value for value in held if isinstance(value, torch.Tensor)]
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
@@ -66,7 +66,7 @@ def go_to(state: Any, step: int) -> list[int]:
     while state.step < step:
         this = state.step
         assert train_step(state).skipped is None
-        equal += [this] if state.u_is_w else []
+        equal += [this] if state.training.u_is_w else []
     return equal
 
 
@@ -82,7 +82,7 @@ def on_rank(folder_name: str) -> None:
 def a_reset_copies_all(folder: Path, numerics: tuple[bool, bool]) -> None:
     state = begin(folder, numerics, RESYNC, lisa=False)
     assert go_to(state, RESYNC) == [0]
-    for key, value in training_state(state.period, "u").items():
+    for key, value in training_state(state.training.period, "u").items():
         if key.endswith("step"):
             value += 4  # else both have made as many
     w, u = side(state, "w"), side(state, "u")
@@ -90,42 +90,46 @@ def a_reset_copies_all(folder: Path, numerics: tuple[bool, bool]) -> None:
         "stepped", "exp_avg", "exp_avg_sq", "step",
     }  # fmt: skip
     assert len(differing(w, u)) >= 0.9 * len(w), "a reset has something to do"
-    state.enter_period()
-    assert state.u_is_w
+    state.training.enter_period()
+    assert state.training.u_is_w
     assert not differing(side(state, "w"), w), "w stays as it was"
     assert not differing(side(state, "u"), w)
     assert not storages(state, "w") & storages(state, "u")
     assert go_to(state, RESYNC + 1) == [RESYNC]
     w, u = side(state, "w"), side(state, "u")
     assert differing(of_weights(w), of_weights(u))
-    state.enter_period()
-    assert not state.u_is_w
+    state.training.enter_period()
+    assert not state.training.u_is_w
     assert not differing(side(state, "u"), u), "no reset is due"
     assert go_to(state, 3 * RESYNC + 1) == [2 * RESYNC, 3 * RESYNC]
-    state.leave_period()
+    state.training.leave_period()
 
 
 def a_draw_resets(folder: Path, numerics: tuple[bool, bool]) -> None:
     """Under LISA every new draw does, and nothing between them."""
     state = begin(folder, numerics, RESYNC, lisa=True)
     assert go_to(state, DRAW) == [0]
-    w, layers, left = of_weights(side(state, "w")), state.active_layers, state.period
+    w, layers, left = (
+        of_weights(side(state, "w")),
+        state.training.active_layers,
+        state.training.period,
+    )
     assert differing(w, of_weights(side(state, "u")))
-    state.enter_period()
-    assert state.u_is_w and state.active_layers != layers
+    state.training.enter_period()
+    assert state.training.u_is_w and state.training.active_layers != layers
     assert not hasattr(left, "optimizers"), "the period before was closed"
     assert not differing(of_weights(side(state, "w")), w), "w stays as it was"
     assert not differing(side(state, "w"), side(state, "u"))
     assert not storages(state, "w") & storages(state, "u")
     frozen = [
         (p, q)
-        for of_w, of_u in zip(state.w, state.u, strict=True)
+        for of_w, of_u in zip(state.training.w, state.training.u, strict=True)
         for p, q in zip(of_w.parameters(), of_u.parameters(), strict=True)
         if not p.requires_grad
     ]
     assert frozen and all(p.data_ptr() == q.data_ptr() for p, q in frozen)
     assert go_to(state, 2 * DRAW + 1) == [2 * DRAW], "the one before is the one above"
-    state.leave_period()
+    state.training.leave_period()
 
 
 def a_draw_leaves_u_alone(folder: Path, numerics: tuple[bool, bool]) -> None:
@@ -134,25 +138,25 @@ def a_draw_leaves_u_alone(folder: Path, numerics: tuple[bool, bool]) -> None:
     assert go_to(state, DRAW) == []
     w, u = side(state, "w"), side(state, "u")
     assert differing(of_weights(w), of_weights(u))
-    state.enter_period()
-    assert not state.u_is_w
+    state.training.enter_period()
+    assert not state.training.u_is_w
     for name, before in (("w", w), ("u", u)):
         after = side(state, name)
         assert not differing(of_weights(after), of_weights(before)), name
         moments = [value for key, value in after.items() if "exp_avg" in key]
         assert not any(value.any() for value in moments), "of other layers than before"
     assert go_to(state, DRAW + 1) == []
-    state.leave_period()
+    state.training.leave_period()
 
 
 def without_resets_u_goes_its_own_way(folder: Path) -> None:
     state = begin(folder, (False, False), None, lisa=False)
     assert go_to(state, 12) == []
     w, u = side(state, "w"), side(state, "u")
-    state.enter_period()
+    state.training.enter_period()
     assert not differing(side(state, "w"), w) and not differing(side(state, "u"), u)
     assert differing(of_weights(w), of_weights(u))
-    state.leave_period()
+    state.training.leave_period()
 
 
 def test_u_is_made_equal_to_w_whole_and_when_it_is_due(tmp_path: Path) -> None:
@@ -164,7 +168,7 @@ def test_u_is_made_equal_to_w_whole_and_when_it_is_due(tmp_path: Path) -> None:
 
 def test_the_steps_of_fused_adam_are_copied_with_its_groups() -> None:
     """Transformer Engine's and Apex's count them there, once for all parameters of a group."""
-    from megatron_scalebio.optim.builder import _copy_adam
+    from megatron_scalebio.core.period import _copy_adam
 
     def fused(value: float, step: int) -> torch.optim.Optimizer:
         parameters = [torch.nn.Parameter(torch.full((2,), value)) for _ in range(2)]

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from megatron.core.utils import unwrap_model
 
-from megatron_scalebio.config import LisaConfig
+from megatron_scalebio.core.options import LisaOptions
 
 
 def active_layers(
-    config: LisaConfig, num_layers: int, stages: int, virtual: int, period: int, seed: int
+    options: LisaOptions | None, num_layers: int, stages: int, virtual: int, period: int, seed: int
 ) -> list[int] | None:
     """Global indices (from 0) of the layers that train in a period, ascending; None: all.
 
@@ -31,14 +31,14 @@ def active_layers(
         stages: pipeline stages.
         virtual: virtual chunks per stage; block v · stages + s of the layers is on stage s.
     """
-    if config.lisa_layers is None:
+    if options is None:
         return None
     chunks = stages * virtual
     per_chunk = num_layers // chunks
-    even, rest = divmod(config.lisa_layers, chunks)
+    even, rest = divmod(options.layers, chunks)
     # A turn is as many periods as give every chunk the remainder equally often.
     turn_periods = chunks // math.gcd(chunks, rest)
-    turn_layers = config.lisa_layers * turn_periods // chunks  # of each chunk
+    turn_layers = options.layers * turn_periods // chunks  # of each chunk
     turn, place = divmod(period, turn_periods)
     order = _remainder_order(stages, virtual, np.random.default_rng((seed, 1, turn)))
     # Whole rounds over a chunk's layers end together with every so many turns.
@@ -70,22 +70,28 @@ def _visits(position: int, steps: int, size: int) -> int:
 
 
 def set_trainable(
-    chunks: Iterable[torch.nn.Module], layers: list[int] | None, config: LisaConfig
+    chunks: Iterable[torch.nn.Module], layers: list[int] | None, options: LisaOptions | None
 ) -> None:
-    """Sets requires_grad of every parameter of this rank's chunks for one period."""
+    """Sets requires_grad of every parameter of this rank's chunks of a GPTModel for one period.
+
+    Args:
+        layers: those that train, from `active_layers`; None: everything trains.
+    """
     active = None if layers is None else set(layers)
+    embedding = options is None or options.train_embedding
+    norm = options is None or options.train_norm
     for chunk in chunks:
         gpt = unwrap_model(chunk)
         gpt.requires_grad_(False)
         for layer in gpt.decoder.layers:
             layer.requires_grad_(active is None or layer.layer_number - 1 in active)
         if gpt.pre_process:
-            gpt.embedding.requires_grad_(active is None or config.lisa_train_embedding)
+            gpt.embedding.requires_grad_(active is None or embedding)
         if gpt.post_process:
-            gpt.output_layer.requires_grad_(active is None or config.lisa_train_embedding)
-            gpt.decoder.final_layernorm.requires_grad_(active is None or config.lisa_train_norm)
+            gpt.output_layer.requires_grad_(active is None or embedding)
+            gpt.decoder.final_layernorm.requires_grad_(active is None or norm)
 
 
-def period_of(step: int, config: LisaConfig) -> int:
+def period_of(step: int, options: LisaOptions | None) -> int:
     """The LISA period of a step, both from 0; without LISA all steps are one period."""
-    return 0 if config.lisa_layers is None else step // config.lisa_interval
+    return 0 if options is None else step // options.interval

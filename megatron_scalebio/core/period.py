@@ -8,20 +8,19 @@ layers. `Period` holds what lives that long.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 
-from megatron_scalebio.config import Config, OptimizerConfig
-from megatron_scalebio.model.twin import (
-    TwinModel,
-    finalize_twin_grads,
-    named_parameters,
-    unshare_storage,
-)
+from megatron_scalebio.core.batch import gpt_losses
+from megatron_scalebio.core.twin import TwinModel, named_parameters, unshare_storage
 
 # What DDP and the optimizers leave on parameters; each would keep a whole buffer alive.
 _LEFT_ON_PARAMETERS = ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad")
@@ -31,33 +30,45 @@ class Period:
     """DDP wrappers, twin chunks and the optimizers of w and u while one set of layers trains.
 
     Args:
+        ddp, optimizer: Megatron's own, of w and u alike; the rates are set with every step.
         w, u: this rank's model chunks with requires_grad set for the period; without u, w trains
             alone.
+        losses: the forward pass, as of `TwinModel`.
+        pg_collection: as Megatron's DDP and optimizer take it.
     """
 
     def __init__(
         self,
-        config: Config,
-        megatron: TransformerConfig,
+        ddp: DistributedDataParallelConfig,
+        optimizer: OptimizerConfig,
         w: list[torch.nn.Module],
         u: list[torch.nn.Module] | None = None,
+        losses: Callable[[torch.nn.Module, Any], torch.Tensor] = gpt_losses,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        self._models, self._megatron = {"w": w}, megatron
+        self._models = {"w": w}
         if u is not None:
             unshare_storage(w, u)
             self._models["u"] = u
         self.ddp = {
-            name: [_wrap(config, megatron, chunk, n) for n, chunk in enumerate(model)]
+            name: [
+                DistributedDataParallel(
+                    unwrap_model(chunk).config, ddp, chunk, disable_bucketing=number > 0,
+                    pg_collection=pg_collection,
+                )
+                for number, chunk in enumerate(model)
+            ]
             for name, model in self._models.items()
-        }
+        }  # fmt: skip
         sides = zip(self.ddp["w"], self.ddp.get("u", self.ddp["w"]), strict=True)
-        self.twins = [TwinModel(ddp_w, ddp_u) for ddp_w, ddp_u in sides]
-        megatron.finalize_model_grads_func = finalize_twin_grads
-        if config.parallel.overlap_grad_reduce:  # only the last micro-batch starts the reduction
-            megatron.no_sync_func = [chunk.no_sync for chunk in self.ddp["w"]]
-            if len(self.twins) == 1:
-                [megatron.no_sync_func] = megatron.no_sync_func
-        self.optimizers = {name: _optimizer(config, ddp) for name, ddp in self.ddp.items()}
+        self.twins = [TwinModel(ddp_w, ddp_u, losses) for ddp_w, ddp_u in sides]
+        self.optimizers = {
+            name: get_megatron_optimizer(
+                optimizer, chunks, use_gloo_process_groups=pg_collection is None,
+                pg_collection=pg_collection,
+            )
+            for name, chunks in self.ddp.items()
+        }  # fmt: skip
 
     def gather_parameters(self) -> None:
         """Makes this rank's weights whole, where gathering them was left to the next forward pass.
@@ -119,41 +130,7 @@ class Period:
             # They hold DDP's hooks on the parameters. One that outlived its period would take the
             # gradient from the next period's, until the garbage collector came by.
             chunk.grad_accs.clear()
-        self._megatron.no_sync_func = None  # it would keep the buffers alive
         del self.twins, self.ddp, self.optimizers
-
-
-def _wrap(
-    config: Config, megatron: TransformerConfig, chunk: torch.nn.Module, number: int
-) -> DistributedDataParallel:
-    settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        fp8_param_gather=config.parallel.fp8_param_gather,
-    )
-    return DistributedDataParallel(megatron, settings, chunk, disable_bucketing=number > 0)
-
-
-def _optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    rates, parallel = config.optimizer, config.parallel
-    settings = MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=rates.lr,
-        min_lr=rates.min_lr,
-        weight_decay=rates.weight_decay,
-        adam_beta1=rates.adam_beta1,
-        adam_beta2=rates.adam_beta2,
-        adam_eps=rates.adam_eps,
-        clip_grad=rates.clip_grad,
-        bf16=parallel.bf16,
-        params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_param_gather=parallel.overlap_param_gather,
-        fp8_recipe=parallel.fp8_recipe if parallel.fp8_format else None,
-    )
-    return get_megatron_optimizer(settings, chunks)
 
 
 def _copy_adam(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
@@ -170,14 +147,28 @@ def _copy_adam(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> 
                     target.state[p_t][key] = copy.deepcopy(value)
 
 
-def set_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
-    """Sets the learning rate and the weight decay of every group (norms and biases: none)."""
+def prepare_gradients(optimizer: MegatronOptimizer) -> float:
+    """Makes the gradients ready to step with, clipped; returns their norm before clipping."""
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    clip_grad = optimizer.config.clip_grad
+    if clip_grad > 0 and math.isfinite(norm):
+        for part in optimizer.chained_optimizers:
+            if not part.is_stub_optimizer and part.get_parameters():
+                clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, norm)
+    return norm
+
+
+def step_with(optimizer: MegatronOptimizer, lr: float) -> None:
+    """A step at a learning rate, with the configured weight decay (norms and biases: none)."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-        group["weight_decay"] = weight_decay * group["wd_mult"]
+        group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
+    optimizer.step_with_ready_grads()
 
 
-def set_adam(optimizer: MegatronOptimizer, rates: OptimizerConfig) -> None:
+def take_configured_adam(optimizer: MegatronOptimizer) -> None:
     """Sets the configured Adam options of every group, where loading has set the checkpoint's."""
+    config = optimizer.config
     for group in optimizer.param_groups:
-        group["betas"], group["eps"] = (rates.adam_beta1, rates.adam_beta2), rates.adam_eps
+        group["betas"], group["eps"] = (config.adam_beta1, config.adam_beta2), config.adam_eps

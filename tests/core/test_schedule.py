@@ -6,18 +6,18 @@ import math
 
 import pytest
 
-from megatron_scalebio.bilevel.schedule import Schedule
-from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.core.schedule import Schedule
+from megatron_scalebio.train.state import schedule_of
 
 
-def config(iters: int = 100, **sections: dict) -> Config:
-    return load_config(None, {"train": {"train_iters": iters}, **sections})
+def schedule_with(iters: int = 100, **sections: dict) -> Schedule:
+    return schedule_of(load_config(None, {"train": {"train_iters": iters}, **sections}))
 
 
 def test_warm_up_and_cosine_end_at_the_floor() -> None:
     rates = {"lr": 1e-3, "lr_u": 2e-3, "min_lr": 1e-5, "lr_warmup_fraction": 0.1}
-    schedule = Schedule(config(optimizer=rates))
+    schedule = schedule_with(optimizer=rates)
     steps = [schedule.at(step) for step in range(100)]
     assert steps[0].lr_w == pytest.approx(1e-4), "the first step already learns"
     assert steps[9].lr_w == pytest.approx(1e-3)
@@ -48,7 +48,7 @@ def test_every_rate_is_its_formula(style: str, style_of_mixture: str) -> None:
         "alpha": 5.0, "alpha_growth": 1.5, "outer_rounds": 3, "lr_lambda": 0.4,
         "lr_lambda_decay_style": style_of_mixture,
     }  # fmt: skip
-    schedule = Schedule(config(50, optimizer=rates, bilevel=bilevel))
+    schedule = schedule_with(50, optimizer=rates, bilevel=bilevel)
     for step in range(50):
         now, outer_round = schedule.at(step), step * 3 // 50
         growth = 1.5**outer_round
@@ -64,18 +64,18 @@ def test_every_rate_is_its_formula(style: str, style_of_mixture: str) -> None:
 
 
 def test_u_learns_as_fast_as_w_unless_told_otherwise() -> None:
-    schedule = Schedule(config(optimizer={"lr": 5e-4, "min_lr": 1e-4}))
+    schedule = schedule_with(optimizer={"lr": 5e-4, "min_lr": 1e-4})
     assert all(schedule.at(step).lr_u == schedule.at(step).lr_w for step in (0, 3, 50, 99))
     assert schedule.at(99).lr_w == pytest.approx(1e-4)
 
 
 def test_rate_of_the_mixture_is_constant_from_the_first_step() -> None:
-    schedule = Schedule(config(bilevel={"lr_lambda": 0.2}))
+    schedule = schedule_with(bilevel={"lr_lambda": 0.2})
     assert {schedule.at(step).lr_lambda for step in range(100)} == {0.2}
 
 
 def test_rate_of_the_mixture_decays_when_asked() -> None:
-    schedule = Schedule(config(bilevel={"lr_lambda": 0.2, "lr_lambda_decay_style": "linear"}))
+    schedule = schedule_with(bilevel={"lr_lambda": 0.2, "lr_lambda_decay_style": "linear"})
     rates = [schedule.at(step).lr_lambda for step in range(5, 100)]
     assert rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0.0, abs=1e-12)
 
@@ -83,7 +83,7 @@ def test_rate_of_the_mixture_decays_when_asked() -> None:
 def test_alpha_grows_and_rates_shrink_by_tau_each_round() -> None:
     bilevel = {"alpha": 5.0, "alpha_growth": 2.0, "outer_rounds": 4, "lr_lambda": 0.4}
     constant = {"lr": 1e-3, "lr_decay_style": "constant", "lr_warmup_fraction": 0.0}
-    schedule = Schedule(config(bilevel=bilevel, optimizer=constant))
+    schedule = schedule_with(bilevel=bilevel, optimizer=constant)
     for first, growth in ((0, 1), (25, 2), (50, 4), (75, 8)):
         for step in (first, first + 24):
             now = schedule.at(step)
@@ -94,6 +94,6 @@ def test_alpha_grows_and_rates_shrink_by_tau_each_round() -> None:
 
 
 def test_settings_do_not_depend_on_what_was_asked_before() -> None:
-    forwards, backwards = Schedule(config()), Schedule(config())
+    forwards, backwards = schedule_with(), schedule_with()
     expected = [forwards.at(step) for step in range(100)]
     assert [backwards.at(step) for step in reversed(range(100))] == expected[::-1]

@@ -37,12 +37,19 @@ class Case:
     """A tiny model with layers 1 and 2 of three training, and its period."""
 
     def __init__(self, parallel: dict, with_u: bool = True) -> None:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
         from megatron_scalebio import runtime
         from megatron_scalebio.config_loader import load_config
-        from megatron_scalebio.model.provider import transformer_config
-        from megatron_scalebio.model.twin import build_twins, named_parameters
-        from megatron_scalebio.optim.builder import Period
-        from megatron_scalebio.optim.lisa import set_trainable
+        from megatron_scalebio.core.lisa import set_trainable
+        from megatron_scalebio.core.period import Period
+        from megatron_scalebio.core.twin import build_twins, named_parameters
+        from megatron_scalebio.model.provider import model_provider
+        from megatron_scalebio.model.settings import (
+            ddp_config,
+            optimizer_config,
+            transformer_config,
+        )
 
         lisa = {"lisa_layers": 2, "lisa_interval": 4}
         self.config = load_config(
@@ -50,17 +57,22 @@ class Case:
         )
         runtime.start(self.config)
         self.megatron = transformer_config(self.config)
-        self.w, self.u = build_twins(self.config, self.megatron, 16)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        provider = model_provider(self.config, self.megatron, 16)
+        self.w, self.u = build_twins(provider, groups)
         generator = torch.Generator().manual_seed(1)
         for _, p in named_parameters(self.w):
             p.data.copy_(0.3 * torch.randn(p.shape, generator=generator))
         for chunks in (self.w, self.u):
-            set_trainable(chunks, [1, 2], self.config.lisa)
+            set_trainable(chunks, [1, 2], self.config.lisa.options())
         self.places = [p.data_ptr() for p in self.named("w").values()]
-        self.period = Period(self.config, self.megatron, self.w, self.u if with_u else None)
+        self.period = Period(
+            ddp_config(self.config), optimizer_config(self.config), self.w,
+            self.u if with_u else None,
+        )  # fmt: skip
 
     def named(self, which: str, trained: bool = True) -> dict[str, torch.nn.Parameter]:
-        from megatron_scalebio.model.twin import named_parameters
+        from megatron_scalebio.core.twin import named_parameters
 
         chunks = {"w": self.w, "u": self.u}[which]
         return {name: p for name, p in named_parameters(chunks) if p.requires_grad or not trained}
@@ -78,13 +90,11 @@ class Case:
         return given
 
     def step(self, which: str, lr: float) -> float:
-        from megatron_scalebio.bilevel.step import prepare_gradients
-        from megatron_scalebio.optim.builder import set_rate
+        from megatron_scalebio.core.period import prepare_gradients, step_with
 
         optimizer = self.period.optimizers[which]
-        norm = prepare_gradients(optimizer, self.config.optimizer.clip_grad)
-        set_rate(optimizer, lr, self.config.optimizer.weight_decay)
-        optimizer.step_with_ready_grads()
+        norm = prepare_gradients(optimizer)
+        step_with(optimizer, lr)
         self.period.gather_parameters()
         return norm
 
@@ -233,13 +243,12 @@ def closing(case: Case) -> None:
                 assert not hasattr(p, left), left
             assert not hasattr(p, "grad_added_to_main_grad")
             assert p.untyped_storage().data_ptr() not in buffers
-    assert case.megatron.no_sync_func is None
     assert not any(hasattr(period, name) for name in ("twins", "ddp", "optimizers"))
 
 
 def on_rank() -> None:
     from megatron_scalebio import runtime
-    from megatron_scalebio.model.twin import finalize_twin_grads, shared_names
+    from megatron_scalebio.core.twin import shared_names
 
     for name, parallel in CASES.items():
         case = Case(parallel)
@@ -250,11 +259,8 @@ def on_rank() -> None:
             assert [p.data_ptr() for p in case.named("w").values()] == case.places
         assert [(t.w, t.u) for t in period.twins] == [(ddp["w"][0], ddp["u"][0])]
         assert period.optimizers["w"] is not period.optimizers["u"]
-        assert case.megatron.finalize_model_grads_func is finalize_twin_grads
-        if parallel.get("overlap_grad_reduce"):
-            assert case.megatron.no_sync_func == ddp["w"][0].no_sync
-        else:
-            assert case.megatron.no_sync_func is None
+        for hook in ("finalize_model_grads_func", "no_sync_func"):
+            assert getattr(case.megatron, hook) is None, "set for the time of a flush alone"
         steps_and_resync(case)
         closing(case)
         without_u(parallel)
@@ -264,7 +270,7 @@ def on_rank() -> None:
 def without_u(parallel: dict) -> None:
     """w alone is both of the twin. Its optimizer, if it is a distributed one, can load a state."""
     from megatron_scalebio.compat.megatron import allocate_state
-    from megatron_scalebio.model.twin import shared_names
+    from megatron_scalebio.core.twin import shared_names
 
     case, distributed = Case(parallel, with_u=False), "use_distributed_optimizer" in parallel
     period = case.period

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_scalebio.bilevel.spikes import LAST, LEAST, WATCHED, WINDOW, SpikeGuard
+from megatron_scalebio.core.spikes import LAST, LEAST, WATCHED, WINDOW, SpikeGuard
 
 LOSS, NORM = "w: training loss", "w: gradient norm"
 DISTANCE = "w and u: distance of their training losses"

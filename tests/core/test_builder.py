@@ -9,15 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.optim.test_period import MODEL, OVERLAP, RATES
-
-
-def captured(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple]:
-    from megatron_scalebio.optim import builder
-
-    calls: list[tuple] = []
-    monkeypatch.setattr(builder, name, lambda *args, **kwargs: calls.append((args, kwargs)))
-    return calls
+from tests.core.test_period import MODEL, OVERLAP, RATES
 
 
 def loaded(parallel: dict) -> Any:
@@ -28,7 +20,7 @@ def loaded(parallel: dict) -> Any:
 
 def test_all_of_adam_is_copied_and_nothing_is_shared() -> None:
     """`step` is in the group in Transformer Engine's Adam, in the state in torch's."""
-    from megatron_scalebio.optim.builder import _copy_adam
+    from megatron_scalebio.core.period import _copy_adam
 
     def adam(value: float, step: int, held: bool) -> Any:
         first, second, third = (torch.full((2,), value + n) for n in range(3))
@@ -65,15 +57,10 @@ FP8 = {"fp8_format": "hybrid", "fp8_recipe": "delayed"}
 
 
 @pytest.mark.parametrize("parallel", [{}, {"bf16": True}, {**OVERLAP, "bf16": True, **FP8}])
-def test_megatron_is_told_the_configured_optimizer(
-    monkeypatch: pytest.MonkeyPatch, parallel: dict
-) -> None:
-    from megatron_scalebio.optim import builder
+def test_megatron_is_told_the_configured_optimizer(parallel: dict) -> None:
+    from megatron_scalebio.model.settings import optimizer_config
 
-    calls = captured(monkeypatch, "get_megatron_optimizer")
-    builder._optimizer(loaded(parallel), ["chunks"])  # type: ignore[list-item]
-    [((settings, chunks), options)] = calls
-    assert chunks == ["chunks"] and options == {}
+    settings = optimizer_config(loaded(parallel))
     assert settings.optimizer == "adam"
     for name, value in RATES.items():
         assert getattr(settings, name) == value, name
@@ -86,10 +73,8 @@ def test_megatron_is_told_the_configured_optimizer(
 
 
 @pytest.mark.parametrize("asked", [None, "use_distributed_optimizer", "overlap_grad_reduce"])
-def test_megatron_is_told_the_configured_reduction(
-    monkeypatch: pytest.MonkeyPatch, asked: str | None
-) -> None:
-    from megatron_scalebio.optim import builder
+def test_megatron_is_told_the_configured_reduction(asked: str | None) -> None:
+    from megatron_scalebio.model.settings import ddp_config
 
     switches = {
         "use_distributed_optimizer": False, "overlap_grad_reduce": False,
@@ -103,12 +88,42 @@ def test_megatron_is_told_the_configured_reduction(
         switches[asked] = True
     else:
         parallel = {}
-    calls = captured(monkeypatch, "DistributedDataParallel")
-    for number in (0, 1, 2):
-        builder._wrap(loaded(parallel), "megatron", "chunk", number)  # type: ignore[arg-type]
-    for number, ((megatron, settings, chunk), options) in enumerate(calls):
-        assert (megatron, chunk) == ("megatron", "chunk")
-        assert options == {"disable_bucketing": number > 0}
-        assert settings.grad_reduce_in_fp32 is True
-        for name, value in switches.items():
-            assert getattr(settings, name) is value, name
+    settings = ddp_config(loaded(parallel))
+    assert settings.grad_reduce_in_fp32 is True
+    for name, value in switches.items():
+        assert getattr(settings, name) is value, name
+
+
+def test_megatron_is_given_what_the_period_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_scalebio.core import period
+
+    wrapped: list[tuple] = []
+    optimized: list[tuple] = []
+
+    def wrap(*args: Any, **options: Any) -> Any:
+        wrapped.append((args, options))
+        return SimpleNamespace(chunk=args[2])
+
+    def optimize(*args: Any, **options: Any) -> str:
+        optimized.append((args, options))
+        return f"optimizer {len(optimized)}"
+
+    monkeypatch.setattr(period, "DistributedDataParallel", wrap)
+    monkeypatch.setattr(period, "get_megatron_optimizer", optimize)
+    monkeypatch.setattr(period, "TwinModel", lambda *args: args)
+    monkeypatch.setattr(period, "unshare_storage", lambda w, u: None)
+    monkeypatch.setattr(period, "unwrap_model", lambda chunk: chunk)
+    w, u = ([SimpleNamespace(config=f"{name}{n}") for n in range(2)] for name in ("w", "u"))
+    for groups in (None, "groups"):
+        made: Any = period.Period("ddp", "adam", w, u, "losses", groups)  # type: ignore[arg-type]
+        assert wrapped == [
+            ((chunk.config, "ddp", chunk), {"disable_bucketing": n > 0, "pg_collection": groups})
+            for chunks in (w, u) for n, chunk in enumerate(chunks)
+        ]  # fmt: skip
+        options = {"pg_collection": groups, "use_gloo_process_groups": groups is None}
+        assert optimized == [(("adam", made.ddp[name]), options) for name in ("w", "u")]
+        assert made.optimizers == {"w": "optimizer 1", "u": "optimizer 2"}
+        pairs = zip(made.ddp["w"], made.ddp["u"], strict=True)
+        assert made.twins == [(of_w, of_u, "losses") for of_w, of_u in pairs]
+        wrapped.clear()
+        optimized.clear()

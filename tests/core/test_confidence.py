@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_scalebio.bilevel.confidence import (
+from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.core.confidence import (
     CRITICAL_VALUES,
     MIN_TAIL_STEPS,
     TrajectoryBlocks,
@@ -19,7 +21,7 @@ from megatron_scalebio.bilevel.confidence import (
     tail_average,
     weight_intervals,
 )
-from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train.reweight import _refuse_skips, verdict
 
@@ -340,10 +342,10 @@ def verdict_of(**options: object) -> Verdict:
         first += 0.01 * float(torch.randn((), generator=generator))
         trajectory.append(torch.tensor([first, 1 - first]))
     config = load_config(None, {"bilevel": options})
-    mixture = SimpleNamespace(trajectory=trajectory)
-    sources = [SimpleNamespace(name=name) for name in ("web", "math")]
-    state = SimpleNamespace(config=config, mixture=mixture, data=SimpleNamespace(sources=sources))
-    return verdict(state)  # type: ignore[arg-type]
+    bio: Any = ScaleBiO.__new__(ScaleBiO)
+    bio.mixture, bio.sources = SimpleNamespace(trajectory=trajectory), ["web", "math"]
+    bio.options = config.bilevel.options("sample")
+    return verdict(SimpleNamespace(config=config, training=bio))  # type: ignore[arg-type]
 
 
 def test_a_runs_verdict_goes_by_its_options() -> None:
@@ -366,9 +368,9 @@ def test_a_run_ends_after_as_many_skipped_steps_as_asked(
     limit: int, in_a_row: int, ends: bool
 ) -> None:
     config = load_config(None, {"train": {"skip_limit": limit}})
-    state = SimpleNamespace(
-        config=config, step=20, skipped_in_a_row=in_a_row, mixture=SimpleNamespace(steps=4)
-    )
+    bio = SimpleNamespace(skipped_in_a_row=in_a_row, mixture=SimpleNamespace(steps=4))
+    data = SimpleNamespace(sources=[], validation=[])
+    state = SimpleNamespace(config=config, step=20, training=bio, data=data)
     result = SimpleNamespace(skipped="w: gradient norm is nan")
     with pytest.raises(UserError, match=f"{in_a_row} steps in a row") if ends else nullcontext():
         _refuse_skips(state, result)  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from megatron_scalebio.bilevel.mixture import LARGEST_STEP, Mixture
-from megatron_scalebio.bilevel.objective import logits_gradient, mixture_probs
+from megatron_scalebio.core.mixture import LARGEST_STEP, Mixture
+from megatron_scalebio.core.objective import logits_gradient, mixture_probs
 from tests.distributed import naive_loop
 
 KINDS = ["eg", "adamw"]

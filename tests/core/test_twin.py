@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_scalebio.model import twin
-from megatron_scalebio.model.twin import (
+from megatron_scalebio.core import twin
+from megatron_scalebio.core.twin import (
     TwinModel,
     build_twins,
     finalize_twin_grads,
@@ -34,6 +34,7 @@ class ToyChunk(torch.nn.Module):
         self.register_parameter("none", None)
         self.register_buffer("table", torch.arange(4.0))
         self.config = SimpleNamespace(fp8=fp8)
+        self.ddp_config = SimpleNamespace(overlap_grad_reduce=False)
         self.model_type, self.vp_stage = object(), 3
         self.share_embeddings_and_output_weights = object()
         self.input: Any = None
@@ -55,14 +56,14 @@ NAMES = [
 
 @pytest.fixture
 def twins(monkeypatch: pytest.MonkeyPatch) -> tuple[list, list]:
-    arguments = ("config", "megatron", 61)
+    arguments = ("provider", "groups")
 
     def build(*given: Any) -> list[ToyChunk]:
         assert given == arguments
         return [ToyChunk(), ToyChunk()]
 
-    monkeypatch.setattr(twin, "build_model", build)
-    return build_twins(*arguments)
+    monkeypatch.setattr(twin, "build_chunks", build)
+    return build_twins(*arguments)  # type: ignore[arg-type, return-value]
 
 
 def tensors(chunks: list, kind: str = "parameters") -> list[torch.Tensor]:
@@ -90,9 +91,9 @@ def test_another_model_for_u_is_refused_and_nothing_stays_hooked(
         [kind] = next(models)
         return [kind(7)] if kind is torch.nn.LayerNorm else [kind()]
 
-    monkeypatch.setattr(twin, "build_model", build)
+    monkeypatch.setattr(twin, "build_chunks", build)
     with pytest.raises((AssertionError, ValueError)):
-        build_twins("config", "megatron", 61)  # type: ignore[arg-type]
+        build_twins("provider", "groups")  # type: ignore[arg-type]
     before = torch.nn.Linear(2, 2).weight
     assert before.shape == (2, 2)
 
@@ -133,17 +134,54 @@ def test_what_trains_gets_storage_of_its_own_once(twins: tuple[list, list]) -> N
 
 def test_a_micro_batch_goes_to_the_model_of_its_role() -> None:
     w, u = ToyChunk(), ToyChunk()
-    both = TwinModel(w, u)  # type: ignore[arg-type]
+    both = TwinModel(w, u, lambda model, batch: (model, batch))  # type: ignore[arg-type, return-value]
     first, second = torch.zeros(1), torch.ones(1)
     both.set_input_tensor(first)
-    assert both(True, 5, labels=6) == (u, first, (5,), {"labels": 6})
-    assert w.input is None
+    assert both(True, "a batch") == (u, "a batch")
+    assert w.input is None and u.input is first
     both.set_input_tensor(second)
-    assert both(False, 7, labels=8) == (w, second, (7,), {"labels": 8})
-    assert u.input is first
+    assert both(False, "another", last=True) == (w, "another")
+    assert u.input is first and w.input is second
     assert both.config is w.config and both.model_type is w.model_type and both.vp_stage == 3
     shared = both.share_embeddings_and_output_weights
     assert shared is w.share_embeddings_and_output_weights
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_reduction_starts_in_the_backward_pass_of_each_models_last(overlap: bool) -> None:
+    """And not when that pass is made: with a pipeline, others end between the two."""
+    w, u = ToyChunk(), ToyChunk()
+    for chunk in (w, u):
+        chunk.ddp_config.overlap_grad_reduce = overlap
+        chunk.bucket_groups = [SimpleNamespace(is_last_microbatch=True) for _ in range(2)]
+        chunk.expert_parallel_bucket_groups = [SimpleNamespace(is_last_microbatch=True)]
+
+    def reducing() -> list[bool]:
+        marks = [
+            {g.is_last_microbatch for g in c.bucket_groups + c.expert_parallel_bucket_groups}
+            for c in (w, u)
+        ]
+        assert all(len(mark) == 1 for mark in marks)
+        return [mark.pop() for mark in marks]
+
+    both = TwinModel(w, u, lambda model, batch: model.first.weight.sum() * batch)  # type: ignore[arg-type]
+    both.hold_reduction()
+    assert reducing() == ([False, False] if overlap else [True, True])
+    passes = [both(True, 2.0), both(False, 2.0), both(True, 3.0, last=True), both(False, 3.0)]
+    last_of_w = both(False, 4.0, last=True)
+    for each in passes[:2]:
+        each.backward()
+    assert reducing() == ([False, False] if overlap else [True, True])
+    passes[2].backward()
+    assert reducing() == ([False, True] if overlap else [True, True])
+    passes[3].backward()
+    assert reducing() == ([False, True] if overlap else [True, True])
+    last_of_w.backward()
+    assert reducing() == [True, True]
+    both.hold_reduction()
+    assert reducing() == ([False, False] if overlap else [True, True])
+    with torch.no_grad():
+        both(True, 1.0, last=True)
 
 
 def remade(both: TwinModel) -> list[bool]:

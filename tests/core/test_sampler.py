@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scalebio.data.blend import (
+from megatron_scalebio.core.sampler import (
     BlendSampler,
     expected_counts,
     shuffled_index,

@@ -53,7 +53,7 @@ def begin(folder: Path, bf16: bool, sharded: bool, lisa: bool, seed: int = 77) -
 
 
 def parameters(chunks: Any) -> dict[str, torch.nn.Parameter]:
-    from megatron_scalebio.model.twin import named_parameters
+    from megatron_scalebio.core.twin import named_parameters
 
     return {name: p for name, p in named_parameters(chunks) if p.requires_grad}
 
@@ -90,27 +90,25 @@ class AdamW:
 
 
 def steps_are_adams(state: Any, bf16: bool) -> None:
-    from megatron_scalebio.bilevel.step import prepare_gradients
-    from megatron_scalebio.optim.builder import set_rate
+    from megatron_scalebio.core.period import prepare_gradients, step_with
 
-    period = state.enter_period()
-    adams = {side: AdamW(weights(state.models[side])) for side in state.models}
+    period = state.training.enter_period()
+    adams = {side: AdamW(weights(state.training.models[side])) for side in state.training.models}
     for number, norm in enumerate(NORMS):
         period.zero_grad()
-        for side, chunks in state.models.items():
+        for side, chunks in state.training.models.items():
             drawn = gradients(chunks, 10 * number + ord(side), norm)
             for name, parameter in parameters(chunks).items():
                 assert parameter.main_grad.dtype == torch.float32
                 assert not parameter.main_grad.any(), "zeroed"
                 parameter.main_grad.copy_(drawn[name])
             optimizer = period.optimizers[side]
-            assert prepare_gradients(optimizer, CLIP) == pytest.approx(norm, rel=1e-5)
+            assert prepare_gradients(optimizer) == pytest.approx(norm, rel=1e-5)
             rate = RATES[side] / (1 + number)
-            set_rate(optimizer, rate, DECAY)
-            optimizer.step_with_ready_grads()
+            step_with(optimizer, rate)
             adams[side].step(drawn, norm, rate)
     for side, adam in adams.items():
-        got = weights(state.models[side])
+        got = weights(state.training.models[side])
         for name, want in adam.values.items():
             # fp32 sums against float64; bf16 weights are rounded from masters as good.
             bounds = {"rtol": 2**-8, "atol": 1e-6} if bf16 else {"rtol": 1e-5, "atol": 1e-6}
@@ -120,23 +118,25 @@ def steps_are_adams(state: Any, bf16: bool) -> None:
 
 
 def gradients_of_u_are_added(state: Any) -> None:
-    period = state.enter_period()
-    drawn = {side: gradients(chunks, ord(side), 2.0) for side, chunks in state.models.items()}
-    for side, chunks in state.models.items():
+    period = state.training.enter_period()
+    drawn = {
+        side: gradients(chunks, ord(side), 2.0) for side, chunks in state.training.models.items()
+    }
+    for side, chunks in state.training.models.items():
         for name, parameter in parameters(chunks).items():
             parameter.main_grad.copy_(drawn[side][name])
     period.add_gradients_of_u(0.3)
-    for name, parameter in parameters(state.u).items():
+    for name, parameter in parameters(state.training.u).items():
         assert torch.equal(parameter.main_grad, drawn["u"][name])
-    for name, parameter in parameters(state.w).items():
+    for name, parameter in parameters(state.training.w).items():
         want = drawn["w"][name] + 0.3 * drawn["u"][name]
         torch.testing.assert_close(parameter.main_grad, want)
 
 
 def nothing_is_left(state: Any) -> None:
     """Weights stay, each in storage of its own; buffers, gradients and optimizers are gone."""
-    period, seen = state.period, []
-    before = {side: weights(chunks) for side, chunks in state.models.items()}
+    period, seen = state.training.period, []
+    before = {side: weights(chunks) for side, chunks in state.training.models.items()}
     for ddp in (*period.ddp["w"], *period.ddp["u"]):
         seen += [weakref.ref(buffer.grad_data) for buffer in ddp.buffers]
     seen += [weakref.ref(optimizer) for optimizer in period.optimizers.values()]
@@ -145,10 +145,10 @@ def nothing_is_left(state: Any) -> None:
             # In fp32 some optimizers step the parameters themselves.
             seen += [weakref.ref(p) for p in group["params"] if type(p) is torch.Tensor]
     del period, ddp, optimizer, group
-    state.leave_period()
-    assert state.period is None and state.megatron.no_sync_func is None
+    state.training.leave_period()
+    assert state.training.period is None
     assert not any(ref() is not None for ref in seen)
-    for side, chunks in state.models.items():
+    for side, chunks in state.training.models.items():
         assert all(torch.equal(v, before[side][name]) for name, v in weights(chunks).items())
         for parameter in parameters(chunks).values():
             assert parameter.grad is None and not hasattr(parameter, "main_grad")
@@ -157,21 +157,21 @@ def nothing_is_left(state: Any) -> None:
 
 def no_hook_is_left(state: Any) -> None:
     """At once, not when the garbage is collected: the next period has hooks of its own."""
-    period = state.enter_period()
+    period = state.training.enter_period()
     gc.disable()
     period.close()
-    for chunks in state.models.values():
+    for chunks in state.training.models.values():
         for name, parameter in parameters(chunks).items():
             parameter.sum().backward()
             assert parameter.grad is not None, f"{name}: a closed period took its gradient"
             parameter.grad = None
     gc.enable()
-    state.period = None
+    state.training.period = None
 
 
 def starts_from_chance(state: Any, again: Any, other: Any) -> None:
     """N(0, std²), √(2 · layers) smaller where it adds to the residual stream; norms 1, biases 0."""
-    drawn, same, others = (weights(each.w) for each in (state, again, other))
+    drawn, same, others = (weights(each.training.w) for each in (state, again, other))
     for name, value in drawn.items():
         assert torch.equal(same[name], value), "a seed means the same weights"
         if value.ndim == 1:
@@ -190,7 +190,8 @@ def starts_from_chance(state: Any, again: Any, other: Any) -> None:
 
 def overlaps_as_asked(state: Any) -> None:
     """w alone, as `train` overlaps its communication."""
-    from megatron_scalebio.optim.builder import Period
+    from megatron_scalebio.core.period import Period
+    from megatron_scalebio.model.settings import ddp_config, optimizer_config
 
     config = replace(
         state.config,
@@ -198,19 +199,18 @@ def overlaps_as_asked(state: Any) -> None:
             state.config.parallel, overlap_grad_reduce=True, overlap_param_gather=True
         ),
     )
-    period = Period(config, state.megatron, state.w)
+    period = Period(ddp_config(config), optimizer_config(config), state.training.w)
     [ddp], [part] = period.ddp["w"], period.optimizers["w"].chained_optimizers
     told = ddp.ddp_config
     assert told.grad_reduce_in_fp32 and told.overlap_grad_reduce and told.overlap_param_gather
     assert told.use_distributed_optimizer and part.config.use_distributed_optimizer
     assert part.config.overlap_param_gather and part.config.params_dtype == torch.bfloat16
     assert set(period.optimizers) == {"w"} and period.twins[0].u is period.twins[0].w
-    assert state.megatron.no_sync_func == ddp.no_sync
     buffer = weakref.ref(ddp.buffers[0].grad_data)
     del ddp, part
     period.close()
     gc.collect()
-    assert state.megatron.no_sync_func is None and buffer() is None
+    assert buffer() is None
 
 
 def on_rank(folder_name: str) -> None:

@@ -1,0 +1,107 @@
+"""Micro-batches as the step takes them, and the means of losses over a global batch.
+
+A step needs three things of a micro-batch: the source of each sequence, which labels count, and
+whatever the model is called with. Anything that has them will do (`Batch`); `MicroBatch` is what
+Megatron's GPTModel is called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_scalebio.core.collectives import summed
+
+
+class Batch(Protocol):
+    """What a step needs of a micro-batch, the same on all ranks of a model-parallel group.
+
+    Attributes:
+        group_B: source, or validation set, of each sequence, int64 on the CPU.
+        mask_BS: above 0 where the label counts, on the CPU. Under context parallelism S is this
+            rank's part of each sequence.
+        tokens: input tokens without padding, for reports.
+    """
+
+    @property
+    def group_B(self) -> torch.Tensor: ...
+    @property
+    def mask_BS(self) -> torch.Tensor: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences that go through a GPT model together, padded on the right.
+
+    Under context parallelism S is this rank's part of each sequence.
+
+    Attributes:
+        tokens_BS, labels_BS: ids, int64.
+        mask_BS: 1 where the label is a target, float32.
+        positions_BS: position ids, int64.
+        group_B: source or validation set of each sequence, int64.
+        tokens: input tokens here, padding left out.
+        member_B: its place in the global batch, int64, for whoever wants to know; a step does not.
+    """
+
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    mask_BS: torch.Tensor
+    positions_BS: torch.Tensor
+    group_B: torch.Tensor
+    tokens: int = 0
+    member_B: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+        """The arguments of Megatron's GPTModel, whose output is then the loss of each label."""
+        return {
+            "input_ids": self.tokens_BS.to(device, non_blocking=True),
+            "position_ids": self.positions_BS.to(device, non_blocking=True),
+            "attention_mask": None,
+            "labels": self.labels_BS.to(device, non_blocking=True),
+        }
+
+
+def gpt_losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """The default forward pass, of a `MicroBatch` through a GPTModel.
+
+    Returns:
+        The loss of each label, [B, S], on the last pipeline stage; else what the next one takes.
+    """
+    return model(**batch.inputs(next(model.parameters()).device))
+
+
+def mean_coefficients(
+    batches: Sequence[Batch], num_groups: int, loss_mean: str, groups: ProcessGroupCollection
+) -> list[torch.Tensor]:
+    """Coefficient of each sequence's summed token loss in its group's mean loss ℓ_i.
+
+    The means are over the global batch: all micro-batches of all data-parallel ranks, whose counts
+    are summed here. A sequence without a target counts nowhere. A collective.
+
+    Args:
+        batches: this rank's micro-batches of one global batch.
+        num_groups: sources, or validation sets.
+        loss_mean: "sample", the mean over a group's sequences of their token means, or "token",
+            the mean over all target tokens of the group.
+
+    Returns:
+        For each micro-batch [B], float64.
+    """
+    targets = [(batch.mask_BS > 0).sum(dim=1, dtype=torch.float64) for batch in batches]
+    sizes = [len(each) for each in targets]
+    flat_B = summed(torch.cat(targets), groups.cp) if targets else torch.zeros(0).double()
+    group_B = torch.cat([batch.group_B for batch in batches]) if targets else flat_B.long()
+    counted_B = flat_B if loss_mean == "token" else (flat_B > 0).double()
+    count_G = torch.zeros(num_groups, dtype=torch.float64).index_add_(0, group_B, counted_B)
+    count_G = summed(count_G, groups.dp)
+    # 1 / count of the group, and for the mean of means 1 / count of the sequence.
+    each_B = 1.0 if loss_mean == "token" else flat_B.clamp_min(1)
+    coefficient_B = torch.where(flat_B > 0, 1.0 / (count_G[group_B].clamp_min(1) * each_B), 0.0)
+    return list(coefficient_B.split(sizes))

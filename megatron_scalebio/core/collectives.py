@@ -1,0 +1,38 @@
+"""What the ranks of a training tell each other beside Megatron's own communication.
+
+All ranks of torch's default process group train together. Numbers that a step goes by are small
+and lie on the CPU; they go through the device's memory because NCCL knows no other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+def device() -> torch.device:
+    return torch.device(torch.cuda.current_device())
+
+
+def summed(values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The sum over a process group [all ranks] of a tensor on the CPU. A collective."""
+    if (dist.get_world_size() if group is None else group.size()) == 1:
+        return values
+    on_device = values.to(device())
+    dist.all_reduce(on_device, group=group)
+    return on_device.cpu()
+
+
+def of_first_rank(values: torch.Tensor) -> torch.Tensor:
+    """Rank 0's tensor, on the CPU, on all ranks. A collective."""
+    if dist.get_world_size() == 1:
+        return values
+    on_device = values.to(device())
+    dist.broadcast(on_device, src=0)
+    return on_device.cpu()
+
+
+def reports_losses(groups: ProcessGroupCollection) -> bool:
+    """True on one rank for each part of each sequence: it adds its losses to the sums."""
+    return groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0

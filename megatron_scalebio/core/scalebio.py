@@ -1,0 +1,224 @@
+"""ScaleBiO: learns the mixture of data sources while it trains the model (arXiv 2406.19976).
+
+    bio = ScaleBiO(BilevelOptions(), sources=names, model_provider=..., ddp=..., optimizer=...)
+    sampler = BlendSampler(sizes, batch_size, seed)
+    for step in range(steps):
+        picks = sampler.next(bio.weights)
+        report = bio.step(train, validation, lr=schedule(step), inclusion=picks.inclusion_S)
+    bio.intervals()
+
+One step is one pipeline flush: u on each training micro-batch, w on the same, w on validation; then
+u, w and λ move together, each by its gradient at the old point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+
+from megatron_scalebio.core.batch import Batch
+from megatron_scalebio.core.confidence import (
+    Verdict,
+    WeightIntervals,
+    judge_convergence,
+    weight_intervals,
+)
+from megatron_scalebio.core.flush import Losses, Pass, passes_of
+from megatron_scalebio.core.mixture import Mixture
+from megatron_scalebio.core.objective import Role, hypergradient, mixed, role_scale
+from megatron_scalebio.core.options import BilevelOptions
+from megatron_scalebio.core.sampler import Floats
+from megatron_scalebio.core.training import Training
+from megatron_scalebio.core.twin import ModelProvider
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step measured, equal on all ranks.
+
+    Attributes:
+        step: steps made, this one included.
+        weights_S: p before the step, float64.
+        losses: ℓ_i(u), ℓ_i(w) and the losses of the validation sets, before the step.
+        train_loss_w, train_loss_u: L2(w), L2(u).
+        validation_loss: L1(w).
+        grad_norms: of "w" and "u", before clipping.
+        grad_norm_lambda: norm of Jᵀ g; NaN where the step was not applied.
+        alpha, lr_w, lr_u, lr_lambda: what the step was made with.
+        skipped: why nothing was applied; None where it was.
+    """
+
+    step: int
+    weights_S: torch.Tensor
+    losses: Losses
+    train_loss_w: float
+    train_loss_u: float
+    validation_loss: float
+    grad_norms: Mapping[str, float]
+    grad_norm_lambda: float
+    alpha: float
+    lr_w: float
+    lr_u: float
+    lr_lambda: float
+    skipped: str | None
+
+
+class ScaleBiO(Training):
+    """w, u and the mixture λ: the bilevel optimizer.
+
+    Args:
+        sources: names of the S data sources, in the order of their numbers in the batches.
+        model_provider, ddp, optimizer, **training: as of `Training`.
+        validation: weight of each validation set in L1, by name, in the order of their numbers.
+        initial_weights: of the sources, normalised here [equal ones].
+
+    Attributes:
+        mixture: λ and its trajectory.
+    """
+
+    def __init__(
+        self,
+        options: BilevelOptions,
+        sources: Sequence[str],
+        model_provider: ModelProvider,
+        ddp: DistributedDataParallelConfig,
+        optimizer: OptimizerConfig,
+        *,
+        validation: Mapping[str, float] | None = None,
+        initial_weights: Sequence[float] | None = None,
+        **training: Any,
+    ) -> None:
+        super().__init__(
+            model_provider, ddp, optimizer,
+            with_u=True, resync_interval=options.resync_interval, **training,
+        )  # fmt: skip
+        self.options, self.sources = options, list(sources)
+        validation = {"validation": 1.0} if validation is None else validation
+        shares_V = torch.tensor(list(validation.values()), dtype=torch.float64)
+        self.validation_shares_V = shares_V / shares_V.sum()
+        initial = [1.0] * len(self.sources) if initial_weights is None else list(initial_weights)
+        self.mixture = Mixture(initial, options.mixture_optimizer)
+
+    @property
+    def weights(self) -> Floats:
+        """p, the mixture as it is now, [S]. `intervals` has the weights to report."""
+        return self.mixture.probs_S.numpy()
+
+    def step(
+        self,
+        train: Sequence[Batch],
+        validation: Sequence[Batch],
+        lr: float,
+        *,
+        lr_u: float | None = None,
+        lr_lambda: float | None = None,
+        alpha: float | None = None,
+        inclusion: Floats | None = None,
+        validation_inclusion: Floats | None = None,
+    ) -> StepReport:
+        """One bilevel step of all ranks. A collective.
+
+        Args:
+            train, validation: this data-parallel rank's micro-batches, as many on every rank.
+            lr, lr_u: learning rates of w and u [of u: lr].
+            lr_lambda, alpha: [those of the options].
+            inclusion, validation_inclusion: probability that each source, or validation set, is in
+                a batch at all, from `Picks` [1: all are].
+        """
+        rates = {"w": lr, "u": lr if lr_u is None else lr_u}
+        lr_lambda = self.options.rate if lr_lambda is None else lr_lambda
+        alpha = self.options.alpha if alpha is None else alpha
+        probs_S, shares_V = self.mixture.probs_S, self.validation_shares_V
+        inclusion_S, inclusion_V = (
+            torch.ones_like(each) if given is None else torch.as_tensor(np.asarray(given))
+            for each, given in ((probs_S, inclusion), (shares_V, validation_inclusion))
+        )
+        with self.observe("period"):
+            period = self.enter_period()
+            period.zero_grad()
+            # After a reset u gives w's losses and gradients too.
+            shared = self.u_is_w and self.flush_takes(len(train) + len(validation))
+            passes = self._passes(
+                train, validation, probs_S / inclusion_S, shares_V / inclusion_V, alpha, shared
+            )
+        with self.observe("flush"):
+            losses = self.flush(passes, len(probs_S), len(shares_V))
+            if shared:
+                period.add_gradients_of_u(role_scale(Role.TRAIN_W, alpha))
+                losses = replace(losses, w_S=losses.u_S)
+        loss_w, loss_u = (mixed(probs_S, of_S, inclusion_S) for of_S in (losses.w_S, losses.u_S))
+        loss_V = mixed(shares_V, losses.validation_V, inclusion_V)
+        watched = {
+            "w: training loss": loss_w,
+            "u: training loss": loss_u,
+            "w: validation loss": loss_V,
+            "w and u: distance of their training losses": abs(loss_w - loss_u),
+        }
+        norm_lambda = math.nan
+
+        def learn() -> None:
+            nonlocal norm_lambda
+            excess_S = losses.w_S - losses.u_S
+            gradient_S = hypergradient(excess_S, probs_S, inclusion_S, alpha)
+            norm_lambda = self.mixture.step(gradient_S, lr_lambda)
+
+        with self.observe("update"):
+            update = self.update(losses, watched, rates, self.mixture.logits_S, learn)
+        return StepReport(
+            self.steps, probs_S, losses, loss_w, loss_u, loss_V, update.norms, norm_lambda,
+            alpha, rates["w"], rates["u"], lr_lambda, update.skipped,
+        )  # fmt: skip
+
+    def _passes(
+        self,
+        train: Sequence[Batch],
+        validation: Sequence[Batch],
+        weight_S: torch.Tensor,
+        weight_V: torch.Tensor,
+        alpha: float,
+        shared: bool,
+    ) -> list[Pass]:
+        """u and w in turn on each training micro-batch, or u for both; then validation."""
+        mean, groups = self.options.loss_mean, self.groups
+        scales = {role: role_scale(role, alpha) for role in Role}
+        on_validation = {Role.VALID_W: scales.pop(Role.VALID_W)}
+        if shared:
+            del scales[Role.TRAIN_W]
+        on_train = passes_of(scales, train, weight_S, mean, groups)
+        return on_train + passes_of(on_validation, validation, weight_V, mean, groups)
+
+    def intervals(self) -> WeightIntervals:
+        """The learned weights, averaged over the last steps, and how sure they are."""
+        return weight_intervals(self._tail(), self.options.confidence)
+
+    def verdict(self, constant_rate: bool = True) -> Verdict:
+        """Whether the weights have converged by now, and why.
+
+        Args:
+            constant_rate: lr_lambda was the same over the averaged steps.
+        """
+        return judge_convergence(
+            self._tail(),
+            self.sources,
+            block_length=self.mixture.trajectory.block_length,
+            tolerance=self.options.tolerance,
+            confidence=self.options.confidence,
+            constant_rate=constant_rate,
+        )
+
+    def _tail(self) -> torch.Tensor:
+        return self.mixture.trajectory.tail(self.options.average_fraction)
+
+    def common_state(self) -> dict[str, Any]:
+        return {**super().common_state(), "mixture": self.mixture.state_dict()}
+
+    def load_common_state(self, state: Mapping[str, Any]) -> None:
+        super().load_common_state(state)
+        self.mixture.load_state_dict(state["mixture"])

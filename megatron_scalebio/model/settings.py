@@ -1,0 +1,165 @@
+"""Megatron's configurations of the model, of DDP and of the optimizer, from a run's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+
+from megatron_scalebio import runtime
+from megatron_scalebio.config import Config
+from megatron_scalebio.config.model import ModelConfig
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.model.layers import ModelSettings
+from megatron_scalebio.model.rope import softmax_scale
+
+try:
+    import transformer_engine  # noqa: F401
+
+    HAVE_TRANSFORMER_ENGINE = True
+except ImportError:
+    HAVE_TRANSFORMER_ENGINE = False
+
+
+def uses_transformer_engine(config: Config) -> bool:
+    asked = config.model.transformer_impl
+    if asked == "transformer_engine" and not (HAVE_TRANSFORMER_ENGINE and runtime.on_cuda()):
+        raise UserError(
+            "'transformer_engine' needs CUDA and the transformer_engine package",
+            where="model.transformer_impl",
+            mend="install it or use local",
+        )
+    used = asked != "local" and HAVE_TRANSFORMER_ENGINE and runtime.on_cuda()
+    if config.parallel.fp8_format and not used:
+        raise UserError(
+            f"{config.parallel.fp8_format!r} needs CUDA and Transformer Engine's layers",
+            where="parallel.fp8_format",
+            mend="install transformer_engine and leave transformer_impl at auto, or drop it",
+        )
+    return used
+
+
+def transformer_config(config: Config) -> ModelSettings:
+    """Megatron-Core's configuration of the model, its parallelism and its numerics."""
+    model, parallel = config.model, config.parallel
+    dtype = torch.bfloat16 if parallel.bf16 else torch.float32
+    return ModelSettings(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.ffn_hidden_size or default_ffn_hidden_size(config),
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        layernorm_zero_centered_gamma=model.apply_layernorm_1p,
+        qk_layernorm=model.qk_layernorm,
+        post_norms=model.post_norms,
+        parallel_residual=model.parallel_residual,
+        gated_linear_unit=model.swiglu or model.activation == "geglu_tanh",
+        activation_func=_activation(model),
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        window_size=None if model.window_size is None else tuple(model.window_size),
+        window_attn_skip_freq=model.window_attn_skip_freq,
+        softmax_scale=softmax_scale(model),
+        attn_logit_softcapping=model.attn_logit_softcapping,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_chunks(model.num_layers),
+        context_parallel_size=parallel.context_parallel_size,
+        # Transformer Engine's ring of messages takes no sliding window.
+        cp_comm_type="p2p" if model.window_size is None else "all_gather",
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=parallel.bf16,
+        fp8=parallel.fp8_format,
+        fp8_recipe=parallel.fp8_recipe,
+        fp8_param=parallel.fp8_param_gather,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        # Micro-batches are padded to their own longest sequence, not to one length for all; except
+        # when interleaved, where two stages would swap the announced shapes (see below).
+        variable_seq_lengths=parallel.num_layers_per_virtual_pipeline_stage is None,
+        moe_token_dispatcher_type="alltoall",  # unused here; the default refuses variable lengths
+        # Coefficients already divide by global counts; Megatron must not divide again.
+        calculate_per_token_loss=True,
+        # A sent tensor's storage is freed once the send is under way. NCCL's stream order makes
+        # that safe; gloo would still be reading it.
+        deallocate_pipeline_outputs=runtime.on_cuda(),
+        # Interleaved stages 0 and 1 of two are each other's next and previous: batched sends
+        # between them would be matched in the wrong order.
+        overlap_p2p_comm=parallel.num_layers_per_virtual_pipeline_stage is not None,
+        batch_p2p_comm=parallel.num_layers_per_virtual_pipeline_stage is None,
+        # `model.init` draws the weights, alike under every layout. (Without
+        # perform_initialization, Megatron would also not mark weights as split over TP.)
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        use_cpu_initialization=not runtime.on_cuda(),
+        # The fused GELU is always the tanh approximation.
+        bias_activation_fusion=runtime.on_cuda() and model.swiglu,
+        bias_dropout_fusion=runtime.on_cuda(),
+        masked_softmax_fusion=False,
+    )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _activation(model: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    if model.swiglu:
+        return F.silu
+    return F.gelu if model.activation == "gelu" else gelu_tanh
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation (`gelu_new`, `gelu_pytorch_tanh`)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def default_ffn_hidden_size(config: Config) -> int:
+    """4 × hidden, or 8/3 × hidden for a gated MLP: equal parameters, rounded up to 64."""
+    model = config.model
+    gated = model.swiglu or model.activation == "geglu_tanh"
+    return math.ceil(model.hidden_size * 8 / 3 / 64) * 64 if gated else 4 * model.hidden_size
+
+
+def ddp_config(config: Config) -> DistributedDataParallelConfig:
+    parallel = config.parallel
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=parallel.fp8_param_gather,
+    )
+
+
+def optimizer_config(config: Config) -> OptimizerConfig:
+    """AdamW of w and u alike; a step sets its own learning rate."""
+    rates, parallel = config.optimizer, config.parallel
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=rates.lr,
+        min_lr=rates.min_lr,
+        weight_decay=rates.weight_decay,
+        adam_beta1=rates.adam_beta1,
+        adam_beta2=rates.adam_beta2,
+        adam_eps=rates.adam_eps,
+        clip_grad=rates.clip_grad,
+        bf16=parallel.bf16,
+        params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+        fp8_recipe=parallel.fp8_recipe if parallel.fp8_format else None,
+    )

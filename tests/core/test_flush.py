@@ -1,0 +1,343 @@
+"""The parts of a step by themselves: passes, the loss of one, their sums over ranks, clipping.
+
+With toys in this process; the whole, on Megatron's models in ranks, is in tests/distributed.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_scalebio.core import flush as module
+from megatron_scalebio.core import period
+from megatron_scalebio.core.batch import MicroBatch
+from megatron_scalebio.core.flush import (
+    Pass,
+    flush,
+    forward_step,
+    loss_func,
+    passes_of,
+    reduce_losses,
+)
+from megatron_scalebio.core.objective import Role
+from megatron_scalebio.core.period import prepare_gradients
+from megatron_scalebio.core.scalebio import ScaleBiO
+
+U, W, VALID = Role.TRAIN_U, Role.TRAIN_W, Role.VALID_W
+
+
+def tensor(values: list) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def batch(groups: list[int], mask: list[list[int]], tokens: int = 0) -> MicroBatch:
+    rows, columns = len(mask), len(mask[0])
+    ids = torch.arange(rows * columns).view(rows, columns)
+    mask_BS = torch.tensor(mask, dtype=torch.float32)
+    return MicroBatch(ids, ids + 100, mask_BS, ids + 200, torch.tensor(groups), tokens)
+
+
+class Group:
+    """A process group, as its ranks are asked for."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+def groups(**given: Group) -> Any:
+    return SimpleNamespace(**{name: Group() for name in ("tp", "pp", "cp", "dp")} | given)
+
+
+TRAIN = [batch([0, 2], [[1, 1], [1, 0]]), batch([1], [[1, 1, 1]])]
+VALIDATION = [batch([1], [[1, 0, 1, 1]]), batch([0], [[1]])]
+
+
+def passes(probs: list[float], shares: list[float], alpha: float, shared: bool) -> list[Pass]:
+    """Those of a step of ScaleBiO."""
+    bio: Any = SimpleNamespace(options=SimpleNamespace(loss_mean="sample"), groups=groups())
+    return ScaleBiO._passes(bio, TRAIN, VALIDATION, tensor(probs), tensor(shares), alpha, shared)
+
+
+def test_passes_are_u_and_w_in_turn_then_validation_with_their_weights() -> None:
+    probs, shares, alpha = [0.6, 0.3, 0.1], [0.8, 0.2], 4.0
+    planned = passes(probs, shares, alpha, shared=False)
+    assert [p.role for p in planned] == [U, W, U, W, VALID, VALID]
+    first, second = TRAIN
+    want = [first, first, second, second, *VALIDATION]
+    assert all(p.batch is held for p, held in zip(planned, want, strict=True))
+    # u descends L2(u), w (α L2(w) + L1(w)) / (1 + α).
+    of_role = {
+        U: probs,
+        W: [p * alpha / (1 + alpha) for p in probs],
+        VALID: [share / (1 + alpha) for share in shares],
+    }
+    for p in planned:
+        mean_B = 1 / p.batch.mask_BS.sum(1).double()  # each group has one sequence
+        torch.testing.assert_close(p.coefficient_B, mean_B, rtol=1e-12, atol=0)
+        weight_B = tensor([of_role[p.role][group] for group in p.batch.group_B])
+        torch.testing.assert_close(p.weight_B, weight_B * mean_B, rtol=1e-12, atol=0)
+
+
+def test_where_u_is_w_its_passes_alone_are_made() -> None:
+    planned = passes([0.6, 0.3, 0.1], [1.0, 1.0], 4.0, shared=True)
+    assert [p.role for p in planned] == [U, U, VALID, VALID]
+    assert [id(p.batch) for p in planned] == [id(b) for b in TRAIN + VALIDATION]
+    assert planned[0].weight_B.tolist() == [0.6 / 2, 0.1]
+
+
+def test_loss_of_a_pass_is_the_weighted_sum_of_its_targets() -> None:
+    """Σ_b weight b · Σ_t mask · loss: by a loop, in double precision."""
+    mask = [[1, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 0]]
+    groups, coefficients, weights = [2, 0, 2], [0.5, 0.25, 2.0], [0.7, 0.2, 0.1]
+    loss_BS = torch.tensor([[1.5, 9.0, 2.0, 0.25], [7.0, 4.0, 8.0, 9.0], [3.0, 1.0, 2.5, 6.0]])
+    loss_BS[0, 1] = math.nan  # padding may hold anything
+    loss_BS[1, 3] = math.inf
+    loss_BS.requires_grad_()
+    this = Pass(W, batch(groups, mask), tensor(coefficients), tensor(weights))
+    objective, tokens, record = loss_func(this, loss_BS)
+    sums = [3.75, 4.0, 6.5]
+    parts = [x * c for x, c in zip(sums, coefficients, strict=True)]
+    want = sum(x * weight for x, weight in zip(sums, weights, strict=True))
+    assert objective.dtype == torch.float32
+    assert float(objective.detach()) == pytest.approx(want, rel=1e-6)
+    assert int(tokens) == 0 and tokens.dtype == torch.int
+    assert set(record) == {"role", "group_B", "part_B"} and record["role"] is W
+    assert record["group_B"].tolist() == groups
+    assert record["part_B"].tolist() == parts and record["part_B"].dtype == torch.float64
+    assert not record["part_B"].requires_grad
+    objective.backward()
+    wanted = [[x * m for m in line] for x, line in zip(weights, mask, strict=True)]
+    assert loss_BS.grad is not None
+    torch.testing.assert_close(loss_BS.grad, torch.tensor(wanted))
+
+
+def test_losses_are_summed_in_double_precision() -> None:
+    """The hypergradient is a small difference of sums over thousands of tokens."""
+    values = torch.linspace(0.1, 11.0, 4096)[None]
+    this = Pass(U, batch([0], [[1] * 4096]), tensor([1.0]), tensor([1.0]))
+    _, _, record = loss_func(this, values)
+    assert float(record["part_B"]) == math.fsum(values[0].tolist())
+    _, _, half = loss_func(this, values.bfloat16())
+    assert float(half["part_B"]) == math.fsum(values.bfloat16()[0].tolist())
+
+
+def test_a_forward_step_takes_the_next_pass_to_the_model_of_its_role() -> None:
+    calls, seen = [], []
+
+    def twin(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        return given[1].labels_BS.float()
+
+    @contextmanager
+    def observe(part: str) -> Any:
+        seen.append((part, len(calls)))
+        yield
+        seen.append((part, len(calls)))
+
+    planned = [
+        Pass(role, held, *[torch.ones(len(held.group_B)).double()] * 2, last=last)
+        for role in (U, W, VALID) for held in TRAIN for last in (False, True)
+    ]  # fmt: skip
+    iterator = iter(planned)
+    for this in planned:
+        output, loss = forward_step(iterator, twin, observe)  # type: ignore[arg-type]
+        assert calls[-1] == (this.role is U, this.batch, this.last)
+        for got, want in zip(loss(output)[:2], loss_func(this, output)[:2], strict=True):
+            assert torch.equal(got, want)
+    assert seen == [("forward", n // 2 + n % 2) for n in range(2 * len(planned))], "around each"
+
+
+class ToyTwin:
+    """Notes that its reduction is held back, and what the schedule finds in its configuration."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.config = SimpleNamespace(
+            finalize_model_grads_func="theirs", no_sync_func="their own",
+            grad_sync_func="another", param_sync_func=None,
+        )  # fmt: skip
+
+    def hold_reduction(self) -> None:
+        self.held += 1
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_flush_hands_all_passes_to_every_chunk(
+    monkeypatch: pytest.MonkeyPatch, chunks: int
+) -> None:
+    given: dict[str, Any] = {}
+    twins: list[Any] = [ToyTwin() for _ in range(chunks)]
+    config = twins[0].config
+    before = dict(vars(config))
+
+    def schedule(**arguments: Any) -> str:
+        given.update(arguments, found=dict(vars(config)), held=[twin.held for twin in twins])
+        return "records"
+
+    monkeypatch.setattr(module, "get_forward_backward_func", lambda: schedule)
+    planned = passes([1.0] * 3, [1.0] * 2, 1.0, shared=False)
+    context = groups(cp=Group(size=4))
+    assert flush(twins, planned, context, forward_only=True) == "records"  # type: ignore[comparison-overlap]
+    iterators = given.pop("data_iterator")
+    if chunks == 1:
+        iterators = [iterators]
+    assert len(iterators) == chunks
+    for iterator in iterators:
+        got = list(iterator)
+        assert [(p.role, p.batch, p.weight_B) for p in got] == [
+            (p.role, p.batch, p.weight_B) for p in planned
+        ], "each chunk has its own"
+        # The last pass of u is its second, that of w the second on validation.
+        assert [p.last for p in got] == [False, False, True, False, False, True]
+    assert given.pop("forward_step_func").func is forward_step
+    assert given.pop("held") == [1] * chunks, "no gradient is reduced before its time"
+    found = given.pop("found")
+    assert found == {
+        "finalize_model_grads_func": module.finalize_twin_grads, "no_sync_func": None,
+        "grad_sync_func": None, "param_sync_func": None,
+    }  # fmt: skip
+    assert vars(config) == before, "the caller's own are put back"
+    # Validation's four columns are the longest, a quarter of the sequence under CP.
+    assert given == {
+        "model": twins, "num_microbatches": 6, "seq_length": 16, "micro_batch_size": 2,
+        "forward_only": True,
+    }  # fmt: skip
+
+
+def test_the_callers_hooks_are_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def schedule(**arguments: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "get_forward_backward_func", lambda: schedule)
+    twin: Any = ToyTwin()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        flush([twin], passes([1.0] * 3, [1.0] * 2, 1.0, shared=False), groups())
+    assert twin.config.finalize_model_grads_func == "theirs"
+
+
+def test_a_pass_counts_what_its_role_counts() -> None:
+    planned = passes_of({U: 1.0, W: 0.25}, TRAIN, tensor([0.5, 0.25, 0.25]), "token", groups())
+    assert [p.role for p in planned] == [U, W, U, W]
+    assert planned[0].coefficient_B.tolist() == [0.5, 1.0] == planned[1].coefficient_B.tolist()
+    assert planned[0].weight_B.tolist() == [0.25, 0.25]
+    assert planned[1].weight_B.tolist() == [0.0625, 0.0625]
+
+
+class OtherRank:
+    """Stands for the sum with one more rank, whose part is given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, theirs: list[float]) -> None:
+        self.theirs, self.ours = theirs, None
+        monkeypatch.setattr(module, "summed", self.summed)
+
+    def summed(self, flat: torch.Tensor) -> torch.Tensor:
+        assert self.ours is None, "one reduction"
+        self.ours = flat.tolist()
+        return flat + tensor(self.theirs)
+
+
+def record(role: Role, groups: list[int], parts: list[float]) -> dict[str, Any]:
+    return {"role": role, "group_B": torch.tensor(groups), "part_B": tensor(parts)}
+
+
+RECORDS = [
+    record(U, [0, 2, 0], [1.0, 2.0, 4.0]), record(W, [0, 2], [8.0, 16.0]),
+    record(U, [1], [32.0]), record(W, [2, 2], [64.0, 128.0]),
+    record(VALID, [1, 0], [256.0, 512.0]), record(VALID, [1], [1024.0]),
+]  # fmt: skip
+
+
+PASSES = [Pass(U, batch([0], [[1]], tokens=n), *[tensor([1.0])] * 2) for n in (5, 70, 2**24)]
+# Of the other rank: sums and counts of u, of w, of validation; tokens.
+THEIRS = [0.5, 0.25, 0.0, 1, 1, 0, 0.125, 0.0, 2.0, 3, 0, 1, 3.0, 5.0, 1, 1, 10.0]
+
+
+def test_losses_are_the_sums_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = OtherRank(monkeypatch, THEIRS)
+    losses = reduce_losses(RECORDS, PASSES, 3, 2, groups())
+    assert ranks.ours == [
+        5.0, 32.0, 2.0, 2, 1, 1, 8.0, 0.0, 208.0, 1, 0, 3, 512.0, 1280.0, 1, 2, 75.0 + 2**24,
+    ]  # fmt: skip
+    assert losses.u_S.tolist() == [5.5, 32.25, 2.0]
+    assert losses.w_S.tolist() == pytest.approx([8.125, math.nan, 210.0], nan_ok=True), "absent"
+    assert losses.validation_V.tolist() == [515.0, 1285.0]
+    assert losses.tokens == 85 + 2**24 and isinstance(losses.tokens, int)
+    assert losses.culprit == ""
+
+
+@pytest.mark.parametrize("place", [{"pp": Group(0, 2)}, {"tp": Group(1, 2)}])
+def test_ranks_that_hold_no_losses_add_none(
+    monkeypatch: pytest.MonkeyPatch, place: dict[str, Group]
+) -> None:
+    ranks = OtherRank(monkeypatch, THEIRS)
+    losses = reduce_losses(RECORDS, PASSES, 3, 2, groups(**place))
+    assert ranks.ours == [0.0] * 17
+    assert losses.u_S.tolist() == pytest.approx([0.5, 0.25, math.nan], nan_ok=True)
+    assert losses.validation_V.tolist() == [3.0, 5.0] and losses.tokens == 10
+
+
+def test_the_last_stage_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = OtherRank(monkeypatch, THEIRS)
+    reduce_losses(RECORDS, PASSES, 3, 2, groups(pp=Group(1, 2)))
+    assert ranks.ours is not None and ranks.ours[0] == 5.0
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "culprit"),
+    [
+        (1, math.nan, "u: loss of source 1 is nan"),
+        (8, math.inf, "w: loss of source 2 is inf"),
+        (12, -math.inf, "w: loss of validation set 0 is -inf"),
+    ],
+)
+def test_what_is_not_finite_is_named(
+    monkeypatch: pytest.MonkeyPatch, place: int, value: float, culprit: str
+) -> None:
+    theirs = list(THEIRS)
+    theirs[place] = value
+    if place == 1:
+        theirs[2] = theirs[7] = math.nan  # the first is named
+    OtherRank(monkeypatch, theirs)
+    losses = reduce_losses(RECORDS, PASSES, 3, 2, groups())
+    assert losses.culprit == culprit
+
+
+class ToyOptimizer:
+    """Megatron's chain of optimizers: two with parameters, one without any, one a stub."""
+
+    def __init__(self, norm: float, most: float) -> None:
+        self.norm, self.prepared = norm, False
+        self.config = SimpleNamespace(clip_grad=most)
+        first, last = self.clipped = [[torch.nn.Parameter(torch.zeros(2))] for _ in range(2)]
+        self.chained_optimizers = [
+            SimpleNamespace(is_stub_optimizer=stub, get_parameters=lambda held=held: held)
+            for stub, held in ((False, first), (False, []), (True, None), (False, last))
+        ]
+
+    def prepare_grads(self) -> None:
+        self.prepared = True
+
+    def get_grad_norm(self) -> torch.Tensor:
+        assert self.prepared
+        return torch.tensor(self.norm)
+
+
+@pytest.mark.parametrize(
+    ("norm", "most", "clips"),
+    [(8.0, 2.0, True), (8.0, 0.25, True), (8.0, 0.0, False), (math.inf, 2.0, False)],
+)
+def test_gradients_are_clipped_by_the_norm_of_all(
+    monkeypatch: pytest.MonkeyPatch, norm: float, most: float, clips: bool
+) -> None:
+    calls: list[tuple] = []
+    monkeypatch.setattr(period, "clip_grad_by_total_norm_fp32", lambda *given: calls.append(given))
+    optimizer: Any = ToyOptimizer(norm, most)
+    got = prepare_gradients(optimizer)
+    assert got == norm and isinstance(got, float)
+    assert optimizer.prepared
+    assert calls == ([(held, most, norm) for held in optimizer.clipped] if clips else [])

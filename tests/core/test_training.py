@@ -1,0 +1,63 @@
+"""What a training decides by itself; its steps on Megatron's models are in tests/distributed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_scalebio.core import training as module
+from megatron_scalebio.core.training import Training
+
+
+@pytest.mark.parametrize("virtual", [None, 2])
+def test_an_interleaved_pipeline_takes_multiples_of_its_stages(
+    monkeypatch: pytest.MonkeyPatch, virtual: int | None
+) -> None:
+    name = "get_virtual_pipeline_model_parallel_world_size"
+    monkeypatch.setattr(module.parallel_state, name, lambda: virtual)
+    bare: Any = SimpleNamespace(groups=SimpleNamespace(pp=SimpleNamespace(size=lambda: 4)))
+    takes = [Training.flush_takes(bare, passes) for passes in (4, 8, 6, 3)]
+    assert takes == ([True, True, False, False] if virtual else [True] * 4)
+
+
+def config(**changed: Any) -> Any:
+    return SimpleNamespace(**{"calculate_per_token_loss": True, "fp16": False, **changed})
+
+
+@pytest.mark.parametrize("changed", [{"calculate_per_token_loss": False}, {"fp16": True}])
+def test_a_model_whose_losses_megatron_would_scale_is_refused(changed: dict[str, bool]) -> None:
+    module._require_right_losses(config())
+    [(name, value)] = changed.items()
+    with pytest.raises(ValueError, match=f"config.{name} is {value}"):
+        module._require_right_losses(config(**changed))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("theirs", [True, False])
+@pytest.mark.parametrize("ours", [True, False])
+def test_rank_0_decides(
+    monkeypatch: pytest.MonkeyPatch, rank: int, theirs: bool, ours: bool
+) -> None:
+    """Whether a step is applied, and to what: ranks may differ in a last bit."""
+    learned, calls = torch.tensor([1.0, 2.0], dtype=torch.float64), []
+
+    def learn() -> None:
+        calls.append(1)
+        learned.add_(0.5)
+
+    of_rank_0 = torch.tensor([float(theirs), 1.25, 2.25], dtype=torch.float64)
+
+    def of_first_rank(decision: torch.Tensor) -> torch.Tensor:
+        assert decision[0] == ours
+        return decision if rank == 0 else of_rank_0
+
+    monkeypatch.setattr(module.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(module, "of_first_rank", of_first_rank)
+    applied = Training._agreed(None, ours, learned, learn)  # type: ignore[arg-type]
+    assert applied == (ours if rank == 0 else theirs)
+    assert len(calls) == applied
+    want = [1.25, 2.25] if rank else [1.5, 2.5] if ours else [1.0, 2.0]
+    assert learned.tolist() == want
