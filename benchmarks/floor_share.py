@@ -18,7 +18,6 @@ import torch
 from common import build, table, write_json
 from markov import LENGTH, PROBLEMS
 
-from megatron_scalebio.core import flush as bilevel
 from megatron_scalebio.core.objective import hypergradient, logits_gradient
 from megatron_scalebio.core.sampler import BlendSampler
 from megatron_scalebio.train.loop import train_step
@@ -70,17 +69,16 @@ def variances(
     train, alpha = state.config.train, state.config.bilevel.alpha
     sizes = [len(source) for source in state.data.sources]
     state.data.sampler = BlendSampler(sizes, train.global_batch_size, 99, floor)
-    period = state.training.period
+    bio, period = state.training, state.training.period
     assert period is not None
     spread = {name: Spread() for name in ("lambda", "w", "u")}
     for _ in range(batches):
-        rows, valid, *picks = state.data.next(probs_S)
-        shares_V = torch.from_numpy(state.data.shares_V)
-        passes = bilevel.plan_passes(rows, valid, probs_S, shares_V, alpha)
+        rows, valid, picks, _ = state.data.next(probs_S)
+        inclusion_S, shares_V = torch.from_numpy(picks.inclusion_S), bio.validation_shares_V
+        passes = bio.passes(rows, valid, probs_S / inclusion_S, shares_V, alpha)
         period.zero_grad()
-        records = bilevel.flush(period.twins, passes, train.micro_batch_size)
-        losses = bilevel.reduce_losses(records, passes, *picks)
-        g = hypergradient(losses.w_S - losses.u_S, probs_S, losses.inclusion_S, alpha)
+        losses = bio.flush(passes, len(probs_S), len(shares_V))
+        g = hypergradient(losses.w_S - losses.u_S, probs_S, inclusion_S, alpha)
         spread["lambda"].add(logits_gradient(g, probs_S))
         spread["w"].add(period.ddp["w"][0].buffers[0].grad_data)
         spread["u"].add(period.ddp["u"][0].buffers[0].grad_data)

@@ -31,10 +31,11 @@ import torch
 from common import build, table, write_json
 from plain import PlainTraining
 
-from megatron_scalebio.core import flush as bilevel
+from megatron_scalebio.core import training
+from megatron_scalebio.core.flush import flush
 from megatron_scalebio.core.objective import Role
 from megatron_scalebio.core.twin import forget_weight_copies
-from megatron_scalebio.train import loop, outputs
+from megatron_scalebio.train import outputs
 from megatron_scalebio.train.loop import train_step
 from megatron_scalebio.train.reweight import Reporter
 from megatron_scalebio.train.state import TrainState
@@ -160,37 +161,43 @@ class Logged:
         start = time.perf_counter()
         result = train_step(self.state)
         done = time.perf_counter()
-        self.reporter.step(result, done - start)
+        self.time_s = self.state.clock.take()
+        self.reporter.step(result, done - start, self.time_s)
         self.log_s = time.perf_counter() - done
-        self.time_s = result.time_s
 
     def close(self) -> None:
         self.reporter.metrics.close()
+
+
+def timed_calls(owner: Any, name: str) -> list[float]:
+    """The seconds of each call of a function, from now on."""
+    seconds: list[float] = []
+    untimed = getattr(owner, name)
+
+    def timed_call(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = untimed(*arguments)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    setattr(owner, name, timed_call)
+    return seconds
 
 
 def host_share(folder: Path, args: Any) -> dict[str, dict[str, float]]:
     """The host's seconds in a step over all its seconds: medians of the parts and of the share."""
     data = write_data(folder / "host", 5, args.seq_length)
     run = Logged(build(settings(data, args), folder), folder / "host-run")
-    reduction: list[float] = []
-    untimed = bilevel.reduce_losses
-
-    def reduce_losses(*arguments: Any) -> Any:
-        start = time.perf_counter()
-        losses = untimed(*arguments)
-        reduction.append(time.perf_counter() - start)
-        return losses
-
-    loop.bilevel.reduce_losses = reduce_losses
+    reduction = timed_calls(training, "reduce_losses")
+    mixture = timed_calls(run.state.training.mixture, "step")
     parts: dict[str, list[float]] = {}
     for _ in range(args.rounds + 1):
         wall, _ = timed(run.step)
         host = {"data": run.time_s["data"], "losses": reduction[-1],
-                "mixture": run.time_s["mixture"], "log": run.log_s}  # fmt: skip
+                "mixture": mixture[-1], "log": run.log_s}  # fmt: skip
         host["wall"] = sum(host.values()) / wall
         for name, value in host.items():
             parts.setdefault(name, []).append(value)
-    loop.bilevel.reduce_losses = untimed
     run.close()
     return {"host": {name: median(values[1:]) for name, values in parts.items()}}
 
@@ -201,16 +208,17 @@ def many_sources(folder: Path, args: Any) -> dict[str, dict[str, float]]:
     `host_more` is the added host time (sampling, λ, log) over the whole step with 5: the steps'
     computation is the same, so it is the same figure with less noise.
     """
-    runs, host = {}, {5: [], 1000: []}
+    runs, mixture, host = {}, {}, {5: [], 1000: []}
     for sources in host:
         data = write_data(folder / f"sources-{sources}", sources, args.seq_length)
         state = build(settings(data, args), folder)
         runs[sources] = Logged(state, folder / f"run-{sources}")
+        mixture[sources] = timed_calls(state.training.mixture, "step")
 
     def step(sources: int) -> None:
         run = runs[sources]
         run.step()
-        host[sources].append(run.time_s["data"] + run.time_s["mixture"] + run.log_s)
+        host[sources].append(run.time_s["data"] + mixture[sources][-1] + run.log_s)
 
     times = interleave({"5": lambda: step(5), "1000": lambda: step(1000)}, args.rounds)
     for run in runs.values():
@@ -226,18 +234,19 @@ def pipeline_rank(folder: str, data: dict, args: Any) -> None:
     state = build(settings(data, args, parallel=parallel), Path(folder))
     probs_S = state.training.mixture.probs_S
     train, valid, *_ = state.data.next(probs_S)
-    passes = bilevel.plan_passes(train, valid, probs_S, torch.ones(1).double(), 10.0)
+    bio = state.training
+    passes = bio.passes(train, valid, probs_S, bio.validation_shares_V, 10.0)
     by_role = [[p for p in passes if p.role is role] for role in Role]
     period = state.training.enter_period()
 
     def one() -> None:
         period.zero_grad()
-        bilevel.flush(period.twins, passes, args.micro_batch_size)
+        flush(period.twins, passes, bio.groups)
 
     def three() -> None:
         period.zero_grad()
         for those in by_role:
-            bilevel.flush(period.twins, those, args.micro_batch_size)
+            flush(period.twins, those, bio.groups)
 
     times = interleave({"one": one, "three": three}, args.rounds)
     if torch.distributed.get_rank() == 1:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_scalebio.compat import cpu, megatron
+from megatron_scalebio.compat import adapt
 from megatron_scalebio.config import Config, ParallelConfig
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.launcher import world_size_from_environment
@@ -45,9 +45,7 @@ def start(config: Config) -> None:
     parallel = config.parallel
     # Kernels start in the order they are queued, which TP and CP communication beside GEMMs needs.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if not torch.cuda.is_available():
-        cpu.adapt()
-    megatron.adapt()
+    adapt()
     if not dist.is_initialized():
         _join(parallel)
     if not parallel_state.model_parallel_is_initialized():

@@ -1,4 +1,4 @@
-"""Imports point one way: config → data → model → bilevel, optim → checkpoint, train → cli."""
+"""Imports point one way: core → data, model → checkpoint, train → baselines → cli."""
 
 from __future__ import annotations
 
@@ -17,36 +17,34 @@ BELOW = {
     "errors": set(),
     "launcher": set(),
     "progress": set(),
-    "__init__": set(),
+    "__init__": {"core"},  # the library's names, looked up when they are asked for
     "compat": set(),
-    "config": LEAVES,
+    "core": {"compat"},
+    "config": LEAVES | {"core.options"},
     "families": set(),
     "config_loader": {"config", "families"},
     "runtime": {"compat", "config"},
     "guard": {"runtime"},
     "report": set(),
-    "data": {"compat", "config", "config_loader"},
-    "sample": {"config", "config_loader", "data"},
-    "model": {"compat", "config", "runtime"},
-    "optim": {"config", "model", "runtime"},
-    "bilevel": {"config", "data", "model", "runtime", "guard.stragglers"},
+    "data": {"compat", "config", "config_loader", "core"},
+    "sample": {"config", "config_loader", "core", "data"},
+    "model": {"compat", "config", "core", "runtime"},
     "checkpoint": {
-        "compat", "config", "data", "model", "optim", "bilevel", "runtime", "guard.process",
-        "train.state",
+        "compat", "config", "core", "data", "model", "runtime", "guard.process", "train.state",
     },
-    "convert": {"config", "config_loader", "families", "checkpoint", "model", "runtime"},
+    "convert": {"config", "config_loader", "families", "checkpoint", "core", "model", "runtime"},
     "evaluate": {"config", "config_loader", "data", "report", "train"},
     "plan": {
-        "compat", "config", "config_loader", "families", "data", "model", "optim", "bilevel",
-        "report", "runtime",
+        "compat", "config", "config_loader", "core", "families", "data", "model", "report",
+        "runtime",
     },
     "train": {
-        "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
-        "runtime", "convert", "sample", "guard",
+        "config", "config_loader", "core", "data", "model", "checkpoint", "report", "runtime",
+        "convert", "sample", "guard",
     },
     "baselines": {
-        "compat", "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint",
-        "report", "progress", "runtime", "sample", "train",
+        "compat", "config", "config_loader", "core", "data", "model", "checkpoint", "report",
+        "progress", "runtime", "sample", "train",
     },
     "compare": {"config", "config_loader", "report"},
     "cli": set(),  # stages are imported by name, when they are asked for
@@ -135,6 +133,36 @@ def test_private_names_of_megatron_are_named_in_compat_alone(path: Path) -> None
     used |= {alias.name for n in imports for alias in n.names}
     foreign = {name for name in used - own if name.startswith("_") and not name.endswith("__")}
     assert foreign <= _PRIVATE
+
+
+CORE = [path for path in modules() if name_of(path).startswith("core.")]
+
+
+@pytest.mark.parametrize("path", CORE, ids=name_of)
+def test_the_core_reads_no_file_prints_nothing_and_keeps_nothing(path: Path) -> None:
+    """It is a library for the training loops of others: what it does to a process is its caller's
+    to decide."""
+    tree = ast.parse(path.read_text())
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call)
+              and isinstance(n.func, ast.Name)}  # fmt: skip
+    assert not called & {"print", "open", "input", "exec", "eval"}
+    named = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    named |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    roots = {name.split(".")[0] for name in named}
+    assert not roots & {"pathlib", "os", "sys", "signal", "json", "logging", "subprocess", "atexit"}
+    assert not any(isinstance(n, ast.Global) for n in ast.walk(tree)), "state of the module"
+    for statement in tree.body:  # nothing is done on import but to define
+        assert isinstance(
+            statement,
+            ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign
+            | ast.AnnAssign | ast.Expr,
+        )  # fmt: skip
+        if isinstance(statement, ast.Expr):
+            assert isinstance(statement.value, ast.Constant), "a docstring"
+
+
+def test_the_core_is_small() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in CORE) < 3000
 
 
 @pytest.mark.parametrize("stage", ["reweight", "train"])

@@ -313,7 +313,7 @@ def test_megatron_is_told_the_step_and_the_arguments(outcomes: Path, name: str) 
 @pytest.mark.parametrize(("name", "periods"), DRAWN.items())
 def test_a_checkpoint_holds_what_is_us_own(outcomes: Path, name: str, periods: list[int]) -> None:
     """What u has trained since it was last equal to w; all else is w's."""
-    lisa = LisaConfig(**LISA)
+    lisa = LisaConfig(**LISA).options()
     drawn = {layer for p in periods for layer in active_layers(lisa, 3, 1, 1, p, 77) or ()}
     held = json.loads((outcomes / f"{name}.json").read_text())["layers"]
     assert held == sorted(drawn or {0, 1, 2})

@@ -17,6 +17,23 @@ from megatron_scalebio.errors import UserError
 WRITTEN_FOR = "0.19.2"  # of megatron-core
 
 
+def adapt() -> None:
+    """Prepares Megatron-Core for this process; call it before Megatron builds anything.
+
+    Mends what has to be mended, and where there is no GPU lets it run on the CPU.
+
+    Raises:
+        UserError: if it is another Megatron than the package is written for.
+    """
+    import torch
+
+    from megatron_scalebio.compat import cpu, megatron
+
+    if not torch.cuda.is_available():
+        cpu.adapt()
+    megatron.adapt()
+
+
 def require(owner: Any, *names: str) -> None:
     """Checks that a module or class of Megatron has what the package builds on.
 

@@ -70,7 +70,9 @@ class BlendSampler:
         floor_share: f above, in (0, 1]; 1 deals every source the same number.
     """
 
-    def __init__(self, sizes_S: list[int], batch_size: int, seed: int, floor_share: float) -> None:
+    def __init__(
+        self, sizes_S: list[int], batch_size: int, seed: int, floor_share: float = 0.25
+    ) -> None:
         self.sizes_S = np.asarray(sizes_S, dtype=np.int64)
         self.batch_size, self.seed, self.floor_share = batch_size, seed, floor_share
         self.step = 0

@@ -145,7 +145,7 @@ class ScaleBiO(Training):
             period.zero_grad()
             # After a reset u gives w's losses and gradients too.
             shared = self.u_is_w and self.flush_takes(len(train) + len(validation))
-            passes = self._passes(
+            passes = self.passes(
                 train, validation, probs_S / inclusion_S, shares_V / inclusion_V, alpha, shared
             )
         with self.observe("flush"):
@@ -176,16 +176,21 @@ class ScaleBiO(Training):
             alpha, rates["w"], rates["u"], lr_lambda, update.skipped,
         )  # fmt: skip
 
-    def _passes(
+    def passes(
         self,
         train: Sequence[Batch],
         validation: Sequence[Batch],
         weight_S: torch.Tensor,
         weight_V: torch.Tensor,
         alpha: float,
-        shared: bool,
+        shared: bool = False,
     ) -> list[Pass]:
-        """u and w in turn on each training micro-batch, or u for both; then validation."""
+        """The passes of a step: u and w in turn on each training micro-batch, then validation.
+
+        Args:
+            weight_S, weight_V: of each source and validation set, over its inclusion.
+            shared: u's passes alone, which give w's losses and gradients too where u is w.
+        """
         mean, groups = self.options.loss_mean, self.groups
         scales = {role: role_scale(role, alpha) for role in Role}
         on_validation = {Role.VALID_W: scales.pop(Role.VALID_W)}

@@ -28,7 +28,7 @@ _COLLECTIVES = (
 )
 _ASIDE = ("/guard/", "/progress.py", "/train/start.py")
 # In these a rank that stands still is stuck even if it is seen in no collective.
-STEP_PHASES = ("data", "period", "flush", "update", "mixture")
+STEP_PHASES = ("data", "period", "flush", "update")
 RUNNING, ENDED, FAILED = "running", "ended", "failed"
 
 

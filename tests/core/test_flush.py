@@ -60,7 +60,7 @@ VALIDATION = [batch([1], [[1, 0, 1, 1]]), batch([0], [[1]])]
 def passes(probs: list[float], shares: list[float], alpha: float, shared: bool) -> list[Pass]:
     """Those of a step of ScaleBiO."""
     bio: Any = SimpleNamespace(options=SimpleNamespace(loss_mean="sample"), groups=groups())
-    return ScaleBiO._passes(bio, TRAIN, VALIDATION, tensor(probs), tensor(shares), alpha, shared)
+    return ScaleBiO.passes(bio, TRAIN, VALIDATION, tensor(probs), tensor(shares), alpha, shared)
 
 
 def test_passes_are_u_and_w_in_turn_then_validation_with_their_weights() -> None:

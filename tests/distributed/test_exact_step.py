@@ -212,9 +212,7 @@ def one_flush(problem: dict, name: str, folder: Path) -> None:
     alpha, groups = config.bilevel.alpha, state.training.groups
     period = state.training.enter_period()
     period.zero_grad()
-    passes = state.training._passes(
-        train, valid, probs / inclusion, shares / inclusion_V, alpha, shared=False
-    )
+    passes = state.training.passes(train, valid, probs / inclusion, shares / inclusion_V, alpha)
     # The distributed optimizer would leave each rank its shard of the sums: ask for all.
     records = flush(period.twins, passes, groups, force_all_reduce=True)
     losses = reduce_losses(records, passes, len(probs), len(shares), groups)
