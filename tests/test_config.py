@@ -191,7 +191,11 @@ def test_missing_file(tmp_path: Path) -> None:
 
 # (sections over DATA, ranks, words of the answer)
 DISAGREEING = [
-    ({"parallel": {"overlap_grad_reduce": True}}, 1, "does not go with two models in one flush"),
+    (
+        {"parallel": {"overlap_param_gather": True, "overlap_grad_reduce": True,
+                      "use_distributed_optimizer": True}},
+        1, "leaves weights to be gathered",
+    ),
     ({"data": {"sources": DATA["sources"][:1]}}, 1, "at least two sources"),
     ({"data": {"validation": []}}, 1, "data.validation: [] is empty"),
     ({"parallel": {"tensor_model_parallel_size": 4}}, 2, "world size: 2 is not divisible by TP 4"),

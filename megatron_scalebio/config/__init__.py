@@ -57,11 +57,10 @@ class Config:
             )  # fmt: skip
         if not self.data.validation:
             raise refuse("data.validation", [], "is empty", "name the validation set you aim at")
-        if self.parallel.overlap_grad_reduce:
+        if self.parallel.overlap_param_gather:
             raise refuse(
-                "parallel.overlap_grad_reduce", True, "does not go with two models in one flush: "
-                "Megatron starts the reduction at the flush's last micro-batch, which is w's alone",
-                "drop it here; `train` takes it",
+                "parallel.overlap_param_gather", True, "leaves weights to be gathered that u is "
+                "reset to", "drop it here; `train` takes it",
             )  # fmt: skip
         if self.lisa.lisa_layers and self.lisa.lisa_interval == 1 and self.bilevel.resync_interval:
             raise refuse(

@@ -19,7 +19,7 @@ class ParallelConfig:
     sequence_parallel: bool = option(False, "split norms along the sequence over TP")
     use_distributed_optimizer: bool = option(False, "shard optimizer state over DP (ZeRO-1)")
     overlap_grad_reduce: bool = option(
-        False, "`train`: reduce gradients over DP while the backward pass still runs"
+        False, "reduce gradients over DP while the backward pass still runs"
     )
     overlap_param_gather: bool = option(
         False, "`train`: gather updated weights over DP while the next forward pass runs"
