@@ -22,9 +22,7 @@ from megatron_scalebio import runtime  # noqa: E402
 from megatron_scalebio.config.presets import PRESETS  # noqa: E402
 from megatron_scalebio.config_loader import load_config  # noqa: E402
 from megatron_scalebio.core.confidence import weight_intervals  # noqa: E402
-from megatron_scalebio.train.loop import train_step  # noqa: E402
-from megatron_scalebio.train.reweight import verdict  # noqa: E402
-from megatron_scalebio.train.state import TrainState  # noqa: E402
+from megatron_scalebio.train.reweight import TrainState, train_step, verdict  # noqa: E402
 
 # The mixture as the method was published: AdamW on λ under a cosine, u never reset, equal counts.
 PUBLISHED = {key: PRESETS["paper"]["bilevel"][key] for key in (

@@ -36,9 +36,7 @@ from megatron_scalebio.core.flush import flush
 from megatron_scalebio.core.objective import Role
 from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.train import outputs
-from megatron_scalebio.train.loop import train_step
-from megatron_scalebio.train.reweight import Reporter
-from megatron_scalebio.train.state import TrainState
+from megatron_scalebio.train.reweight import Reporter, TrainState, train_step
 from tests.distributed.harness import run_distributed
 from tests.markov import VOCAB, write_source
 
@@ -159,10 +157,12 @@ class Logged:
 
     def step(self) -> None:
         start = time.perf_counter()
-        result = train_step(self.state)
+        record = self.state.make_step()
         done = time.perf_counter()
-        self.time_s = self.state.clock.take()
-        self.reporter.step(result, done - start, self.time_s)
+        self.time_s = record["time_s"] = self.state.clock.take()
+        record["step_time_s"] = done - start
+        record["tokens_per_second"] = record["tokens"] / record["step_time_s"]
+        self.reporter.log(record)
         self.log_s = time.perf_counter() - done
 
     def close(self) -> None:

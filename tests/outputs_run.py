@@ -89,15 +89,13 @@ def one_step(folder: Path) -> dict[str, Any]:
     from megatron_scalebio import runtime
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.train import outputs
-    from megatron_scalebio.train.loop import train_step
-    from megatron_scalebio.train.state import TrainState
+    from megatron_scalebio.train.reweight import TrainState
 
     config = load_config(str(folder / "x.yaml"))
     runtime.start(config)
     state = TrainState(config, folder / "cache")
     for _ in range(2):  # the second has passes of w of its own
-        result = train_step(state)
-    record = outputs.step_record(state, result, 0.25)
+        record = state.make_step()
     norms = {
         name: math.sqrt(
             sum(float(p.main_grad.double().square().sum()) for p in chunks[0].parameters())

@@ -138,7 +138,6 @@ def test_gradient_norms_and_rates_are_those_of_the_step(folder: Path) -> None:
     for name in ("w", "u"):
         assert record[f"grad_norm_{name}"] == pytest.approx(measured["norms"][name], rel=1e-5)
     assert measured["norms"]["w"] != pytest.approx(measured["norms"]["u"], rel=1e-3)
-    assert record["step_time_s"] == 0.25 and record["tokens_per_second"] == 4 * record["tokens"]
     # Embedding (61 rounded up to 64), two layers of QKV, projection, gated MLP and norms, a norm.
     layer = 32 * 96 + 32 * 32 + 32 * 2 * 48 + 48 * 32 + 2 * 32
     assert measured["parameters"] == 64 * 32 + MODEL["num_layers"] * layer + 32

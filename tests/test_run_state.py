@@ -21,7 +21,8 @@ from megatron_scalebio.config import (
 )
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train import state as module
-from megatron_scalebio.train.state import Data, RunState, TrainState, weights_by_name
+from megatron_scalebio.train.reweight import TrainState
+from megatron_scalebio.train.state import Data, RunState, weights_by_name
 from tests.markov import write_problem
 
 # Each of another value than its default.

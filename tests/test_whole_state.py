@@ -81,35 +81,27 @@ Run = tuple[Any, Callable[[], Any]]  # a state and what makes its next step
 
 
 def begin(name: str, problem: tuple[list, list], cache: Path, **optimizer: float) -> Run:
-    from megatron_scalebio.baselines.doge import DogeState, doge_step
-    from megatron_scalebio.baselines.doremi import DoremiState, doremi_step
+    from megatron_scalebio.baselines.doge import DogeState
+    from megatron_scalebio.baselines.doremi import DoremiState
     from megatron_scalebio.baselines.pool_training import training_config
     from megatron_scalebio.baselines.rho_loss import RhoState
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.model.init import initialize_weights
-    from megatron_scalebio.model.provider import build_model
-    from megatron_scalebio.train import finetune, loop
-    from megatron_scalebio.train.state import TrainState
+    from megatron_scalebio.train.finetune import FinetuneState
+    from megatron_scalebio.train.reweight import TrainState
 
     tree, stage = settings(problem, name), KINDS[name][0]
     config = load_config(None, {**tree, "optimizer": {**tree["optimizer"], **optimizer}})
     state: Any
-    if stage == "reweight":
-        state = TrainState(config, cache)
-        return state, lambda: loop.train_step(state)
     if stage == "doremi":
         state = DoremiState(config, cache)
-        reference = build_model(config, state.megatron, state.data.vocab_size)
-        initialize_weights(reference, 5, 0.1, 3)
-        return state, lambda: doremi_step(state, reference)
-    if stage == "doge":
-        state = DogeState(config, cache)
-        return state, lambda: doge_step(state)
-    if stage == "rho_loss":
+        initialize_weights(state.reference, 5, 0.1, 3)
+    elif stage == "rho_loss":
         state = RhoState(training_config(config, 9), cache, np.linspace(1, 4, 90))
     else:
-        state = finetune.FinetuneState(config, cache)
-    return state, lambda: finetune.train_step(state)
+        kinds = {"reweight": TrainState, "doge": DogeState, "train": FinetuneState}
+        state = kinds[stage](config, cache)
+    return state, state.make_step
 
 
 def disturb(state: Any) -> None:

@@ -35,7 +35,7 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.baselines.found import Found
 from megatron_scalebio.baselines.gradients import counted_gradients, dot
-from megatron_scalebio.baselines.weighting import Record, WeightingState, learn
+from megatron_scalebio.baselines.weighting import WeightingState, learn
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.flush import Losses, Pass, flush, passes_of, reduce_losses
 from megatron_scalebio.core.objective import Role, mixed
@@ -44,6 +44,7 @@ from megatron_scalebio.core.sampler import BlendSampler, Picks
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train.start import Begun
+from megatron_scalebio.train.state import Record
 from megatron_scalebio.train.update import step_w
 
 LARGEST_SCORE = 5.0
@@ -54,7 +55,7 @@ def find(config: Config, begun: Begun) -> Found | None:
     """The average weights of a whole training, or None at a signal."""
     state = DogeState(config, begun.folder / "cache")
     initial_S = state.weight_S.tolist()
-    if not learn(state, lambda: doge_step(state), begun):
+    if not learn(state, begun):
         return None
     return Found(
         weight_S=state.mean_weight_S.tolist(),
@@ -93,6 +94,9 @@ class DogeState(WeightingState):
                 where="train.validation_batch_size",
                 mend=f"use a multiple of {unit}",
             )
+
+    def make_step(self) -> Record:
+        return doge_step(self)
 
     def common_state(self) -> dict[str, Any]:
         return {**super().common_state(), "mean_norm": self.mean_norm}

@@ -31,7 +31,6 @@ import torch.distributed as dist
 from megatron_scalebio import runtime
 from megatron_scalebio.baselines.found import Found
 from megatron_scalebio.baselines.weighting import (
-    Record,
     WeightingState,
     learn,
     prior_weights,
@@ -46,7 +45,7 @@ from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import token_losses
 from megatron_scalebio.train.finetune import train_begun
 from megatron_scalebio.train.start import Begun
-from megatron_scalebio.train.state import Data, TokenCost
+from megatron_scalebio.train.state import Data, Record, TokenCost
 from megatron_scalebio.train.update import train_on
 
 DOMAIN_LR = 1.0  # η
@@ -65,9 +64,8 @@ def find(config: Config, begun: Begun) -> Found | None:
         return None
     state = DoremiState(config, begun.folder / "cache")
     initial_S = state.weight_S.tolist()
-    reference = build_model(config, state.megatron, state.data.vocab_size)
-    saver.load_pretrained(reference, begun.folder / REFERENCE / "checkpoints")
-    if not learn(state, lambda: doremi_step(state, reference), begun):
+    saver.load_pretrained(state.reference, begun.folder / REFERENCE / "checkpoints")
+    if not learn(state, begun):
         return None
     return Found(
         weight_S=state.mean_weight_S.tolist(),
@@ -110,11 +108,19 @@ def reference_config(config: Config, prior_S: list[float], folder: Path) -> Conf
 
 
 class DoremiState(WeightingState):
-    """The proxy, its weights, and the last excess loss of each source."""
+    """The proxy, its weights, and the last excess loss of each source.
+
+    Attributes:
+        reference: a model of the same shape, which its owner loads.
+    """
 
     def __init__(self, config: Config, cache: Path) -> None:
         super().__init__(config, cache)
+        self.reference = build_model(config, self.megatron, self.data.vocab_size)
         self.score_S = torch.zeros(len(self.data.sources), dtype=torch.float64)
+
+    def make_step(self) -> Record:
+        return doremi_step(self)
 
     def common_state(self) -> dict[str, Any]:
         return {**super().common_state(), "score": self.score_S}
@@ -130,14 +136,14 @@ def reweighted(log_weight_S: torch.Tensor, score_S: torch.Tensor, eta: float) ->
     return ((1 - SMOOTHING) * weight_S + SMOOTHING / len(weight_S)).log()
 
 
-def doremi_step(state: DoremiState, reference: Chunks) -> Record:
+def doremi_step(state: DoremiState) -> Record:
     """One step of α and of the proxy, both or neither; its record."""
     config, data = state.config, state.data
     sources = len(data.sources)
     picks = data.sampler.next(torch.full((sources,), 1 / sources, dtype=torch.float64).numpy())
     with runtime.refused_together():
         batches = micro_batches(data.sources, picks, data.layout)
-    score_S = excess_losses(state.training.w, reference, batches, config, state.score_S)
+    score_S = excess_losses(state.training.w, state.reference, batches, config, state.score_S)
     eta = config.baseline.domain_lr or DOMAIN_LR
     log_weight_S = reweighted(state.log_weight_S, score_S, eta)
 

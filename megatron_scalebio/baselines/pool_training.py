@@ -17,10 +17,10 @@ from megatron_scalebio import runtime
 from megatron_scalebio.baselines.pool import EpochOrder, Pool
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.sampler import Ints, Picks
-from megatron_scalebio.errors import EXIT_OK
 from megatron_scalebio.report.console import RunConsole
 from megatron_scalebio.train import outputs
-from megatron_scalebio.train.finetune import FinetuneState, Reporter, finetune
+from megatron_scalebio.train.finetune import FinetuneState, Reporter
+from megatron_scalebio.train.loop import run_steps
 from megatron_scalebio.train.start import Begun, resume_or_start
 
 
@@ -101,16 +101,17 @@ def train_on_pool(state: PoolState, begun: Begun, what: str, save_to: Path | Non
         RunConsole([], 1).note(what)
     reporter = runtime.only_on_main(lambda: Reporter(state, folder, parameters, warnings))
     try:
-        code = finetune(state, replace(begun, folder=folder, save_to=save_to), reporter)
+        here = replace(begun, folder=folder, save_to=save_to)
+        finished = run_steps(state, here, reporter, save_to)
     finally:
         if reporter:
             reporter.close()
-    runtime.on_main(lambda: _finish(reporter, code))
-    return code == EXIT_OK
+    runtime.on_main(lambda: _finish(reporter, finished))
+    return finished
 
 
-def _finish(reporter: Reporter | None, code: int) -> None:
+def _finish(reporter: Reporter | None, finished: bool) -> None:
     assert reporter is not None
     reporter.end()
-    if code != EXIT_OK:
+    if not finished:
         reporter.console.stopped(reporter.state.step)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,15 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.baselines.found import Found
 from megatron_scalebio.baselines.mixture_regression import best_mixture, draw_mixture, fit
-from megatron_scalebio.baselines.weighting import (
-    Record,
-    log_step,
-    prior_weights,
-    refuse_skips,
-    start_log,
-    stops,
-)
+from megatron_scalebio.baselines.weighting import prior_weights, start_log
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.sampler import Floats
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train import outputs
-from megatron_scalebio.train.finetune import FinetuneState, train_step
-from megatron_scalebio.train.run_log import RunLog
+from megatron_scalebio.train.finetune import FinetuneState
+from megatron_scalebio.train.loop import run_steps
 from megatron_scalebio.train.start import Begun, load_start
-from megatron_scalebio.train.state import Data, TokenCost
+from megatron_scalebio.train.state import Data, Record, TokenCost
 
 PROXIES_FILE = "proxies.json"
 PASSES_OF_A_BILEVEL_STEP = 3  # u and w on the training batch, w on a validation batch as large
@@ -160,7 +152,7 @@ def train_proxies(config: Config, begun: Begun, iters: int, ledger: Ledger) -> b
     """Trains the missing proxies one after the other; whether the last one is finished."""
     train = replace(config.train, train_iters=iters, train_epochs=None)
     short = replace(config, train=train)
-    state = start_proxy(short, begun, ledger.next_mixture())
+    state = start_proxy(short, begun, ledger)
     log = start_log(
         state,
         begun,
@@ -171,16 +163,14 @@ def train_proxies(config: Config, begun: Begun, iters: int, ledger: Ledger) -> b
         facts={"steps": f"{ledger.count} x {iters} of {config.train.global_batch_size} sequences"},
     )
     try:
-        while True:
-            loss = train_proxy(state, begun, log, len(ledger.proxies) * iters)
-            if loss is not None:
-                ledger.add(loss, state.cost)
-            if loss is None or not ledger.missing:
+        while run_steps(state, begun, log, save_to=None):
+            ledger.add(state.loss, state.cost)
+            if not ledger.missing:
                 break
             state.training.leave_period()
             del state
             gc.collect()  # two models at once are more than a run plans for
-            state = start_proxy(short, begun, ledger.next_mixture())
+            state = start_proxy(short, begun, ledger)
     finally:
         if log:
             log.close()
@@ -190,42 +180,44 @@ def train_proxies(config: Config, begun: Begun, iters: int, ledger: Ledger) -> b
     return not ledger.missing
 
 
-def start_proxy(config: Config, begun: Begun, mixture_S: Floats) -> FinetuneState:
-    """A model at the run's start, about to train on a mixture."""
-    state = FinetuneState(config, begun.folder / "cache")
-    load_start(state, begun.folder)
-    state.probs_S = torch.from_numpy(mixture_S)
-    return state
-
-
-def train_proxy(
-    state: FinetuneState, begun: Begun, log: RunLog | None, before: int
-) -> float | None:
-    """Trains to the end and gives its L1, or None at a signal.
+class ProxyState(FinetuneState):
+    """A proxy in training.
 
     Args:
         before: steps of the proxies before it, which the log goes on from.
+
+    Attributes:
+        loss: its L1, once it is trained.
     """
-    iters = state.config.train.train_iters
-    loss: float | None = None
-    while state.step < iters:
-        start = time.perf_counter()
-        record: Record = {**train_step(state), "weights": state.probs_S.tolist()}
-        record["step"] = before + state.step
-        if state.step == iters:
-            loss = record["validation_loss"] = state.validation_loss(state.held_out())
-            state.cost.scored += _scored_tokens(state)
-        problem = log_step(log, record, time.perf_counter() - start)
-        refuse_skips(state, record)
-        if stops(begun, problem):
-            return loss
-    if loss is None or not math.isfinite(loss):
-        raise UserError(
-            f"the loss of the proxy trained on {state.probs_S.tolist()} is {loss}",
-            where="data.validation",
-            mend="lower optimizer.lr, or look at that set",
-        )
-    return loss
+
+    def __init__(self, config: Config, cache: Path, mixture_S: Floats, before: int) -> None:
+        super().__init__(config, cache)
+        self.probs_S, self._before = torch.from_numpy(mixture_S), before
+        self.loss = math.nan
+
+    def make_step(self) -> Record:
+        record = super().make_step()
+        return {**record, "step": self._before + self.step, "weights": self.probs_S.tolist()}
+
+    def evaluate(self, record: Record, begun: Begun) -> None:
+        if self.step < self.config.train.train_iters:
+            return
+        self.loss = record["validation_loss"] = self.validation_loss(self.held_out())
+        self.cost.scored += _scored_tokens(self)
+        if not math.isfinite(self.loss):
+            raise UserError(
+                f"the loss of the proxy trained on {self.probs_S.tolist()} is {self.loss}",
+                where="data.validation",
+                mend="lower optimizer.lr, or look at that set",
+            )
+
+
+def start_proxy(config: Config, begun: Begun, ledger: Ledger) -> ProxyState:
+    """The next proxy, at the run's start."""
+    before = len(ledger.proxies) * config.train.train_iters
+    state = ProxyState(config, begun.folder / "cache", ledger.next_mixture(), before)
+    load_start(state, begun.folder)
+    return state
 
 
 def _scored_tokens(state: FinetuneState) -> int:

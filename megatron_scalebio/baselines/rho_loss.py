@@ -57,7 +57,7 @@ from megatron_scalebio.core.sampler import Floats, Ints, Picks
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import example_losses
 from megatron_scalebio.train.start import Begun
-from megatron_scalebio.train.state import Data, TokenCost
+from megatron_scalebio.train.state import Data, Record, TokenCost
 
 REFERENCE_EPOCHS = 3
 
@@ -147,9 +147,10 @@ class RhoState(PoolState):
         self.chosen_S += self.pool.counts(chosen_B)
         return self.deal(chosen_B)
 
-    def also_recorded(self) -> dict[str, Any]:
-        """The weights so far."""
-        return {"weights": (self.chosen_S / self.chosen_S.sum()).tolist()}
+    def make_step(self) -> Record:
+        """A step's record has the weights so far."""
+        record = super().make_step()
+        return {**record, "weights": (self.chosen_S / self.chosen_S.sum()).tolist()}
 
     def common_state(self) -> dict[str, Any]:
         chosen, reducible = torch.from_numpy(self.chosen_N), torch.from_numpy(self.reducible_N)

@@ -1,6 +1,4 @@
-"""The loop of the methods that weight sources while one model trains: DoReMi and DoGE.
-
-    step of the method ─▶ metrics, console ─▶ checkpoint ─▶ signal? ─▶ … ─▶ mean α of all
+"""What the methods have in common that weight sources while one model trains: DoReMi and DoGE.
 
 Both start from a uniform mixture and report the average of α over the steps, as published.
 """
@@ -8,8 +6,6 @@ Both start from a uniform mixture and report the average of α over the steps, a
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +15,11 @@ from megatron_scalebio import runtime
 from megatron_scalebio.baselines.found import normalised
 from megatron_scalebio.config import Config
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.progress import HERE
 from megatron_scalebio.train import outputs
+from megatron_scalebio.train.loop import run_steps
 from megatron_scalebio.train.run_log import RunLog
 from megatron_scalebio.train.start import Begun, resume_or_start
 from megatron_scalebio.train.state import Data, RunState
-
-Record = dict[str, Any]
 
 
 class WeightingState(RunState):
@@ -67,11 +61,8 @@ class WeightingState(RunState):
         self._count = learned["count"]
 
 
-def learn(state: WeightingState, step: Callable[[], Record], begun: Begun) -> bool:
+def learn(state: WeightingState, begun: Begun) -> bool:
     """Runs the method's steps to the end or to a signal, from its newest checkpoint if it has one.
-
-    Args:
-        step: one step of all ranks, which advances `state`; its record.
 
     Returns:
         Whether it came to the end.
@@ -80,7 +71,7 @@ def learn(state: WeightingState, step: Callable[[], Record], begun: Begun) -> bo
     uniform_S = [1.0 / len(state.data.sources)] * len(state.data.sources)
     log = start_log(state, begun, uniform_S, warnings=warnings)
     try:
-        finished = _steps(state, step, begun, log)
+        finished = run_steps(state, begun, log, begun.save_to)
     finally:
         if log:
             log.close()
@@ -88,50 +79,6 @@ def learn(state: WeightingState, step: Callable[[], Record], begun: Begun) -> bo
     if log and not finished:
         log.console.stopped(state.step)
     return finished
-
-
-def _steps(
-    state: WeightingState, step: Callable[[], Record], begun: Begun, log: RunLog | None
-) -> bool:
-    train, interval = state.config.train, state.config.checkpoint.save_interval
-    saved_at = state.step
-    while state.step < train.train_iters:
-        start = time.perf_counter()
-        HERE.step = state.step + 1
-        record = step()
-        problem = log_step(log, record, time.perf_counter() - start)
-        if interval > 0 and state.step % interval == 0 and not record["skipped"]:
-            begun.saves.save(state, begun.save_to)
-            saved_at = state.step
-        else:
-            begun.saves.poll()
-        refuse_skips(state, record)
-        if stops(begun, problem):
-            break
-    if saved_at != state.step and state.training.skipped_in_a_row == 0:
-        begun.saves.save(state, begun.save_to)
-    begun.saves.drain()
-    return state.step == train.train_iters
-
-
-def refuse_skips(state: RunState, record: Record) -> None:
-    """Ends a training whose steps keep not being applied, or of which none was."""
-    train = state.config.train
-    if state.training.skipped_in_a_row >= min(train.skip_limit, train.train_iters):
-        raise UserError(
-            f"{state.training.skipped_in_a_row} steps in a row were not applied: "
-            f"{record['skipped']}",
-            where=f"step {state.step}",
-            mend="lower optimizer.lr or look at that source",
-        )
-
-
-def stops(begun: Begun, problem: UserError | None) -> bool:
-    """Whether a signal reached any rank. Raises on all ranks what kept rank 0 from logging."""
-    signalled, failed = runtime.any_rank(begun.signals.received, problem is not None)
-    if failed:
-        raise problem or UserError("rank 0 could not write its log")
-    return signalled
 
 
 def refuse_run_of_another(folder: Path, method: str) -> None:
@@ -172,10 +119,3 @@ def start_log(
     return runtime.only_on_main(
         lambda: RunLog(state, begun.folder, parameters, initial_S, facts=facts, **options)
     )
-
-
-def log_step(log: RunLog | None, record: Record, step_time_s: float) -> UserError | None:
-    """Logs a step, where there is a log. Gives a disk's refusal back."""
-    record["step_time_s"] = step_time_s
-    record["tokens_per_second"] = record["tokens"] / step_time_s
-    return log.log(record) if log else None

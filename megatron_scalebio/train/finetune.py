@@ -11,7 +11,6 @@ weights.json). Supervised fine-tuning or continued pre-training: it is the data 
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.core.sampler import Picks
 from megatron_scalebio.data.batch import micro_batches
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
-from megatron_scalebio.guard.stragglers import Stragglers
-from megatron_scalebio.progress import HERE
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import HeldOutLoss, held_out_losses
+from megatron_scalebio.train.loop import is_due, run_steps
 from megatron_scalebio.train.run_log import RunLog
 from megatron_scalebio.train.start import Begun, begin, resume_or_start
-from megatron_scalebio.train.state import RunState
+from megatron_scalebio.train.state import Record, RunState
 from megatron_scalebio.train.update import train_on
 
 EVALUATION_FILE = "evaluation.json"
@@ -58,16 +56,16 @@ def train_begun(
     parameters = outputs.parameter_count(state)
     reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
     try:
-        code = finetune(state, begun, reporter)
-        losses = state.held_out(test=True) if code == EXIT_OK else []
+        finished = run_steps(state, begun, reporter, begun.save_to)
+        losses = state.held_out(test=True) if finished else []
     finally:
         if reporter:
             reporter.close()
     if reporter:
         reporter.finish(losses)
-        if code == EXIT_SIGNALLED:
+        if not finished:
             reporter.console.stopped(state.step)
-    return code, state
+    return EXIT_OK if finished else EXIT_SIGNALLED, state
 
 
 class FinetuneState(RunState):
@@ -90,9 +88,26 @@ class FinetuneState(RunState):
         """The examples of the next step, whose sources weigh `probs_S`."""
         return self.data.sampler.next(self.probs_S.numpy())
 
-    def also_recorded(self) -> dict[str, Any]:
-        """What a step's record holds besides."""
-        return {}
+    def make_step(self) -> Record:
+        with self.clock("data"):
+            picks = self.draw()
+            with runtime.refused_together():
+                batches = micro_batches(self.data.sources, picks, self.data.layout)
+        return train_on(self, batches, picks, self.probs_S)
+
+    def evaluate(self, record: Record, begun: Begun) -> None:
+        """Losses on the validation sets, at intervals and at the end; the best is kept."""
+        train = self.config.train
+        last = self.step == train.train_iters
+        if not self.data.validation or not (last or is_due(self.step, train.eval_interval)):
+            return
+        losses = self.held_out()
+        record["validation_loss"] = loss = self.validation_loss(losses)
+        kind = f"{self.config.data.loss_mean}_mean"
+        record["validation_losses"] = [getattr(each, kind) for each in losses]
+        if loss < self.best_loss:
+            self.best_loss = loss
+            begun.saves.save(self, begun.folder / "best", keep_last=1)
 
     def held_out(self, test: bool = False) -> list[HeldOutLoss]:
         """Losses on the validation sets (some examples of each), or on all of all sets."""
@@ -107,72 +122,6 @@ class FinetuneState(RunState):
         return sum(share * getattr(loss, kind) for share, loss in pairs)
 
 
-def finetune(state: FinetuneState, begun: Begun, reporter: Reporter | None) -> int:
-    """Steps until the end or a signal; evaluates and saves on the way. Exit code."""
-    save_to, saves = begun.save_to, begun.saves
-    train, interval = state.config.train, state.config.checkpoint.save_interval
-    saved_at = state.step
-    stragglers = Stragglers(state.config.logging.log_interval)
-    while state.step < train.train_iters:
-        start = time.perf_counter()
-        record = train_step(state)
-        record["step_time_s"] = time.perf_counter() - start
-        slowest, slow = stragglers.after_step(state.step, record["time_s"], record["step_time_s"])
-        record["straggler"] = slowest and slowest.as_dict()
-        record["tokens_per_second"] = record["tokens"] / record["step_time_s"]
-        last = state.step == train.train_iters
-        if state.data.validation and (last or _is_due(state.step, train.eval_interval)):
-            _evaluate(state, record, begun)
-        problem = reporter.step(record, slow) if reporter else None
-        if _is_due(state.step, interval) and not record["skipped"]:
-            saves.save(state, save_to)
-            saved_at = state.step
-        else:
-            saves.poll()
-        if state.training.skipped_in_a_row >= train.skip_limit:
-            raise UserError(
-                f"{state.training.skipped_in_a_row} steps in a row were not applied: "
-                f"{record['skipped']}",
-                where=f"step {state.step}",
-                mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
-            )
-        signalled, failed = runtime.any_rank(begun.signals.received, problem is not None)
-        if failed:
-            raise problem or UserError("rank 0 could not write its log")
-        if signalled:
-            break
-    if saved_at != state.step and state.training.skipped_in_a_row == 0:
-        saves.save(state, save_to)
-    saves.drain()
-    return EXIT_OK if state.step == train.train_iters else EXIT_SIGNALLED
-
-
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
-
-
-def _evaluate(state: FinetuneState, record: dict[str, Any], begun: Begun) -> None:
-    losses = state.held_out()
-    loss = state.validation_loss(losses)
-    record["validation_loss"] = loss
-    kind = f"{state.config.data.loss_mean}_mean"
-    record["validation_losses"] = [getattr(each, kind) for each in losses]
-    if loss < state.best_loss:
-        state.best_loss = loss
-        begun.saves.save(state, begun.folder / "best", keep_last=1)
-
-
-def train_step(state: FinetuneState) -> dict[str, Any]:
-    """One step of w on the mixture, applied unless it was not finite or spiked; its record."""
-    HERE.step = state.step + 1
-    with state.clock("data"):
-        picks = state.draw()
-        with runtime.refused_together():
-            batches = micro_batches(state.data.sources, picks, state.data.layout)
-    record = train_on(state, batches, picks, state.probs_S)
-    return {**record, "time_s": state.clock.take(), **state.also_recorded()}
-
-
 class Reporter(RunLog):
     """Everything that rank 0 shows and writes besides checkpoints."""
 
@@ -182,8 +131,8 @@ class Reporter(RunLog):
         super().__init__(state, folder, parameters, state.probs_S.tolist(), warnings)
         self.state = state
 
-    def step(self, record: dict[str, Any], slow: str) -> UserError | None:
-        problem = self.log(record, slow)
+    def log(self, record: Record, slow: str = "") -> UserError | None:
+        problem = super().log(record, slow)
         if "validation_loss" in record and problem is None:
             self.console.note(f"step {record['step']}  validation {record['validation_loss']:.4f}")
         return problem

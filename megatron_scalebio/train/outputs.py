@@ -22,14 +22,11 @@ import megatron_scalebio
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
-from megatron_scalebio.core.confidence import Verdict, WeightIntervals
-from megatron_scalebio.core.scalebio import StepReport
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.errors import UserError, disk_errors_named
 from megatron_scalebio.report.metrics import METRICS_FILE
 from megatron_scalebio.sample.manifest import drawn_from
-from megatron_scalebio.train.state import RunState, TokenCost, TrainState
-from megatron_scalebio.train.update import with_names
+from megatron_scalebio.train.state import RunState, TokenCost
 
 MEMORY_FILE = "memory.json"
 
@@ -151,69 +148,6 @@ def write_start(state: RunState, config: Config, folder: Path, parameters: int) 
     }
     write_json(folder / "run.json", run)
     return run
-
-
-def step_record(
-    state: TrainState, report: StepReport, step_time_s: float, time_s: dict[str, float]
-) -> dict[str, Any]:
-    """One line of metrics.jsonl; lists follow the order of sources and validation sets.
-
-    Args:
-        time_s: of the parts of the step.
-    """
-    losses = report.losses
-    return {
-        "step": report.step,
-        "alpha": report.alpha,
-        "outer_round": state.schedule.at(report.step - 1).outer_round,
-        "lr_w": report.lr_w,
-        "lr_u": report.lr_u,
-        "lr_lambda": report.lr_lambda,
-        "validation_loss": report.validation_loss,
-        "validation_losses": losses.validation_V.tolist(),
-        "train_loss_w": report.train_loss_w,
-        "train_loss_u": report.train_loss_u,
-        "weights": report.weights_S.tolist(),
-        "loss_w": losses.w_S.tolist(),
-        "loss_u": losses.u_S.tolist(),
-        "excess_loss": (losses.w_S - losses.u_S).tolist(),
-        "grad_norm_w": report.grad_norms["w"],
-        "grad_norm_u": report.grad_norms["u"],
-        "grad_norm_lambda": report.grad_norm_lambda,
-        "tokens": losses.tokens,
-        "tokens_per_second": losses.tokens / step_time_s,
-        "step_time_s": step_time_s,
-        "time_s": time_s,
-        "memory_bytes": runtime.allocated_bytes(),
-        "skipped": report.skipped and with_names(report.skipped, state),
-        "active_layers": state.training.active_layers,
-    }
-
-
-def weights_content(
-    state: TrainState, intervals: WeightIntervals, verdict: Verdict, complete: bool
-) -> dict[str, Any]:
-    """The content of a `reweight` run's weights.json.
-
-    Args:
-        complete: the run came to its end; otherwise these are its weights so far.
-    """
-    return {
-        "method": "scalebio",
-        "step": state.step,
-        "complete": complete,
-        "converged": verdict.converged,
-        "reason": verdict.reason,
-        "confidence": state.config.bilevel.confidence,
-        "cost": cost_entry(state.cost),
-        "sources": weight_entries(
-            state.data.sources,
-            intervals.weight_S.tolist(),
-            state.training.mixture.initial_S.tolist(),
-            intervals.low_S.tolist(),
-            intervals.high_S.tolist(),
-        ),
-    }
 
 
 def weight_entries(

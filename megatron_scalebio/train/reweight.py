@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_scalebio import runtime
-from megatron_scalebio.checkpoint.background import Saves
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.confidence import Verdict
-from megatron_scalebio.core.scalebio import StepReport
-from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
-from megatron_scalebio.guard.stragglers import Slowest, Stragglers
+from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
 from megatron_scalebio.report.html import write_report
 from megatron_scalebio.train import outputs
-from megatron_scalebio.train.loop import train_step
+from megatron_scalebio.train.loop import run_steps
 from megatron_scalebio.train.run_log import RunLog
 from megatron_scalebio.train.start import Begun, begin, resume_or_start
-from megatron_scalebio.train.state import TrainState
+from megatron_scalebio.train.state import Record, RunState
 from megatron_scalebio.train.update import with_names
+
+# Options of the bilevel section that judge or write what was learned.
+_JUDGING = {
+    "preset", "average_fraction", "confidence", "tolerance", "early_stop", "blend_floor",
+}  # fmt: skip
 
 
 def run(config: Config) -> int:
@@ -33,75 +37,128 @@ def _run(config: Config, begun: Begun) -> int:
     parameters = outputs.parameter_count(state)
     reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
     try:
-        code = reweight(state, begun.save_to, reporter, begun.signals, begun.saves)
+        finished = run_steps(state, begun, reporter, begun.save_to)
     finally:
         if reporter:
             reporter.close()
     if reporter:
-        reporter.finish(complete=code == EXIT_OK)
-        if code == EXIT_SIGNALLED:
+        reporter.finish(complete=finished)
+        if not finished:
             reporter.console.stopped(state.step)
-    return code
+    return EXIT_OK if finished else EXIT_SIGNALLED
 
 
-def reweight(
-    state: TrainState,
-    save_to: Path,
-    reporter: Reporter | None,
-    signals: runtime.StopSignals,
-    saves: Saves,
-) -> int:
-    """Steps until the end, convergence (if asked) or a signal; saves on the way. Exit code."""
-    config, interval = state.config, state.config.checkpoint.save_interval
-    saved_at = state.step
-    code = EXIT_OK
-    stragglers = Stragglers(config.logging.log_interval)
-    while state.step < config.train.train_iters:
-        start = time.perf_counter()
-        result = train_step(state)
-        time_s, step_time_s = state.clock.take(), time.perf_counter() - start
-        slow = stragglers.after_step(state.step, time_s, step_time_s)
-        problem = reporter.step(result, step_time_s, time_s, *slow) if reporter else None
-        if interval and state.step % interval == 0 and not result.skipped:
-            saves.save(state, save_to)
-            saved_at = state.step
-        else:
-            saves.poll()
-        _refuse_skips(state, result)
-        converged = config.bilevel.early_stop and runtime.is_main() and verdict(state).converged
-        signalled, failed, converged = runtime.any_rank(
-            signals.received, problem is not None, converged
+class TrainState(RunState):
+    """The state of a `reweight` run on this rank."""
+
+    training: ScaleBiO
+
+    def __init__(self, config: Config, cache: Path) -> None:
+        super().__init__(config, "reweight", cache)
+
+    def _training(self) -> ScaleBiO:
+        config, data = self.config, self.data
+        return ScaleBiO(
+            config.bilevel.options(config.data.loss_mean),
+            [source.name for source in data.sources],
+            validation={
+                source.name: float(share)
+                for source, share in zip(data.validation, data.shares_V, strict=True)
+            },
+            initial_weights=data.initial_weights(),
+            **self.training_options(),
         )
-        if failed:
-            raise problem or UserError("rank 0 could not write its log")
-        if signalled:
-            code = EXIT_SIGNALLED
-            break
-        if converged:
-            break
-    if saved_at != state.step and state.training.skipped_in_a_row == 0:
-        saves.save(state, save_to)
-    saves.drain()
-    return code
+
+    def settings(self) -> dict[str, Any]:
+        bilevel = asdict(self.config.bilevel)
+        return {
+            **super().settings(),
+            **{f"bilevel.{k}": v for k, v in bilevel.items() if k not in _JUDGING},
+        }
+
+    def make_step(self) -> Record:
+        return step_record(self, train_step(self))
+
+    def converged(self) -> bool:
+        return self.config.bilevel.early_stop and verdict(self).converged
 
 
-def _refuse_skips(state: TrainState, result: StepReport) -> None:
-    """Ends a run whose steps keep not being applied, or of which none was by its end."""
-    train, bio = state.config.train, state.training
-    over = state.step == train.train_iters and bio.mixture.steps == 0
-    if result.skipped and (over or bio.skipped_in_a_row >= train.skip_limit):
-        raise UserError(
-            f"{bio.skipped_in_a_row} steps in a row were not applied: "
-            f"{with_names(result.skipped, state)}",
-            where=f"step {state.step}",
-            mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
-        )
+def train_step(state: TrainState) -> StepReport:
+    """One bilevel step of all ranks; advances `state` unless something was not finite or spiked."""
+    bio, settings = state.training, state.schedule.at(state.step)
+    with state.clock("data"):
+        train, valid, picks, valid_picks = state.data.next(bio.mixture.probs_S)
+    report = bio.step(
+        train,
+        valid,
+        settings.lr_w,
+        lr_u=settings.lr_u,
+        lr_lambda=settings.lr_lambda,
+        alpha=settings.alpha,
+        inclusion=picks.inclusion_S,
+        validation_inclusion=valid_picks.inclusion_S,
+    )
+    state.cost.trained += report.losses.tokens
+    return report
+
+
+def step_record(state: TrainState, report: StepReport) -> Record:
+    """A step's record; lists follow the order of sources and validation sets."""
+    losses = report.losses
+    return {
+        "step": report.step,
+        "alpha": report.alpha,
+        "outer_round": state.schedule.at(report.step - 1).outer_round,
+        "lr_w": report.lr_w,
+        "lr_u": report.lr_u,
+        "lr_lambda": report.lr_lambda,
+        "validation_loss": report.validation_loss,
+        "validation_losses": losses.validation_V.tolist(),
+        "train_loss_w": report.train_loss_w,
+        "train_loss_u": report.train_loss_u,
+        "weights": report.weights_S.tolist(),
+        "loss_w": losses.w_S.tolist(),
+        "loss_u": losses.u_S.tolist(),
+        "excess_loss": (losses.w_S - losses.u_S).tolist(),
+        "grad_norm_w": report.grad_norms["w"],
+        "grad_norm_u": report.grad_norms["u"],
+        "grad_norm_lambda": report.grad_norm_lambda,
+        "tokens": losses.tokens,
+        "memory_bytes": runtime.allocated_bytes(),
+        "skipped": report.skipped and with_names(report.skipped, state),
+        "active_layers": state.training.active_layers,
+    }
 
 
 def verdict(state: TrainState) -> Verdict:
     """Whether the weights have converged by now, and why."""
     constant = state.config.bilevel.lr_lambda_decay_style == "constant"
     return state.training.verdict(constant_rate=constant)
+
+
+def weights_content(state: TrainState, complete: bool) -> dict[str, Any]:
+    """The content of a `reweight` run's weights.json.
+
+    Args:
+        complete: the run came to its end; otherwise these are its weights so far.
+    """
+    intervals, judged = state.training.intervals(), verdict(state)
+    return {
+        "method": "scalebio",
+        "step": state.step,
+        "complete": complete,
+        "converged": judged.converged,
+        "reason": judged.reason,
+        "confidence": state.config.bilevel.confidence,
+        "cost": outputs.cost_entry(state.cost),
+        "sources": outputs.weight_entries(
+            state.data.sources,
+            intervals.weight_S.tolist(),
+            state.training.mixture.initial_S.tolist(),
+            intervals.low_S.tolist(),
+            intervals.high_S.tolist(),
+        ),
+    }
 
 
 class Reporter(RunLog):
@@ -115,20 +172,6 @@ class Reporter(RunLog):
         super().__init__(state, folder, parameters, initial_S, warnings, _facts(state.config))
         self.state = state
 
-    def step(
-        self,
-        result: StepReport,
-        step_time_s: float,
-        time_s: dict[str, float],
-        slowest: Slowest | None = None,
-        slow: str = "",
-    ) -> UserError | None:
-        """Logs a step. Gives a disk's refusal back: all ranks have to stop at it together."""
-        record = outputs.step_record(self.state, result, step_time_s, time_s)
-        record["straggler"] = slowest and slowest.as_dict()
-        problem = self.log(record, slow)
-        return problem
-
     def finish(self, complete: bool) -> None:
         """Writes the weights and the report, and says where everything is.
 
@@ -136,8 +179,7 @@ class Reporter(RunLog):
             complete: the run came to its end; otherwise these are the weights so far.
         """
         state, folder = self.state, self.folder
-        intervals = state.training.intervals()
-        content = outputs.weights_content(state, intervals, verdict(state), complete)
+        content = weights_content(state, complete)
         left_out = outputs.write_weights(folder, content, state.config)
         self.end()
         report = write_report(folder)

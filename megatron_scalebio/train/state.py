@@ -19,7 +19,6 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.batch import MicroBatch
 from megatron_scalebio.core.sampler import BlendSampler, Picks
-from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.core.schedule import Schedule
 from megatron_scalebio.core.training import Training
 from megatron_scalebio.data.batch import BatchLayout, micro_batches
@@ -31,10 +30,7 @@ from megatron_scalebio.model.settings import ddp_config, optimizer_config, trans
 from megatron_scalebio.sample.inputs import read_weights
 from megatron_scalebio.train.clock import StepClock
 
-# Options of the bilevel section that judge or write what was learned.
-_JUDGING = {
-    "preset", "average_fraction", "confidence", "tolerance", "early_stop", "blend_floor",
-}  # fmt: skip
+Record = dict[str, Any]  # of a step: what metrics.jsonl has of it
 
 
 @dataclass
@@ -170,9 +166,9 @@ class RunState:
 
     def _training(self) -> Training:
         """Of w alone."""
-        return Training(**self._of_training())
+        return Training(**self.training_options())
 
-    def _of_training(self) -> dict[str, Any]:
+    def training_options(self) -> dict[str, Any]:
         """What every `Training` is made with, from the configuration."""
         config = self.config
         return {
@@ -188,6 +184,21 @@ class RunState:
     def step(self) -> int:
         """Steps made, applied or not."""
         return self.training.steps
+
+    def make_step(self) -> Record:
+        """One step of all ranks; its record, but for times. Each kind of run has its own."""
+        raise NotImplementedError
+
+    def evaluate(self, record: Record, begun: Any) -> None:
+        """Looks at the models after a step, where it is time to, and adds what it found.
+
+        Args:
+            begun: the run's `Begun`.
+        """
+
+    def converged(self) -> bool:
+        """Whether the run may end before its last step. Rank 0 is asked."""
+        return False
 
     def settings(self) -> dict[str, Any]:
         """The options that decide the steps to come, besides data, model and layout, by field."""
@@ -225,35 +236,6 @@ class RunState:
         self.cost = TokenCost(**state["cost"])
         self.data.sampler.load_state_dict(state["sampler"])
         self.data.validation_sampler.load_state_dict(state["validation_sampler"])
-
-
-class TrainState(RunState):
-    """The state of a `reweight` run on this rank."""
-
-    training: ScaleBiO
-
-    def __init__(self, config: Config, cache: Path) -> None:
-        super().__init__(config, "reweight", cache)
-
-    def _training(self) -> ScaleBiO:
-        config, data = self.config, self.data
-        return ScaleBiO(
-            config.bilevel.options(config.data.loss_mean),
-            [source.name for source in data.sources],
-            validation={
-                source.name: float(share)
-                for source, share in zip(data.validation, data.shares_V, strict=True)
-            },
-            initial_weights=data.initial_weights(),
-            **self._of_training(),
-        )
-
-    def settings(self) -> dict[str, Any]:
-        bilevel = asdict(self.config.bilevel)
-        return {
-            **super().settings(),
-            **{f"bilevel.{k}": v for k, v in bilevel.items() if k not in _JUDGING},
-        }
 
 
 def schedule_of(config: Config) -> Schedule:

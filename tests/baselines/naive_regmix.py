@@ -61,7 +61,7 @@ def naive_proxy(folder: Path, number: int) -> list[float]:
     """A proxy of `regmix-short` trained by itself: losses of each validation set's examples."""
     from megatron_scalebio import runtime
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.train.finetune import FinetuneState, train_step
+    from megatron_scalebio.train.finetune import FinetuneState
 
     config = load_config(
         str(folder / "regmix-short" / "config.yaml"), {"train": {"train_iters": 3}}
@@ -71,7 +71,7 @@ def naive_proxy(folder: Path, number: int) -> list[float]:
     proxies = json.loads((folder / "regmix-short" / "proxies.json").read_text())["proxies"]
     state.probs_S = torch.tensor(proxies[number]["weights"], dtype=torch.float64)
     for _ in range(3):
-        train_step(state)
+        state.make_step()
     [model] = state.training.w
     means = []
     for source in state.data.validation:

@@ -100,7 +100,6 @@ def naive_rho(folder: Path) -> dict[str, Any]:
     from megatron_scalebio.baselines.pool_training import PoolState, training_config
     from megatron_scalebio.baselines.rho_loss import RhoState
     from megatron_scalebio.checkpoint import saver
-    from megatron_scalebio.train.finetune import train_step
 
     config = opened(folder, "online")
     runtime.start(config)
@@ -143,7 +142,7 @@ def naive_rho(folder: Path) -> dict[str, Any]:
         now = losses_of(state.training.w[0], large)
         before = state.chosen_N.copy()
         with locating_at_most(len(large)):  # nothing in a step may cost as much as the pool is long
-            record = train_step(state)
+            record = state.make_step()
         assert state.training.w[0].training
         assert record["weights"] == state.pool.shares(state.chosen_N.astype(float))
         chosen = np.flatnonzero(state.chosen_N - before).tolist()

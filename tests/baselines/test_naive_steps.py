@@ -65,7 +65,6 @@ def on_one_rank(folder_name: str) -> None:
     from megatron_scalebio.baselines import doge, doremi
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.model.init import initialize_weights
-    from megatron_scalebio.model.provider import build_model
 
     folder = Path(folder_name)
     for name, (change, rate, clip) in CASES.items():
@@ -76,7 +75,7 @@ def on_one_rank(folder_name: str) -> None:
         kept: list[dict[str, Any]] = []
         if method == "doremi":
             state = doremi.DoremiState(config, folder / "cache")
-            reference = build_model(config, state.megatron, state.data.vocab_size)
+            reference = state.reference
             initialize_weights(reference, 99, 0.1, config.model.num_layers)
         else:
             state = doge.DogeState(config, folder / "cache")
@@ -89,17 +88,15 @@ def on_one_rank(folder_name: str) -> None:
             train, valid = peeked_examples(state, method == "doge")
             [w] = state.training.w
             if method == "doremi":
-                wanted = naive_doremi(
-                    state.training.w[0], reference[0], means, train, before, rate, clip
-                )
-                record = doremi.doremi_step(state, reference)
+                wanted = naive_doremi(w, reference[0], means, train, before, rate, clip)
+                record = state.make_step()
             else:
                 decayed = 0.1 + 0.9 * (1 + math.cos(math.pi * (state.step + 1) / iters)) / 2
                 *wanted, mean_norm = naive_doge(
                     w, means, train, valid, before, rate * decayed, mean_norm, clip,
                     LARGEST[name],
                 )  # fmt: skip
-                record = doge.doge_step(state)
+                record = state.make_step()
             assert record["skipped"] is None
             score = record["excess_loss" if method == "doremi" else "alignment"]
             losses = [record["train_loss_w"], *record["loss_w"]]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_scalebio.baselines import doge, doremi, less, regmix, rho_loss
-from megatron_scalebio.baselines.weighting import refuse_skips
 from megatron_scalebio.config.baseline import BaselineConfig
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.train.loop import _refuse_skips
 
 
 def config(train_iters: int = 100, **baseline: Any) -> Any:
@@ -84,7 +84,7 @@ def test_a_training_that_applies_no_step_is_ended(
     )  # fmt: skip
     record = {"skipped": "w: loss of source 'x' is nan"}
     if not ends:
-        refuse_skips(state, record)  # type: ignore[arg-type]
+        _refuse_skips(state, record)  # type: ignore[arg-type]
         return
     with pytest.raises(UserError, match=rf"step 7: {in_a_row} steps in a row .*source 'x' is nan"):
-        refuse_skips(state, record)  # type: ignore[arg-type]
+        _refuse_skips(state, record)  # type: ignore[arg-type]

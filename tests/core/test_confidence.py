@@ -23,7 +23,8 @@ from megatron_scalebio.core.confidence import (
 )
 from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.train.reweight import _refuse_skips, verdict
+from megatron_scalebio.train.loop import _refuse_skips
+from megatron_scalebio.train.reweight import verdict
 
 
 def ar1_paths(num_paths: int, steps: int, memory: float, *, seed: int) -> torch.Tensor:

@@ -72,7 +72,7 @@ def begun(folder: Path, stage: str, **sections: dict) -> Any:
     from megatron_scalebio.baselines.doge import DogeState
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.train.finetune import FinetuneState
-    from megatron_scalebio.train.state import TrainState
+    from megatron_scalebio.train.reweight import TrainState
 
     scenario = {"optimizer": PLAIN, "train": BATCH, **sections}
     config = load_config(None, tree_of(scenario, folder))
@@ -90,11 +90,5 @@ def ended(state: Any) -> None:
 
 def step_of(state: Any) -> tuple[str | None, float]:
     """One step; why it was skipped, and the training loss of w."""
-    from megatron_scalebio.train import finetune, loop
-    from megatron_scalebio.train.outputs import step_record
-
-    if state.stage == "train":
-        record = finetune.train_step(state)
-    else:
-        record = step_record(state, loop.train_step(state), 1.0, {})
+    record = state.make_step()
     return record["skipped"], record["train_loss_w"]

@@ -91,24 +91,17 @@ TRAIN: dict[str, dict] = {
 def on_one_rank(folder_name: str) -> None:
     from megatron_scalebio import runtime
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.train import finetune, loop
-    from megatron_scalebio.train.outputs import step_record
-    from megatron_scalebio.train.state import TrainState
+    from megatron_scalebio.train.finetune import FinetuneState
+    from megatron_scalebio.train.reweight import TrainState
 
     folder = Path(folder_name)
 
-    def reweight(state) -> dict:
-        return step_record(state, loop.train_step(state), 0.5, state.clock.take())
-
-    for scenarios, make, step in (
-        (REWEIGHT, TrainState, reweight),
-        (TRAIN, finetune.FinetuneState, finetune.train_step),
-    ):
+    for scenarios, make in ((REWEIGHT, TrainState), (TRAIN, FinetuneState)):
         for name, scenario in scenarios.items():
             config = load_config(None, tree_of(scenario, folder))
             runtime.start(config)
             state = make(config, folder / "cache")
-            torch.save(recorded(state, step), folder / f"{name}.pt")
+            torch.save(recorded(state), folder / f"{name}.pt")
             state.training.leave_period()
             runtime.stop_model_parallel()
     (folder / "seeds.json").write_text(json.dumps([seeded(folder, seed) for seed in (4, 5)]))
@@ -188,14 +181,14 @@ def reset_in_bf16(folder: Path) -> list[bool]:
     return result
 
 
-def recorded(state, step) -> dict:
+def recorded(state) -> dict:
     """Runs all steps: the weights at the start, then every batch, record and new weights."""
     draws: dict[str, list] = {"sampler": [], "validation_sampler": []}
     for name, drawn in draws.items():
         watch(getattr(state.data, name), drawn)
     start, steps = global_tensors(state.training.w, lambda p: p.data), []
     for _ in range(state.config.train.train_iters):
-        record = step(state)
+        record = state.make_step()
         weights = {
             name: global_tensors(chunks, lambda p: p.data)
             for name, chunks in state.training.models.items()

@@ -25,8 +25,7 @@ CASES: dict[str, tuple[int, dict, dict]] = {
 def on_ranks(folder: str, sources: list, validation: list, names: list[str]) -> None:
     from megatron_scalebio import runtime
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.train.loop import train_step
-    from megatron_scalebio.train.state import TrainState
+    from megatron_scalebio.train.reweight import TrainState, train_step
 
     for name in names:
         _, parallel, lisa = CASES[name]

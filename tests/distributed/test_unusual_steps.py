@@ -131,7 +131,6 @@ def dropping(folder: Path, name: str) -> dict:
 
 def doge_with_few_places(folder: Path) -> dict:
     """A step of DoGE whose batch has two places for three validation sets."""
-    from megatron_scalebio.baselines.doge import doge_step
 
     train = {**BATCH, "validation_batch_size": 2}
     state = begun(folder, "doge", train=train, baseline={"method": "doge"})
@@ -141,7 +140,7 @@ def doge_with_few_places(folder: Path) -> dict:
     drawn = sampler.next(state.data.shares_V)
     sampler.load_state_dict(before)
     result["picks"] = torch.tensor([drawn.group_B, drawn.index_B])
-    record = doge_step(state)
+    record = state.make_step()
     result |= {name: record[name] for name in ("validation_loss", "validation_losses")}
     ended(state)
     return result
