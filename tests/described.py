@@ -17,7 +17,7 @@ Table = dict[str, Any]
 FIXED = {
     "config", "megatron", "schedule", "sources", "validation", "test", "layout", "tokenizer",
     "pool", "irreducible_N", "lisa", "options", "_ddp", "_optimizer", "_pg_collection", "groups",
-    "_losses", "_set_trainable", "observe", "clock", "_resync_interval", "_seed",
+    "reference", "_losses", "_set_trainable", "observe", "clock", "_resync_interval", "_seed",
 }  # fmt: skip
 APART = {"w", "u", "models", "period", "period_number", "active_layers", "u_is_w"}
 
