@@ -43,6 +43,7 @@ from megatron_scalebio.checkpoint.sharding import (
 )
 from megatron_scalebio.compat.megatron import allocate_state, take_rates
 from megatron_scalebio.config import Config
+from megatron_scalebio.data.sources import same_data
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.twin import named_parameters
 from megatron_scalebio.optim.builder import set_adam
@@ -259,7 +260,7 @@ def _check_sources(state: RunState, common: dict[str, Any], source: Path) -> Non
             where=str(source),
             mend="choose a new train.output, or the same data.sources in the same order",
         )
-    changed = [a[0] for a, b in zip(ours, theirs, strict=True) if a[1] != b[1]]
+    changed = [a[0] for a, b in zip(ours, theirs, strict=True) if not same_data(b[1], a[1])]
     if changed:
         raise UserError(
             f"the data of source {changed[0]!r} has changed since",
@@ -267,7 +268,10 @@ def _check_sources(state: RunState, common: dict[str, Any], source: Path) -> Non
             mend="restore it, or choose a new train.output",
         )
     validation = state.common_state()["validation"]
-    if common["run"].get("validation", validation) != validation:
+    saved = common["run"].get("validation", validation)
+    if len(saved) != len(validation) or not all(
+        a[::2] == b[::2] and same_data(b[1], a[1]) for a, b in zip(validation, saved, strict=True)
+    ):
         raise UserError(
             "was made for other validation sets, other data in them, or other weights of them",
             where=str(source),
