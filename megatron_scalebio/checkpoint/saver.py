@@ -119,6 +119,12 @@ def load_latest(state: RunState, folder: Path, required: bool = False) -> tuple[
             there is none although one is required, or it is the end of a run of other settings.
     """
     step, problems = _newest_whole(folder)
+    if step is None and required and runtime.on_main(lambda: folders.is_plain(folder)):
+        raise UserError(
+            "is an ordinary Megatron checkpoint, of no run to go on with",
+            where=f"checkpoint.load: {folder}",
+            mend="start from its weights with --pretrained-checkpoint",
+        )
     if step is None and problems:
         raise UserError(
             "no whole checkpoint", where=problems[0], mend="restore one, or start in a new folder"

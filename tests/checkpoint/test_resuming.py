@@ -67,6 +67,19 @@ def test_nothing_is_made_of_no_checkpoint(folder_of: Callable[..., list[Any]]) -
     assert not done
 
 
+def test_a_run_does_not_go_on_from_an_ordinary_megatron_checkpoint(
+    folder_of: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_of(None, ["iter 30: lacks metadata.json"])
+    monkeypatch.setattr(folders, "is_plain", lambda folder: folder == OWN)
+    words = r"^checkpoint.load: own: is an ordinary Megatron checkpoint, .* --pretrained-checkpoint"
+    with pytest.raises(UserError, match=words):
+        saver.load_latest(None, OWN, required=True)
+    for folder, required in ((OWN, False), (OTHER, True)):
+        with pytest.raises(UserError, match="no whole checkpoint"):
+            saver.load_latest(None, folder, required=required)
+
+
 @pytest.mark.parametrize(
     ("own", "load", "done"),
     [
