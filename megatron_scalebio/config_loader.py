@@ -194,8 +194,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             )
         return value
     if origin is list:
-        if args[0] is int and isinstance(value, int):
-            value = [value]  # as a flag reads it
+        if args[0] is int and isinstance(value, (int, str)):
+            try:
+                value = _whole_numbers(str(value))  # as a flag reads it
+            except argparse.ArgumentTypeError as error:
+                raise UserError(str(error), where=where, mend="write [a, b]") from None
         if not isinstance(value, list):
             raise UserError(f"{value!r} is not a list", where=where, mend="write [a, b]")
         return [_convert(item, args[0], f"{where}[{n}]") for n, item in enumerate(value)]

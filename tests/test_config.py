@@ -56,6 +56,7 @@ def test_named_paths_on_the_command_line() -> None:
 def test_a_window_is_given_as_megatron_takes_it(tmp_path: Path, word: str) -> None:
     config = from_flags("--window-size", word)
     assert config.model.window_size == [7, 0]
+    assert load_config(written(tmp_path, f"model: {{window_size: '{word}'}}")) == config
     assert load_config(written(tmp_path, config_text(config))) == config
     with pytest.raises(
         UserError, match=r"^--window-size: 9 is one number; .* \(write 8,0, in YAML"
@@ -117,6 +118,8 @@ REFUSED = [
      "model predicts (write 7,0, in YAML [7, 0])"),
     ("model", "window_size", [-1, 0], "window_size: [-1, 0] must be how many positions one sees"),
     ("model", "window_size", [7, 0, 0], "window_size: [7, 0, 0] must be how many positions"),
+    ("model", "window_size", "7", "window_size: 7 is one number; Megatron's form is two, "),
+    ("model", "window_size", "7;0", "window_size: '7;0' is not N,N (write [a, b])"),
     ("model", "window_size", [7.5, 0], "model.window_size[0]: 7.5 is not of type int"),
     ("model", "rope_scaling", {"rope_type": "ntk", "factor": 2}, "choose from llama3, linear"),
     ("model", "rope_scaling", {"rope_type": "yarn"}, "factor is missing"),

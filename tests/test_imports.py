@@ -12,9 +12,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_scalebio"
 
 # What each part of the package may import from the package, besides itself.
-LEAVES = {"errors", "launcher", "progress", "__init__"}
+LEAVES = {"errors", "fingerprint", "launcher", "progress", "__init__"}
 BELOW = {
     "errors": set(),
+    "fingerprint": set(),
     "launcher": set(),
     "progress": set(),
     "__init__": {"core"},  # the library's names, looked up when they are asked for

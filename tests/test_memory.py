@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_scalebio import runtime
+from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.errors import UserError
@@ -83,6 +86,22 @@ def weight_copies(state: TrainState) -> dict[str, list[list[str]]]:
             )
     assert forget_weight_copies(state.training.w) is None
     return renewed
+
+
+def test_only_memory_in_use_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A history of what has been freed since costs more with every step, on every rank."""
+    asked = []
+    taken = inspect.signature(torch.cuda.memory._record_memory_history)
+
+    def record(*words: Any, **named: Any) -> None:
+        asked.append(taken.bind(*words, **named).arguments)
+
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
+    for on_cuda in (False, True):
+        monkeypatch.setattr(runtime, "on_cuda", lambda on_cuda=on_cuda: on_cuda)
+        with out_of_memory_named(Config(), Path("nowhere")):
+            pass
+    assert asked == [{"enabled": "state", "context": "state", "stacks": "python"}]
 
 
 def test_memory_that_runs_out_is_told_with_its_plan(folder: Path) -> None:

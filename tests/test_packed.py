@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 
-from tests.commands import command, note, noted, write_config
+from megatron_scalebio.data import sources
+from megatron_scalebio.data.sources import PackedSource
+from tests.commands import command, note, noted, the_only_line, write_config
 from tests.distributed.harness import run_distributed
 from tests.markov import VOCAB, draw, transition_matrices
 
@@ -37,6 +41,29 @@ def on_one_rank(folder_name: str) -> None:
         words = ["reweight", "--config", folder / "x.yaml", "--output", folder / name, *flags]
         note(folder / "noted", name, command(*words))
     note(folder / "noted", "dataset", (0, json.dumps(megatron_reads(folder / "run"))))
+    go_on(folder)
+
+
+class SizesAlone(PackedSource):
+    """As earlier versions told data apart, which their checkpoints hold."""
+
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.fingerprint = self.fingerprint.rpartition("-")[0]
+
+
+def go_on(folder: Path) -> None:
+    """Resumes a run of an earlier version, then with other data of the same size."""
+    words = ["reweight", "--config", folder / "x.yaml", "--output", folder / "old"]
+    with mock.patch.object(sources, "PackedSource", SizesAlone):
+        note(folder / "noted", "old", command(*words))
+    note(folder / "noted", "old resumed", command(*words, "--train-iters", STEPS + 2))
+    for name in ("s1", "goal"):
+        path = folder / f"{name}_text_document.bin"
+        whole = path.read_bytes()
+        path.write_bytes(np.frombuffer(whole, np.uint16)[::-1].tobytes())
+        note(folder / "noted", f"other {name}", command(*words, "--train-iters", STEPS + 4))
+        path.write_bytes(whole)
 
 
 def megatron_reads(run: Path) -> dict:
@@ -100,3 +127,20 @@ def test_megatron_loads_the_blend_in_the_learned_proportions(folder: Path) -> No
     learned = [source["weight"] for source in content["sources"]]
     np.testing.assert_allclose(shares, learned, atol=0.01)
     assert read["tokens"] == 16
+
+
+def test_a_checkpoint_that_tells_data_by_their_sizes_alone_resumes(folder: Path) -> None:
+    code, said = noted(folder / "noted", "old resumed")
+    assert code == 0 and f"from step {STEPS}" in said, said
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("s1", "the data of source 's1' has changed since"),
+        ("goal", "was made for other validation sets, other data in them, or"),
+    ],
+)
+def test_other_data_of_the_same_size_are_refused(folder: Path, name: str, words: str) -> None:
+    code, said = noted(folder / "noted", f"other {name}")
+    assert code == 2 and words in the_only_line(said), said

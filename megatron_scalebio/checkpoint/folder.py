@@ -237,3 +237,11 @@ def find_checkpoint(load: Path) -> Path:
     raise UserError(
         "is no Megatron checkpoint", where=str(load), mend=f"point to a folder with {TRACKER}"
     )
+
+
+def is_plain(load: Path) -> bool:
+    """Whether a folder holds a whole checkpoint, and nothing that a run would go on with."""
+    with contextlib.suppress(UserError):
+        source = find_checkpoint(load)
+        return not (source / BILEVEL).exists() and not damage(source)
+    return False

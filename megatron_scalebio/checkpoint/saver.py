@@ -44,6 +44,7 @@ from megatron_scalebio.core.state import (
     optimizer_states,
     state_of_u_to_load,
 )
+from megatron_scalebio.data.sources import same_data
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train.state import RunState
 
@@ -116,6 +117,12 @@ def load_latest(state: RunState, folder: Path, required: bool = False) -> tuple[
             there is none although one is required, or it is the end of a run of other settings.
     """
     step, problems = _newest_whole(folder)
+    if step is None and required and runtime.on_main(lambda: folders.is_plain(folder)):
+        raise UserError(
+            "is an ordinary Megatron checkpoint, of no run to go on with",
+            where=f"checkpoint.load: {folder}",
+            mend="start from its weights with --pretrained-checkpoint",
+        )
     if step is None and problems:
         raise UserError(
             "no whole checkpoint", where=problems[0], mend="restore one, or start in a new folder"
@@ -255,7 +262,7 @@ def _check_sources(state: RunState, common: dict[str, Any], source: Path) -> Non
             where=str(source),
             mend="choose a new train.output, or the same data.sources in the same order",
         )
-    changed = [a[0] for a, b in zip(ours, theirs, strict=True) if a[1] != b[1]]
+    changed = [a[0] for a, b in zip(ours, theirs, strict=True) if not same_data(b[1], a[1])]
     if changed:
         raise UserError(
             f"the data of source {changed[0]!r} has changed since",
@@ -263,7 +270,10 @@ def _check_sources(state: RunState, common: dict[str, Any], source: Path) -> Non
             mend="restore it, or choose a new train.output",
         )
     validation = state.common_state()["validation"]
-    if common["run"].get("validation", validation) != validation:
+    saved = common["run"].get("validation", validation)
+    if len(saved) != len(validation) or not all(
+        a[::2] == b[::2] and same_data(b[1], a[1]) for a, b in zip(validation, saved, strict=True)
+    ):
         raise UserError(
             "was made for other validation sets, other data in them, or other weights of them",
             where=str(source),

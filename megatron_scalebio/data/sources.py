@@ -9,6 +9,7 @@ arrays of one more than the input length: token ids, and 1 where a token is a ta
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from megatron.core.datasets.utils import Split
 from megatron_scalebio.compat.megatron import index_magic
 from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.fingerprint import of_files
 
 Example = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]
 UNBOUNDED = 2**31  # until all sources are open, and tell the vocabulary
@@ -37,7 +39,7 @@ class Source(Protocol):
     prefix: str  # path prefix of its .bin/.idx, as Megatron-LM's --data-path takes it
     tokens: int
     largest_id: int  # among the first tokens
-    fingerprint: str  # changes when the data does
+    fingerprint: str  # changes when the data does; to be compared by `same_data`
     vocab_size: int  # a token at or above it is damage
     tokenizer: dict[str, Any] | None  # of prepared sets: type, model, vocab_size, fingerprint
 
@@ -102,7 +104,7 @@ class PackedSource:
         self.name, self.prefix = name, prefix
         indexed = _open_indexed(Path(prefix))
         self.tokens = int(indexed.sequence_lengths.sum())
-        self.fingerprint = f"{self.tokens}-{len(indexed)}-{Path(prefix + '.bin').stat().st_size}"
+        self.fingerprint = _packed_fingerprint(prefix, indexed)
         self.largest_id = _largest_id(prefix, indexed)
         self._length = config.data.seq_length
         if self.tokens <= self._length:
@@ -138,6 +140,25 @@ class PackedSource:
         targets = np.append(0, item["loss_mask"].numpy())
         _check_ids(self, index, tokens)
         return tokens.astype(np.int64), targets.astype(np.uint8)
+
+
+_SAMPLES = 8  # few: a run may have thousands of prefixes on a slow disk
+
+
+def _packed_fingerprint(prefix: str, indexed: IndexedDataset) -> str:
+    """Sizes, then a hash of all documents' lengths and of samples of their tokens."""
+    path, lengths = Path(f"{prefix}.bin"), indexed.sequence_lengths
+    content = hashlib.sha256(lengths)
+    content.update(of_files([path], _SAMPLES).encode())
+    return f"{lengths.sum()}-{len(lengths)}-{path.stat().st_size}-{content.hexdigest()}"
+
+
+def same_data(saved: str, now: str) -> bool:
+    """Whether two fingerprints are of the same data, by all that the saved one tells.
+
+    Those of packed prefixes were sizes alone in earlier versions.
+    """
+    return f"{now}-".startswith(f"{saved}-")
 
 
 def _check_ids(source: Source, index: int, tokens: npt.NDArray[np.integer]) -> None:

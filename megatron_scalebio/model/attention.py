@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -118,9 +117,17 @@ class SdpaAttention(MegatronModule):
         return F.dropout(weights, dropout) @ value
 
 
-@lru_cache(maxsize=16)
+# The largest mask so far of each window and device: that of a shorter sequence is its lower right.
+_largest_SS: dict[tuple[int | None, torch.device], torch.Tensor] = {}
+
+
 def _visible_SS(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Which of the last positions (rows) sees which (columns): the past, or `window` of it."""
-    before = keys - queries
-    past = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(before)
-    return past if window is None else past.triu(before + 1 - window)
+    kept = _largest_SS.get((window, device), torch.empty(0, 0))
+    rows, columns = max(queries, kept.size(0)), max(keys, kept.size(1))
+    if kept.shape != (rows, columns):
+        before = columns - rows
+        past = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(before)
+        kept = past if window is None else past.triu(before + 1 - window)
+        _largest_SS[window, device] = kept
+    return kept[rows - queries :, columns - keys :]

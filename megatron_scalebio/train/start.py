@@ -15,13 +15,18 @@ from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.checkpoint.background import Saves
 from megatron_scalebio.config import Config
 from megatron_scalebio.convert.importer import import_checkpoint
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.fingerprint import of_files
 from megatron_scalebio.guard.lock import PATIENCE_S, held
 from megatron_scalebio.guard.watchdog import Watchdog
+from megatron_scalebio.report.metrics import METRICS_FILE
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.memory import out_of_memory_named
 from megatron_scalebio.train.state import RunState
 
-IMPORTED = "hf_import"  # beside the run: the Hugging Face model as a Megatron checkpoint
+# In the run's folder: a Hugging Face model as a Megatron checkpoint, and which.
+IMPORTED = "hf_import-{}"
+_SAMPLES = 256  # of a file of weights: training may have changed few of its tensors
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,15 @@ def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:
 
 
 def load_start(state: RunState, folder: Path) -> None:
-    """Loads the pretrained weights that w starts from, if there are any."""
+    """Loads the pretrained weights that w starts from, if there are any.
+
+    Raises:
+        UserError: if `hf` has changed since another part of the run has started from it.
+    """
+    model = state.config.model
+    if model.hf and not model.pretrained_checkpoint:
+        hf = Path(model.hf)
+        runtime.on_main(lambda: _refuse_another_start(hf, folder))
     pretrained = pretrained_checkpoint(state, folder)
     if pretrained:
         saver.load_pretrained(state.training.w, pretrained)
@@ -106,7 +119,26 @@ def pretrained_checkpoint(state: RunState, folder: Path) -> Path | None:
         return Path(model.pretrained_checkpoint)
     if model.hf is None:
         return None
-    imported = folder / IMPORTED
+    hf = Path(model.hf)
+    imported = runtime.on_main(lambda: _import_of(hf, folder))
     if not runtime.on_main(imported.exists):
-        import_checkpoint(Path(model.hf), imported)
+        import_checkpoint(hf, imported)
     return imported
+
+
+def _import_of(hf: Path, folder: Path) -> Path:
+    """Where the import of a Hugging Face model as it is now belongs; a changed one has another."""
+    names = ("config.json", "*.safetensors", "*.bin")
+    files = [hf] if hf.is_file() else sorted(path for name in names for path in hf.glob(name))
+    which = of_files((path for path in files if path.is_file()), _SAMPLES)
+    return folder / IMPORTED.format(which[:12])
+
+
+def _refuse_another_start(hf: Path, folder: Path) -> None:
+    """Parts of one run, such as RegMix's proxies, start from the same model."""
+    earlier = any(folder.glob(IMPORTED.format("*"))) and not _import_of(hf, folder).exists()
+    if earlier and any(path.stat().st_size for path in folder.rglob(METRICS_FILE)):
+        raise UserError(
+            f"is not the model that {folder} was started from", where=f"model.hf: {hf}",
+            mend="choose a new train.output, or the same model",
+        )  # fmt: skip

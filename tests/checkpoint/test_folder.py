@@ -131,6 +131,36 @@ def test_no_damage_of_metadata_ends_in_a_traceback(tmp_path: Path) -> None:
         assert isinstance(problem, str)
 
 
+def forget(save: Path) -> None:
+    (save / folders.TRACKER).unlink()
+
+
+def release(save: Path) -> None:
+    (save / "iter_0000007").rename(save / "release")
+    (save / folders.TRACKER).write_text("release")
+
+
+@pytest.mark.parametrize(
+    ("change", "plain"),
+    [
+        (lambda save: None, True),
+        (release, True),
+        (lambda save: shorten(save / "iter_0000007" / "data.distcp", 99), False),
+        (lambda save: write_part(save / "iter_0000007" / folders.BILEVEL), False),
+        (lambda save: (save / "iter_0000007" / folders.BILEVEL).mkdir(), False),
+        (forget, False),
+    ],
+    ids=["Megatron-LM's", "converted", "cut short", "a run's", "a run's, damaged", "no tracker"],
+)
+def test_a_checkpoint_of_megatron_lm_is_known_from_a_damaged_one(
+    tmp_path: Path, change: Any, plain: bool
+) -> None:
+    write_part(tmp_path / "iter_0000007")
+    (tmp_path / folders.TRACKER).write_text("7")
+    change(tmp_path)
+    assert folders.is_plain(tmp_path) == plain
+
+
 class Payload:
     """Pickles into a call."""
 

@@ -67,6 +67,19 @@ def test_nothing_is_made_of_no_checkpoint(folder_of: Callable[..., list[Any]]) -
     assert not done
 
 
+def test_a_run_does_not_go_on_from_an_ordinary_megatron_checkpoint(
+    folder_of: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_of(None, ["iter 30: lacks metadata.json"])
+    monkeypatch.setattr(folders, "is_plain", lambda folder: folder == OWN)
+    words = r"^checkpoint.load: own: is an ordinary Megatron checkpoint, .* --pretrained-checkpoint"
+    with pytest.raises(UserError, match=words):
+        saver.load_latest(None, OWN, required=True)
+    for folder, required in ((OWN, False), (OTHER, True)):
+        with pytest.raises(UserError, match="no whole checkpoint"):
+            saver.load_latest(None, folder, required=required)
+
+
 @pytest.mark.parametrize(
     ("own", "load", "done"),
     [
@@ -95,30 +108,92 @@ def test_its_own_comes_first_and_pretrained_weights_last(
     assert warnings == [f"warning of {name}" for name in done if name != "pretrained"]
 
 
-@pytest.mark.parametrize(
-    ("pretrained", "hf", "there", "want", "imports"),
-    [
-        (None, None, False, None, False),
-        ("given", "org", False, "given", False),
-        (None, "org", False, "hf_import", True),
-        (None, "org", True, "hf_import", False),
-    ],
-)
-def test_given_weights_go_before_a_hugging_face_models_which_is_imported_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    pretrained: str | None, hf: str | None, there: bool, want: str | None, imports: bool,
-) -> None:  # fmt: skip
-    imported: list[Any] = []
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Starts a run in tmp_path/run; gives what was imported, if anything, and what it starts from.
+
+    An import is a folder that holds the bytes of the weights.
+    """
+    imported: list[Path] = []
+    loaded: list[Path] = []
+
+    def import_checkpoint(hf: Path, save: Path) -> None:
+        imported.append(hf)
+        save.mkdir(parents=True)
+        (save / "weights").write_bytes((hf / "model.safetensors").read_bytes())
+
     monkeypatch.setattr(start.runtime, "on_main", lambda work: work())
-    monkeypatch.setattr(start, "import_checkpoint", lambda *words: imported.append(words))
-    if there:
-        (tmp_path / "hf_import").mkdir()
-    model = SimpleNamespace(
-        pretrained_checkpoint=pretrained and str(tmp_path / pretrained), hf=hf
-    )  # fmt: skip
-    state: Any = SimpleNamespace(config=SimpleNamespace(model=model))
-    assert start.pretrained_checkpoint(state, tmp_path) == (want and tmp_path / want)
-    assert imported == ([(Path("org"), tmp_path / "hf_import")] if imports else [])
+    monkeypatch.setattr(start, "import_checkpoint", import_checkpoint)
+    monkeypatch.setattr(start.saver, "load_pretrained", lambda w, path: loaded.append(path))
+
+    def begin(hf: Path | None, pretrained: Path | None = None) -> tuple[list[Path], Path | None]:
+        imported.clear()
+        loaded.clear()
+        model = SimpleNamespace(
+            pretrained_checkpoint=pretrained and str(pretrained), hf=hf and str(hf)
+        )
+        state: Any = SimpleNamespace(config=SimpleNamespace(model=model), w=[])
+        start.load_start(state, tmp_path / "run")
+        return list(imported), loaded[0] if loaded else None
+
+    return begin
+
+
+def write_hf(folder: Path, weights: bytes = b"weights") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_given_weights_go_before_a_hugging_face_models(
+    starts: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert starts(None) == ([], None)
+    assert starts(write_hf(tmp_path / "org"), tmp_path / "given") == ([], tmp_path / "given")
+
+
+def test_a_hugging_face_model_is_imported_once(starts: Callable[..., Any], tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "org")
+    imported, first = starts(hf)
+    assert imported == [hf] and first.parent == tmp_path / "run"
+    (hf / "README.md").write_text("no part of the model")
+    assert starts(hf) == ([], first)
+    assert starts(write_hf(tmp_path / "copy")) == ([], first)
+
+
+@pytest.mark.parametrize("change", ["weights", "same size", "config", "other folder"])
+def test_a_changed_hugging_face_model_is_imported_anew(
+    starts: Callable[..., Any], tmp_path: Path, change: str
+) -> None:
+    hf = write_hf(tmp_path / "org")
+    _, first = starts(hf)
+    if change == "config":
+        (hf / "config.json").write_text('{"rope_theta": 1}')
+    else:
+        hf = write_hf(tmp_path / "other" if change == "other folder" else hf,
+                      b"longer weights" if change == "weights" else b"WEIGHTS")  # fmt: skip
+    imported, second = starts(hf)
+    assert imported == [hf] and second != first
+    assert (second / "weights").read_bytes() == (hf / "model.safetensors").read_bytes()
+    assert (first / "weights").read_bytes() == b"weights", "what reads it is not disturbed"
+
+
+def test_parts_of_a_run_start_from_the_same_model(
+    starts: Callable[..., Any], tmp_path: Path
+) -> None:
+    hf = write_hf(tmp_path / "org")
+    starts(hf)
+    (tmp_path / "run" / "reference").mkdir()
+    metrics = tmp_path / "run" / "reference" / "metrics.jsonl"
+    metrics.touch()
+    starts(write_hf(hf, b"changed before a step"))
+    metrics.write_text("{}")
+    assert not starts(hf)[0]
+    write_hf(hf, b"changed after a step")
+    assert starts(hf, tmp_path / "given") == ([], tmp_path / "given")
+    with pytest.raises(UserError, match=r"^model.hf: .*/org: is not the model that .*/run was "):
+        starts(hf)
 
 
 def test_only_later_checkpoints_are_set_aside(tmp_path: Path) -> None:
