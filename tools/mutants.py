@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Changes the core in one place at a time, runs its tests, and lists the changes none notices.
 
-    tools/mutants.py [--module bilevel/step.py ...] [--lines 40-80] [--jobs 2] [--output mutants]
+    tools/mutants.py [--module core/flush.py ...] [--lines 40-80] [--jobs 2] [--output mutants]
 
 `mutations.py` says which changes. mutmut, whose operators it uses, can't run them here: it changes
 neither a module's constants nor decorated functions, and sees no test that runs in ranks.
