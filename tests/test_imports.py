@@ -41,11 +41,11 @@ BELOW = {
     },
     "train": {
         "config", "config_loader", "core", "data", "model", "checkpoint", "report", "runtime",
-        "convert", "sample", "guard",
+        "convert", "guard",
     },
     "baselines": {
         "compat", "config", "config_loader", "core", "data", "model", "checkpoint", "report",
-        "progress", "runtime", "sample", "train",
+        "progress", "runtime", "train",
     },
     "compare": {"config", "config_loader", "report"},
     "cli": set(),  # stages are imported by name, when they are asked for

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.sources import Source
-from megatron_scalebio.sample.inputs import SELECTED_FILE
+from megatron_scalebio.data.weights_file import SELECTED_FILE
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.state import TokenCost
 

@@ -179,7 +179,7 @@ def _prepare_source(
                 "truncated": truncated,
                 "seq_length": config.seq_length,
                 "format": ",".join(formats),
-                "inputs": [_describe_file(file) for file in source.files],
+                "inputs": [describe_file(file) for file in source.files],
                 "tokenizer": tokenizer,
             }
         )
@@ -265,7 +265,7 @@ def _file_size(path: Path) -> int:
     return size
 
 
-def _describe_file(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -55,7 +55,7 @@ class ExampleSource:
 
     def __init__(self, name: str, folder: Path, seq_length: int) -> None:
         self.name, self.prefix = name, str(folder / "tokens")
-        description = _read_description(folder / "source.json")
+        description = read_description(folder / "source.json")
         self.tokenizer = description["tokenizer"]
         self.fingerprint, self.tokens = description["fingerprint"], description["tokens"]
         self._tokens = _open_indexed(folder / "tokens")
@@ -212,7 +212,7 @@ def _open(name: str, path: str, config: Config, cache: Path) -> Source:
     )
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
     def refuse(problem: str) -> UserError:
         return UserError(problem, where=str(path), mend="run prepare again")
 
@@ -292,7 +292,7 @@ def vocab_size_told(config: Config) -> int | None:
     for folder in [e.path for e in data.sources] + [e.path for e in data.validation]:
         path = Path(folder) / "source.json"
         if path.is_file():
-            return int(_read_description(path)["tokenizer"]["vocab_size"])
+            return int(read_description(path)["tokenizer"]["vocab_size"])
     return None
 
 

@@ -21,18 +21,16 @@ from megatron_scalebio.config.checks import require_name
 from megatron_scalebio.data.formats import FORMATS
 from megatron_scalebio.data.prepare import TOO_LONG, Progress
 from megatron_scalebio.data.source_writer import MANIFEST_FILE
-from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
-from megatron_scalebio.sample.config import SampleConfig, WeightedSource
-from megatron_scalebio.sample.inputs import (
+from megatron_scalebio.data.weights_file import (
     SELECTED_FILE,
     WEIGHTS_FILE,
-    locate,
-    parse_weights,
     read_selected,
     read_weights,
     stopped_at,
-    validation_of_run,
 )
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
+from megatron_scalebio.sample.config import SampleConfig, WeightedSource
+from megatron_scalebio.sample.inputs import locate, parse_weights, validation_of_run
 from megatron_scalebio.sample.stage import OnProgress, sample
 
 _LINE_EVERY_S = 10.0

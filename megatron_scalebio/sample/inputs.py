@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.data.prepare import _describe_file
+from megatron_scalebio.data.prepare import describe_file
 from megatron_scalebio.data.prepare_cli import parse_input
 from megatron_scalebio.data.source_writer import SOURCE_FILE, TOKENS
-from megatron_scalebio.data.sources import _read_description
+from megatron_scalebio.data.sources import read_description
+from megatron_scalebio.data.weights_file import check_weights
 from megatron_scalebio.errors import UserError
-
-WEIGHTS_FILE = "weights.json"
-SELECTED_FILE = "selected.json"  # of methods that choose examples
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class Located:
                     where=str(path),
                     mend=f"put it back, name it by --input {self.name}=FILE, or --from-tokens",
                 )
-            found.append(_describe_file(path))
+            found.append(describe_file(path))
             if earlier is not None and earlier.get("sha256") != found[-1]["sha256"]:
                 raise UserError(
                     f"has changed since {self.name!r} was prepared from it",
@@ -71,7 +69,7 @@ class Located:
 
     def describe_tokens(self) -> list[dict[str, Any]]:
         """Path, size and sha256 of the `.bin` and `.idx`."""
-        return [_describe_file(Path(self.prefix + suffix)) for suffix in (".bin", ".idx")]
+        return [describe_file(Path(self.prefix + suffix)) for suffix in (".bin", ".idx")]
 
 
 def locate(name: str, path: str) -> Located:
@@ -95,7 +93,7 @@ def locate(name: str, path: str) -> Located:
 
 
 def _locate_folder(name: str, folder: Path) -> Located:
-    description = _read_description(folder / SOURCE_FILE)
+    description = read_description(folder / SOURCE_FILE)
     inputs = description.get("inputs", [])
     if not isinstance(inputs, list) or not all(isinstance(i, dict) and "path" in i for i in inputs):
         raise UserError(
@@ -103,50 +101,6 @@ def _locate_folder(name: str, folder: Path) -> Located:
         )
     files = tuple(Path(entry["path"]) for entry in inputs)
     return Located(name, files, str(folder / TOKENS), folder, description)
-
-
-def read_weights(path: Path) -> dict[str, tuple[float, str]]:
-    """Each source's weight and path from a run's ``weights.json``.
-
-    Raises:
-        UserError: the file cannot be read or is no such file.
-    """
-    mend = "give the weights.json of a reweight run, or the folder of the run"
-    try:
-        sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
-        found = {s["name"]: (float(s["weight"]), str(s["path"])) for s in sources}
-    except OSError as error:
-        raise UserError(
-            f"cannot read the weights: {error.strerror}", where=str(path), mend=mend
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"holds no weights ({error!r})", where=str(path), mend=mend) from None
-    _check_weights({name: weight for name, (weight, _) in found.items()}, str(path))
-    return found
-
-
-def stopped_at(path: Path) -> int | None:
-    """The step at which the run of a ``weights.json`` was stopped; None if it came to its end."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return None if content.get("complete", True) else int(content["step"])
-
-
-def read_selected(path: Path) -> dict[str, tuple[int, ...]]:
-    """The examples of each source that a method chose; nothing if it chose none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
-        found = {str(s["name"]): tuple(int(row) for row in s["taken"]) for s in sources}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"holds no selection ({error!r})", where=str(path)) from None
-    if any(row < 0 for rows in found.values() for row in rows):
-        raise UserError("holds a negative row", where=str(path), mend="select again")
-    return found
 
 
 def parse_weights(values: Sequence[str]) -> dict[str, float]:
@@ -165,16 +119,8 @@ def parse_weights(values: Sequence[str]) -> dict[str, float]:
                 mend="a run's folder, its weights.json, or NAME=WEIGHT once for every source",
             )
         found[name] = weight
-    _check_weights(found, "--weights")
+    check_weights(found, "--weights")
     return found
-
-
-def _check_weights(weights: dict[str, float], where: str) -> None:
-    for name, weight in weights.items():
-        if not math.isfinite(weight) or weight < 0:
-            raise UserError(f"the weight of {name!r} is {weight}", where=where, mend="0 or more")
-    if not sum(weights.values()) > 0:
-        raise UserError("no source has a weight above 0", where=where)
 
 
 def validation_of_run(folder: Path) -> list[tuple[str, str]]:

@@ -5,14 +5,10 @@ The same inputs and seed give the same manifest: it holds no time and no place b
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_scalebio.data.source_writer import MANIFEST_FILE
-from megatron_scalebio.errors import UserError
 from megatron_scalebio.sample.config import SampleConfig
 from megatron_scalebio.sample.contamination import KINDS
 from megatron_scalebio.sample.plan import Ints
@@ -63,18 +59,6 @@ def manifest(
         "sample_sha256": written.sample_sha256,
         "sources": sources,
     }
-
-
-def drawn_from(folder: Path) -> int | None:
-    """Usable rows of the source that `sample --per-source` made a folder of; None for others."""
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
-        return None
-    try:
-        sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
-        return int(sources[0]["usable"]) if len(sources) == 1 else None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"is no manifest ({error!r})", where=str(path)) from None
 
 
 def _source_entry(drawn: Drawn) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from megatron_scalebio.core.schedule import Schedule
 from megatron_scalebio.core.training import Training
 from megatron_scalebio.data.batch import BatchLayout, micro_batches
 from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
+from megatron_scalebio.data.weights_file import read_weights
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.init import initialize_weights, seed_generators
 from megatron_scalebio.model.provider import model_provider
 from megatron_scalebio.model.settings import ddp_config, optimizer_config, transformer_config
-from megatron_scalebio.sample.inputs import read_weights
 from megatron_scalebio.train.clock import StepClock
 
 Record = dict[str, Any]  # of a step: what metrics.jsonl has of it

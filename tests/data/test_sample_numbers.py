@@ -14,6 +14,7 @@ from megatron_scalebio.data.formats import Dialogue, Text
 from megatron_scalebio.data.prepare import PrepareConfig, Progress, SourceInput, prepare
 from megatron_scalebio.data.sources import ExampleSource
 from megatron_scalebio.data.tokenizer import load_tokenizer
+from megatron_scalebio.data.weights_file import drawn_from
 from megatron_scalebio.sample import command
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.contamination import (
@@ -22,7 +23,6 @@ from megatron_scalebio.sample.contamination import (
     prompt_text,
     whole_text,
 )
-from megatron_scalebio.sample.manifest import drawn_from
 from megatron_scalebio.sample.stage import sample
 from megatron_scalebio.train.outputs import natural_shares
 
