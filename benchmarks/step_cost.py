@@ -31,12 +31,13 @@ import torch
 from common import build, table, write_json
 from plain import PlainTraining
 
+from megatron_scalebio.baselines.scalebio import TrainState, train_step
 from megatron_scalebio.core import training
 from megatron_scalebio.core.flush import flush
 from megatron_scalebio.core.objective import Role
 from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.train import outputs
-from megatron_scalebio.train.reweight import Reporter, TrainState, train_step
+from megatron_scalebio.train.run_log import RunLog
 from tests.distributed.harness import run_distributed
 from tests.markov import VOCAB, write_source
 
@@ -152,7 +153,8 @@ class Logged:
 
     def __init__(self, state: TrainState, folder: Path) -> None:
         self.state = state
-        self.reporter = Reporter(state, folder, outputs.parameter_count(state), [])
+        initial_S = state.training.mixture.initial_S.tolist()
+        self.log = RunLog(state, folder, outputs.parameter_count(state), initial_S)
         self.log_s = 0.0
 
     def step(self) -> None:
@@ -162,11 +164,11 @@ class Logged:
         self.time_s = record["time_s"] = self.state.clock.take()
         record["step_time_s"] = done - start
         record["tokens_per_second"] = record["tokens"] / record["step_time_s"]
-        self.reporter.log(record)
+        self.log.log(record)
         self.log_s = time.perf_counter() - done
 
     def close(self) -> None:
-        self.reporter.metrics.close()
+        self.log.metrics.close()
 
 
 def timed_calls(owner: Any, name: str) -> list[float]:

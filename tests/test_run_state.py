@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_scalebio.baselines.scalebio import TrainState
 from megatron_scalebio.config import (
     BilevelConfig,
     Config,
@@ -21,7 +22,6 @@ from megatron_scalebio.config import (
 )
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train import state as module
-from megatron_scalebio.train.reweight import TrainState
 from megatron_scalebio.train.state import Data, RunState, weights_by_name
 from tests.markov import write_problem
 

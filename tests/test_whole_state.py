@@ -85,10 +85,10 @@ def begin(name: str, problem: tuple[list, list], cache: Path, **optimizer: float
     from megatron_scalebio.baselines.doremi import DoremiState
     from megatron_scalebio.baselines.pool_training import training_config
     from megatron_scalebio.baselines.rho_loss import RhoState
+    from megatron_scalebio.baselines.scalebio import TrainState
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.model.init import initialize_weights
     from megatron_scalebio.train.finetune import FinetuneState
-    from megatron_scalebio.train.reweight import TrainState
 
     tree, stage = settings(problem, name), KINDS[name][0]
     config = load_config(None, {**tree, "optimizer": {**tree["optimizer"], **optimizer}})

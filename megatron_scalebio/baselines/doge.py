@@ -58,6 +58,7 @@ def find(config: Config, begun: Begun) -> Found | None:
     if not learn(state, begun):
         return None
     return Found(
+        sources=state.data.sources,
         weight_S=state.mean_weight_S.tolist(),
         initial_S=initial_S,
         cost=state.cost,

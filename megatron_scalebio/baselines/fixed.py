@@ -24,7 +24,7 @@ def find(config: Config, begun: Begun) -> Found:
         weights = natural_shares(data.sources)
     else:
         weights = data.initial_weights()
-    return Found(normalised(weights), normalised(weights))
+    return Found(data.sources, normalised(weights), normalised(weights))
 
 
 def require_weights(config: Config) -> None:

@@ -20,7 +20,7 @@ from megatron_scalebio.core.sampler import Ints, Picks
 from megatron_scalebio.report.console import RunConsole
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.finetune import FinetuneState, Reporter
-from megatron_scalebio.train.loop import run_steps
+from megatron_scalebio.train.loop import logged_steps
 from megatron_scalebio.train.start import Begun, resume_or_start
 
 
@@ -100,18 +100,5 @@ def train_on_pool(state: PoolState, begun: Begun, what: str, save_to: Path | Non
     if runtime.is_main():
         RunConsole([], 1).note(what)
     reporter = runtime.only_on_main(lambda: Reporter(state, folder, parameters, warnings))
-    try:
-        here = replace(begun, folder=folder, save_to=save_to)
-        finished = run_steps(state, here, reporter, save_to)
-    finally:
-        if reporter:
-            reporter.close()
-    runtime.on_main(lambda: _finish(reporter, finished))
-    return finished
-
-
-def _finish(reporter: Reporter | None, finished: bool) -> None:
-    assert reporter is not None
-    reporter.end()
-    if not finished:
-        reporter.console.stopped(reporter.state.step)
+    here = replace(begun, folder=folder, save_to=save_to)
+    return logged_steps(state, here, reporter, save_to)

@@ -58,6 +58,7 @@ def find(config: Config, begun: Begun) -> Found | None:
             f"{losses.std():.2g}: raise proxy_iters or proxies"
         )
     return Found(
+        sources=data.sources,
         weight_S=best_mixture(regression, prior_S, config.train.seed).tolist(),
         initial_S=prior_S.tolist(),
         cost=ledger.cost,
@@ -174,7 +175,8 @@ def train_proxies(config: Config, begun: Begun, iters: int, ledger: Ledger) -> b
     finally:
         if log:
             log.close()
-            log.metrics.close()
+    if log:
+        log.end()
     if log and ledger.missing:
         log.console.stopped(len(ledger.proxies) * iters)
     return not ledger.missing

@@ -39,6 +39,7 @@ def found_from_rows(pool: Pool, row_K: Ints, cost: TokenCost, step: int, **detai
     """Chosen rows, repeated as often as they were chosen, as weights and a choice."""
     count_N = np.bincount(row_K, minlength=len(pool)).astype(float)
     return Found(
+        sources=pool.sources,
         weight_S=pool.shares(count_N),
         initial_S=pool.shares(np.ones(len(pool))),
         cost=cost,

@@ -16,7 +16,7 @@ from megatron_scalebio.baselines.found import normalised
 from megatron_scalebio.config import Config
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train import outputs
-from megatron_scalebio.train.loop import run_steps
+from megatron_scalebio.train.loop import logged_steps
 from megatron_scalebio.train.run_log import RunLog
 from megatron_scalebio.train.start import Begun, resume_or_start
 from megatron_scalebio.train.state import Data, RunState
@@ -70,15 +70,7 @@ def learn(state: WeightingState, begun: Begun) -> bool:
     warnings = resume_or_start(state, begun.folder, begun.save_to)
     uniform_S = [1.0 / len(state.data.sources)] * len(state.data.sources)
     log = start_log(state, begun, uniform_S, warnings=warnings)
-    try:
-        finished = run_steps(state, begun, log, begun.save_to)
-    finally:
-        if log:
-            log.close()
-            log.metrics.close()
-    if log and not finished:
-        log.console.stopped(state.step)
-    return finished
+    return logged_steps(state, begun, log, begun.save_to)
 
 
 def refuse_run_of_another(folder: Path, method: str) -> None:

@@ -23,7 +23,7 @@ from megatron_scalebio.data.batch import micro_batches
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.evaluate import HeldOutLoss, held_out_losses
-from megatron_scalebio.train.loop import is_due, run_steps
+from megatron_scalebio.train.loop import is_due, logged_steps
 from megatron_scalebio.train.run_log import RunLog
 from megatron_scalebio.train.start import Begun, begin, resume_or_start
 from megatron_scalebio.train.state import Record, RunState
@@ -55,16 +55,10 @@ def train_begun(
     warnings = resume_or_start(state, home, begun.save_to)
     parameters = outputs.parameter_count(state)
     reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
-    try:
-        finished = run_steps(state, begun, reporter, begun.save_to)
-        losses = state.held_out(test=True) if finished else []
-    finally:
-        if reporter:
-            reporter.close()
+    finished = logged_steps(state, begun, reporter, begun.save_to)
+    losses = state.held_out(test=True) if finished else []
     if reporter:
         reporter.finish(losses)
-        if not finished:
-            reporter.console.stopped(state.step)
     return EXIT_OK if finished else EXIT_SIGNALLED, state
 
 
@@ -139,7 +133,6 @@ class Reporter(RunLog):
 
     def finish(self, losses: list[HeldOutLoss]) -> None:
         """Writes the final losses, and says where everything is."""
-        self.end()
         paths = {"checkpoints": self.folder / "checkpoints"}
         if losses:
             sets = [loss.as_dict() for loss in losses]

@@ -19,6 +19,20 @@ from megatron_scalebio.train.start import Begun
 from megatron_scalebio.train.state import Record, RunState
 
 
+def logged_steps(state: RunState, begun: Begun, log: RunLog | None, save_to: Path | None) -> bool:
+    """`run_steps`, after which the log is closed."""
+    try:
+        finished = run_steps(state, begun, log, save_to)
+    finally:
+        if log:
+            log.close()
+    if log:
+        log.end()
+        if not finished:
+            log.console.stopped(state.step)
+    return finished
+
+
 def run_steps(state: RunState, begun: Begun, log: RunLog | None, save_to: Path | None) -> bool:
     """Steps until the end, convergence (if asked) or a signal; saves on the way. A collective.
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_scalebio.baselines.scalebio import verdict
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.core.confidence import (
     CRITICAL_VALUES,
@@ -24,7 +25,6 @@ from megatron_scalebio.core.confidence import (
 from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train.loop import _refuse_skips
-from megatron_scalebio.train.reweight import verdict
 
 
 def ar1_paths(num_paths: int, steps: int, memory: float, *, seed: int) -> torch.Tensor:

@@ -122,7 +122,7 @@ def of_chunk(config: Any, name: str) -> Any:
 
 def optimizers(folder: str) -> dict[str, Any]:
     """What torch's AdamW and Megatron's wrappers of w and u hold after a step."""
-    from megatron_scalebio.train.reweight import TrainState, train_step
+    from megatron_scalebio.baselines.scalebio import TrainState, train_step
 
     found = {}
     for name, parallel in (

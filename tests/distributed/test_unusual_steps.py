@@ -147,8 +147,9 @@ def doge_with_few_places(folder: Path) -> dict:
 
 
 def commands(folder: Path) -> None:
+    from megatron_scalebio.baselines import scalebio
     from megatron_scalebio.core.confidence import Verdict
-    from megatron_scalebio.train import finetune, reweight
+    from megatron_scalebio.train import finetune
 
     tree = tree_of({"optimizer": PLAIN, "train": BATCH}, folder)
     path = write_config(
@@ -170,7 +171,7 @@ def commands(folder: Path) -> None:
         mixtures.append(state.training.mixture.probs_S.tolist())
         return Verdict(state.step >= 3, "as asked")
 
-    judged, reweight.verdict = reweight.verdict, converged_from_the_third
+    judged, scalebio.verdict = scalebio.verdict, converged_from_the_third
     spoiling("w", math.inf, when=[2])
     run("reweight", "reweight once")
     spoiling.undo()
@@ -179,7 +180,7 @@ def commands(folder: Path) -> None:
     words += ["--save", folder / "elsewhere" / "checkpoints"]
     run("reweight", "stops early", "--early-stop", *words)
     (folder / "mixtures.json").write_text(json.dumps(mixtures))
-    reweight.verdict = judged
+    scalebio.verdict = judged
 
     losses = iter(CURVE)
     whole = finetune.FinetuneState.validation_loss

@@ -1,4 +1,4 @@
-"""ScaleBiO, for `reweight`: learns the mixture and leaves weights, blend, metrics and a report."""
+"""ScaleBiO: the core's step on a run's sources."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scalebio import runtime
+from megatron_scalebio.baselines.found import Found
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.confidence import Verdict
 from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
-from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
-from megatron_scalebio.report.html import write_report
 from megatron_scalebio.train import outputs
-from megatron_scalebio.train.loop import run_steps
+from megatron_scalebio.train.loop import logged_steps
 from megatron_scalebio.train.run_log import RunLog
-from megatron_scalebio.train.start import Begun, begin, resume_or_start
+from megatron_scalebio.train.start import Begun, resume_or_start
 from megatron_scalebio.train.state import Record, RunState
 from megatron_scalebio.train.update import with_names
 
@@ -25,27 +24,29 @@ _JUDGING = {
 }  # fmt: skip
 
 
-def run(config: Config) -> int:
-    """A whole run of a valid configuration, resumed where there is one; its exit code."""
-    with begin(config) as begun:
-        return _run(config, begun)
-
-
-def _run(config: Config, begun: Begun) -> int:
+def find(config: Config, begun: Begun) -> Found:
+    """The weights at the run's end, or so far where a signal has stopped it."""
     state = TrainState(config, begun.folder / "cache")
     warnings = resume_or_start(state, begun.folder, begun.save_to)
     parameters = outputs.parameter_count(state)
-    reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
-    try:
-        finished = run_steps(state, begun, reporter, begun.save_to)
-    finally:
-        if reporter:
-            reporter.close()
-    if reporter:
-        reporter.finish(complete=finished)
-        if not finished:
-            reporter.console.stopped(state.step)
-    return EXIT_OK if finished else EXIT_SIGNALLED
+    initial_S = state.training.mixture.initial_S.tolist()
+    log = runtime.only_on_main(
+        lambda: RunLog(state, begun.folder, parameters, initial_S, warnings, _facts(config))
+    )
+    finished = logged_steps(state, begun, log, begun.save_to)
+    intervals = state.training.intervals()
+    return Found(
+        sources=state.data.sources,
+        weight_S=intervals.weight_S.tolist(),
+        initial_S=initial_S,
+        cost=state.cost,
+        step=state.step,
+        complete=finished,
+        low_S=intervals.low_S.tolist(),
+        high_S=intervals.high_S.tolist(),
+        verdict=verdict(state),
+        details={"confidence": config.bilevel.confidence},
+    )
 
 
 class TrainState(RunState):
@@ -134,68 +135,6 @@ def verdict(state: TrainState) -> Verdict:
     """Whether the weights have converged by now, and why."""
     constant = state.config.bilevel.lr_lambda_decay_style == "constant"
     return state.training.verdict(constant_rate=constant)
-
-
-def weights_content(state: TrainState, complete: bool) -> dict[str, Any]:
-    """The content of a `reweight` run's weights.json.
-
-    Args:
-        complete: the run came to its end; otherwise these are its weights so far.
-    """
-    intervals, judged = state.training.intervals(), verdict(state)
-    return {
-        "method": "scalebio",
-        "step": state.step,
-        "complete": complete,
-        "converged": judged.converged,
-        "reason": judged.reason,
-        "confidence": state.config.bilevel.confidence,
-        "cost": outputs.cost_entry(state.cost),
-        "sources": outputs.weight_entries(
-            state.data.sources,
-            intervals.weight_S.tolist(),
-            state.training.mixture.initial_S.tolist(),
-            intervals.low_S.tolist(),
-            intervals.high_S.tolist(),
-        ),
-    }
-
-
-class Reporter(RunLog):
-    """Everything that rank 0 shows and writes besides checkpoints."""
-
-    def __init__(
-        self, state: TrainState, folder: Path, parameters: int, warnings: list[str]
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        initial_S = state.training.mixture.initial_S.tolist()
-        super().__init__(state, folder, parameters, initial_S, warnings, _facts(state.config))
-        self.state = state
-
-    def finish(self, complete: bool) -> None:
-        """Writes the weights and the report, and says where everything is.
-
-        Args:
-            complete: the run came to its end; otherwise these are the weights so far.
-        """
-        state, folder = self.state, self.folder
-        content = weights_content(state, complete)
-        left_out = outputs.write_weights(folder, content, state.config)
-        self.end()
-        report = write_report(folder)
-        self.console.result(
-            content,
-            {
-                "weights": folder / "weights.json",
-                "blend": folder / "blend.txt",
-                "report": report,
-                "tensorboard": self.metrics.tensorboard_dir,
-            },
-            state.config.data.known_weights,
-        )
-        if left_out:
-            floor = outputs.blend_floor(state.config)
-            self.console.warn(f"below {floor:g}, left out of the blend: {', '.join(left_out)}")
 
 
 def _facts(config: Config) -> dict[str, object]:
