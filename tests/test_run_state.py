@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from megatron_scalebio.config import (
     TrainConfig,
     ValidationConfig,
 )
+from megatron_scalebio.data.sources import shared_vocab_size
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.train import state as module
 from megatron_scalebio.train.state import Data, RunState, weights_by_name
@@ -107,6 +109,12 @@ def test_samplers_are_as_configured(problem: tuple[list, list]) -> None:
     assert [s.floor_share for s in samplers] == [0.4, 0.5]
     assert data.shares_V.tolist() == [0.2, 0.8]
     assert data.initial_weights() == [1.0, 1.0, 1.0]
+
+
+def test_a_models_own_vocabulary_may_be_larger_than_its_tokenizers() -> None:
+    tokenizer = {"fingerprint": "x", "vocab_size": 32}
+    source: Any = SimpleNamespace(tokenizer=tokenizer, largest_id=31)
+    assert [shared_vocab_size([source], size) for size in (None, 32, 40)] == [32, 32, 40]
 
 
 CP5_TP3 = {"context_parallel_size": 5, "tensor_model_parallel_size": 3}

@@ -193,6 +193,12 @@ def test_does_not_depend_on_the_layout(runs: Path, one: str, other: str) -> None
     for a, b in zip(metrics(runs / one), metrics(runs / other), strict=True):
         for field in {"train_loss_w", "validation_loss", "grad_norm_w"} & a.keys():
             assert b[field] == pytest.approx(a[field], rel=1e-4), (a["step"], field)
+    told = [json.loads((runs / name / "run.json").read_text()) for name in (one, other)]
+    assert told[0]["parameters"] == told[1]["parameters"]
+    sets = [json.loads((runs / n / "evaluation.json").read_text())["sets"] for n in (one, other)]
+    for ours, theirs in zip(*sets, strict=True):
+        assert ours["target_tokens"] == theirs["target_tokens"]
+        assert ours["token_mean"] == pytest.approx(theirs["token_mean"], rel=1e-4)
 
 
 def test_resumed_equals_never_stopping(runs: Path) -> None:

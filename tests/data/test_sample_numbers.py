@@ -125,6 +125,24 @@ def test_excluded_sets_are_counted_and_not_drawn(tmp_path: Path, folders: dict[s
     assert natural_shares(pair) == pytest.approx([40 / (40 + goal), goal / (40 + goal)])
 
 
+def test_a_row_that_repeats_a_test_is_no_less_one_where_it_was_not_selected(
+    tmp_path: Path, folders: dict[str, str]
+) -> None:
+    source = WeightedSource("small", folders["small"], 1.0, selected=(2, 3, 4, 5))
+    config = SampleConfig(
+        tmp_path / "out", (source,), 2, exclude=(("goal", folders["goal"]),), train_on_prompt=True
+    )
+    [small] = sample(config)[0]["sources"]
+    # Rows 0 to 3 repeat the set, 6 to 9 are the others that were not selected.
+    assert (small["contaminated"]["exact"], small["not_selected"], small["usable"]) == (4, 4, 2)
+
+
+def test_every_row_that_was_cut_is_counted(tmp_path: Path, folders: dict[str, str]) -> None:
+    drawn(folders, tmp_path / "out", per_source=8, too_long="truncate")
+    written = json.loads((tmp_path / "out" / "long" / "source.json").read_text())
+    assert (written["truncated"], written["examples"]) == (8, 8)
+
+
 def entry(name: str, weight: float, usable: int, asked: int, given: int) -> dict[str, Any]:
     return {
         "name": name, "weight": weight, "rows": usable + 1336, "usable": usable, "asked": asked,

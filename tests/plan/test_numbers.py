@@ -16,9 +16,10 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.plan import table
 from megatron_scalebio.plan.cost import StepCost, step_cost
+from megatron_scalebio.plan.estimate import _in_flight
 from megatron_scalebio.plan.hardware import GPUS, Gpu, gpu_named
 from megatron_scalebio.plan.layout import Layout, draws, ever_active, stage_layers, worst_draw
-from megatron_scalebio.plan.planner import Plan
+from megatron_scalebio.plan.planner import Plan, _u_at_worst
 from megatron_scalebio.plan.rehearsal import StageMemory
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
@@ -95,6 +96,23 @@ def test_shortest_flush_fills_the_pipeline() -> None:
     for pp, virtual, expected in ((1, 1, (1, 1)), (2, 1, (1, 1)), (4, 1, (2, 1)), (4, 2, (3, 2))):
         assert Layout(1, pp, virtual, 1, gpu=GPU, **long).shortest_flush() == expected
     assert Layout(1, 4, 1, 1, 2, 1, GPU).shortest_flush() == (2, 1)
+
+
+def test_a_stage_keeps_as_many_micro_batches_as_are_under_way() -> None:
+    """Those ahead of it and its own, of a flush that has so many; in chunks where interleaved."""
+    for virtual, train, kept in (
+        (1, 4, [4, 3, 2, 1]), (1, 1, [3, 3, 2, 1]), (2, 1, [3, 3, 3, 2.5]),
+    ):  # fmt: skip
+        layout = Layout(1, 4, virtual, 1, train, 1, GPU)
+        assert [_in_flight(layout, number) for number in range(4)] == kept
+
+
+def test_u_keeps_the_layers_of_all_periods_only_where_it_is_never_reset() -> None:
+    lisa, memory = {"lisa_layers": 3, "lisa_interval": 20}, stage(0, active_layers=(0, 1))
+    drawn: list[list[int] | None] = [[0, 1, 6], [1, 2, 7], [2, 3, 7]]
+    for reset, more in ((None, 2 * 25_000_000 * 2), (10, 0)):
+        of_run = config(lisa=lisa, bilevel={"resync_interval": reset})
+        assert _u_at_worst(of_run, memory, drawn, {0, 1, 2, 3}) == 200_000_000 + more
 
 
 def test_time_of_a_step_by_hand() -> None:

@@ -225,3 +225,13 @@ def test_cost_is_ranks_times_wall_clock(make_run: MakeRun) -> None:
     assert cost.ranks == 2
     assert cost.tokens == 600 * 24576
     assert cost.device_hours == pytest.approx(2 * 250 / 3600)
+
+
+def test_cost_of_a_resumed_run_is_that_of_its_steps(make_run: MakeRun) -> None:
+    """Its clock is that of the last start only."""
+    run = make_run()
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"started": "2025-03-01T10:04:05+00:00"}))
+    cost = summary.cost(load_run(run))
+    assert cost.wall_seconds is None and cost.step_seconds > 5
+    assert cost.device_hours == pytest.approx(2 * cost.step_seconds / 3600)
