@@ -12,9 +12,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_scalebio"
 
 # What each part of the package may import from the package, besides itself.
-LEAVES = {"errors", "launcher", "progress", "__init__"}
+LEAVES = {"errors", "formatting", "launcher", "progress", "__init__"}
 BELOW = {
     "errors": set(),
+    "formatting": set(),
     "launcher": set(),
     "progress": set(),
     "__init__": set(),
@@ -24,7 +25,8 @@ BELOW = {
     "config_loader": {"config", "families"},
     "runtime": {"compat", "config"},
     "guard": {"runtime"},
-    "report": set(),
+    "logs": set(),
+    "report": {"logs"},
     "data": {"compat", "config", "config_loader"},
     "sample": {"config", "config_loader", "data"},
     "model": {"compat", "config", "runtime"},
@@ -35,20 +37,20 @@ BELOW = {
         "train.state",
     },
     "convert": {"config", "config_loader", "families", "checkpoint", "model", "runtime"},
-    "evaluate": {"config", "config_loader", "data", "report", "train"},
+    "evaluate": {"config", "config_loader", "data", "logs", "train"},
     "plan": {
         "compat", "config", "config_loader", "families", "data", "model", "optim", "bilevel",
-        "report", "runtime",
+        "runtime",
     },
     "train": {
-        "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "report",
-        "runtime", "convert", "sample", "guard",
+        "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint", "logs",
+        "report", "runtime", "convert", "sample", "guard",
     },
     "baselines": {
         "compat", "config", "config_loader", "data", "model", "optim", "bilevel", "checkpoint",
-        "report", "progress", "runtime", "sample", "train",
+        "logs", "report", "runtime", "sample", "train",
     },
-    "compare": {"config", "config_loader", "report"},
+    "compare": {"config", "config_loader"},
     "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},
 }  # fmt: skip
@@ -147,7 +149,9 @@ def test_a_wrong_option_does_not_wait_for_megatron(stage: str) -> None:
     assert said.stdout == "2 False\n", said.stderr
 
 
-@pytest.mark.parametrize("part", ["errors", "launcher", "config", "config_loader", "cli", "report"])
+@pytest.mark.parametrize(
+    "part", ["errors", "formatting", "launcher", "config", "config_loader", "cli", "logs", "report"]
+)
 def test_light_parts_do_not_load_megatron(part: str) -> None:
     """`report` and a wrong option must not wait for torch and Megatron."""
     heavy = ("torch", "megatron", "transformers")

@@ -18,7 +18,7 @@ from megatron_scalebio.baselines.pool import EpochOrder, Pool
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.blend import Ints, Picks
 from megatron_scalebio.errors import EXIT_OK
-from megatron_scalebio.report.console import RunConsole
+from megatron_scalebio.logs.console import RunConsole
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.finetune import FinetuneState, Reporter, finetune
 from megatron_scalebio.train.start import Begun, resume_or_start

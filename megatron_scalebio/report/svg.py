@@ -14,6 +14,8 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
+from megatron_scalebio.formatting import shorten
+
 COLOURS = 8  # classes c0 ... c7 of the style sheet
 MAX_POINTS = 240
 LABEL_CHARS = 20
@@ -251,13 +253,9 @@ def _labels(chart: Chart, y: Scale, left: float) -> list[str]:
         limit = places[i] - _LABEL_HEIGHT
     return [
         f'<text class="label c{line.colour}" x="{left:.0f}" y="{place + 4:.1f}">'
-        f"{escape(shorten(line.name))}<title>{escape(line.name)}</title></text>"
+        f"{escape(shorten(line.name, LABEL_CHARS))}<title>{escape(line.name)}</title></text>"
         for place, (_, line) in zip(places, ends, strict=True)
     ]
-
-
-def shorten(name: str, length: int = LABEL_CHARS) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _read_out(chart: Chart, pick: NDArray[np.int64], x: Scale) -> dict[str, Any]:

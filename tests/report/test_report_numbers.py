@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_scalebio.formatting import percent, quantity
 from megatron_scalebio.report.html import write_report
 from megatron_scalebio.report.load import load_run
-from megatron_scalebio.report.summary import cost, duration, percent, quantity
+from megatron_scalebio.report.summary import cost
 from megatron_scalebio.report.svg import format_value
+from tests.synthetic_run import write_run
 
 STEPS = 300  # one in each of the charts' 240 points or the next
 SPAN = STEPS // 40
@@ -75,8 +77,6 @@ class Page:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    from synthetic_run import write_run
-
     folder = tmp_path_factory.mktemp("numbers") / "run"
     return Page(write_run(folder, steps=STEPS, train_iters=400))
 
@@ -307,8 +307,6 @@ def test_faint_lines_hold_what_was_measured(page: Page) -> None:
 
 
 def test_grey_area_holds_nine_tenths_of_many_sources(tmp_path: Path) -> None:
-    from synthetic_run import write_run
-
     run = write_run(tmp_path / "run", [f"s{i:02d}" for i in range(80)], steps=20, known=False)
     page = write_report(run).read_text()
     [svg] = re.findall(r'<svg[^>]*aria-label="Weight of each source by step".*?</svg>', page)
@@ -328,39 +326,6 @@ def test_grey_area_holds_nine_tenths_of_many_sources(tmp_path: Path) -> None:
     np.testing.assert_allclose(heights[20:][::-1], low, atol=half)
     rest = sum(sorted(final)[:-20])
     assert f"The others share {percent(rest)}" in page
-
-
-@pytest.mark.parametrize(
-    ("share", "words"),
-    [
-        (0.0, "0%"), (0.00004, "<0.01%"), (0.0031, "0.31%"), (0.0314, "3.1%"), (0.5, "50.0%"),
-        (None, "–"),
-    ],
-)  # fmt: skip
-def test_shares_in_words(share: float | None, words: str) -> None:
-    assert percent(share) == words
-
-
-@pytest.mark.parametrize(
-    ("count", "words"),
-    [
-        (7, "7"), (1_500, "1.5 k"), (14_745_600, "14.7 M"), (2.5e9, "2.5 B"), (3e12, "3 T"),
-        (None, "–"),
-    ],
-)  # fmt: skip
-def test_counts_in_words(count: float | None, words: str) -> None:
-    assert quantity(count) == words
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0.25, "0.25 s"), (119, "119 s"), (150, "2 min"), (3725, "1 h 02 min"),
-        (90_000, "25 h 00 min"), (None, "–"),
-    ],
-)  # fmt: skip
-def test_times_in_words(seconds: float | None, words: str) -> None:
-    assert duration(seconds) == words
 
 
 def test_values_on_axes_in_words() -> None:

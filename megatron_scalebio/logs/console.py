@@ -19,8 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from megatron_scalebio.report.summary import duration, percent, quantity
-from megatron_scalebio.report.svg import shorten
+from megatron_scalebio.formatting import duration, percent, quantity, shorten
 
 ROWS_SHOWN = 15
 TOP_SHOWN = 3
