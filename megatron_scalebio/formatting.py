@@ -34,3 +34,8 @@ def quantity(value: float | None) -> str:
 
 def shorten(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """The text without control characters and broken letters."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
