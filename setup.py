@@ -26,7 +26,7 @@ setup(
         "sentencepiece>=0.2,<0.3",
         "tensorboard>=2.16,<3",
         "rich>=13.7,<16",  # progress bars and tables
-        "matplotlib>=3.9,<4",  # the picture of a comparison
+        "matplotlib>=3.10,<4",  # the charts of the report, the picture of a comparison
         "jinja2>=3.1,<4",  # the report page
         "PyYAML>=6,<7",
     ],

@@ -351,7 +351,7 @@ def two_ranks(folder_name: str) -> None:
 
 def log_on_a_full_disk(folder: Path) -> tuple[int | None, str]:
     """/dev/full takes no byte: the log of rank 0 fails in the first step."""
-    from megatron_scalebio.report.metrics import MetricsLog
+    from megatron_scalebio.logs.metrics import MetricsLog
 
     opened = MetricsLog.__init__
 

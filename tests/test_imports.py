@@ -12,10 +12,11 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_scalebio"
 
 # What each part of the package may import from the package, besides itself.
-LEAVES = {"errors", "fingerprint", "launcher", "progress", "__init__"}
+LEAVES = {"errors", "fingerprint", "formatting", "launcher", "progress", "__init__"}
 BELOW = {
     "errors": set(),
     "fingerprint": set(),
+    "formatting": set(),
     "launcher": set(),
     "progress": set(),
     "__init__": {"core"},  # the library's names, looked up when they are asked for
@@ -26,7 +27,8 @@ BELOW = {
     "config_loader": {"config", "families"},
     "runtime": {"compat", "config"},
     "guard": {"runtime"},
-    "report": set(),
+    "logs": set(),
+    "report": {"logs"},
     "data": {"compat", "config", "config_loader", "core"},
     "sample": {"config", "config_loader", "core", "data"},
     "model": {"compat", "config", "core", "runtime"},
@@ -34,20 +36,17 @@ BELOW = {
         "compat", "config", "core", "data", "model", "runtime", "guard.process", "train.state",
     },
     "convert": {"config", "config_loader", "families", "checkpoint", "core", "model", "runtime"},
-    "evaluate": {"config", "config_loader", "data", "report", "train"},
-    "plan": {
-        "compat", "config", "config_loader", "core", "families", "data", "model", "report",
-        "runtime",
-    },
+    "evaluate": {"config", "config_loader", "data", "logs", "train"},
+    "plan": {"compat", "config", "config_loader", "core", "families", "data", "model", "runtime"},
     "train": {
-        "config", "config_loader", "core", "data", "model", "checkpoint", "report", "runtime",
-        "convert", "guard",
+        "config", "config_loader", "core", "data", "model", "checkpoint", "logs", "report",
+        "runtime", "convert", "guard",
     },
     "baselines": {
-        "compat", "config", "config_loader", "core", "data", "model", "checkpoint", "report",
-        "progress", "runtime", "train",
+        "compat", "config", "config_loader", "core", "data", "model", "checkpoint", "logs",
+        "report", "runtime", "train",
     },
-    "compare": {"config", "config_loader", "report"},
+    "compare": {"config", "config_loader"},
     "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},
 }  # fmt: skip
@@ -176,7 +175,9 @@ def test_a_wrong_option_does_not_wait_for_megatron(stage: str) -> None:
     assert said.stdout == "2 False\n", said.stderr
 
 
-@pytest.mark.parametrize("part", ["errors", "launcher", "config", "config_loader", "cli", "report"])
+@pytest.mark.parametrize(
+    "part", ["errors", "formatting", "launcher", "config", "config_loader", "cli", "logs", "report"]
+)
 def test_light_parts_do_not_load_megatron(part: str) -> None:
     """`report` and a wrong option must not wait for torch and Megatron."""
     heavy = ("torch", "megatron", "transformers")

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from megatron_scalebio import runtime
 from megatron_scalebio.core.sampler import Ints
 from megatron_scalebio.errors import UserError, disk_errors_named
-from megatron_scalebio.report.console import RunConsole
+from megatron_scalebio.logs.console import RunConsole
 from megatron_scalebio.train import outputs
 
 Array = npt.NDArray[Any]

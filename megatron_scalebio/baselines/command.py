@@ -16,9 +16,9 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.weights_file import SELECTED_FILE, WEIGHTS_FILE
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
-from megatron_scalebio.report.console import RunConsole, SourceLine
+from megatron_scalebio.logs.console import RunConsole, SourceLine
+from megatron_scalebio.logs.records import METRICS_FILE
 from megatron_scalebio.report.html import write_report
-from megatron_scalebio.report.metrics import METRICS_FILE
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.start import begin
 

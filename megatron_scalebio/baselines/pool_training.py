@@ -17,7 +17,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.baselines.pool import EpochOrder, Pool
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.sampler import Ints, Picks
-from megatron_scalebio.report.console import RunConsole
+from megatron_scalebio.logs.console import RunConsole
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.finetune import FinetuneState, Reporter
 from megatron_scalebio.train.loop import logged_steps

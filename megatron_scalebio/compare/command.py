@@ -31,7 +31,7 @@ from megatron_scalebio.errors import (
     disk_errors_named,
     sigterm_interrupts,
 )
-from megatron_scalebio.report.summary import duration
+from megatron_scalebio.formatting import duration
 
 # What may change between two starts of one comparison: runs are added, none made invalid.
 EXTENDABLE = ("methods", "seeds", "tasks", "ranks", "launcher", "variants", "weights")

@@ -22,7 +22,7 @@ from rich.table import Table
 from megatron_scalebio.compare.plot import draw
 from megatron_scalebio.compare.stages import WEIGHTS_FILE, Plan, Run, read
 from megatron_scalebio.errors import disk_errors_named
-from megatron_scalebio.report.summary import duration
+from megatron_scalebio.formatting import duration
 
 Content = dict[str, Any]
 

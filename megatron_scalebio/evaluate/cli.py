@@ -44,7 +44,7 @@ from megatron_scalebio.evaluate.results import (
     write_section,
 )
 from megatron_scalebio.launcher import is_first_rank
-from megatron_scalebio.report.console import RunConsole
+from megatron_scalebio.logs.console import RunConsole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

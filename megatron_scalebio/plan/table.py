@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Column, Table
 
+from megatron_scalebio.formatting import duration
 from megatron_scalebio.plan.cost import StepCost
 from megatron_scalebio.plan.holdings import GRADIENTS, KINDS, WEIGHTS_U, WEIGHTS_W
 from megatron_scalebio.plan.ledger import LOGITS, PIPELINE
 from megatron_scalebio.plan.planner import MIN_HEADROOM, Plan
 from megatron_scalebio.plan.rehearsal import ROLE_NAMES
-from megatron_scalebio.report.summary import duration
 
 STAGES_A_TABLE = 5  # in 80 columns
 

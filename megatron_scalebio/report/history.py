@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.report.metrics import decode_record
+from megatron_scalebio.logs.records import decode_record
 
 STEP_FIELDS = (
     "alpha", "lr_w", "lr_u", "lr_lambda", "validation_loss", "train_loss_w", "train_loss_u",

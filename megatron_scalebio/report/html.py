@@ -18,6 +18,7 @@ import numpy as np
 from markupsafe import Markup
 
 from megatron_scalebio.errors import EXIT_OK, UserError
+from megatron_scalebio.formatting import duration, percent, quantity
 from megatron_scalebio.report import summary
 from megatron_scalebio.report.charts import GREY_LINES, mixture_charts, training_charts
 from megatron_scalebio.report.load import Run, load_run
@@ -69,9 +70,7 @@ def render_report(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = summary.percent
-    environment.filters["duration"] = summary.duration
-    environment.filters["quantity"] = summary.quantity
+    environment.filters |= {"percent": percent, "duration": duration, "quantity": quantity}
     script = resources.files("megatron_scalebio.report").joinpath("page.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = resources.files("megatron_scalebio.report").joinpath("page.css").read_text()
@@ -101,7 +100,7 @@ def _context(run: Run) -> dict[str, Any]:
         "validation": summary.start_and_end(run.history.scalars["validation_loss"]),
         "cost": summary.cost(run),
         "phases": summary.step_phases(run),
-        "averaged": summary.percent(run.setting("bilevel", "average_fraction") or 0.5),
+        "averaged": percent(run.setting("bilevel", "average_fraction") or 0.5),
         "skipped": run.history.skipped[:SKIPS_SHOWN],
         "skipped_count": len(run.history.skipped),
         "span": summary.smoothing_span(len(run.history.steps)),

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.logs.records import METRICS_FILE
 from megatron_scalebio.report.history import History, number_or_none, read_history
-from megatron_scalebio.report.metrics import METRICS_FILE
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_scalebio.formatting import percent
 from megatron_scalebio.report.history import number_or_none
 from megatron_scalebio.report.load import Run, SourceWeight
 
@@ -192,15 +193,6 @@ def biggest_changes(rows: list[SourceRow], count: int = 3) -> list[Change]:
     return changes
 
 
-def percent(share: float | None) -> str:
-    """A share for reading: 0.0314 as "3.1%"."""
-    if share is None:
-        return "–"
-    if share < 0.00005:
-        return "<0.01%" if share > 0 else "0%"
-    return f"{100 * share:.1f}%" if share >= 0.00995 else f"{100 * share:.2f}%"
-
-
 def start_and_end(values: NDArray[Any]) -> tuple[float, float] | None:
     """Means over the first and the last steps (`END_SHARE` of them each)."""
     values = values[np.isfinite(values)]
@@ -300,23 +292,3 @@ def step_phases(run: Run) -> list[Phase]:
         medians["other"] = rest
     total = sum(medians.values())
     return [Phase(name, s, s / total) for name, s in medians.items()] if total > 0 else []
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds for reading: 3725 as "1 h 02 min"."""
-    if seconds is None:
-        return "–"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
-
-
-def quantity(value: float | None) -> str:
-    """A count for reading: 14_745_600 as "14.7 M"."""
-    if value is None:
-        return "–"
-    for factor, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= factor:
-            return f"{value / factor:.3g}{unit}"
-    return f"{value:.3g}"

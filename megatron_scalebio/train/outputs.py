@@ -25,7 +25,7 @@ from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.data.weights_file import drawn_from
 from megatron_scalebio.errors import UserError, disk_errors_named
-from megatron_scalebio.report.metrics import METRICS_FILE
+from megatron_scalebio.logs.records import METRICS_FILE
 from megatron_scalebio.train.state import RunState, TokenCost
 
 MEMORY_FILE = "memory.json"

@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron_scalebio.config import Config
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.logs.console import RunConsole, SourceLine
+from megatron_scalebio.logs.metrics import MetricsLog
 from megatron_scalebio.progress import HERE
-from megatron_scalebio.report.console import RunConsole, SourceLine
-from megatron_scalebio.report.metrics import MetricsLog
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.state import RunState
 

@@ -19,7 +19,7 @@ from megatron_scalebio.errors import UserError
 from megatron_scalebio.fingerprint import of_files
 from megatron_scalebio.guard.lock import PATIENCE_S, held
 from megatron_scalebio.guard.watchdog import Watchdog
-from megatron_scalebio.report.metrics import METRICS_FILE
+from megatron_scalebio.logs.records import METRICS_FILE
 from megatron_scalebio.train import outputs
 from megatron_scalebio.train.memory import out_of_memory_named
 from megatron_scalebio.train.state import RunState

@@ -16,7 +16,7 @@ from megatron_scalebio.compare import plot
 from megatron_scalebio.compare.config import CompareConfig, load
 from megatron_scalebio.compare.results import collect, write
 from megatron_scalebio.compare.stages import Plan
-from megatron_scalebio.report.summary import duration
+from megatron_scalebio.formatting import duration
 
 SOURCES, TESTS, SEEDS = ("code", "web", "math"), ("far", "near"), (3, 8, 11)
 # Test losses (sample mean, token mean) of "near" under each seed; those of "far" are 0.7 more.

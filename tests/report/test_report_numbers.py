@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_scalebio.formatting import percent, quantity
 from megatron_scalebio.report.html import write_report
 from megatron_scalebio.report.load import load_run
-from megatron_scalebio.report.summary import cost, duration, percent, quantity
-from megatron_scalebio.report.svg import format_value
+from megatron_scalebio.report.summary import cost
+from tests.synthetic_run import write_run
 
 STEPS = 300  # one in each of the charts' 240 points or the next
 SPAN = STEPS // 40
@@ -69,14 +70,12 @@ class Page:
         return np.array([math.nan if value is None else value for value in values])
 
     def chart(self, title: str) -> str:
-        [found] = re.findall(rf'<svg[^>]*aria-label="{re.escape(title)}".*?</svg>', self.page)
+        [found] = re.findall(rf'<svg[^>]*aria-label="{re.escape(title)}".*?</svg>', self.page, re.S)
         return found
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    from synthetic_run import write_run
-
     folder = tmp_path_factory.mktemp("numbers") / "run"
     return Page(write_run(folder, steps=STEPS, train_iters=400))
 
@@ -246,26 +245,40 @@ def test_chart_shows_the_series_at_their_steps(page: Page, title: str) -> None:
     assert steps[0] == 1 and steps[-1] == STEPS and len(steps) == 240
     assert {line["name"] for line in shown["lines"]} == set(CHARTS[title])
     to_value = value_at_height(svg, title in ("Gradient norms", "Learning rates"))
-    paths = dict(
-        reversed(found)
-        for found in re.findall(r'<path class="line [^"]*" d="([^"]*)"><title>([^<]*)<', svg)
-    )
     for line in shown["lines"]:
         expected = CHARTS[title][line["name"]](page)[np.array(steps) - 1]
         assert line["y"] == pytest.approx(expected.tolist(), rel=6e-4, abs=1e-9)
-        points = np.array(re.findall(r"[ML]([\d.]+) ([\d.]+)", paths[line["name"]]), float)
+        [(colour, path)] = re.findall(
+            rf'<g class="line (c\d)"><title>{re.escape(line["name"])}</title>\s*<path d="([^"]*)"',
+            svg,
+        )
+        assert colour == f"c{line['colour']}" and f"stroke: var(--s{line['colour']})" in svg
         drawn = expected > 0 if title == "Learning rates" else expected < math.inf
-        assert points[:, 0].tolist() == pytest.approx(np.array(shown["x"])[drawn].tolist())
-        heights = to_value(points[:, 1])
+        x, y = points(path)  # without those that lie on the line between their neighbours
+        heights = to_value(np.interp(np.array(shown["x"])[drawn], x, y))
         off = np.abs(heights - (np.log10(expected[drawn]) if "rates" in title or "norms" in title
                                 else expected[drawn]))  # fmt: skip
         assert off.max() <= to_value.half_pixel, line["name"]  # type: ignore[attr-defined]
 
 
+def points(path: str) -> np.ndarray:
+    """x and y of a path's points."""
+    return np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", path), float).T
+
+
+def edges(area: str, count: int) -> np.ndarray:
+    """Heights of an area's upper and lower edge, from left to right."""
+    [path] = re.findall(r'<path d="([^"]*)z', area)
+    _, y = points(path)
+    y = np.append(y, y[0])[: 2 * count]  # one point where the edges meet
+    return np.stack([y[:count], y[count:][::-1]])
+
+
 def value_at_height(svg: str, log: bool) -> Callable[[np.ndarray], np.ndarray]:
     """What a height in the drawing stands for, by the ticks beside the axis (their log10)."""
-    ticks = re.findall(r'y="([\d.]+)" text-anchor="end">([^<]*)<', svg)
-    heights = np.array([float(y) - 4 for y, _ in ticks])
+    grid = r'<path d="M 50 ([\d.]+) [^>]*stroke: var\(--grid\)[^>]*>.*?<text[^>]*>([^<]*)<'
+    ticks = re.findall(grid, svg, re.S)
+    heights = np.array([float(y) for y, _ in ticks])
     numbers = [float(t.rstrip("%")) / (100 if t.endswith("%") else 1) for _, t in ticks]
     values = np.log10(numbers) if log else np.array(numbers)
     assert len(ticks) >= 2
@@ -279,25 +292,26 @@ def value_at_height(svg: str, log: bool) -> Callable[[np.ndarray], np.ndarray]:
     return to_value
 
 
-def test_dashed_lines_are_at_the_known_weights(page: Page) -> None:
+def test_dotted_lines_are_at_the_known_weights(page: Page) -> None:
     svg = page.chart("Weight of each source by step")
     to_value = value_at_height(svg, log=False)
-    dashed = re.findall(r'<line class="target (c\d)" x1="[\d.]+" x2="[\d.]+" y1="([\d.]+)"', svg)
-    names = dict(re.findall(r'<path class="line (c\d)" d="[^"]*"><title>([^<]*)<', svg))
-    assert len(dashed) == 5
-    for colour, height in dashed:
+    dotted = dict(re.findall(r'<g class="target(\d)">\s*<path d="M 50 ([\d.]+)', svg))
+    names = dict(re.findall(r'<g class="line c(\d)"><title>([^<]*)<', svg))
+    assert len(dotted) == 5
+    for colour, height in dotted.items():
         known = page.known.get(names[colour], 0.0)
         assert to_value(np.array([float(height)]))[0] == pytest.approx(known, abs=0.001)
 
 
 def test_faint_lines_hold_what_was_measured(page: Page) -> None:
-    """Behind a smoothed line: least and greatest value from each drawn step up to the next."""
+    """Behind a smoothed line: least and greatest value from each drawn step up to the next, without
+    the far tails."""
     svg = page.chart("Step time")
     to_value = value_at_height(svg, log=False)
-    [area] = re.findall(r'<path class="raw c4" d="M([^"]*)Z"', svg)
-    heights = to_value(np.array([float(point.split()[1]) for point in area.split("L")]))
+    [area] = re.findall(r'<g class="raw0">.*?</g>', svg, re.S)
+    high, low = to_value(edges(area, 240))
     raw = page.series("step_time_s")
-    high, low = heights[: len(heights) // 2], heights[len(heights) // 2 :][::-1]
+    raw = np.clip(raw, *np.quantile(raw, [0.005, 0.995]))
     shown = json.loads(html.unescape(re.findall(r'data-chart="([^"]*)"', svg)[0]))["step"]
     for n, (first, end) in enumerate(zip(shown, [*shown[1:], STEPS + 1], strict=True)):
         between = raw[first - 1 : end - 1]
@@ -307,14 +321,12 @@ def test_faint_lines_hold_what_was_measured(page: Page) -> None:
 
 
 def test_grey_area_holds_nine_tenths_of_many_sources(tmp_path: Path) -> None:
-    from synthetic_run import write_run
-
     run = write_run(tmp_path / "run", [f"s{i:02d}" for i in range(80)], steps=20, known=False)
     page = write_report(run).read_text()
-    [svg] = re.findall(r'<svg[^>]*aria-label="Weight of each source by step".*?</svg>', page)
-    [area] = re.findall(r'<path class="band" d="M([^"]*)Z"', svg)
+    [svg] = re.findall(r'<svg[^>]*aria-label="Weight of each source by step".*?</svg>', page, re.S)
+    [area] = re.findall(r'<g class="band">.*?</g>', svg, re.S)
     to_value = value_at_height(svg, log=False)
-    heights = to_value(np.array([float(point.split()[1]) for point in area.split("L")]))
+    upper, lower = to_value(edges(area, 20))
     weights = np.array([json.loads(line)["weights"] for line in (run / "metrics.jsonl").open()])
     final = [e["weight"] for e in json.loads((run / "weights.json").read_text())["sources"]]
     others = np.sort(weights[:, np.argsort(final)[:-8]])  # all but the eight in colour
@@ -324,45 +336,7 @@ def test_grey_area_holds_nine_tenths_of_many_sources(tmp_path: Path) -> None:
     place = 0.05 * 71
     low = others[:, 3] + (place - 3) * (others[:, 4] - others[:, 3])
     half = to_value.half_pixel  # type: ignore[attr-defined]
-    np.testing.assert_allclose(heights[:20], high, atol=half)
-    np.testing.assert_allclose(heights[20:][::-1], low, atol=half)
+    np.testing.assert_allclose(upper, high, atol=half)
+    np.testing.assert_allclose(lower, low, atol=half)
     rest = sum(sorted(final)[:-20])
     assert f"The others share {percent(rest)}" in page
-
-
-@pytest.mark.parametrize(
-    ("share", "words"),
-    [
-        (0.0, "0%"), (0.00004, "<0.01%"), (0.0031, "0.31%"), (0.0314, "3.1%"), (0.5, "50.0%"),
-        (None, "–"),
-    ],
-)  # fmt: skip
-def test_shares_in_words(share: float | None, words: str) -> None:
-    assert percent(share) == words
-
-
-@pytest.mark.parametrize(
-    ("count", "words"),
-    [
-        (7, "7"), (1_500, "1.5 k"), (14_745_600, "14.7 M"), (2.5e9, "2.5 B"), (3e12, "3 T"),
-        (None, "–"),
-    ],
-)  # fmt: skip
-def test_counts_in_words(count: float | None, words: str) -> None:
-    assert quantity(count) == words
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0.25, "0.25 s"), (119, "119 s"), (150, "2 min"), (3725, "1 h 02 min"),
-        (90_000, "25 h 00 min"), (None, "–"),
-    ],
-)  # fmt: skip
-def test_times_in_words(seconds: float | None, words: str) -> None:
-    assert duration(seconds) == words
-
-
-def test_values_on_axes_in_words() -> None:
-    assert format_value(0.0314, "percent") == "3.14%"
-    assert format_value(0.00025, "number") == "0.00025" and format_value(1e-5, "number") == "1e-5"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_scalebio.report.console import RunConsole, SourceLine, plain
+from megatron_scalebio.logs.console import RunConsole, SourceLine, plain
 
 
 def make_console(names: list[str], *, terminal: bool) -> tuple[RunConsole, io.StringIO]:

@@ -1,16 +1,28 @@
-"""A made-up run folder of `reweight`, for the report's tests: no training behind it."""
+"""A made-up run folder of `reweight`, for the tests of logs and report: no training behind it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 
 FIVE = ["gpt4_alpaca", "alpaca", "stdlib_code", "shuffled_words", "random_bytes"]
 PHASES = {"data": 0.004, "flush": 0.31, "update": 0.05, "mixture": 0.002, "log": 0.0006}
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a synthetic run folder; takes `write_run`'s arguments."""
+
+    def make(*args: Any, **options: Any) -> Path:
+        return write_run(tmp_path / "run", *args, **options)
+
+    return make
 
 
 def write_run(

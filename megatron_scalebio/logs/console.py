@@ -19,8 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from megatron_scalebio.report.summary import duration, percent, quantity
-from megatron_scalebio.report.svg import shorten
+from megatron_scalebio.formatting import duration, percent, printable, quantity, shorten
 
 ROWS_SHOWN = 15
 TOP_SHOWN = 3
@@ -212,7 +211,7 @@ class RunConsole:
 
     def _top_weights(self, weights: Sequence[float]) -> str:
         top = sorted(range(len(weights)), key=lambda i: -weights[i])[:TOP_SHOWN]
-        names = [shorten(plain(self._sources[i].name).plain, TOP_NAME_CHARS) for i in top]
+        names = [shorten(printable(self._sources[i].name), TOP_NAME_CHARS) for i in top]
         shares = [f"{100 * weights[i]:.0f}%" for i in top]
         return ", ".join(f"{name} {share}" for name, share in zip(names, shares, strict=True))
 
@@ -232,7 +231,7 @@ def _interval(entry: Mapping[str, Any]) -> str:
 
 def plain(text: str) -> Text:
     """Text that the terminal shows and never obeys: no markup, no control characters."""
-    return Text("".join(c if c.isprintable() else "\ufffd" for c in text))
+    return Text(printable(text))
 
 
 def _table(*columns: str) -> Table:

@@ -1,0 +1,1 @@
+from tests.synthetic_run import make_run  # noqa: F401
