@@ -19,10 +19,10 @@ warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 import torch  # noqa: E402
 
 from megatron_scalebio import runtime  # noqa: E402
-from megatron_scalebio.baselines.scalebio import TrainState, train_step, verdict  # noqa: E402
 from megatron_scalebio.config.presets import PRESETS  # noqa: E402
 from megatron_scalebio.config_loader import load_config  # noqa: E402
 from megatron_scalebio.core.confidence import weight_intervals  # noqa: E402
+from megatron_scalebio.methods.scalebio import TrainState, train_step, verdict  # noqa: E402
 
 # The mixture as the method was published: AdamW on λ under a cosine, u never reset, equal counts.
 PUBLISHED = {key: PRESETS["paper"]["bilevel"][key] for key in (

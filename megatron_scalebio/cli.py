@@ -16,14 +16,14 @@ from megatron_scalebio.errors import EXIT_LOST, EXIT_USER_ERROR, RankLost, UserE
 
 # Imported when used: `report` must not wait for Megatron.
 COMMANDS = {
-    "prepare": ("megatron_scalebio.data.prepare_cli", "tokenize JSON/JSONL into sources"),
-    "convert": ("megatron_scalebio.convert.command", "Hugging Face checkpoints in and out"),
-    "reweight": ("megatron_scalebio.baselines.cli", "learn the mixture"),
-    "sample": ("megatron_scalebio.sample.command", "draw a training set in learned proportions"),
-    "train": ("megatron_scalebio.train.cli", "train on a sample or a weighted mixture"),
-    "evaluate": ("megatron_scalebio.evaluate.cli", "held-out losses, benchmarks, MT-Bench"),
-    "compare": ("megatron_scalebio.compare.command", "methods of choosing data side by side"),
-    "plan": ("megatron_scalebio.plan.command", "what a run takes: memory, time, layout"),
+    "prepare": ("megatron_scalebio.commands.prepare", "tokenize JSON/JSONL into sources"),
+    "convert": ("megatron_scalebio.commands.convert", "Hugging Face checkpoints in and out"),
+    "reweight": ("megatron_scalebio.commands.reweight", "learn the mixture"),
+    "sample": ("megatron_scalebio.commands.sample", "draw a training set in learned proportions"),
+    "train": ("megatron_scalebio.commands.train", "train on a sample or a weighted mixture"),
+    "evaluate": ("megatron_scalebio.commands.evaluate", "held-out losses, benchmarks, MT-Bench"),
+    "compare": ("megatron_scalebio.commands.compare", "methods of choosing data side by side"),
+    "plan": ("megatron_scalebio.commands.plan", "what a run takes: memory, time, layout"),
     "report": ("megatron_scalebio.report.html", "write the HTML report of a run"),
 }
 

@@ -70,8 +70,8 @@ def run_all(folder_name: str) -> None:
 
 def stopped_early(folder: Path) -> tuple[int | None, str]:
     """A run that may stop early, and whose weights are called converged from step 3 on."""
-    from megatron_scalebio.baselines import scalebio
     from megatron_scalebio.core.confidence import Verdict
+    from megatron_scalebio.methods import scalebio
 
     judge = scalebio.verdict
     scalebio.verdict = lambda state: Verdict(state.step >= 3, "as asked")
@@ -87,9 +87,9 @@ def one_step(folder: Path) -> dict[str, Any]:
     import resource
 
     from megatron_scalebio import runtime
-    from megatron_scalebio.baselines.scalebio import TrainState
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.train import outputs
+    from megatron_scalebio.engine import outputs
+    from megatron_scalebio.methods.scalebio import TrainState
 
     config = load_config(str(folder / "x.yaml"))
     runtime.start(config)

@@ -267,9 +267,9 @@ def spoil(config_path: Path, save_to: Path) -> None:
     import torch
 
     from megatron_scalebio import runtime
-    from megatron_scalebio.baselines.scalebio import TrainState
     from megatron_scalebio.checkpoint import saver
     from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.methods.scalebio import TrainState
 
     config = load_config(str(config_path))
     runtime.start(config)

@@ -30,7 +30,7 @@ def patched():
 before = patched()
 from megatron_scalebio import runtime
 from megatron_scalebio.compat import cpu, megatron
-from megatron_scalebio.baselines import scalebio
+from megatron_scalebio.methods import scalebio
 assert patched() == before, "acts on import"
 for _ in range(2):
     cpu.adapt()

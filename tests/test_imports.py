@@ -1,4 +1,5 @@
-"""Imports point one way: core → data, model → checkpoint, train → baselines → cli."""
+"""Imports point one way: core → data, model → checkpoint → engine → methods →
+commands."""
 
 from __future__ import annotations
 
@@ -32,28 +33,26 @@ BELOW = {
     "data": {"compat", "config", "config_loader", "core"},
     "sample": {"config", "config_loader", "core", "data"},
     "model": {"compat", "config", "core", "runtime"},
-    "checkpoint": {
-        "compat", "config", "core", "data", "model", "runtime", "guard.process", "train.state",
-    },
+    "checkpoint": {"compat", "config", "core", "data", "model", "runtime", "guard.process"},
     "convert": {"config", "config_loader", "families", "checkpoint", "core", "model", "runtime"},
-    "evaluate": {"config", "config_loader", "data", "logs", "train"},
+    "engine": {
+        "config", "config_loader", "core", "data", "model", "checkpoint", "convert", "guard",
+        "logs", "runtime",
+    },
+    "methods": {
+        "compat", "config", "config_loader", "core", "data", "model", "checkpoint", "engine",
+        "logs", "report", "runtime",
+    },
+    "evaluate": {"config", "config_loader", "data", "checkpoint", "engine", "runtime"},
     "plan": {"compat", "config", "config_loader", "core", "families", "data", "model", "runtime"},
-    "train": {
-        "config", "config_loader", "core", "data", "model", "checkpoint", "logs", "report",
-        "runtime", "convert", "guard",
-    },
-    "baselines": {
-        "compat", "config", "config_loader", "core", "data", "model", "checkpoint", "logs",
-        "report", "runtime", "train",
-    },
     "compare": {"config", "config_loader"},
+    "commands": {
+        "compare", "config", "config_loader", "convert", "data", "evaluate", "logs", "methods",
+        "plan", "runtime", "sample",
+    },
     "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},
 }  # fmt: skip
-# What the rest of the train package is to `checkpoint`: it must not be imported there.
-STATE = "train.state"
-
-
 # Private names outside `compat`: of Python and of torch.
 _PRIVATE = {
     "_exit", "_current_frames", "_actions", "_record_memory_history", "_dump_snapshot", "_cdata",

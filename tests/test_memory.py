@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from megatron_scalebio import runtime
-from megatron_scalebio.baselines.scalebio import TrainState, train_step
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.core.twin import forget_weight_copies
+from megatron_scalebio.engine.evaluate import held_out_losses
+from megatron_scalebio.engine.memory import out_of_memory_named
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.train.evaluate import held_out_losses
-from megatron_scalebio.train.memory import out_of_memory_named
+from megatron_scalebio.methods.scalebio import TrainState, train_step
 from tests.commands import write_config
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem

@@ -187,7 +187,7 @@ def test_blend_leaves_out_what_is_below_the_floor_and_is_made_whole(folder: Path
 
 def test_of_many_sources_a_tenth_of_a_uniform_weight_stays() -> None:
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.train.outputs import blend_floor
+    from megatron_scalebio.engine.outputs import blend_floor
 
     for count, floor, least in ((4, 0.4, 0.025), (4, 0.01, 0.01), (1000, 1e-3, 1e-4)):
         sources = [{"name": f"s{i}", "path": "x"} for i in range(count)]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from megatron_scalebio.baselines.scalebio import TrainState
 from megatron_scalebio.config import (
     BilevelConfig,
     Config,
@@ -22,9 +21,10 @@ from megatron_scalebio.config import (
     ValidationConfig,
 )
 from megatron_scalebio.data.sources import shared_vocab_size
+from megatron_scalebio.engine import state as module
+from megatron_scalebio.engine.state import Data, RunState, weights_by_name
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.train import state as module
-from megatron_scalebio.train.state import Data, RunState, weights_by_name
+from megatron_scalebio.methods.scalebio import TrainState
 from tests.markov import write_problem
 
 # Each of another value than its default.

@@ -16,8 +16,8 @@ import pytest
 from megatron_scalebio import errors, runtime
 from megatron_scalebio.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from megatron_scalebio.config.training import CheckpointConfig
+from megatron_scalebio.engine import start
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.train import start
 
 PARALLEL = ParallelConfig(
     tensor_model_parallel_size=2, pipeline_model_parallel_size=3, context_parallel_size=5,

@@ -136,7 +136,7 @@ def naive_losses(folder: Path, name: str) -> None:
     from megatron_scalebio import runtime
     from megatron_scalebio.checkpoint import saver
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.train.finetune import FinetuneState
+    from megatron_scalebio.methods.finetune import FinetuneState
 
     change = {"model": {"hidden_dropout": 0.4, "attention_dropout": 0.4}}
     config = load_config(str(folder / name / "config.yaml"), change)

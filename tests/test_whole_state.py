@@ -81,14 +81,14 @@ Run = tuple[Any, Callable[[], Any]]  # a state and what makes its next step
 
 
 def begin(name: str, problem: tuple[list, list], cache: Path, **optimizer: float) -> Run:
-    from megatron_scalebio.baselines.doge import DogeState
-    from megatron_scalebio.baselines.doremi import DoremiState
-    from megatron_scalebio.baselines.pool_training import training_config
-    from megatron_scalebio.baselines.rho_loss import RhoState
-    from megatron_scalebio.baselines.scalebio import TrainState
     from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.methods.doge import DogeState
+    from megatron_scalebio.methods.doremi import DoremiState
+    from megatron_scalebio.methods.finetune import FinetuneState
+    from megatron_scalebio.methods.pool_training import training_config
+    from megatron_scalebio.methods.rho_loss import RhoState
+    from megatron_scalebio.methods.scalebio import TrainState
     from megatron_scalebio.model.init import initialize_weights
-    from megatron_scalebio.train.finetune import FinetuneState
 
     tree, stage = settings(problem, name), KINDS[name][0]
     config = load_config(None, {**tree, "optimizer": {**tree["optimizer"], **optimizer}})

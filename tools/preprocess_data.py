@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_scalebio.data.prepare import PrepareConfig
-from megatron_scalebio.data.prepare_cli import parse_input, run_config
+from megatron_scalebio.commands.prepare import run_config
+from megatron_scalebio.data.prepare import PrepareConfig, parse_input
 from megatron_scalebio.data.tokenizer import HUGGING_FACE, SENTENCE_PIECE, load_tokenizer
 from megatron_scalebio.errors import EXIT_USER_ERROR, UserError
 

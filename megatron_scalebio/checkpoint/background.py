@@ -26,11 +26,11 @@ from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.checkpoint.folder import BILEVEL
 from megatron_scalebio.checkpoint.helpers import helpers
 from megatron_scalebio.checkpoint.integrity import hash_written
+from megatron_scalebio.checkpoint.run import Run
 from megatron_scalebio.checkpoint.sharding import bilevel_state, w_state
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.guard.process import die_with
 from megatron_scalebio.progress import HERE
-from megatron_scalebio.train.state import RunState
 
 # The other strategy, the default, needs the package nvidia-resiliency-ext.
 _IN_BACKGROUND: dict[str, Any] = {"async_sharded_save": True, "async_strategy": "mcore"}
@@ -56,7 +56,7 @@ class Saves:
         self._queue = AsyncCallsQueue()
         self._in_flight: _InFlight | None = None
 
-    def save(self, state: RunState, folder: Path, keep_last: int | None = None) -> None:
+    def save(self, state: Run, folder: Path, keep_last: int | None = None) -> None:
         """Begins a checkpoint of the current step, after the one before is whole.
 
         Raises:
@@ -65,7 +65,7 @@ class Saves:
         with HERE.at("save"):
             self._save(state, folder, keep_last)
 
-    def _save(self, state: RunState, folder: Path, keep_last: int | None) -> None:
+    def _save(self, state: Run, folder: Path, keep_last: int | None) -> None:
         self.drain()
         if not self._in_background:
             saver.save(state, folder, keep_last)

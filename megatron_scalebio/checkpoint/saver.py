@@ -28,6 +28,7 @@ from megatron_scalebio.checkpoint import folder as folders
 from megatron_scalebio.checkpoint.folder import BILEVEL
 from megatron_scalebio.checkpoint.helpers import helpers
 from megatron_scalebio.checkpoint.integrity import changed_file, hash_written
+from megatron_scalebio.checkpoint.run import Run
 from megatron_scalebio.checkpoint.sharding import (
     bilevel_state,
     layout,
@@ -46,7 +47,6 @@ from megatron_scalebio.core.state import (
 )
 from megatron_scalebio.data.sources import same_data
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.train.state import RunState
 
 # What Megatron and torch raise where a disk or a file fails them.
 _CHECKPOINT_ERRORS = (
@@ -63,7 +63,7 @@ def _last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def save(state: RunState, folder: Path, keep_last: int | None = None) -> None:
+def save(state: Run, folder: Path, keep_last: int | None = None) -> None:
     """Writes a checkpoint of the current step and commits it, before it returns.
 
     Args:
@@ -102,7 +102,7 @@ def writing(step: int, folder: Path, temporary: Path) -> Iterator[None]:
         ) from None
 
 
-def load_latest(state: RunState, folder: Path, required: bool = False) -> tuple[bool, list[str]]:
+def load_latest(state: Run, folder: Path, required: bool = False) -> tuple[bool, list[str]]:
     """Resumes from the newest whole checkpoint under `folder`, if there is one.
 
     Args:
@@ -172,7 +172,7 @@ def _damage(source: Path) -> str:
     return runtime.on_main(lambda: folders.damage(source)) or _changed_file(source)
 
 
-def load_step(state: RunState, folder: Path, step: int) -> None:
+def load_step(state: Run, folder: Path, step: int) -> None:
     """Goes back to the checkpoint of one step.
 
     Raises:
@@ -203,14 +203,14 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
         load_models(chunks, loaded, keep_fp8_state=False)
 
 
-def _load(state: RunState, source: Path) -> list[str]:
+def _load(state: Run, source: Path) -> list[str]:
     """Returns the settings that have changed since, each with its old and its new value."""
     register_safe_globals()
     with _reading(source):
         return _load_whole(state, source)
 
 
-def _load_whole(state: RunState, source: Path) -> list[str]:
+def _load_whole(state: Run, source: Path) -> list[str]:
     common = dist_checkpointing.load_common_state_dict(str(source / BILEVEL))
     _check_sources(state, common, source)
     changed = _changed_settings(state, common["run"], source)
@@ -247,7 +247,7 @@ def _reading(source: Path) -> Iterator[None]:
         ) from None
 
 
-def _check_sources(state: RunState, common: dict[str, Any], source: Path) -> None:
+def _check_sources(state: Run, common: dict[str, Any], source: Path) -> None:
     stage = common["run"].get("stage", "reweight")
     if stage != state.stage:
         raise UserError(
@@ -281,7 +281,7 @@ def _check_sources(state: RunState, common: dict[str, Any], source: Path) -> Non
         )
 
 
-def _changed_settings(state: RunState, saved: dict[str, Any], source: Path) -> list[str]:
+def _changed_settings(state: Run, saved: dict[str, Any], source: Path) -> list[str]:
     ours = state.settings()
     theirs = saved.get("settings", ours)
     changed = [

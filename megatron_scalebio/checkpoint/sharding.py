@@ -14,12 +14,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_scalebio.checkpoint.megatron_args import megatron_args
+from megatron_scalebio.checkpoint.run import Run
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.state import model_state, optimizer_states, state_of_u
-from megatron_scalebio.train.state import RunState
 
 
-def w_state(state: RunState) -> dict[str, Any]:
+def w_state(state: Run) -> dict[str, Any]:
     """Sharded state of w, in Megatron's own form. A collective."""
     if state.training.period is not None:
         state.training.period.gather_parameters()
@@ -32,7 +32,7 @@ def w_state(state: RunState) -> dict[str, Any]:
     }
 
 
-def bilevel_state(state: RunState) -> dict[str, Any]:
+def bilevel_state(state: Run) -> dict[str, Any]:
     whole = {
         "run": state.common_state(),
         "layout": layout(),

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_scalebio.config.checks import require_at_least, require_one_of
+from megatron_scalebio.config.checks import require_at_least, require_name, require_one_of
 from megatron_scalebio.data.encode_pool import Batch, EncodePool, EncodeSettings
 from megatron_scalebio.data.formats import FORMATS, detect_format
 from megatron_scalebio.data.records import Record, RecordReader
@@ -25,6 +25,7 @@ from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_scalebio.data.train_tokenizer import train_sentencepiece
 from megatron_scalebio.errors import UserError
 
+_SUFFIXES = (".json", ".jsonl")
 TOO_LONG = ("truncate", "drop", "split")
 TOKENIZER_FILE = "tokenizer.model"
 _BATCH_BYTES = 1 << 18
@@ -275,3 +276,37 @@ def describe_file(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "sha256": digest.hexdigest(),
     }
+
+
+def parse_input(value: str) -> SourceInput:
+    """``[name=]path[,path...]`` to a source; a directory stands for its JSON/JSONL files.
+
+    Raises:
+        UserError: a path does not exist, a directory holds no such file, or the name is no name.
+    """
+    name, separator, paths = value.partition("=")
+    if not separator or Path(value).exists():
+        name, paths = "", value
+    whole = [paths] if paths and Path(paths).exists() else []
+    entries = whole or [path for path in paths.split(",") if path]
+    if not entries:
+        raise UserError(f"no path in {value!r}", where="--input", mend="--input name=file.jsonl")
+    name = name or Path(entries[0]).stem
+    require_name("--input", name)
+    files = [file for entry in entries for file in _files(Path(entry))]
+    return SourceInput(name, tuple(files))
+
+
+def _files(path: Path) -> Sequence[Path]:
+    if not path.exists():
+        raise UserError("no such file or directory", where=str(path), mend="check --input")
+    if not path.is_dir():
+        return [path]
+    files = sorted(
+        file
+        for file in path.iterdir()
+        if file.suffix in _SUFFIXES and not file.name.startswith(".")
+    )
+    if not files:
+        raise UserError("the directory holds no *.json or *.jsonl", where=str(path))
+    return files

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.data.prepare import describe_file
-from megatron_scalebio.data.prepare_cli import parse_input
+from megatron_scalebio.data.prepare import describe_file, parse_input
 from megatron_scalebio.data.source_writer import SOURCE_FILE, TOKENS
 from megatron_scalebio.data.sources import read_description
 from megatron_scalebio.data.weights_file import check_weights

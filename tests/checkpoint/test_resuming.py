@@ -11,8 +11,8 @@ import pytest
 
 from megatron_scalebio.checkpoint import folder as folders
 from megatron_scalebio.checkpoint import saver
+from megatron_scalebio.engine import start
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.train import start
 
 OWN, OTHER = Path("own"), Path("other")
 

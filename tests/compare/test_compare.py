@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from megatron_scalebio.cli import main
-from megatron_scalebio.compare.command import run_stage
+from megatron_scalebio.commands.compare import run_stage
 from megatron_scalebio.compare.config import load
 from megatron_scalebio.compare.results import spread, table, write
 from megatron_scalebio.compare.stages import Plan, Stage

@@ -29,8 +29,8 @@ NUMERICS = [(False, False, False), (False, True, True), (True, False, True), (Tr
 
 def begin(folder: Path, bf16: bool, sharded: bool, lisa: bool, seed: int = 77) -> Any:
     from megatron_scalebio import runtime
-    from megatron_scalebio.baselines.scalebio import TrainState
     from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.methods.scalebio import TrainState
 
     entries = [{"name": name, "path": str(folder / name)} for name in ("a", "b", "validation")]
     settings = {

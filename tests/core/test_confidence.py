@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_scalebio.baselines.scalebio import verdict
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.core.confidence import (
     CRITICAL_VALUES,
@@ -23,8 +22,9 @@ from megatron_scalebio.core.confidence import (
     weight_intervals,
 )
 from megatron_scalebio.core.scalebio import ScaleBiO
+from megatron_scalebio.engine.loop import _refuse_skips
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.train.loop import _refuse_skips
+from megatron_scalebio.methods.scalebio import verdict
 
 
 def ar1_paths(num_paths: int, steps: int, memory: float, *, seed: int) -> torch.Tensor:

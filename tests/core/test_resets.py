@@ -23,8 +23,8 @@ NUMERICS = [(bf16, sharded) for bf16 in (False, True) for sharded in (False, Tru
 
 def begin(folder: Path, numerics: tuple[bool, bool], resync: int | None, lisa: bool) -> Any:
     from megatron_scalebio import runtime
-    from megatron_scalebio.baselines.scalebio import TrainState
     from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.methods.scalebio import TrainState
 
     entries = [{"name": name, "path": str(folder / name)} for name in ("a", "b", "validation")]
     settings = {
@@ -60,7 +60,7 @@ def storages(state: Any, name: str) -> set[int]:
 
 def go_to(state: Any, step: int) -> list[int]:
     """Steps until then; those that began with u = w."""
-    from megatron_scalebio.baselines.scalebio import train_step
+    from megatron_scalebio.methods.scalebio import train_step
 
     equal = []
     while state.step < step:

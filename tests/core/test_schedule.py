@@ -8,7 +8,7 @@ import pytest
 
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.core.schedule import Schedule
-from megatron_scalebio.train.state import schedule_of
+from megatron_scalebio.engine.state import schedule_of
 
 
 def schedule_with(iters: int = 100, **sections: dict) -> Schedule:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_scalebio.baselines.scalebio import verdict
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.scalebio import ScaleBiO
+from megatron_scalebio.methods.scalebio import verdict
 
 STEPS = 1200  # the trajectory is then kept in blocks of four steps
 

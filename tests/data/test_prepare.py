@@ -16,9 +16,15 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_scalebio.data import prepare_cli
+from megatron_scalebio.commands import prepare as prepare_cli
 from megatron_scalebio.data.encode_pool import cut
-from megatron_scalebio.data.prepare import PrepareConfig, Progress, SourceInput, prepare
+from megatron_scalebio.data.prepare import (
+    PrepareConfig,
+    Progress,
+    SourceInput,
+    parse_input,
+    prepare,
+)
 from megatron_scalebio.data.tokenizer import load_tokenizer
 from megatron_scalebio.errors import UserError
 
@@ -200,7 +206,7 @@ def test_stopped_run_leaves_nothing_that_looks_complete(
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "word " * 400}] * 20_000)
     arguments = ["--input", f"src={source}", "--out", str(tmp_path / "out")]
     code = (
-        "import argparse, sys; from megatron_scalebio.data import prepare_cli as cli\n"
+        "import argparse, sys; from megatron_scalebio.commands import prepare as cli\n"
         "if __name__ == '__main__':\n"
         "    p = argparse.ArgumentParser(); cli.add_arguments(p); sys.exit(cli.run(p.parse_args()))"
     )
@@ -250,16 +256,16 @@ def test_directory_and_several_files_in_sorted_order(tmp_path: Path, sentence_pi
     for name in ("b.jsonl", "a.json", "10.jsonl", ".hidden.jsonl", "notes.txt"):
         (folder / name).write_text(json.dumps([{"text": name}]) if name == "a.json" else
                                    json.dumps({"text": name}))  # fmt: skip
-    source = prepare_cli.parse_input(f"src={folder}")
+    source = parse_input(f"src={folder}")
     assert [file.name for file in source.files] == ["10.jsonl", "a.json", "b.jsonl"]
     (report,) = prepare(config(tmp_path / "out", sentence_piece, *source.files))
     assert [Path(i["path"]).name for i in report["inputs"]] == ["10.jsonl", "a.json", "b.jsonl"]
     tokenizer = load_tokenizer(sentence_piece)
     texts = [tokenizer.decode(ids) for ids, _ in examples(tmp_path / "out" / "src")]
     assert texts == ["10.jsonl", "a.json", "b.jsonl"]
-    two = prepare_cli.parse_input(f"x={folder / 'b.jsonl'},{folder}")
+    two = parse_input(f"x={folder / 'b.jsonl'},{folder}")
     assert [file.name for file in two.files] == ["b.jsonl", "10.jsonl", "a.json", "b.jsonl"]
-    assert prepare_cli.parse_input(str(folder / "b.jsonl")).name == "b"
+    assert parse_input(str(folder / "b.jsonl")).name == "b"
 
 
 @pytest.mark.parametrize(
@@ -273,7 +279,7 @@ def test_directory_and_several_files_in_sorted_order(tmp_path: Path, sentence_pi
 )
 def test_bad_inputs(tmp_path: Path, value: str, words: str) -> None:
     with pytest.raises(UserError) as error:
-        prepare_cli.parse_input(value.format(tmp=tmp_path))
+        parse_input(value.format(tmp=tmp_path))
     assert words in str(error.value)
 
 

@@ -13,8 +13,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from rich.console import Console
 
+from megatron_scalebio.commands import prepare as prepare_cli
 from megatron_scalebio.data import prepare as prepare_module
-from megatron_scalebio.data import prepare_cli, train_tokenizer
+from megatron_scalebio.data import train_tokenizer
 from megatron_scalebio.data.prepare import PrepareConfig, Progress, SourceInput, prepare
 from megatron_scalebio.data.tokenizer import load_tokenizer
 

@@ -15,6 +15,7 @@ from megatron_scalebio.data.prepare import PrepareConfig, Progress, SourceInput,
 from megatron_scalebio.data.sources import ExampleSource
 from megatron_scalebio.data.tokenizer import load_tokenizer
 from megatron_scalebio.data.weights_file import drawn_from
+from megatron_scalebio.engine.outputs import natural_shares
 from megatron_scalebio.sample import command
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.contamination import (
@@ -24,7 +25,6 @@ from megatron_scalebio.sample.contamination import (
     whole_text,
 )
 from megatron_scalebio.sample.stage import sample
-from megatron_scalebio.train.outputs import natural_shares
 
 SEQ = 16
 

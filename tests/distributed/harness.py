@@ -24,7 +24,7 @@ from tests.processes import end_all, kill_all
 
 LIMIT_S = 900.0  # several times what the longest takes on a busy machine
 
-multiprocessing.set_forkserver_preload(["megatron_scalebio.baselines.scalebio"])
+multiprocessing.set_forkserver_preload(["megatron_scalebio.methods.scalebio"])
 
 
 def run_distributed(function: Callable[..., None], world_size: int, *args: Any) -> None:

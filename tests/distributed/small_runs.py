@@ -69,10 +69,10 @@ def examples(problem: dict, names: str, draw: dict) -> Groups:
 def begun(folder: Path, stage: str, **sections: dict) -> Any:
     """The state of a run before its first step."""
     from megatron_scalebio import runtime
-    from megatron_scalebio.baselines.doge import DogeState
-    from megatron_scalebio.baselines.scalebio import TrainState
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.train.finetune import FinetuneState
+    from megatron_scalebio.methods.doge import DogeState
+    from megatron_scalebio.methods.finetune import FinetuneState
+    from megatron_scalebio.methods.scalebio import TrainState
 
     scenario = {"optimizer": PLAIN, "train": BATCH, **sections}
     config = load_config(None, tree_of(scenario, folder))

@@ -154,8 +154,8 @@ def load(problem: dict, name: str):
 def start_point(problem: dict, folder: str) -> None:
     """One rank trains a few steps, so that w ≠ u and p is not uniform, and saves."""
     from megatron_scalebio import runtime
-    from megatron_scalebio.baselines.scalebio import TrainState, train_step
     from megatron_scalebio.checkpoint import saver
+    from megatron_scalebio.methods.scalebio import TrainState, train_step
 
     for name in ("one", "one-untied-token", "one-distributed-optimizer"):
         config = load(problem, name)
@@ -196,10 +196,10 @@ def dump_naive(state, path: Path) -> None:
 def one_flush(problem: dict, name: str, folder: Path) -> None:
     from megatron.core import parallel_state
 
-    from megatron_scalebio.baselines.scalebio import TrainState
     from megatron_scalebio.checkpoint import saver
     from megatron_scalebio.core.flush import flush, reduce_losses
     from megatron_scalebio.core.objective import hypergradient, logits_gradient
+    from megatron_scalebio.methods.scalebio import TrainState
 
     config = load(problem, name)
     state = TrainState(config, folder / "cache")
@@ -239,7 +239,7 @@ def one_flush(problem: dict, name: str, folder: Path) -> None:
 def twenty_steps(config, name: str, folder: Path) -> None:
     from megatron.core import parallel_state
 
-    from megatron_scalebio.baselines.scalebio import TrainState, train_step
+    from megatron_scalebio.methods.scalebio import TrainState, train_step
 
     state = TrainState(config, folder / "cache")
     trace = []

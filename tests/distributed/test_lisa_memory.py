@@ -27,8 +27,8 @@ SLACK = 0.02
 
 def load(folder: Path, lisa: bool, bf16: bool, distributed: bool):
     from megatron_scalebio import runtime
-    from megatron_scalebio.baselines.scalebio import TrainState
     from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.methods.scalebio import TrainState
 
     names = ("a", "b", "validation")
     entries = [{"name": name, "path": str(folder / name)} for name in names]
@@ -131,7 +131,7 @@ def with_both_optimizers(folder: str, bf16: bool) -> None:
 def memory_follows_the_active_layers(folder: str, bf16: bool, distributed: bool) -> None:
     from megatron.core.utils import unwrap_model
 
-    from megatron_scalebio.baselines.scalebio import train_step
+    from megatron_scalebio.methods.scalebio import train_step
 
     full = load(Path(folder), False, bf16, distributed)
     one_model = sum(p.nbytes for chunk in full.w for p in chunk.parameters())

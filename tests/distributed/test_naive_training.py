@@ -90,9 +90,9 @@ TRAIN: dict[str, dict] = {
 
 def on_one_rank(folder_name: str) -> None:
     from megatron_scalebio import runtime
-    from megatron_scalebio.baselines.scalebio import TrainState
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.train.finetune import FinetuneState
+    from megatron_scalebio.methods.finetune import FinetuneState
+    from megatron_scalebio.methods.scalebio import TrainState
 
     folder = Path(folder_name)
 

@@ -122,7 +122,7 @@ def of_chunk(config: Any, name: str) -> Any:
 
 def optimizers(folder: str) -> dict[str, Any]:
     """What torch's AdamW and Megatron's wrappers of w and u hold after a step."""
-    from megatron_scalebio.baselines.scalebio import TrainState, train_step
+    from megatron_scalebio.methods.scalebio import TrainState, train_step
 
     found = {}
     for name, parallel in (
@@ -169,7 +169,7 @@ def settings_of(state: Any, model: str) -> dict[str, Any]:
 
 def batch_layouts(folder: str) -> list[list[int]]:
     """Micro-batch, multiple and most of a padded length, samplers' batches and floors, seeds."""
-    from megatron_scalebio.train.state import Data
+    from megatron_scalebio.engine.state import Data
 
     found = []
     for sections in (

@@ -24,8 +24,8 @@ CASES: dict[str, tuple[int, dict, dict]] = {
 
 def on_ranks(folder: str, sources: list, validation: list, names: list[str]) -> None:
     from megatron_scalebio import runtime
-    from megatron_scalebio.baselines.scalebio import TrainState, train_step
     from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.methods.scalebio import TrainState, train_step
 
     for name in names:
         _, parallel, lisa = CASES[name]

@@ -147,9 +147,8 @@ def doge_with_few_places(folder: Path) -> dict:
 
 
 def commands(folder: Path) -> None:
-    from megatron_scalebio.baselines import scalebio
     from megatron_scalebio.core.confidence import Verdict
-    from megatron_scalebio.train import finetune
+    from megatron_scalebio.methods import finetune, scalebio
 
     tree = tree_of({"optimizer": PLAIN, "train": BATCH}, folder)
     path = write_config(

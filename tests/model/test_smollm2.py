@@ -58,8 +58,8 @@ def ask_megatron(model_folder: str, folder_name: str) -> None:
     from megatron_scalebio.checkpoint import saver
     from megatron_scalebio.cli import main
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.train.start import pretrained_checkpoint
-    from megatron_scalebio.train.state import RunState
+    from megatron_scalebio.engine.start import pretrained_checkpoint
+    from megatron_scalebio.engine.state import RunState
 
     folder = Path(folder_name)
     test = f"answers={folder / 'answers'}"

@@ -84,7 +84,7 @@ def measure(config, folder: Path) -> list[dict]:
     """Bytes by kind in each step."""
     import torch
 
-    from megatron_scalebio.baselines.scalebio import TrainState, train_step
+    from megatron_scalebio.methods.scalebio import TrainState, train_step
 
     state = TrainState(config, folder / "cache")
     found = []

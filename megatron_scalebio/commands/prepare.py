@@ -1,0 +1,170 @@
+"""The subcommand ``prepare``: arguments, progress and the closing table."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from megatron_scalebio import launcher
+from megatron_scalebio.data.formats import FORMATS
+from megatron_scalebio.data.prepare import (
+    TOO_LONG,
+    PrepareConfig,
+    Progress,
+    parse_input,
+    prepare,
+)
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, sigterm_interrupts
+
+_LINE_EVERY_S = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``prepare``."""
+    add = parser.add_argument
+    add(
+        "--input",
+        action="append",
+        required=True,
+        metavar="[NAME=]PATH[,PATH...]",
+        help="a source: JSON/JSONL files, or a directory (its *.json and *.jsonl in sorted "
+        "order); repeat for more sources; the name defaults to the file's stem",
+    )
+    add("--out", required=True, metavar="DIR", help="receives one directory a source")
+    add("--tokenizer", default="", metavar="PATH", help="Hugging Face directory or tokenizer.json,"
+        " or a SentencePiece .model file")  # fmt: skip
+    add("--train-sentencepiece", type=int, metavar="VOCAB_SIZE", help="train a SentencePiece BPE "
+        "tokenizer on the sources, keep it as OUT/tokenizer.model and use it")  # fmt: skip
+    add("--allow-download", action="store_true", help="let --tokenizer name a model on the Hub")
+    add("--chat-template", metavar="plain|FILE", help="built-in template, or a Jinja file "
+        "(default: the tokenizer's own if it has one, else the built-in)")  # fmt: skip
+    add("--format", default="auto", metavar="NAME", help=f"auto, {', '.join(FORMATS)}")
+    add("--text-key", default="text", metavar="FIELD", help="field of the text (format text)")
+    add("--seq-length", type=int, default=2048, metavar="TOKENS")
+    add("--too-long", metavar="HOW", help=f"{', '.join(TOO_LONG)} (default: split for text, "
+        "truncate for dialogues)")  # fmt: skip
+    add("--train-on-prompt", action="store_true", help="prompts are targets too")
+    add("--max-examples", type=int, metavar="N", help="read the first N records of each source")
+    add("--workers", type=int, default=0, metavar="N", help="default: by the size of the input")
+    add("--overwrite", action="store_true", help="replace prepared sources of the same name")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepares the sources that the arguments name; returns an exit code.
+
+    Raises:
+        UserError: input, tokenizer or options are at fault; nothing has been written.
+    """
+    config = PrepareConfig(
+        out=Path(args.out),
+        sources=tuple(parse_input(value) for value in args.input),
+        tokenizer=args.tokenizer,
+        train_sentencepiece=args.train_sentencepiece,
+        format=args.format,
+        text_key=args.text_key,
+        seq_length=args.seq_length,
+        too_long=args.too_long,
+        train_on_prompt=args.train_on_prompt,
+        chat_template=args.chat_template,
+        max_examples=args.max_examples,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        allow_download=args.allow_download,
+    )
+    return run_config(config)
+
+
+def run_config(config: PrepareConfig) -> int:
+    """Prepares with a progress display and a closing table; returns an exit code."""
+    quiet = not launcher.is_first_rank()
+    console = Console(stderr=True, quiet=quiet)
+    try:
+        with sigterm_interrupts(), _display(console) as display:
+            reports = prepare(config, display)
+    except KeyboardInterrupt:
+        console.print("prepare: stopped; nothing was written")
+        return EXIT_SIGNALLED
+    Console(quiet=quiet).print(report_table(reports, config.out))
+    return EXIT_OK
+
+
+def report_table(reports: Sequence[dict[str, Any]], out: Path) -> Table:
+    """One row a source: examples, tokens, targets, mean length, dropped and truncated records."""
+    table = Table(title=f"prepared in {out}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("source", overflow="fold")
+    for heading in ("examples", "tokens", "targets", "mean length", "dropped", "truncated"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for report in reports:
+        dropped = [f"{count:,} {reason}" for reason, count in report["dropped"].items() if count]
+        table.add_row(
+            report["name"],
+            f"{report['examples']:,}",
+            f"{report['tokens']:,}",
+            f"{report['target_tokens']:,}",
+            f"{report['tokens'] / report['examples']:.1f}",
+            "\n".join(dropped) or "none",
+            f"{report['truncated']:,}",
+        )
+    return table
+
+
+class _Lines:
+    """Progress for logs: one line at most every few seconds, and one at the end of a source."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._next = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now < self._next and not progress.finished:
+            return
+        self._next = now + _LINE_EVERY_S
+        percent = 100 * progress.bytes_done / progress.bytes_total
+        self._console.print(
+            f"prepare: {progress.source} {percent:.0f} %, {progress.examples:,} examples",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+class _Bars:
+    """Progress for terminals: one bar a source."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.source not in self._tasks:
+            self._tasks[progress.source] = self._bar.add_task(
+                progress.source, total=progress.bytes_total, examples=0
+            )
+        task = self._tasks[progress.source]
+        self._bar.update(task, completed=progress.bytes_done, examples=progress.examples)
+
+
+@contextmanager
+def _display(console: Console) -> Iterator[_Lines | _Bars]:
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[examples]:,} examples"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console) as bar:
+        yield _Bars(bar)

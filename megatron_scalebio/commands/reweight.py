@@ -1,0 +1,18 @@
+"""The `reweight` command: refuses a wrong configuration before it loads Megatron, for seconds."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_scalebio import launcher
+from megatron_scalebio.config_loader import add_arguments, config_from_args
+
+__all__ = ["add_arguments", "run"]
+
+
+def run(args: argparse.Namespace) -> int:
+    config = config_from_args(args)
+    config.validate(launcher.world_size_from_environment())
+    from megatron_scalebio.methods.run import find_mixture
+
+    return find_mixture(config)

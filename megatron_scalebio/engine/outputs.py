@@ -1,0 +1,235 @@
+"""What a run leaves behind: run.json, weights.json, the blend files and a record per step."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+
+import megatron_scalebio
+from megatron_scalebio import runtime
+from megatron_scalebio.config import Config
+from megatron_scalebio.config_loader import config_text
+from megatron_scalebio.data.sources import Source
+from megatron_scalebio.data.weights_file import drawn_from
+from megatron_scalebio.engine.state import RunState, TokenCost
+from megatron_scalebio.errors import UserError, disk_errors_named
+from megatron_scalebio.logs.records import METRICS_FILE
+
+MEMORY_FILE = "memory.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors_named(path):
+        temporary.write_text(text)
+        temporary.rename(path)
+
+
+def prepare_folders(
+    folder: Path, save_to: Path, sources: list[str], validation: list[str] | None = None
+) -> None:
+    """Makes the output and the checkpoint folder, before anything costs time.
+
+    Args:
+        sources: names.
+        validation: names, where they decide what is learned.
+
+    Raises:
+        UserError: if one can't be written, or the output holds a run of others.
+    """
+    for path in (folder, save_to):
+        with disk_errors_named(path):
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+    metrics = folder / METRICS_FILE
+    if not metrics.is_file() or metrics.stat().st_size == 0:
+        return
+    try:
+        run = json.loads((folder / "run.json").read_text())
+        earlier = {"sources": run["sources"], "validation": run["validation"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for kind, names in (("sources", sources), ("validation", validation)):
+        if names is not None and earlier[kind] not in ([], names):  # []: a part that has none
+            raise UserError(
+                f"holds a run of {kind} {earlier[kind]}, not {names}",
+                where=str(folder),
+                mend=f"choose a new train.output, or the same data.{kind} in the same order",
+            )
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def natural_shares(sources: Sequence[Source]) -> list[float]:
+    """What training on all sources put together amounts to: each one's share of the examples.
+
+    Of sequences, for packed prefixes. A source that `sample --per-source` drew counts by what it
+    was drawn from.
+    """
+    counts = [drawn_from(Path(source.prefix).parent) or len(source) for source in sources]
+    return [count / sum(counts) for count in counts]
+
+
+def parameter_count(state: RunState) -> int:
+    """Parameters of one model over all stages and TP ranks. A collective."""
+    count = 0
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    for chunk in state.training.w:
+        gpt = unwrap_model(chunk)
+        for parameter in gpt.parameters():
+            copy_of_first_stage = getattr(parameter, "shared", False)
+            split = getattr(parameter, "tensor_model_parallel", False)
+            if not copy_of_first_stage and (split or tp_rank == 0):
+                count += parameter.numel()
+    total = torch.tensor([count], dtype=torch.int64, device=runtime.device())
+    dist.all_reduce(total)
+    return int(total) // (runtime.dp_size() * runtime.cp_size())
+
+
+def adam_named() -> str:
+    """Whose AdamW the run steps with: Megatron takes the first of these that is installed."""
+    from megatron.core.optimizer import Adam
+
+    library = Adam.__module__.partition(".")[0]
+    return {
+        "transformer_engine": "Transformer Engine's fused Adam", "apex": "Apex's fused Adam",
+    }.get(library, "torch's AdamW")  # fmt: skip
+
+
+def write_start(state: RunState, config: Config, folder: Path, parameters: int) -> dict[str, Any]:
+    """Writes config.yaml, command.txt and run.json; returns run.json's content."""
+    write_text(folder / "config.yaml", config_text(config))
+    write_text(folder / "command.txt", " ".join(sys.argv) + "\n")
+    run = {
+        "stage": state.stage,
+        "sources": [source.name for source in state.data.sources],
+        "validation": [source.name for source in state.data.validation],
+        "natural": natural_shares(state.data.sources),
+        "world": {
+            "tp": parallel_state.get_tensor_model_parallel_world_size(),
+            "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+            "dp": runtime.dp_size(),
+            "cp": runtime.cp_size(),
+            "vpp": config.parallel.virtual_chunks(config.model.num_layers) or 1,
+        },
+        "device": torch.cuda.get_device_name()
+        if runtime.on_cuda()
+        else f"cpu ({platform.machine()})",
+        "parameters": parameters,
+        "adam": adam_named(),
+        "started": now(),
+        "ended": None,
+        "versions": {
+            "megatron_scalebio": megatron_scalebio.__version__,
+            "megatron-core": megatron.core.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    write_json(folder / "run.json", run)
+    return run
+
+
+def weight_entries(
+    sources: Sequence[Source],
+    weight_S: Sequence[float],
+    initial_S: Sequence[float],
+    low_S: Sequence[float] | None = None,
+    high_S: Sequence[float] | None = None,
+) -> list[dict[str, Any]]:
+    """The sources as weights.json lists them; methods without intervals have null there."""
+    nothing = [None] * len(sources)
+    rows = zip(sources, weight_S, low_S or nothing, high_S or nothing, initial_S, strict=True)
+    return [
+        {
+            "name": source.name,
+            "path": source.prefix,
+            "examples": len(source),
+            "weight": weight,
+            "ci_low": low,
+            "ci_high": high,
+            "initial_weight": initial,
+        }
+        for source, weight, low, high, initial in rows
+    ]
+
+
+def cost_entry(cost: TokenCost) -> dict[str, int]:
+    """What finding the weights took: tokens of all ranks."""
+    return {"trained_tokens": cost.trained, "scored_tokens": cost.scored}
+
+
+def write_memory(folder: Path) -> None:
+    """Writes memory.json: measured, so apart from what equal runs leave alike."""
+    write_json(folder / MEMORY_FILE, {"peak_bytes": runtime.allocated_bytes()})
+
+
+def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list[str]:
+    """Writes weights.json, blend.txt (Megatron's --data-path, quoted as a shell needs it) and
+    blend.json (per split).
+
+    Returns:
+        Names of the sources below the floor, which the blend leaves out: Megatron-LM's
+        dataset builder fails on weights that round to no sample.
+    """
+    write_memory(folder)
+    write_json(folder / "weights.json", content)
+    floor = blend_floor(config)
+    kept = [e for e in content["sources"] if e["weight"] >= floor]
+    whole = sum(entry["weight"] for entry in kept)
+    words: list[str] = []
+    for entry in kept:
+        words += [f"{entry['weight'] / whole:.6f}", entry["path"]]
+    write_text(folder / "blend.txt", shlex.join(words) + "\n")
+    validation: list[str] = []
+    for entry in config.data.validation:
+        prefix = Path(entry.path) / "tokens"
+        is_folder = prefix.with_suffix(".idx").is_file()
+        validation += [f"{entry.weight:.6f}", str(prefix if is_folder else entry.path)]
+    write_json(folder / "blend.json", {"train": words, "valid": validation, "test": validation})
+    return [e["name"] for e in content["sources"] if e["weight"] < floor]
+
+
+def blend_floor(config: Config) -> float:
+    """`blend_floor`, or a tenth of a uniform weight where that is less: many sources all stay."""
+    return min(config.bilevel.blend_floor, 0.1 / len(config.data.sources))
+
+
+def run_facts(config: Config, run: dict[str, Any], step: int) -> dict[str, object]:
+    """What the banner of a run says besides its sources."""
+    model, world, lisa = config.model, run["world"], config.lisa
+    context = f" x CP {world['cp']}" if world["cp"] > 1 else ""
+    facts: dict[str, object] = {
+        "model": f"{model.num_layers} layers x {model.hidden_size}, "
+        f"{run['parameters']:,} parameters" + (f", from {model.hf}" if model.hf else ""),
+        "adam": run["adam"],
+        "layout": f"TP {world['tp']}{context} x PP {world['pp']} x VPP {world['vpp']} "
+        f"x DP {world['dp']} on {run['device']}, {'bf16' if config.parallel.bf16 else 'fp32'}",
+        "steps": f"{config.train.train_iters} of {config.train.global_batch_size} sequences",
+        "output": config.train.output,
+    }
+    if lisa.lisa_layers is not None:
+        facts["lisa"] = f"{lisa.lisa_layers} layers, redrawn every {lisa.lisa_interval} steps"
+    if step:
+        facts["resumed"] = f"from step {step}"
+    return facts

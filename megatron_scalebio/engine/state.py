@@ -1,0 +1,256 @@
+"""Everything a run holds between steps, built from its configuration and saved as one.
+
+RunState ─ data      sources, validation sets, their samplers
+         ├ schedule  rates (and α) of every step
+         └ training  the core's `Training` of w, or its `ScaleBiO` of w, u and λ
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_scalebio import runtime
+from megatron_scalebio.config import Config
+from megatron_scalebio.core.batch import MicroBatch
+from megatron_scalebio.core.sampler import BlendSampler, Picks
+from megatron_scalebio.core.schedule import Schedule
+from megatron_scalebio.core.training import Training
+from megatron_scalebio.data.batch import BatchLayout, micro_batches
+from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
+from megatron_scalebio.data.weights_file import read_weights
+from megatron_scalebio.engine.clock import StepClock
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.model.init import initialize_weights, seed_generators
+from megatron_scalebio.model.provider import model_provider
+from megatron_scalebio.model.settings import ddp_config, optimizer_config, transformer_config
+
+Record = dict[str, Any]  # of a step: what metrics.jsonl has of it
+
+
+@dataclass
+class TokenCost:
+    """Real tokens that went through a model of the run's size, in all ranks together.
+
+    Attributes:
+        trained: forward and backward; what LISA and recomputation save or add is left out.
+        scored: forward alone.
+    """
+
+    trained: int = 0
+    scored: int = 0
+
+    def __add__(self, other: TokenCost) -> TokenCost:
+        return TokenCost(self.trained + other.trained, self.scored + other.scored)
+
+
+class Data:
+    """Sources, validation sets and the samplers that draw from them."""
+
+    def __init__(self, config: Config, cache: Path) -> None:
+        self.config = config
+        self.sources: list[Source] = []
+        self.validation: list[Source] = []
+        self.test: list[Source] = []
+        # One rank writes the sample indices of packed sources, then the others read them.
+        runtime.on_main(lambda: self._open(cache))
+        if not runtime.is_main():
+            self._open(cache)
+        every = [*self.sources, *self.validation, *self.test]
+        self.vocab_size = shared_vocab_size(every, config.model.vocab_size)
+        self.tokenizer = next((source.tokenizer for source in every if source.tokenizer), None)
+        for source in every:
+            source.vocab_size = self.vocab_size
+        weights = np.array([entry.weight for entry in config.data.validation])
+        self.shares_V = weights / weights.sum() if len(weights) else weights
+        train, seed = config.train, config.train.seed
+        assert train.validation_batch_size is not None
+        self.sampler = BlendSampler(
+            [len(source) for source in self.sources],
+            train.global_batch_size,
+            seed,
+            config.bilevel.floor_share,
+        )
+        self.validation_sampler = BlendSampler(
+            [len(source) for source in self.validation],
+            train.validation_batch_size,
+            seed + 1,
+            floor_share=0.5,
+        )
+        parallel = config.parallel
+        tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+        multiple = 16 * tp * cp if parallel.fp8_format else 8
+        self.layout = BatchLayout(
+            micro_batch_size=train.micro_batch_size,
+            dp_rank=runtime.dp_rank(),
+            dp_size=runtime.dp_size(),
+            pad_multiple=math.lcm(multiple, parallel.length_divisor),
+            seq_length=config.data.seq_length,
+            fixed_length=parallel.num_layers_per_virtual_pipeline_stage is not None,
+            cp_rank=runtime.cp_rank(),
+            cp_size=runtime.cp_size(),
+        )
+
+    def _open(self, cache: Path) -> None:
+        data = self.config.data
+        self.sources = open_sources(data.sources, self.config, cache)
+        self.validation = open_sources(data.validation, self.config, cache)
+        self.test = open_sources(data.test, self.config, cache)
+
+    def next(
+        self, probs_S: torch.Tensor
+    ) -> tuple[list[MicroBatch], list[MicroBatch], Picks, Picks]:
+        """This rank's training and validation micro-batches, and the global picks of both."""
+        picks = self.sampler.next(probs_S.numpy())
+        valid_picks = self.validation_sampler.next(self.shares_V)
+        with runtime.refused_together():
+            train = micro_batches(self.sources, picks, self.layout)
+            valid = micro_batches(self.validation, valid_picks, self.layout)
+        return train, valid, picks, valid_picks
+
+    def initial_weights(self) -> list[float]:
+        """The configured weights of the sources, not normalised; equal where none are given."""
+        data = self.config.data
+        if data.weights:
+            return weights_by_name(Path(data.weights), [source.name for source in self.sources])
+        return [1.0 if s.initial_weight is None else s.initial_weight for s in data.sources]
+
+
+def weights_by_name(path: Path, names: list[str]) -> list[float]:
+    """The weights of the named sources in a run's weights.json (or in its folder).
+
+    Raises:
+        UserError: if it is of other sources.
+    """
+    weights = read_weights(path / "weights.json" if path.is_dir() else path)
+    if set(weights) != set(names):
+        raise UserError(
+            f"holds weights of {sorted(weights)}, data.sources are {sorted(names)}",
+            where=str(path), mend="give the weights that were learned for these sources",
+        )  # fmt: skip
+    return [weights[name][0] for name in names]
+
+
+class RunState:
+    """The state of a run on this rank.
+
+    Args:
+        stage: the command; a checkpoint resumes under the same alone.
+        cache: folder for the sample indices of packed sources.
+    """
+
+    training: Training
+
+    def __init__(self, config: Config, stage: str, cache: Path) -> None:
+        self.config, self.stage = config, stage
+        self.cost = TokenCost()
+        self.clock = StepClock()
+        self.data = Data(config, cache)
+        config.train.resolve_epochs(sum(len(source) for source in self.data.sources))
+        self.schedule = schedule_of(config)
+        self.megatron = transformer_config(config)
+        seed_generators(config.train.seed)
+        self.training = self._training()
+        if not (config.model.pretrained_checkpoint or config.model.hf):
+            initialize_weights(
+                self.training.w,
+                config.train.seed,
+                config.model.init_method_std,
+                config.model.num_layers,
+            )
+
+    def _training(self) -> Training:
+        """Of w alone."""
+        return Training(**self.training_options())
+
+    def training_options(self) -> dict[str, Any]:
+        """What every `Training` is made with, from the configuration."""
+        config = self.config
+        return {
+            "model_provider": model_provider(config, self.megatron, self.data.vocab_size),
+            "ddp": ddp_config(config),
+            "optimizer": optimizer_config(config),
+            "lisa": config.lisa.options(),
+            "seed": config.train.seed,
+            "observe": self.clock,
+        }
+
+    @property
+    def step(self) -> int:
+        """Steps made, applied or not."""
+        return self.training.steps
+
+    def make_step(self) -> Record:
+        """One step of all ranks; its record, but for times. Each kind of run has its own."""
+        raise NotImplementedError
+
+    def evaluate(self, record: Record, begun: Any) -> None:
+        """Looks at the models after a step, where it is time to, and adds what it found.
+
+        Args:
+            begun: the run's `Begun`.
+        """
+
+    def converged(self) -> bool:
+        """Whether the run may end before its last step. Rank 0 is asked."""
+        return False
+
+    def settings(self) -> dict[str, Any]:
+        """The options that decide the steps to come, besides data, model and layout, by field."""
+        config = self.config
+        sections = {
+            "optimizer": asdict(config.optimizer), "lisa": asdict(config.lisa),
+            "train": {
+                name: getattr(config.train, name)
+                for name in ("seed", "global_batch_size", "validation_batch_size")
+            },
+            "data": {"seq_length": config.data.seq_length, "loss_mean": config.data.loss_mean},
+        }  # fmt: skip
+        return {f"{name}.{k}": v for name, section in sections.items() for k, v in section.items()}
+
+    def common_state(self) -> dict[str, Any]:
+        """What is equal on all ranks: step and samplers."""
+        return {
+            **self.training.common_state(),
+            "stage": self.stage,
+            "settings": self.settings(),
+            "cost": asdict(self.cost),
+            "sampler": self.data.sampler.state_dict(),
+            "validation_sampler": self.data.validation_sampler.state_dict(),
+            "sources": [[source.name, source.fingerprint] for source in self.data.sources],
+            "validation": [
+                [source.name, source.fingerprint, share]
+                for source, share in zip(
+                    self.data.validation, self.data.shares_V.tolist(), strict=True
+                )
+            ],
+        }
+
+    def load_common_state(self, state: dict[str, Any]) -> None:
+        self.training.load_common_state(state)
+        self.cost = TokenCost(**state["cost"])
+        self.data.sampler.load_state_dict(state["sampler"])
+        self.data.validation_sampler.load_state_dict(state["validation_sampler"])
+
+
+def schedule_of(config: Config) -> Schedule:
+    rates, bilevel = config.optimizer, config.bilevel
+    assert rates.min_lr is not None and bilevel.lr_lambda is not None
+    return Schedule(
+        config.train.train_iters,
+        lr=rates.lr,
+        min_lr=rates.min_lr,
+        lr_u=rates.lr_u,
+        warmup_fraction=rates.lr_warmup_fraction,
+        decay_style=rates.lr_decay_style,
+        lr_lambda=bilevel.lr_lambda,
+        lambda_decay_style=bilevel.lr_lambda_decay_style,
+        alpha=bilevel.alpha,
+        alpha_growth=bilevel.alpha_growth,
+        outer_rounds=bilevel.outer_rounds,
+    )

@@ -1,0 +1,37 @@
+"""Mixtures that nothing is learned for: uniform, natural and given weights."""
+
+from __future__ import annotations
+
+from megatron_scalebio.config import Config
+from megatron_scalebio.engine.outputs import natural_shares
+from megatron_scalebio.engine.start import Begun
+from megatron_scalebio.engine.state import Data
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.methods.found import Found, normalised
+
+
+def find(config: Config, begun: Begun) -> Found:
+    """The weights that `baseline.method` stands for.
+
+    uniform: every source alike. natural: `outputs.natural_shares`. manual: the weights in
+    `data.weights` or `data.sources`.
+    """
+    data = Data(config, begun.folder / "cache")
+    method = config.baseline.method
+    if method == "uniform":
+        weights = [1.0] * len(data.sources)
+    elif method == "natural":
+        weights = natural_shares(data.sources)
+    else:
+        weights = data.initial_weights()
+    return Found(data.sources, normalised(weights), normalised(weights))
+
+
+def require_weights(config: Config) -> None:
+    """Refuses `manual` without weights, before anything is written."""
+    if not config.data.weights and config.data.sources[0].initial_weight is None:
+        raise UserError(
+            "manual needs weights",
+            where="baseline.method",
+            mend="give data.weights, or every source an initial_weight",
+        )

@@ -1,0 +1,97 @@
+"""What every method of finding a mixture ends in, and how it is written.
+
+    weights.json    intervals and a verdict are ScaleBiO's alone
+    blend.txt, blend.json
+    selected.json   of methods that choose examples: which ones, per source
+
+`sample` takes both files: it draws by the weights, from the selected examples alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_scalebio.config import Config
+from megatron_scalebio.core.confidence import Verdict
+from megatron_scalebio.data.sources import Source
+from megatron_scalebio.data.weights_file import SELECTED_FILE
+from megatron_scalebio.engine import outputs
+from megatron_scalebio.engine.state import TokenCost
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a method.
+
+    Attributes:
+        sources: what the weights are of.
+        weight_S: weights of the sources, adding up to 1.
+        initial_S: those it began with.
+        cost: what went through models until then.
+        step: training steps of its last model.
+        complete: the method came to its end; otherwise these are the weights so far.
+        low_S, high_S: the weights' intervals; None: the method has none.
+        verdict: whether they have converged, and why; None: the method can't tell.
+        selected_S: chosen examples of each source, indices, ascending; None: it chooses none.
+        remarks: what speaks against trusting the weights.
+        details: what else a reader may want, by name; goes into weights.json.
+    """
+
+    sources: Sequence[Source]
+    weight_S: list[float]
+    initial_S: list[float]
+    cost: TokenCost = field(default_factory=TokenCost)
+    step: int = 0
+    complete: bool = True
+    low_S: list[float] | None = None
+    high_S: list[float] | None = None
+    verdict: Verdict | None = None
+    selected_S: list[list[int]] | None = None
+    remarks: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Writes everything.
+
+    Returns:
+        The content of weights.json; the sources that the blend leaves out (`write_weights`).
+    """
+    method = config.baseline.method
+    if found.selected_S is not None:
+        chosen = zip(found.sources, found.selected_S, strict=True)
+        outputs.write_json(
+            folder / SELECTED_FILE,
+            {
+                "method": method,
+                "sources": [
+                    {"name": s.name, "path": s.prefix, "fingerprint": s.fingerprint, "taken": rows}
+                    for s, rows in chosen
+                ],
+            },
+        )
+    verdict = found.verdict or Verdict(
+        False, "; ".join([f"{method} gives no intervals", *found.remarks])
+    )
+    content = {
+        "method": method,
+        "step": found.step,
+        "complete": found.complete,
+        "converged": verdict.converged,
+        "reason": verdict.reason,
+        "cost": outputs.cost_entry(found.cost),
+        **found.details,
+        "sources": outputs.weight_entries(
+            found.sources, found.weight_S, found.initial_S, found.low_S, found.high_S
+        ),
+    }
+    return content, outputs.write_weights(folder, content, config)
+
+
+def normalised(values: Sequence[float]) -> list[float]:
+    """Non-negative numbers as shares of their sum."""
+    whole = sum(values)
+    return [value / whole for value in values]

@@ -1,0 +1,225 @@
+"""Sketches of single examples' gradients, from Megatron's own schedules.
+
+    micro-batches of one example ─▶ one flush of many ─▶ backward of each in turn
+        └▶ as each matrix gets its gradient: (Γ of it) ─▶ sketched into the example's row ─▶ freed
+
+A hook takes a matrix's gradient the moment it is there, so no gradient outlives its micro-batch:
+neither a buffer nor a reduction over data-parallel ranks is needed, the pipeline stays full, and
+the memory is that of one matrix. Each stage's backward passes come in the order of the
+micro-batches. The sketch is linear: every model-parallel rank sketches what it holds, and the
+ranks' rows add up.
+
+Coordinates are the weight matrices of the transformer layers. Matrices are told apart by layer and
+name, so the sketch does not depend on the pipeline; where tensor parallelism splits a matrix, each
+part is a matrix of its own: another random projection than without it, as good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.utils import unwrap_model
+
+from megatron_scalebio import runtime
+from megatron_scalebio.core.batch import MicroBatch, gpt_losses
+from megatron_scalebio.core.flush import Pass, loss_func
+from megatron_scalebio.core.objective import Role
+from megatron_scalebio.core.sampler import Ints, Picks
+from megatron_scalebio.data.batch import micro_batches
+from megatron_scalebio.data.sources import Source
+from megatron_scalebio.engine.state import RunState
+from megatron_scalebio.methods.adam_moments import AdamMoments, adam_update
+from megatron_scalebio.methods.sketch import CountSketch, Identity, SketchTable
+from megatron_scalebio.progress import HERE
+
+_PASSES_PER_FLUSH = 64
+
+
+@dataclass
+class _Matrix:
+    key: str
+    weight: torch.nn.Parameter
+    sketch: CountSketch | Identity
+    moments: AdamMoments | None = None
+    passes: int = 0
+
+
+def matrices_of(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Parameter]]:
+    """This rank's weight matrices of transformer layers by their global names, counted once."""
+    result = []
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    for chunk in chunks:
+        for layer in unwrap_model(chunk).decoder.layers:
+            for name, weight in layer.named_parameters():
+                if weight.dim() == 2 and param_is_not_tensor_parallel_duplicate(weight):
+                    result.append((f"{layer.layer_number:06d}.{name}.{tp_rank}", weight))
+    return result
+
+
+class GradientFeatures:
+    """Projected gradients of examples under the weights that a run's w has at the moment.
+
+    Outside a training period. From its construction on, the matrices alone require gradients.
+
+    Args:
+        dimensions: of the projection; nothing is projected where the matrices have no more.
+
+    Attributes:
+        dimensions: D, length of a feature.
+        coordinates: of the whole model's gradient.
+    """
+
+    def __init__(self, state: RunState, dimensions: int, seed: int) -> None:
+        assert state.training.period is None
+        self._state = state
+        for chunk in state.training.w:
+            chunk.requires_grad_(False)
+        named = matrices_of(state.training.w)
+        held: list[Any] = [None] * parallel_state.get_model_parallel_group().size()
+        sizes = [(key, weight.numel()) for key, weight in named]
+        dist.all_gather_object(held, sizes, group=parallel_state.get_model_parallel_group())
+        whole = sorted(entry for part in held for entry in part)
+        self.coordinates = sum(size for _, size in whole)
+        self.dimensions = min(dimensions, self.coordinates)
+        self._matrices = []
+        starts = np.cumsum([0, *(size for _, size in whole)])
+        offset = {key: int(start) for (key, _), start in zip(whole, starts[:-1], strict=True)}
+        table = SketchTable(self.dimensions, seed, runtime.device())
+        for key, weight in named:
+            weight.requires_grad_(True)
+            if self.dimensions == self.coordinates:
+                sketch: CountSketch | Identity = Identity(offset[key], weight.numel())
+            else:
+                sketch = CountSketch(table, key, weight.numel())
+            self._matrices.append(_Matrix(key, weight, sketch))
+        self._hooks = [
+            m.weight.register_post_accumulate_grad_hook(partial(self._take, m))
+            for m in self._matrices
+        ]
+        self._row_P: list[int] = []
+        self._out_RD = torch.empty(0)
+
+    @property
+    def weights(self) -> list[torch.nn.Parameter]:
+        return [matrix.weight for matrix in self._matrices]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def of_examples(
+        self, source: Source, row_N: Ints, moments: Sequence[AdamMoments] | None
+    ) -> torch.Tensor:
+        """The feature of every example, [N, D] float32, equal on all ranks. A collective.
+
+        Args:
+            moments: of `weights`: a gradient is turned into Adam's update before it is projected.
+        """
+        for number, matrix in enumerate(self._matrices):
+            matrix.moments = moments[number] if moments else None
+        out_ND = torch.zeros(len(row_N), self.dimensions, device=runtime.device())
+        for place_P, batches in self._batches(source, row_N, 1):
+            rows = [int(place_P[batch.member_B[0]]) for batch in batches]
+            self._flush([_pass(batch, "sample", -1) for batch in batches], rows, out_ND)
+        dist.all_reduce(out_ND)
+        return out_ND
+
+    def of_mean(self, source: Source) -> torch.Tensor:
+        """The feature of the gradient of a whole set's mean loss, up to scale, [D] float32."""
+        for matrix in self._matrices:
+            matrix.moments = None
+        out_1D = torch.zeros(1, self.dimensions, device=runtime.device())
+        config = self._state.config
+        everything = np.arange(len(source))
+        for place_P, batches in self._batches(source, everything, config.train.micro_batch_size):
+            fillers = int((place_P < 0).sum())
+            first_filler = len(place_P) - fillers
+            passes = [_pass(b, config.data.loss_mean, first_filler) for b in batches]
+            self._flush(passes, [0] * len(batches), out_1D)
+        dist.all_reduce(out_1D)
+        return out_1D[0] / len(source)
+
+    def _batches(self, source: Source, row_N: Ints, size: int) -> Any:
+        """Flushes of this rank's micro-batches: (place in row_N of each member, batches).
+
+        Filled up to what the schedule needs with a first example again, of place −1.
+        """
+        state = self._state
+        stages = state.config.parallel.pipeline_model_parallel_size
+        layout = replace(state.data.layout, micro_batch_size=size)
+        whole = size * layout.dp_size * stages
+        order = np.argsort([source.length(int(row)) for row in row_N], kind="stable")
+        step = whole * max(1, _PASSES_PER_FLUSH // stages)
+        for at in range(0, len(order), step):
+            place_B = order[at : at + step]
+            missing = -len(place_B) % whole
+            filled_B = np.concatenate([place_B, np.repeat(place_B[:1], missing)])
+            picks = Picks(np.zeros_like(filled_B), row_N[filled_B], np.ones(1))
+            with runtime.refused_together():
+                batches = micro_batches([source], picks, layout)
+            yield np.concatenate([place_B, np.full(missing, -1)]), batches
+
+    def _flush(self, passes: list[Pass], row_P: list[int], out_RD: torch.Tensor) -> None:
+        """Forward and backward of all; each one's gradient is added to its row (−1: to none)."""
+        chunks = self._state.training.w
+        self._row_P, self._out_RD = row_P, out_RD
+        for matrix in self._matrices:
+            matrix.passes = 0
+        for chunk in chunks:
+            chunk.eval()
+        with HERE.at("gradients"):
+            get_forward_backward_func()(
+                forward_step_func=_forward_step,
+                data_iterator=[iter(passes) for _ in chunks] if len(chunks) > 1 else iter(passes),
+                model=list(chunks),
+                num_microbatches=len(passes),
+                seq_length=max(each.batch.tokens_BS.shape[1] for each in passes),
+                micro_batch_size=len(passes[0].batch.tokens_BS),
+                forward_only=False,
+            )
+        for chunk in chunks:
+            chunk.train()
+        assert all(matrix.passes == len(passes) for matrix in self._matrices)
+
+    def _take(self, matrix: _Matrix, weight: torch.Tensor) -> None:
+        """Hook: a matrix has got its gradient of one micro-batch."""
+        row, gradient = self._row_P[matrix.passes], weight.grad
+        matrix.passes += 1
+        weight.grad = None
+        if row < 0:
+            return
+        assert gradient is not None
+        flat = gradient.flatten()
+        for number, piece in enumerate(matrix.sketch.pieces):
+            values = flat[piece].float()
+            if matrix.moments:
+                values = adam_update(values, matrix.moments, piece, self._state.config.optimizer)
+            matrix.sketch.add(number, values, self._out_RD[row])
+
+
+def _pass(batch: MicroBatch, loss_mean: str, first_filler: int) -> Pass:
+    """A pass whose objective is a sum of examples (or of target tokens), fillers left out.
+
+    Args:
+        first_filler: members from here on do not count (−1: all do).
+    """
+    targets_B = (batch.mask_BS > 0).sum(dim=1).clamp_min(1).double()
+    weight_B = 1 / targets_B if loss_mean == "sample" else torch.ones_like(targets_B)
+    if first_filler >= 0:
+        weight_B = torch.where(batch.member_B < first_filler, weight_B, 0.0)
+    return Pass(Role.TRAIN_W, batch, weight_B, weight_B)
+
+
+def _forward_step(passes: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    HERE.mark()
+    this = next(passes)
+    return gpt_losses(model, this.batch), partial(loss_func, this)

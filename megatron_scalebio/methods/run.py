@@ -1,0 +1,68 @@
+"""What `reweight` does: finds a mixture by ScaleBiO, or by the rival that `--method` names.
+
+Every method is a module with `find(config, begun) -> Found | None` (None: a signal stopped it, what
+it has is saved, and the same command goes on).
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from megatron_scalebio import runtime
+from megatron_scalebio.config import Config
+from megatron_scalebio.config_loader import config_text
+from megatron_scalebio.data.weights_file import SELECTED_FILE, WEIGHTS_FILE
+from megatron_scalebio.engine import outputs
+from megatron_scalebio.engine.start import begin
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
+from megatron_scalebio.logs.console import RunConsole, SourceLine
+from megatron_scalebio.logs.records import METRICS_FILE
+from megatron_scalebio.methods import fixed
+from megatron_scalebio.methods.found import Found, write_found
+from megatron_scalebio.report.html import write_report
+
+METHODS = {
+    "scalebio": "scalebio",
+    "uniform": "fixed",
+    "natural": "fixed",
+    "manual": "fixed",
+    "doremi": "doremi",
+    "doge": "doge",
+    "regmix": "regmix",
+    "less": "less",
+    "rho_loss": "rho_loss",
+}
+
+
+def find_mixture(config: Config) -> int:
+    """A whole run of a valid configuration, resumed where there is one; its exit code."""
+    method = config.baseline.method
+    if method == "manual":
+        fixed.require_weights(config)
+    module = importlib.import_module(f"megatron_scalebio.methods.{METHODS[method]}")
+    with begin(config) as begun:
+        found: Found | None = module.find(config, begun)
+        if found is not None:
+            runtime.on_main(lambda: _finish(config, found, begun.folder))
+    return EXIT_OK if found and found.complete else EXIT_SIGNALLED
+
+
+def _finish(config: Config, found: Found, folder: Path) -> None:
+    """Writes the weights and the report, and says where everything is."""
+    outputs.write_text(folder / "config.yaml", config_text(config))
+    content, left_out = write_found(folder, found, config)
+    places = {"weights": folder / WEIGHTS_FILE, "blend": folder / "blend.txt"}
+    if found.selected_S is not None:
+        places["selected"] = folder / SELECTED_FILE
+    if (folder / METRICS_FILE).exists():  # it trained: there is something to draw
+        places["report"] = write_report(folder)
+        places["tensorboard"] = Path(config.logging.tensorboard_dir or folder / "tensorboard")
+    natural = outputs.natural_shares(found.sources)
+    shares = zip(found.sources, natural, found.initial_S, strict=True)
+    lines = [SourceLine(s.name, len(s), s.tokens, share, p) for s, share, p in shares]
+    console = RunConsole(lines, config.train.train_iters, config.logging.log_interval)
+    console.result(content, places, config.data.known_weights)
+    if left_out:
+        floor = outputs.blend_floor(config)
+        console.warn(f"below {floor:g}, left out of the blend: {', '.join(left_out)}")

@@ -1,0 +1,146 @@
+"""ScaleBiO: the core's step on a run's sources."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_scalebio import runtime
+from megatron_scalebio.config import Config
+from megatron_scalebio.core.confidence import Verdict
+from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
+from megatron_scalebio.engine import outputs
+from megatron_scalebio.engine.loop import logged_steps
+from megatron_scalebio.engine.run_log import RunLog
+from megatron_scalebio.engine.start import Begun, resume_or_start
+from megatron_scalebio.engine.state import Record, RunState
+from megatron_scalebio.engine.update import with_names
+from megatron_scalebio.methods.found import Found
+
+# Options of the bilevel section that judge or write what was learned.
+_JUDGING = {
+    "preset", "average_fraction", "confidence", "tolerance", "early_stop", "blend_floor",
+}  # fmt: skip
+
+
+def find(config: Config, begun: Begun) -> Found:
+    """The weights at the run's end, or so far where a signal has stopped it."""
+    state = TrainState(config, begun.folder / "cache")
+    warnings = resume_or_start(state, begun.folder, begun.save_to)
+    parameters = outputs.parameter_count(state)
+    initial_S = state.training.mixture.initial_S.tolist()
+    log = runtime.only_on_main(
+        lambda: RunLog(state, begun.folder, parameters, initial_S, warnings, _facts(config))
+    )
+    finished = logged_steps(state, begun, log, begun.save_to)
+    intervals = state.training.intervals()
+    return Found(
+        sources=state.data.sources,
+        weight_S=intervals.weight_S.tolist(),
+        initial_S=initial_S,
+        cost=state.cost,
+        step=state.step,
+        complete=finished,
+        low_S=intervals.low_S.tolist(),
+        high_S=intervals.high_S.tolist(),
+        verdict=verdict(state),
+        details={"confidence": config.bilevel.confidence},
+    )
+
+
+class TrainState(RunState):
+    """The state of a `reweight` run on this rank."""
+
+    training: ScaleBiO
+
+    def __init__(self, config: Config, cache: Path) -> None:
+        super().__init__(config, "reweight", cache)
+
+    def _training(self) -> ScaleBiO:
+        config, data = self.config, self.data
+        return ScaleBiO(
+            config.bilevel.options(config.data.loss_mean),
+            [source.name for source in data.sources],
+            validation={
+                source.name: float(share)
+                for source, share in zip(data.validation, data.shares_V, strict=True)
+            },
+            initial_weights=data.initial_weights(),
+            **self.training_options(),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        bilevel = asdict(self.config.bilevel)
+        return {
+            **super().settings(),
+            **{f"bilevel.{k}": v for k, v in bilevel.items() if k not in _JUDGING},
+        }
+
+    def make_step(self) -> Record:
+        return step_record(self, train_step(self))
+
+    def converged(self) -> bool:
+        return self.config.bilevel.early_stop and verdict(self).converged
+
+
+def train_step(state: TrainState) -> StepReport:
+    """One bilevel step of all ranks; advances `state` unless something was not finite or spiked."""
+    bio, settings = state.training, state.schedule.at(state.step)
+    with state.clock("data"):
+        train, valid, picks, valid_picks = state.data.next(bio.mixture.probs_S)
+    report = bio.step(
+        train,
+        valid,
+        settings.lr_w,
+        lr_u=settings.lr_u,
+        lr_lambda=settings.lr_lambda,
+        alpha=settings.alpha,
+        inclusion=picks.inclusion_S,
+        validation_inclusion=valid_picks.inclusion_S,
+    )
+    state.cost.trained += report.losses.tokens
+    return report
+
+
+def step_record(state: TrainState, report: StepReport) -> Record:
+    """A step's record; lists follow the order of sources and validation sets."""
+    losses = report.losses
+    return {
+        "step": report.step,
+        "alpha": report.alpha,
+        "outer_round": state.schedule.at(report.step - 1).outer_round,
+        "lr_w": report.lr_w,
+        "lr_u": report.lr_u,
+        "lr_lambda": report.lr_lambda,
+        "validation_loss": report.validation_loss,
+        "validation_losses": losses.validation_V.tolist(),
+        "train_loss_w": report.train_loss_w,
+        "train_loss_u": report.train_loss_u,
+        "weights": report.weights_S.tolist(),
+        "loss_w": losses.w_S.tolist(),
+        "loss_u": losses.u_S.tolist(),
+        "excess_loss": (losses.w_S - losses.u_S).tolist(),
+        "grad_norm_w": report.grad_norms["w"],
+        "grad_norm_u": report.grad_norms["u"],
+        "grad_norm_lambda": report.grad_norm_lambda,
+        "tokens": losses.tokens,
+        "memory_bytes": runtime.allocated_bytes(),
+        "skipped": report.skipped and with_names(report.skipped, state),
+        "active_layers": state.training.active_layers,
+    }
+
+
+def verdict(state: TrainState) -> Verdict:
+    """Whether the weights have converged by now, and why."""
+    constant = state.config.bilevel.lr_lambda_decay_style == "constant"
+    return state.training.verdict(constant_rate=constant)
+
+
+def _facts(config: Config) -> dict[str, object]:
+    train, bilevel = config.train, config.bilevel
+    return {
+        "steps": f"{train.train_iters} of {train.global_batch_size} training and "
+        f"{train.validation_batch_size} validation sequences",
+        "mixture": f"{bilevel.mixture_optimizer} lr {bilevel.lr_lambda:g}, alpha {bilevel.alpha:g}",
+    }

@@ -1,0 +1,238 @@
+"""Two steps of DoReMi and of DoGE against plain autograd of their definitions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.commands import MODEL, write_config
+from tests.distributed.harness import run_distributed
+from tests.markov import write_problem
+
+pytestmark = pytest.mark.distributed
+
+STEPS, SHARES, LARGEST = 2, (0.75, 0.25), {"doge": 5.0, "doge-token": 0.05}
+# Of each case: what its configuration changes, η or η / μ, and the bound of norms.
+CASES: dict[str, tuple[dict[str, dict], float, float]] = {
+    "doremi": ({"baseline": {"domain_lr": 2.0}}, 2.0, 0.7),
+    "doremi-token": ({"data": {"loss_mean": "token"}}, 1.0, 0.7),
+    "doremi-dropout": ({"model": {"hidden_dropout": 0.3, "attention_dropout": 0.3}}, 1.0, 0.7),
+    "doge": ({"baseline": {"domain_lr": 2.0}}, 2.0, 0.7),
+    # The published reach of 100 over 200 steps, no bound of norms, a tight one of scores.
+    "doge-token": (
+        {
+            "data": {"loss_mean": "token"}, "train": {"train_iters": 200},
+            "optimizer": {"clip_grad": 0.0}, "model": {"init_method_std": 0.6},
+        },
+        0.5, math.inf,
+    ),
+}  # fmt: skip
+Example = tuple[torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("naive")
+    sources, first = write_problem(
+        folder / "data", [0.6, 0.4, 0.0], 0, length=17, examples=(20, 28, 36), validation=20,
+        even=False,
+    )  # fmt: skip
+    _, second = write_problem(
+        folder / "more", [0.0, 0.5, 0.5], 0, length=17, examples=1, validation=14, even=False
+    )
+    validation = [
+        {"name": name, "path": entry["path"], "weight": weight}
+        for name, [entry], weight in (("first", first, 3.0), ("second", second, 1.0))
+    ]
+    write_config(
+        folder / "x.yaml", sources, validation,
+        model={**MODEL, "init_method_std": 0.1},
+        train={"global_batch_size": 12, "micro_batch_size": 2, "validation_batch_size": 8},
+        optimizer={"lr": 5e-3, "clip_grad": 0.7, "lr_warmup_fraction": 0.0},
+    )  # fmt: skip
+    run_distributed(on_one_rank, 1, str(folder))
+    return folder
+
+
+def on_one_rank(folder_name: str) -> None:
+    from megatron_scalebio import runtime
+    from megatron_scalebio.config_loader import load_config
+    from megatron_scalebio.methods import doge, doremi
+    from megatron_scalebio.model.init import initialize_weights
+
+    folder = Path(folder_name)
+    for name, (change, rate, clip) in CASES.items():
+        method = name.partition("-")[0]
+        change = {**change, "baseline": {"method": method, **change.get("baseline", {})}}
+        config = load_config(str(folder / "x.yaml"), change)
+        runtime.start(config)
+        kept: list[dict[str, Any]] = []
+        if method == "doremi":
+            state = doremi.DoremiState(config, folder / "cache")
+            reference = state.reference
+            initialize_weights(reference, 99, 0.1, config.model.num_layers)
+        else:
+            state = doge.DogeState(config, folder / "cache")
+            assert doge.LARGEST_SCORE == 5.0, "published"
+            doge.LARGEST_SCORE = LARGEST[name]
+        means = Means(config.data.loss_mean)
+        mean_norm, tokens = None, 0
+        for _ in range(STEPS):
+            before, iters = state.weight_S, config.train.train_iters
+            train, valid = peeked_examples(state, method == "doge")
+            [w] = state.training.w
+            if method == "doremi":
+                wanted = naive_doremi(w, reference[0], means, train, before, rate, clip)
+                record = state.make_step()
+            else:
+                decayed = 0.1 + 0.9 * (1 + math.cos(math.pi * (state.step + 1) / iters)) / 2
+                *wanted, mean_norm = naive_doge(
+                    w, means, train, valid, before, rate * decayed, mean_norm, clip,
+                    LARGEST[name],
+                )  # fmt: skip
+                record = state.make_step()
+            assert record["skipped"] is None
+            score = record["excess_loss" if method == "doremi" else "alignment"]
+            losses = [record["train_loss_w"], *record["loss_w"]]
+            if method == "doge":
+                losses += [record["validation_loss"], *record["validation_losses"]]
+            gradient = [p.main_grad.clone() for p in state.training.w[0].parameters()]
+            got = [torch.tensor(score), state.weight_S, torch.tensor(losses), flat(gradient)]
+            if "dropout" in name:  # drawn anew where the gradient is taken
+                got, wanted = got[:2], wanted[:2]
+            tokens += sum(len(x) - 1 for group in (*train, *valid) for x, _ in group)
+            kept.append({"got": got, "wanted": list(wanted)})
+        mean = torch.stack([step["wanted"][1] for step in kept]).mean(0)
+        cost = [tokens, 2 * tokens if method == "doremi" else 0]
+        kept[-1]["got"] += [
+            state.mean_weight_S,
+            torch.tensor([state.cost.trained, state.cost.scored]),
+        ]
+        kept[-1]["wanted"] += [mean, torch.tensor(cost)]
+        torch.save(kept, folder / f"{name}.pt")
+        state.training.leave_period()
+        runtime.stop_model_parallel()
+
+
+def peeked_examples(state, with_validation: bool) -> tuple[list[list], list[list]]:
+    """The examples of the next step by source, and those of the validation sets by set."""
+    data = state.data
+    samplers = (data.sampler, data.validation_sampler)
+    saved = [sampler.state_dict() for sampler in samplers]
+    picks = data.sampler.next(np.full(3, 1 / 3))
+    train = grouped(data.sources, picks)
+    valid = grouped(data.validation, data.validation_sampler.next(np.array(SHARES)))
+    for sampler, content in zip(samplers, saved, strict=True):
+        sampler.load_state_dict(content)
+    return train, valid if with_validation else []
+
+
+def grouped(sources, picks) -> list[list[Example]]:
+    groups: list[list[Example]] = [[] for _ in sources]
+    for g, i in zip(picks.group_B, picks.index_B, strict=True):
+        tokens, targets = (torch.from_numpy(x.astype("int64")) for x in sources[g].example(i))
+        groups[g].append((tokens, targets))
+    return groups
+
+
+def token_loss(model, example: Example) -> torch.Tensor:
+    """Of an example's target tokens."""
+    tokens, targets = example
+    logits = model(tokens[None, :-1], torch.arange(len(tokens) - 1)[None], None)[0]
+    losses = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+    return losses[targets[1:] > 0]
+
+
+@dataclass(frozen=True)
+class Means:
+    """ℓ of some examples: the mean of their means over targets, or of all their targets."""
+
+    kind: str
+
+    def loss(self, model, examples: list[Example]) -> torch.Tensor:
+        losses = [token_loss(model, example) for example in examples]
+        if self.kind == "token":
+            return torch.cat(losses).mean()
+        return torch.stack([each.mean() for each in losses]).mean()
+
+
+def flat(parts) -> torch.Tensor:
+    return torch.cat([part.flatten() for part in parts])
+
+
+def gradient(model, loss: torch.Tensor) -> torch.Tensor:
+    return flat(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def clipped(vector: torch.Tensor, bound: float) -> torch.Tensor:
+    return vector * min(1.0, bound / float(vector.norm()))
+
+
+def naive_doremi(
+    proxy, reference, means: Means, train: list[list], weight_S: torch.Tensor, eta: float,
+    clip: float,
+) -> tuple:  # fmt: skip
+    """DoReMi's algorithm 1: λ_i, α ∝ α exp(η λ), c = 1e-3 of it uniform, gradient of Σ α_i ℓ_i."""
+    score = []
+    for model in (proxy, reference):
+        model.eval()
+    for examples in train:
+        excess = [(token_loss(proxy, x) - token_loss(reference, x)).clamp(min=0) for x in examples]
+        score.append(torch.cat(excess).mean().detach())
+    for model in (proxy, reference):
+        model.train()
+    score_S = torch.stack(score).double()
+    weight_S = weight_S * torch.exp(eta * score_S)
+    weight_S = 0.999 * weight_S / weight_S.sum() + 0.001 / 3
+    each = [means.loss(proxy, x) for x in train]
+    whole = sum(p * loss for p, loss in zip(weight_S, each, strict=True))
+    losses = torch.tensor([float(whole), *map(float, each)])
+    return score_S, weight_S, losses, clipped(gradient(proxy, whole), clip)
+
+
+def naive_doge(
+    model, means: Means, train: list[list], valid: list[list], weight_S: torch.Tensor, rate: float,
+    mean_norm: float | None, clip: float, largest: float,
+) -> tuple:  # fmt: skip
+    """W_i = ⟨g_i, g⟩ / m between ± `largest`, α ∝ α exp(rate W), and the gradient Σ α_i g_i."""
+    goals = [means.loss(model, examples) for examples in valid]
+    goal = sum(share * loss for share, loss in zip(SHARES, goals, strict=True))
+    target = clipped(gradient(model, goal), clip)
+    losses = [means.loss(model, examples) for examples in train]
+    each = [clipped(gradient(model, loss), clip) for loss in losses]
+    mean_norm = mean_norm or float(target.norm())
+    score_S = torch.stack([g @ target / mean_norm for g in each]).double().clamp(-largest, largest)
+    weight_S = weight_S * torch.exp(rate * score_S)
+    weight_S = weight_S / weight_S.sum()
+    whole = sum(float(p) * g for p, g in zip(weight_S, each, strict=True))
+    mixed = sum(float(p) * float(loss) for p, loss in zip(weight_S, losses, strict=True))
+    told = torch.tensor([mixed, *map(float, losses), float(goal), *map(float, goals)])
+    norm = float(torch.stack(each).norm(dim=1).mean())
+    return score_S, weight_S, told, clipped(whole, clip), norm
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_equals_its_definition(steps: Path, name: str, step: int) -> None:
+    kept = torch.load(steps / f"{name}.pt", weights_only=True)[step]
+    for number, (got, wanted) in enumerate(zip(kept["got"], kept["wanted"], strict=True)):
+        got, wanted = got.double(), wanted.double()
+        assert wanted.norm() > 0, number
+        assert float((got - wanted).norm() / wanted.norm()) < 1e-4, (number, got, wanted)
+    score_S = kept["wanted"][0]
+    assert float(score_S.max() - score_S.min()) > 1e-3, "the sources differ"
+
+
+def test_weights_from_numbers_worked_out_by_hand() -> None:
+    """α = (.5 .5), excess (0, ln 3), η = 1: (.25 .75), then a thousandth of it uniform."""
+    from megatron_scalebio.methods.doremi import reweighted
+
+    half = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    got = reweighted(half, torch.tensor([0.0, 3.0], dtype=torch.float64).clamp_min(1).log(), 1.0)
+    assert got.exp().tolist() == pytest.approx([0.24975 + 0.0005, 0.74925 + 0.0005])

@@ -1,0 +1,90 @@
+"""Options of the methods: what they are where nobody sets them, and what comes of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_scalebio.config.baseline import BaselineConfig
+from megatron_scalebio.engine.loop import _refuse_skips
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.methods import doge, doremi, less, regmix, rho_loss
+
+
+def config(train_iters: int = 100, **baseline: Any) -> Any:
+    train = SimpleNamespace(
+        train_iters=train_iters, global_batch_size=8, seed=1234, skip_limit=5, output="run"
+    )
+    return SimpleNamespace(train=train, baseline=BaselineConfig(**baseline))
+
+
+def test_defaults_are_the_published_values() -> None:
+    """LESS: 5 % kept after 4 epochs on 5 %, 8,192 numbers; RHO-LOSS: one in ten, while training."""
+    options = BaselineConfig()
+    assert (options.method, options.domain_lr) == ("scalebio", None)
+    assert (options.reference_iters, options.proxies, options.proxy_iters) == (None, None, None)
+    assert (options.select_fraction, options.less_warmup_fraction) == (0.05, 0.05)
+    assert (options.less_checkpoints, options.less_dimensions) == (4, 8192)
+    assert (options.rho_online, options.rho_batch_share) == (True, 0.1)
+    # DoReMi's η and c; DoGE's 5e-4 / 0.05 over 10,000 steps; passes of a bilevel step
+    assert (doremi.DOMAIN_LR, doremi.SMOOTHING) == (1.0, 1e-3)
+    assert pytest.approx(5e-4 / 0.05 * 10_000) == doge.PUBLISHED_REACH
+    assert (rho_loss.REFERENCE_EPOCHS, regmix.PASSES_OF_A_BILEVEL_STEP) == (3, 3)
+
+
+@pytest.mark.parametrize("name", ["select_fraction", "less_warmup_fraction", "rho_batch_share"])
+def test_shares_are_above_zero_and_at_most_one(name: str) -> None:
+    assert getattr(BaselineConfig(**{name: 1.0}), name) == 1.0
+    for value in (0.0, 1.01):
+        with pytest.raises(UserError, match=rf"{name}: {value} is outside"):
+            BaselineConfig(**{name: value})
+    for count in ("reference_iters", "proxies", "proxy_iters", "domain_lr", "less_checkpoints",
+                  "less_dimensions"):  # fmt: skip
+        with pytest.raises(UserError, match=f"{count}: 0 must be above 0"):
+            BaselineConfig(**{count: 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("train_iters", "options", "sources", "proxies", "steps"),
+    [
+        (100, {}, 4, 15, 20),
+        (103, {}, 4, 15, 20),  # 309 steps, of 20
+        (100, {"proxy_iters": 7}, 4, 42, 7),
+        (100, {"proxies": 6}, 4, 6, 20),
+        (100, {}, 20, 21, 20),  # one more than sources, whatever it costs
+        (3, {}, 4, 9, 1),
+    ],
+)
+def test_regmix_spends_as_many_steps_as_scalebio(
+    train_iters: int, options: dict, sources: int, proxies: int, steps: int
+) -> None:
+    assert regmix.budget(config(train_iters, **options), sources) == (proxies, steps)
+
+
+def test_less_warms_up_on_whole_batches() -> None:
+    rows, steps = less.warmup_plan(config(less_warmup_fraction=0.3), 151)
+    assert len(set(rows.tolist())) == 45 and rows.max() < 151, "of 45.3"
+    assert steps == 6, "batches of 8"
+    rows, steps = less.warmup_plan(config(less_warmup_fraction=0.001), 151)
+    assert (len(rows), steps) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("in_a_row", "train_iters", "ends"),
+    [(4, 100, False), (5, 100, True), (2, 3, False), (3, 3, True)],
+)
+def test_a_training_that_applies_no_step_is_ended(
+    in_a_row: int, train_iters: int, ends: bool
+) -> None:
+    state = SimpleNamespace(
+        config=config(train_iters), step=7,
+        training=SimpleNamespace(skipped_in_a_row=in_a_row),
+    )  # fmt: skip
+    record = {"skipped": "w: loss of source 'x' is nan"}
+    if not ends:
+        _refuse_skips(state, record)  # type: ignore[arg-type]
+        return
+    with pytest.raises(UserError, match=rf"step 7: {in_a_row} steps in a row .*source 'x' is nan"):
+        _refuse_skips(state, record)  # type: ignore[arg-type]
