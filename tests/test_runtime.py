@@ -39,7 +39,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
         asked.append((words, options))
 
     monkeypatch.setattr(runtime.os, "environ", {})
-    monkeypatch.setattr(runtime.cpu, "adapt", lambda: None)
+    monkeypatch.setattr(runtime, "adapt", lambda: None)
     monkeypatch.setattr(runtime.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(runtime.dist, "init_process_group", note)
     monkeypatch.setattr(runtime.parallel_state, "initialize_model_parallel", note)

@@ -28,6 +28,7 @@ from megatron_scalebio.core.objective import Role
 from megatron_scalebio.core.period import Period
 from megatron_scalebio.core.twin import build_twins
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.model.init import seed_generators
 from megatron_scalebio.model.provider import model_provider, padded_vocab_size
 from megatron_scalebio.model.settings import ddp_config, optimizer_config
 from megatron_scalebio.plan.fake_rank import META, group_kinds, playing
@@ -107,6 +108,7 @@ def _rehearse(
     try:
         megatron = settings_for(config, layout.cuda)
         groups = ProcessGroupCollection.use_mpu_process_groups()
+        seed_generators(config.train.seed)
         with META:
             w, u = build_twins(model_provider(config, megatron, vocab_size), groups)
     except (AssertionError, ValueError) as error:  # how Megatron-Core refuses a layout

@@ -134,10 +134,10 @@ def memory_follows_the_active_layers(folder: str, bf16: bool, distributed: bool)
     from megatron_scalebio.methods.scalebio import train_step
 
     full = load(Path(folder), False, bf16, distributed)
-    one_model = sum(p.nbytes for chunk in full.w for p in chunk.parameters())
+    one_model = sum(p.nbytes for chunk in full.training.w for p in chunk.parameters())
     train_step(full)
     full_bytes, full_count = total_bytes(training_state(full)), trainable(full)
-    full.leave_period()
+    full.training.leave_period()
 
     with PeakBytes() as built:
         state = load(Path(folder), True, bf16, distributed)

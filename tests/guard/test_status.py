@@ -72,7 +72,7 @@ def test_a_stall_is_a_rank_that_waits_or_stands_still_in_a_step(
 
 
 def test_phases_of_a_step_are_those_of_the_loop() -> None:
-    assert STEP_PHASES == ("data", "period", "flush", "update", "mixture")
+    assert STEP_PHASES == ("data", "period", "flush", "update")
 
 
 def test_lines_say_who_where_and_who_waits() -> None:

@@ -33,7 +33,9 @@ def build_all(folder: str) -> None:
         config.model.make_vocab_size_divisible_by = 1
         runtime.start(config)
         with torch.device("meta"):
-            gpt = build_chunk(config, transformer_config(config), config.model.vocab_size, None)
+            gpt = build_chunk(
+                config, transformer_config(config), config.model.vocab_size, True, True
+            )
         entries = [e for e in gpt.sharded_state_dict().values() if hasattr(e, "key")]
         # A gated MLP's first layer is two shards of one tensor; the factory holds it whole.
         shapes = Counter((e.key, tuple(e.data.shape)) for e in entries if e.data is not None)
