@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
     """Refuses in one line, where argparse would print the usage of a hundred flags first."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message, mend=f"see {self.prog} --help")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if unknown:
         actions = commands.choices[args.command]._actions
         known = [flag for action in actions for flag in action.option_strings]
-        raise UserError(f"unknown argument {unknown[0]!r}", mend=_nearest(unknown[0], known))
+        raise UserError(f"unknown argument {unknown[0]!r} ({_nearest(unknown[0], known)})")
     return args
 
 

@@ -54,7 +54,7 @@ def load_config(
     for name in SECTIONS:
         values = tree.get(name) or {}
         if not isinstance(values, dict):
-            raise UserError(f"{values!r} is not a mapping", where=f"{where}: {name}")
+            raise UserError(f"{where}: {name}: {values!r} is not a mapping")
         given[name] = {**values, **(overrides or {}).get(name, {})}
     preset = _preset(given)
     sections: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise UserError("must be a mapping of sections", where=path, mend=", ".join(known))
+        raise UserError(f"{path}: must be a mapping of sections ({', '.join(known)})")
     return tree
 
 
@@ -144,7 +144,7 @@ def _check_keys(values: dict[str, Any], known: Iterable[str], where: str) -> Non
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             mend = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"unknown key {key!r}", where=where, mend=mend)
+            raise UserError(f"{where}: unknown key {key!r} ({mend})")
 
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
@@ -155,7 +155,7 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
     for spec in fields(cls):
         required = spec.default is MISSING and spec.default_factory is MISSING
         if required and spec.name not in converted:
-            raise UserError(f"{spec.name} is missing", where=where, mend="add it")
+            raise UserError(f"{where}: {spec.name} is missing (add it)")
     try:
         return cls(**converted)
     except UserError as error:
@@ -173,9 +173,7 @@ def _model_from_hf(cls: type, values: dict[str, Any], where: str) -> ModelConfig
         ours, theirs = getattr(given, key), getattr(model, key)
         if ours != theirs:
             raise UserError(
-                f"{ours!r} is not {theirs!r}, as in {values['hf']}",
-                where=f"{where}.{key}",
-                mend=f"remove {key}",
+                f"{where}.{key}: {ours!r} is not {theirs!r}, as in {values['hf']} (remove {key})"
             )
     return model
 
@@ -189,26 +187,24 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _convert(value, next(a for a in args if a is not type(None)), where)
     if origin is typing.Literal:
         if value not in args:
-            raise UserError(
-                f"{value!r} is not a choice", where=where, mend=f"choose from {', '.join(args)}"
-            )
+            raise UserError(f"{where}: {value!r} is not a choice (choose from {', '.join(args)})")
         return value
     if origin is list:
         if args[0] is int and isinstance(value, (int, str)):
             try:
                 value = _whole_numbers(str(value))  # as a flag reads it
             except argparse.ArgumentTypeError as error:
-                raise UserError(str(error), where=where, mend="write [a, b]") from None
+                raise UserError(f"{where}: {error} (write [a, b])") from None
         if not isinstance(value, list):
-            raise UserError(f"{value!r} is not a list", where=where, mend="write [a, b]")
+            raise UserError(f"{where}: {value!r} is not a list (write [a, b])")
         return [_convert(item, args[0], f"{where}[{n}]") for n, item in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{value!r} is not a mapping", where=where, mend="write {name: value}")
+            raise UserError(f"{where}: {value!r} is not a mapping (write {{name: value}})")
         return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if is_dataclass(hint):
         if not isinstance(value, dict):
-            raise UserError(f"{value!r} is not a mapping", where=where, mend="write {name: value}")
+            raise UserError(f"{where}: {value!r} is not a mapping (write {{name: value}})")
         return build(typing.cast(type, hint), value, where)
     return _convert_scalar(value, hint, where)
 
@@ -224,9 +220,7 @@ def _convert_scalar(value: Any, hint: type, where: str) -> Any:
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise UserError(
-        f"{value!r} is not of type {hint.__name__}", where=where, mend=f"give {_WANTED[hint]}"
-    )
+    raise UserError(f"{where}: {value!r} is not of type {hint.__name__} (give {_WANTED[hint]})")
 
 
 class _NamedPaths(argparse.Action):

@@ -17,11 +17,11 @@ WRITABLE = "choose a folder on a disk with room, that you may write to"
 
 
 class UserError(Exception):
-    """A mistake in input or configuration: what, where, and how to mend it, in one line.
+    """A mistake in input or configuration, in one line: `where: what is wrong (what to do)`.
 
     Args:
-        message: what is wrong.
-        where: the file (with line) or configuration field it concerns.
+        message: the line, or what is wrong where the other two are told apart.
+        where: the file (with line) or configuration field that it concerns.
         mend: what the user can do about it.
     """
 

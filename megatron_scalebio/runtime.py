@@ -80,7 +80,7 @@ def _adopt_slurm_variables() -> None:
     """Gives torch the rendezvous that SLURM's own variables describe."""
     for ours, slurms in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")):
         if slurms not in os.environ:
-            raise UserError("is not set", where=slurms, mend="start with srun or torchrun")
+            raise UserError(f"{slurms}: is not set (start with srun or torchrun)")
         os.environ[ours] = os.environ[slurms]
     if "MASTER_ADDR" not in os.environ:
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "")
@@ -93,9 +93,8 @@ def _adopt_slurm_variables() -> None:
             )
         except FileNotFoundError:  # in a container
             raise UserError(
-                "is not set, and scontrol is not here to tell it",
-                where="MASTER_ADDR",
-                mend="export the first node's name before srun, as launch/slurm does",
+                "MASTER_ADDR: is not set, and scontrol is not here to tell it (export the first "
+                "node's name before srun, as launch/slurm does)"
             ) from None
         os.environ["MASTER_ADDR"] = (listed.stdout.split() or [socket.gethostname()])[0]
     if "MASTER_PORT" not in os.environ:

@@ -60,9 +60,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         if (module, name) in _METADATA_NAMES:
             return super().find_class(module, name)
         raise UserError(
-            f"refers to {module}.{name}, which a checkpoint may not run",
-            where=".metadata",
-            mend="use a checkpoint from a source you trust",
+            f".metadata: refers to {module}.{name}, which a checkpoint may not run (use a "
+            "checkpoint from a source you trust)"
         )
 
 
@@ -230,13 +229,11 @@ def find_checkpoint(load: Path) -> Path:
     if tracker.is_file():
         step = tracker.read_text(errors="replace").strip()
         if step != "release" and not step.isdecimal():
-            raise UserError(f"{step[:40]!r} is no step", where=str(tracker), mend="write it again")
+            raise UserError(f"{tracker}: {step[:40]!r} is no step (write it again)")
         return load / step if step == "release" else iteration_folder(load, int(step))
     if (load / "metadata.json").is_file():
         return load
-    raise UserError(
-        "is no Megatron checkpoint", where=str(load), mend=f"point to a folder with {TRACKER}"
-    )
+    raise UserError(f"{load}: is no Megatron checkpoint (point to a folder with {TRACKER})")
 
 
 def is_plain(load: Path) -> bool:

@@ -96,9 +96,8 @@ def writing(step: int, folder: Path, temporary: Path) -> Iterator[None]:
         if runtime.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"could not save step {step}: {_last_line(error)}",
-            where=str(folder),
-            mend="free space; the last checkpoint is intact and the run resumes from it",
+            f"{folder}: could not save step {step}: {_last_line(error)} (free space; the last "
+            "checkpoint is intact and the run resumes from it)"
         ) from None
 
 
@@ -119,16 +118,15 @@ def load_latest(state: Run, folder: Path, required: bool = False) -> tuple[bool,
     step, problems = _newest_whole(folder)
     if step is None and required and runtime.on_main(lambda: folders.is_plain(folder)):
         raise UserError(
-            "is an ordinary Megatron checkpoint, of no run to go on with",
-            where=f"checkpoint.load: {folder}",
-            mend="start from its weights with --pretrained-checkpoint",
+            f"checkpoint.load: {folder}: is an ordinary Megatron checkpoint, of no run to go on "
+            "with (start from its weights with --pretrained-checkpoint)"
         )
     if step is None and problems:
         raise UserError(
-            "no whole checkpoint", where=problems[0], mend="restore one, or start in a new folder"
+            f"{problems[0]}: no whole checkpoint (restore one, or start in a new folder)"
         )
     if step is None and required:
-        raise UserError("no checkpoint here", where=f"checkpoint.load: {folder}", mend="correct it")
+        raise UserError(f"checkpoint.load: {folder}: no checkpoint here (correct it)")
     warnings = [f"passed over a damaged checkpoint: {problem}" for problem in problems]
     if step is not None:
         changed = _load(state, folders.iteration_folder(folder, step))
@@ -181,7 +179,7 @@ def load_step(state: Run, folder: Path, step: int) -> None:
     source = folders.iteration_folder(folder, step)
     problem = _damage(source) or _damage(source / BILEVEL)
     if problem:
-        raise UserError(problem, where=str(folder), mend="remove the folder to train it again")
+        raise UserError(f"{folder}: {problem} (remove the folder to train it again)")
     _load(state, source)
 
 
@@ -194,7 +192,7 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
     source = folders.find_checkpoint(path)
     problem = _damage(source)
     if problem:
-        raise UserError(problem, where="model.pretrained_checkpoint", mend="fetch it again")
+        raise UserError(f"model.pretrained_checkpoint: {problem} (fetch it again)")
     wanted = model_state(chunks)
     _check_shapes(wanted, source)
     register_safe_globals()
@@ -241,9 +239,8 @@ def _reading(source: Path) -> Iterator[None]:
             yield
     except _CHECKPOINT_ERRORS as error:
         raise UserError(
-            f"could not load: {_last_line(error)}",
-            where=str(source),
-            mend="if it is damaged, remove it to go on from the checkpoint before",
+            f"{source}: could not load: {_last_line(error)} (if it is damaged, remove it to go on "
+            "from the checkpoint before)"
         ) from None
 
 
@@ -251,23 +248,22 @@ def _check_sources(state: Run, common: dict[str, Any], source: Path) -> None:
     stage = common["run"].get("stage", "reweight")
     if stage != state.stage:
         raise UserError(
-            f"was saved by `{stage}`, which `{state.stage}` can't go on with", where=str(source),
-            mend="choose a new train.output, or start from it with --pretrained-checkpoint",
-        )  # fmt: skip
+            f"{source}: was saved by `{stage}`, which `{state.stage}` can't go on with (choose a "
+            "new train.output, or start from it with --pretrained-checkpoint)"
+        )
     ours = state.common_state()["sources"]
     theirs = common["run"]["sources"]
     if [name for name, _ in ours] != [name for name, _ in theirs]:
         raise UserError(
-            f"was made for sources {[name for name, _ in theirs]}, not {[n for n, _ in ours]}",
-            where=str(source),
-            mend="choose a new train.output, or the same data.sources in the same order",
+            f"{source}: was made for sources {[name for name, _ in theirs]}, not "
+            f"{[n for n, _ in ours]} (choose a new train.output, or the same data.sources in the "
+            "same order)"
         )
     changed = [a[0] for a, b in zip(ours, theirs, strict=True) if not same_data(b[1], a[1])]
     if changed:
         raise UserError(
-            f"the data of source {changed[0]!r} has changed since",
-            where=str(source),
-            mend="restore it, or choose a new train.output",
+            f"{source}: the data of source {changed[0]!r} has changed since (restore it, or choose "
+            "a new train.output)"
         )
     validation = state.common_state()["validation"]
     saved = common["run"].get("validation", validation)
@@ -275,9 +271,8 @@ def _check_sources(state: Run, common: dict[str, Any], source: Path) -> None:
         a[::2] == b[::2] and same_data(b[1], a[1]) for a, b in zip(validation, saved, strict=True)
     ):
         raise UserError(
-            "was made for other validation sets, other data in them, or other weights of them",
-            where=str(source),
-            mend="choose a new train.output, or the same data.validation",
+            f"{source}: was made for other validation sets, other data in them, or other weights "
+            "of them (choose a new train.output, or the same data.validation)"
         )
 
 
@@ -291,9 +286,9 @@ def _changed_settings(state: Run, saved: dict[str, Any], source: Path) -> list[s
     ]
     if changed and saved["step"] >= state.config.train.train_iters:
         raise UserError(
-            f"is the end of a run of other settings: {', '.join(changed)}", where=str(source),
-            mend="choose a new train.output, or raise train.train_iters to go on",
-        )  # fmt: skip
+            f"{source}: is the end of a run of other settings: {', '.join(changed)} (choose a new "
+            "train.output, or raise train.train_iters to go on)"
+        )
     return changed
 
 
@@ -308,9 +303,8 @@ def _check_optimizer_kind(config: Config, saved: list[bool], source: Path) -> No
     ):
         if ours != theirs:
             raise UserError(
-                f"{ours} cannot resume a run saved with {theirs}",
-                where=f"parallel.{name}",
-                mend=f"set it to {theirs}, or start from {source} with --pretrained-checkpoint",
+                f"parallel.{name}: {ours} cannot resume a run saved with {theirs} (set it to "
+                f"{theirs}, or start from {source} with --pretrained-checkpoint)"
             )
 
 
@@ -324,9 +318,8 @@ def _check_shapes(wanted: dict[str, Any], source: Path) -> None:
         if held is None or tuple(held.global_shape) != shape:
             found = "nothing" if held is None else f"shape {tuple(held.global_shape)}"
             raise UserError(
-                f"holds {found} for {entry.key}, the model needs {shape}",
-                where=str(source),
-                mend="make the model section match the checkpoint",
+                f"{source}: holds {found} for {entry.key}, the model needs {shape} (make the model "
+                "section match the checkpoint)"
             )
 
 

@@ -113,9 +113,9 @@ def _refuse_difference(where: str, earlier: Any, now: Any) -> None:
             _refuse_difference(f"{where}.{name}", earlier.get(name), now.get(name))
     elif earlier != now:
         raise UserError(
-            f"is {now!r} now, and this comparison began with {earlier!r}",
-            where=where, mend="set it back, or choose a new output",
-        )  # fmt: skip
+            f"{where}: is {now!r} now, and this comparison began with {earlier!r} (set it back, or "
+            "choose a new output)"
+        )
 
 
 def run_stage(stage: Stage, command: list[str], environment: dict[str, str]) -> float:
@@ -155,7 +155,7 @@ def _refuse(stage: Stage, code: int) -> None:
     mark = "megatron-scalebio: error: "
     said = next((line for line in reversed(lines) if mark in line), None)
     if said is not None:  # torchrun turns the stage's 2 into a 1
-        raise UserError(said.partition(mark)[2], where=stage.title)
+        raise UserError(f"{stage.title}: {said.partition(mark)[2]}")
     tail = "\n".join(lines[-_LOG_TAIL:])
     print(f"{tail}\ncompare: {stage.title} failed with exit code {code}; all of it: {stage.log}")
     raise SystemExit(code if code not in (EXIT_OK, EXIT_USER_ERROR) else 1)

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     is_main = launcher.is_first_rank()
     console = Console(stderr=True, quiet=not is_main)
     if args.verify and launcher.world_size_from_environment() > 1:
-        raise UserError("runs in one process", where="--verify", mend="start it without a launcher")
+        raise UserError("--verify: runs in one process (start it without a launcher)")
     begin = time.monotonic()
     try:
         with sigterm_interrupts(), _display(console, args.direction) as on_progress:
@@ -92,7 +92,7 @@ def _convert(args: argparse.Namespace, on_progress: Callable[[int, int], None]) 
         for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"):
             if getattr(args, name) < 1:
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{getattr(args, name)} is below 1", where=flag)
+                raise UserError(f"{flag}: {getattr(args, name)} is below 1")
         import_checkpoint(
             Path(args.hf),
             Path(args.save),

@@ -84,14 +84,14 @@ def run(args: argparse.Namespace) -> int:
     holds_out = args.config or given.keys() & {"data.validation", "data.test"}
     if not args.tasks and not args.mt_bench and not holds_out:
         raise UserError(
-            "nothing to evaluate", where="evaluate",
-            mend="--config run.yaml, --test NAME=PATH, --tasks gsm8k, or --mt-bench FILE",
-        )  # fmt: skip
+            "evaluate: nothing to evaluate (--config run.yaml, --test NAME=PATH, --tasks gsm8k, or "
+            "--mt-bench FILE)"
+        )
     config = config_loader.config_from_args(args) if holds_out else None
     hf = given.get("model.hf") or (config.model.hf if config else None)
     output = given.get("train.output") or (config.train.output if config else None)
     if output is None:
-        raise UserError("is missing", where="--output", mend="name a folder for the results")
+        raise UserError("--output: is missing (name a folder for the results)")
     if config is not None:
         _held_out(config, Path(output))
     if (args.tasks or args.mt_bench) and is_first_rank():
@@ -112,10 +112,10 @@ def _held_out(config: Config, output: Path) -> None:
 
 def _on_hf_folder(args: argparse.Namespace, hf: str | None, output: Path) -> None:
     if not hf:
-        raise UserError("is missing", where="--hf", mend="give the model's Hugging Face folder")
+        raise UserError("--hf: is missing (give the model's Hugging Face folder)")
     for flag, value in (("--limit", args.limit), ("--max-new-tokens", args.max_new_tokens)):
         if value is not None and value < 1:
-            raise UserError(f"is {value}", where=flag, mend="1 or more")
+            raise UserError(f"{flag}: is {value} (1 or more)")
     folder = Path(hf)
     benchmarks = _benchmark_config(args) if args.tasks else None
     questions = read_questions(Path(args.mt_bench), args.limit) if args.mt_bench else []
@@ -138,7 +138,7 @@ def _benchmark_config(args: argparse.Namespace) -> BenchmarkConfig:
     for value in args.data:
         task, separator, path = value.partition("=")
         if not separator:
-            raise UserError(f"{value!r} names no task", where="--data", mend="--data gsm8k=FILE")
+            raise UserError(f"--data: {value!r} names no task (--data gsm8k=FILE)")
         data[task] = Path(path)
     return BenchmarkConfig(
         tasks=tuple(dict.fromkeys(args.tasks)),
@@ -157,7 +157,7 @@ def _client(args: argparse.Namespace, console: Console) -> ChatClient | None:
         return None
     for flag, value in (("--judge-url", args.judge_url), ("--judge-model", args.judge_model)):
         if not value:
-            raise UserError("is missing", where=flag, mend="a judge needs its URL and its model")
+            raise UserError(f"{flag}: is missing (a judge needs its URL and its model)")
 
     def warn(line: str) -> None:
         console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)

@@ -53,21 +53,21 @@ def run(args: argparse.Namespace) -> int:
         UserError: for a configuration, a layout or a file that cannot be.
     """
     if not 0 < args.mfu <= 1:
-        raise UserError(f"{args.mfu:g} is outside (0, 1]", where="--mfu", mend="try 0.4")
+        raise UserError(f"--mfu: {args.mfu:g} is outside (0, 1] (try 0.4)")
     config = config_loader.config_from_args(args)
     if config.baseline.method != "scalebio":
         raise UserError(
-            f"{config.baseline.method!r} can't be planned, only the step of scalebio is rehearsed",
-            where="baseline.method", mend="drop it",
-        )  # fmt: skip
+            f"baseline.method: {config.baseline.method!r} can't be planned, only the step of "
+            "scalebio is rehearsed (drop it)"
+        )
     if args.json and not Path(args.json).parent.is_dir():
-        raise UserError("no such folder", where=f"--json: {args.json}", mend="make it first")
+        raise UserError(f"--json: {args.json}: no such folder (make it first)")
     _name_data(config)
     if config.model.vocab_size is None:
         raise UserError(
-            "is not set", where="model.vocab_size",
-            mend="a plan does not open the data: set it to the tokenizer's",
-        )  # fmt: skip
+            "model.vocab_size: is not set (a plan does not open the data: set it to the "
+            "tokenizer's)"
+        )
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan computes nothing: not on a GPU either
     console = Console(width=max(NARROWEST, Console().width))
     content = _search(args, config, console) if args.search else _plan(args, config, console)
@@ -104,7 +104,7 @@ def _plan(args: argparse.Namespace, config: Config, console: Console) -> dict[st
             ranks = checks.build_ranks(config, layout)
             found = checks.problems(config, plan, ranks)
         if found:
-            raise UserError("; ".join(found), where="dry run")
+            raise UserError(f"dry run: {'; '.join(found)}")
         console.print(
             f"dry run: built {len(ranks)} of {gpus} ranks (replicas are alike): layers, shards, "
             "LISA draws and messages agree",

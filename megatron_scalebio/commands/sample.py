@@ -122,7 +122,7 @@ def _sources(
     """The sources with weights and paths, and the validation sets of the run."""
     inputs = dict(map(_named, args.input))
     if len(inputs) < len(args.input):
-        raise UserError("names a source twice", where="--input", mend="join its paths by commas")
+        raise UserError("--input: names a source twice (join its paths by commas)")
     paths, weights, exclude = dict(inputs), dict.fromkeys(inputs, 1.0), []
     selected: dict[str, tuple[int, ...]] = {}
     if len(args.weights) == 1 and "=" not in args.weights[0]:
@@ -141,14 +141,14 @@ def _sources(
     elif args.weights:
         weights = parse_weights(args.weights)
     elif args.per_source is None:
-        raise UserError("is missing", where="--weights", mend="a run's folder, or NAME=WEIGHT ...")
+        raise UserError("--weights: is missing (a run's folder, or NAME=WEIGHT ...)")
     for name in [*paths, *weights]:
         if name not in weights or name not in paths:
             lacks = "--weights" if name not in weights else "--input"
-            raise UserError(f"says nothing of source {name!r}", where=lacks, mend="name it in both")
+            raise UserError(f"{lacks}: says nothing of source {name!r} (name it in both)")
         require_name("--input", name)
     if not weights:
-        raise UserError("no source is given", where="--input", mend="--input name=file.jsonl")
+        raise UserError("--input: no source is given (--input name=file.jsonl)")
     sources = (WeightedSource(n, paths[n], w, selected.get(n)) for n, w in weights.items())
     return tuple(sources), exclude
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 
 from megatron_scalebio.config.baseline import Method
-from megatron_scalebio.config.checks import NAME, refuse, require_positive
+from megatron_scalebio.config.checks import NAME, require_positive
 from megatron_scalebio.config_loader import build, load_config, read_yaml
 from megatron_scalebio.errors import UserError
 
@@ -77,38 +77,40 @@ class CompareConfig:
         require_positive(self, "per_source", "num_samples", "max_epochs", "ranks")
         for name in ("validation", "test", "methods", "seeds"):
             if not getattr(self, name):
-                raise refuse(name, getattr(self, name), "is empty", "name at least one")
+                raise UserError(f"{name}: {getattr(self, name)!r} is empty (name at least one)")
         if len(self.sources) < 2:
-            raise refuse("sources", list(self.sources), "is no mixture", "name two or more")
+            raise UserError(f"sources: {list(self.sources)!r} is no mixture (name two or more)")
         for name in ("methods", "seeds"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise refuse(name, values, "names one twice", "name each once")
+                raise UserError(f"{name}: {values!r} names one twice (name each once)")
         names = [*self.sources, *self.validation, *self.test]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise refuse("test", twice[0], "names two sets", "give each set its own name")
+            raise UserError(f"test: {twice[0]!r} names two sets (give each set its own name)")
         for name in self.variants:
             if not NAME.fullmatch(name) or name in TAKEN:
-                raise refuse(
-                    "variants", name, "cannot name a variant, which is a folder of the output",
-                    f"use letters, digits, '.', '_' and '-', and none of {', '.join(TAKEN)}",
-                )  # fmt: skip
+                raise UserError(
+                    f"variants: {name!r} cannot name a variant, which is a folder of the output "
+                    f"(use letters, digits, '.', '_' and '-', and none of {', '.join(TAKEN)})"
+                )
         self._refuse_shared_folders()
         known = [*get_args(Method), *VARIANTS, *self.variants]
         for method in self.methods:
             if method not in known:
-                raise refuse("methods", method, "is no method", f"choose from {', '.join(known)}")
+                raise UserError(
+                    f"methods: {method!r} is no method (choose from {', '.join(known)})"
+                )
         if "manual" in self.methods and set(self.weights) != set(self.sources):
-            raise refuse(
-                "weights", self.weights, "are not those of the sources, which method manual needs",
-                f"give one each of {', '.join(self.sources)}",
-            )  # fmt: skip
+            raise UserError(
+                f"weights: {self.weights!r} are not those of the sources, which method manual "
+                f"needs (give one each of {', '.join(self.sources)})"
+            )
         sets = [*self.sources.values(), *self.validation.values(), *self.test.values()]
         if not (self.model or self.tokenizer or all(map(is_prepared, sets))):
-            raise refuse("model", None, "and tokenizer are missing", "name a Hugging Face folder")
+            raise UserError("model: None and tokenizer are missing (name a Hugging Face folder)")
         if self.tasks and not self.model:
-            raise refuse("tasks", list(self.tasks), "need a Hugging Face model", "name model")
+            raise UserError(f"tasks: {list(self.tasks)!r} need a Hugging Face model (name model)")
 
     def _refuse_shared_folders(self) -> None:
         layers = {"run": self.run, "reweight": self.reweight, "train": self.train}
@@ -117,10 +119,10 @@ class CompareConfig:
             for section, key in SHARED:
                 given = sections.get(section)
                 if isinstance(given, dict) and given.get(key) is not None:
-                    raise refuse(
-                        f"{layer}.{section}.{key}", given[key], "would be one folder for all runs",
-                        "remove it: each run keeps its own under output",
-                    )  # fmt: skip
+                    raise UserError(
+                        f"{layer}.{section}.{key}: {given[key]!r} would be one folder for all runs "
+                        "(remove it: each run keeps its own under output)"
+                    )
 
     def sections_of(self, method: str) -> Sections:
         """The configuration of finding the mixture by a method, without data, seed and output."""
@@ -144,7 +146,7 @@ def merged(*layers: Sections) -> Sections:
     for layer in layers:
         for name, section in layer.items():
             if not isinstance(section, dict):
-                raise UserError(f"{section!r} is not a mapping", where=name)
+                raise UserError(f"{name}: {section!r} is not a mapping")
             result.setdefault(name, {}).update(copy.deepcopy(section))
     return result
 
@@ -171,9 +173,9 @@ def load(path: Path, overrides: dict[str, Any]) -> CompareConfig:
     for field_name, file in given.items():
         if file is not None and not Path(file).exists():
             raise UserError(
-                f"{file}: no such file or folder", where=f"{path}: {field_name}",
-                mend="paths are relative to where you start from",
-            )  # fmt: skip
+                f"{path}: {field_name}: {file}: no such file or folder (paths are relative to "
+                "where you start from)"
+            )
     return config
 
 
@@ -184,7 +186,7 @@ def _check(sections: Sections, where: str) -> None:
     try:
         load_config(None, sections)
     except UserError as error:
-        raise UserError(str(error).removeprefix("command line: "), where=where) from None
+        raise UserError(f"{where}: {str(error).removeprefix('command line: ')}") from None
 
 
 def resolved_text(config: CompareConfig) -> str:

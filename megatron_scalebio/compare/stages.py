@@ -80,9 +80,8 @@ class Plan:
             found = load_config(None, config.sections_of(method)).data.seq_length
             if found != self.seq_length:
                 raise UserError(
-                    f"{found} for {method}, {self.seq_length} for the final training",
-                    where="data.seq_length",
-                    mend="set it under run, once",
+                    f"data.seq_length: {found} for {method}, {self.seq_length} for the final "
+                    "training (set it under run, once)"
                 )
         # What the final training takes in one pass, of rows as of epochs.
         one_pass = training.train.train_iters * training.train.global_batch_size
@@ -248,9 +247,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"damaged ({error})", where=str(path), mend="remove it, and compare again"
-        ) from None
+        raise UserError(f"{path}: damaged ({error}) (remove it, and compare again)") from None
 
 
 def _title(method: str, seed: int, what: str) -> str:

@@ -45,7 +45,6 @@ def require(owner: Any, *names: str) -> None:
             import megatron.core
 
             raise UserError(
-                f"has no {owner.__name__}.{name}, which megatron_scalebio builds on",
-                where=f"megatron-core {megatron.core.__version__}",
-                mend=f"install megatron-core {WRITTEN_FOR}",
+                f"megatron-core {megatron.core.__version__}: has no {owner.__name__}.{name}, which "
+                f"megatron_scalebio builds on (install megatron-core {WRITTEN_FOR})"
             )

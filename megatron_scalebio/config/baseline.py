@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_scalebio.config.checks import option, refuse, require_positive
+from megatron_scalebio.config.checks import option, require_positive
+from megatron_scalebio.errors import UserError
 
 Method = Literal[
     "scalebio", "uniform", "natural", "manual", "doremi", "doge", "regmix", "less", "rho_loss"
@@ -43,4 +44,6 @@ class BaselineConfig:
         )  # fmt: skip
         for name in ("select_fraction", "less_warmup_fraction", "rho_batch_share"):
             if not 0 < getattr(self, name) <= 1:
-                raise refuse(name, getattr(self, name), "is outside (0, 1]", "choose within")
+                raise UserError(
+                    f"{name}: {getattr(self, name)!r} is outside (0, 1] (choose within)"
+                )

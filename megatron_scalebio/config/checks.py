@@ -19,10 +19,6 @@ def option(default: Any, help: str) -> Any:
     return field(metadata={"help": help}, **factory)
 
 
-def refuse(field_name: str, value: object, problem: str, mend: str) -> UserError:
-    return UserError(f"{value!r} {problem}", where=field_name, mend=mend)
-
-
 def require_positive(section: Any, *names: str, or_zero: bool = False) -> None:
     for name in names:
         value = getattr(section, name)
@@ -32,7 +28,7 @@ def require_positive(section: Any, *names: str, or_zero: bool = False) -> None:
             bound = "at least 0" if or_zero else "above 0"
             if math.isinf(value):
                 bound = "finite"
-            raise refuse(name, value, f"must be {bound}", f"set {name} {bound}")
+            raise UserError(f"{name}: {value!r} must be {bound} (set {name} {bound})")
 
 
 def require_name(where: str, name: str) -> None:
@@ -48,7 +44,8 @@ def require_name(where: str, name: str) -> None:
 def require_within_one(section: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(section, name) < 1:
-            raise refuse(name, getattr(section, name), "is outside [0, 1)", "choose within")
+            value = getattr(section, name)
+            raise UserError(f"{name}: {value!r} is outside [0, 1) (choose within)")
 
 
 def require_one_of(flag: str, value: str | None, allowed: Collection[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_scalebio.config.checks import option, refuse, require_name, require_positive
+from megatron_scalebio.config.checks import option, require_name, require_positive
+from megatron_scalebio.errors import UserError
 
 
 @dataclass
@@ -60,22 +61,20 @@ class DataConfig:
                 require_name(kind, name)
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise refuse(kind, twice[0], "names two entries", "rename one of them")
+                raise UserError(f"{kind}: {twice[0]!r} names two entries (rename one of them)")
         given = [source.initial_weight is not None for source in self.sources]
         if any(given) and not all(given):
             missing = self.sources[given.index(False)].name
-            raise refuse(
-                "sources",
-                missing,
-                "has no initial_weight, others have",
-                "give every source one, or none for a uniform start",
+            raise UserError(
+                f"sources: {missing!r} has no initial_weight, others have (give every source one, "
+                "or none for a uniform start)"
             )
         if self.weights and any(given):
-            raise refuse(
-                "weights", self.weights, "and initial_weight both give weights", "drop one of them"
+            raise UserError(
+                f"weights: {self.weights!r} and initial_weight both give weights (drop one of them)"
             )
         unknown = sorted(set(self.known_weights or {}) - {source.name for source in self.sources})
         if unknown:
-            raise refuse(
-                "known_weights", unknown[0], "is not a source", "use the names in data.sources"
+            raise UserError(
+                f"known_weights: {unknown[0]!r} is not a source (use the names in data.sources)"
             )

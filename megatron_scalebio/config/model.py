@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_scalebio.config.checks import option, refuse, require_positive, require_within_one
+from megatron_scalebio.config.checks import option, require_positive, require_within_one
 from megatron_scalebio.config.rope import RopeScaling
+from megatron_scalebio.errors import UserError
 
 
 @dataclass
@@ -74,60 +75,57 @@ class ModelConfig:
         if self.window_attn_skip_freq is not None and (
             self.window_attn_skip_freq < 2 or self.window_size is None
         ):
-            raise refuse(
-                "window_attn_skip_freq", self.window_attn_skip_freq,
-                "needs a window_size and two or more", "set window_size, or drop it",
-            )  # fmt: skip
+            raise UserError(
+                f"window_attn_skip_freq: {self.window_attn_skip_freq!r} needs a window_size and "
+                "two or more (set window_size, or drop it)"
+            )
         if self.post_norms and self.add_bias_linear:
-            raise refuse("post_norms", True, "does not go with add_bias_linear", "drop one of them")
+            raise UserError("post_norms: True does not go with add_bias_linear (drop one of them)")
         require_within_one(self, "hidden_dropout", "attention_dropout")
         if not 0 < self.rotary_percent <= 1:
-            raise refuse("rotary_percent", self.rotary_percent, "is outside (0, 1]", "use 1")
+            raise UserError(f"rotary_percent: {self.rotary_percent!r} is outside (0, 1] (use 1)")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
-            raise refuse(
-                "hidden_size", self.hidden_size,
-                f"is not divisible by num_attention_heads {self.num_attention_heads}",
-                "change one of them or set kv_channels",
-            )  # fmt: skip
+            raise UserError(
+                f"hidden_size: {self.hidden_size!r} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads} (change one of them or set kv_channels)"
+            )
         if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
-            raise refuse(
-                "num_query_groups", self.num_query_groups,
-                f"does not divide num_attention_heads {self.num_attention_heads}",
-                "choose a divisor",
-            )  # fmt: skip
+            raise UserError(
+                f"num_query_groups: {self.num_query_groups!r} does not divide num_attention_heads "
+                f"{self.num_attention_heads} (choose a divisor)"
+            )
         if self.position_embedding_type == "rope":
             self._check_rope(self.kv_channels or self.hidden_size // self.num_attention_heads)
         elif self.rope_scaling:
-            raise refuse(
-                "rope_scaling", self.rope_scaling.rope_type,
-                f"does not go with position_embedding_type {self.position_embedding_type}",
-                "drop one of them",
-            )  # fmt: skip
+            raise UserError(
+                f"rope_scaling: {self.rope_scaling.rope_type!r} does not go with "
+                f"position_embedding_type {self.position_embedding_type} (drop one of them)"
+            )
 
     def _check_window(self, window: list[int]) -> None:
         causal = "write {0},0, in YAML [{0}, 0]"
         if len(window) == 1:  # the form of earlier versions
-            raise refuse(
-                "window_size", window[0], "is one number; Megatron's form is two, neither of which "
-                "counts the position itself", causal.format(max(window[0] - 1, 0)),
-            )  # fmt: skip
+            raise UserError(
+                f"window_size: {window[0]!r} is one number; Megatron's form is two, neither of "
+                f"which counts the position itself ({causal.format(max(window[0] - 1, 0))})"
+            )
         if len(window) != 2 or window[0] < 0:
-            raise refuse(
-                "window_size", window, "must be how many positions one sees before and after it",
-                "write two whole numbers as in 4095,0, or drop it",
-            )  # fmt: skip
+            raise UserError(
+                f"window_size: {window!r} must be how many positions one sees before and after it "
+                "(write two whole numbers as in 4095,0, or drop it)"
+            )
         if window[1] != 0:
-            raise refuse(
-                "window_size", window, "sees positions after a token, which the model predicts",
-                causal.format(window[0]),
-            )  # fmt: skip
+            raise UserError(
+                f"window_size: {window!r} sees positions after a token, which the model predicts "
+                f"({causal.format(window[0])})"
+            )
 
     def _check_rope(self, head: int) -> None:
         turned = int(head * self.rotary_percent)
         if turned % 2 or not turned:
-            raise refuse(
-                "kv_channels", self.kv_channels, f"makes rope turn {turned} channels of a head",
-                "choose an even number, two or more",
-            )  # fmt: skip
+            raise UserError(
+                f"kv_channels: {self.kv_channels!r} makes rope turn {turned} channels of a head "
+                "(choose an even number, two or more)"
+            )
         if self.rope_scaling:
             self.rope_scaling.check_model(self.rotary_base, turned, head)

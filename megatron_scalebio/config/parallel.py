@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_scalebio.config.checks import option, refuse, require_positive
+from megatron_scalebio.config.checks import option, require_positive
+from megatron_scalebio.errors import UserError
 
 
 @dataclass
@@ -46,31 +47,30 @@ class ParallelConfig:
             "recompute_num_layers", "distributed_timeout_minutes",
         )  # fmt: skip
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise refuse(
-                "sequence_parallel", True, "needs tensor parallelism",
-                "raise tensor_model_parallel_size or drop it",
-            )  # fmt: skip
+            raise UserError(
+                "sequence_parallel: True needs tensor parallelism (raise "
+                "tensor_model_parallel_size or drop it)"
+            )
         if self.num_layers_per_virtual_pipeline_stage and self.pipeline_model_parallel_size == 1:
-            raise refuse(
-                "num_layers_per_virtual_pipeline_stage",
-                self.num_layers_per_virtual_pipeline_stage,
-                "needs pipeline parallelism",
-                "raise pipeline_model_parallel_size or drop it",
+            raise UserError(
+                "num_layers_per_virtual_pipeline_stage: "
+                f"{self.num_layers_per_virtual_pipeline_stage!r} needs pipeline parallelism (raise "
+                "pipeline_model_parallel_size or drop it)"
             )
         if self.fp8_format and not self.bf16:
-            raise refuse("fp8_format", self.fp8_format, "needs bf16", "set bf16")
+            raise UserError(f"fp8_format: {self.fp8_format!r} needs bf16 (set bf16)")
         if self.fp8_param_gather and not (self.fp8_format and self.use_distributed_optimizer):
-            raise refuse(
-                "fp8_param_gather", True, "needs fp8_format and use_distributed_optimizer",
-                "set both or drop it",
-            )  # fmt: skip
+            raise UserError(
+                "fp8_param_gather: True needs fp8_format and use_distributed_optimizer (set both "
+                "or drop it)"
+            )
         if self.overlap_param_gather and not (
             self.overlap_grad_reduce and self.use_distributed_optimizer
         ):
-            raise refuse(
-                "overlap_param_gather", True, "needs overlap_grad_reduce and "
-                "use_distributed_optimizer", "set both or drop it",
-            )  # fmt: skip
+            raise UserError(
+                "overlap_param_gather: True needs overlap_grad_reduce and "
+                "use_distributed_optimizer (set both or drop it)"
+            )
         if self.recompute_granularity == "full":
             self.recompute_method = self.recompute_method or "uniform"
             self.recompute_num_layers = self.recompute_num_layers or 1
@@ -94,9 +94,9 @@ class ParallelConfig:
             return None
         per_stage, rest = divmod(num_layers, self.pipeline_model_parallel_size)
         if rest or per_stage % per_chunk or per_stage == per_chunk:
-            raise refuse(
-                "num_layers_per_virtual_pipeline_stage", per_chunk,
-                f"does not split {num_layers} layers over {self.pipeline_model_parallel_size} "
-                "stages into two or more equal chunks each", "choose a smaller divisor",
-            )  # fmt: skip
+            raise UserError(
+                f"num_layers_per_virtual_pipeline_stage: {per_chunk!r} does not split {num_layers} "
+                f"layers over {self.pipeline_model_parallel_size} stages into two or more equal "
+                "chunks each (choose a smaller divisor)"
+            )
         return per_stage // per_chunk

@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_scalebio.config.checks import refuse, require_positive
+from megatron_scalebio.config.checks import require_positive
+from megatron_scalebio.errors import UserError
 
 # Options of each type, besides `factor`.
 _OPTIONS = {
@@ -64,13 +65,13 @@ class RopeScaling:
         )  # fmt: skip
         require_positive(self, "mscale", "mscale_all_dim", or_zero=True)
         if self.original_max_position_embeddings < 2:
-            raise refuse(
-                "original_max_position_embeddings", self.original_max_position_embeddings,
-                "is no length to stretch", "give the length of the first training",
-            )  # fmt: skip
+            raise UserError(
+                f"original_max_position_embeddings: {self.original_max_position_embeddings!r} is "
+                "no length to stretch (give the length of the first training)"
+            )
         if self.beta_fast < self.beta_slow:
-            raise refuse(
-                "beta_fast", self.beta_fast, f"is below beta_slow {self.beta_slow}", "swap them"
+            raise UserError(
+                f"beta_fast: {self.beta_fast!r} is below beta_slow {self.beta_slow} (swap them)"
             )
         self._refuse_foreign()
         if self.rope_type == "longrope":
@@ -84,15 +85,17 @@ class RopeScaling:
             # The original length has a default that resolved configurations spell out.
             foreign = spec.name in every - mine - {"original_max_position_embeddings"}
             if foreign and getattr(self, spec.name) != spec.default:
-                raise refuse(
-                    spec.name, getattr(self, spec.name), f"has no part in {self.rope_type} scaling",
-                    "remove it, or choose another rope_type",
-                )  # fmt: skip
+                raise UserError(
+                    f"{spec.name}: {getattr(self, spec.name)!r} has no part in {self.rope_type} "
+                    "scaling (remove it, or choose another rope_type)"
+                )
 
     def _check_factors(self, name: str) -> None:
         values: list[float] | None = getattr(self, name)
         if not values or not all(math.isfinite(value) and value > 0 for value in values):
-            raise refuse(name, values, "is no list of numbers above 0", "give one a frequency")
+            raise UserError(
+                f"{name}: {values!r} is no list of numbers above 0 (give one a frequency)"
+            )
 
     def check_model(self, rotary_base: int, turned: int, head: int) -> None:
         """Checks what the model and its scaling decide together.
@@ -103,20 +106,18 @@ class RopeScaling:
         for name in ("short_factor", "long_factor"):
             values: list[float] | None = getattr(self, name)
             if values and len(values) != turned // 2:
-                raise refuse(
-                    f"rope_scaling.{name}", values,
-                    f"has {len(values)} numbers for {turned // 2} frequencies",
-                    f"give {turned // 2}",
-                )  # fmt: skip
+                raise UserError(
+                    f"rope_scaling.{name}: {values!r} has {len(values)} numbers for {turned // 2} "
+                    f"frequencies (give {turned // 2})"
+                )
         if self.rope_type == "yarn" and rotary_base < 2:
-            raise refuse("rotary_base", rotary_base, "is too low for yarn", "use 10000")
+            raise UserError(f"rotary_base: {rotary_base!r} is too low for yarn (use 10000)")
         if turned < head and self.scale_of_cos_and_sin != 1:
-            raise refuse(
-                "rope_scaling.attention_factor", self.scale_of_cos_and_sin,
-                f"(given, or derived) acts on the {turned} of {head} channels that rope turns, "
-                "which no scale of the attention scores equals",
-                "set it to 1, or turn all channels",
-            )  # fmt: skip
+            raise UserError(
+                f"rope_scaling.attention_factor: {self.scale_of_cos_and_sin!r} (given, or derived) "
+                f"acts on the {turned} of {head} channels that rope turns, which no scale of the "
+                "attention scores equals (set it to 1, or turn all channels)"
+            )
 
     @property
     def longest(self) -> int:

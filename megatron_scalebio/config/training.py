@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_scalebio.config.checks import option, refuse, require_positive, require_within_one
+from megatron_scalebio.config.checks import option, require_positive, require_within_one
 from megatron_scalebio.core.options import CONFIDENCE_LEVELS, BilevelOptions, LisaOptions
+from megatron_scalebio.errors import UserError
 
 
 @dataclass
@@ -32,7 +33,7 @@ class OptimizerConfig:
         if self.min_lr is None:
             self.min_lr = self.lr / 10
         if self.min_lr > self.lr:
-            raise refuse("min_lr", self.min_lr, f"is above lr {self.lr}", "lower min_lr")
+            raise UserError(f"min_lr: {self.min_lr!r} is above lr {self.lr} (lower min_lr)")
 
 
 @dataclass
@@ -80,14 +81,18 @@ class BilevelConfig:
         )  # fmt: skip
         for name in ("floor_share", "average_fraction"):
             if not 0 < getattr(self, name) <= 1:
-                raise refuse(name, getattr(self, name), "is outside (0, 1]", "choose within")
+                raise UserError(
+                    f"{name}: {getattr(self, name)!r} is outside (0, 1] (choose within)"
+                )
         if not 0 <= self.blend_floor < 0.5:
-            raise refuse("blend_floor", self.blend_floor, "is outside [0, 0.5)", "choose within")
+            raise UserError(
+                f"blend_floor: {self.blend_floor!r} is outside [0, 0.5) (choose within)"
+            )
         if self.confidence not in CONFIDENCE_LEVELS:
             levels = ", ".join(str(level) for level in CONFIDENCE_LEVELS)
-            raise refuse("confidence", self.confidence, "has no critical value", f"use {levels}")
+            raise UserError(f"confidence: {self.confidence!r} has no critical value (use {levels})")
         if self.resync_interval == 1:
-            raise refuse("resync_interval", 1, "leaves u no step to depart from w", "use 2 or more")
+            raise UserError("resync_interval: 1 leaves u no step to depart from w (use 2 or more)")
         if self.lr_lambda is None:
             self.lr_lambda = BilevelOptions(mixture_optimizer=self.mixture_optimizer).rate
 
@@ -152,7 +157,7 @@ class TrainConfig:
         )  # fmt: skip
         require_positive(self, "seed", "eval_interval", or_zero=True)
         if self.seed >= 2**32:
-            raise refuse("seed", self.seed, "does not fit 32 bits", "choose a smaller one")
+            raise UserError(f"seed: {self.seed!r} does not fit 32 bits (choose a smaller one)")
         self.validation_batch_size = self.validation_batch_size or self.global_batch_size
 
     def resolve_epochs(self, examples: int) -> None:

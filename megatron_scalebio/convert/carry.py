@@ -26,7 +26,7 @@ def files_to_carry(reference: Path) -> list[Path]:
         UserError: if a file links out of the folder.
     """
     if not reference.is_dir():
-        raise UserError("is no folder", where=str(reference), mend="point to a Hugging Face folder")
+        raise UserError(f"{reference}: is no folder (point to a Hugging Face folder)")
     names = [
         path.relative_to(reference)
         for path in sorted([*reference.iterdir(), *(reference / _TEMPLATES).glob("*")])
@@ -66,8 +66,6 @@ def _refuse_foreign(reference: Path, path: Path) -> None:
     target, folder = path.resolve(), reference.resolve()
     roots = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
     if not target.is_file():
-        raise UserError("is a broken link, or no file", where=str(path), mend="fetch it again")
+        raise UserError(f"{path}: is a broken link, or no file (fetch it again)")
     if not any(target.is_relative_to(root) for root in roots):
-        raise UserError(
-            f"links out of the folder, to {target}", where=str(path), mend="copy the file there"
-        )
+        raise UserError(f"{path}: links out of the folder, to {target} (copy the file there)")

@@ -127,7 +127,7 @@ class ExportPlan:
         for checkpoint in (self._w, self._u):
             problem = checkpoint and changed_file(checkpoint.folder, ranks.rank, ranks.size)
             if problem:
-                raise UserError(problem, mend="the checkpoint is damaged: use another")
+                raise UserError(f"{problem} (the checkpoint is damaged: use another)")
 
     def checkpoint_of(self, whole: Whole) -> MegatronFolder:
         """u's own part of the checkpoint where u is asked for and departed from w."""
@@ -147,22 +147,21 @@ class ExportPlan:
         for whole in self.table.wholes:
             if not self._w.holds(whole):
                 raise UserError(
-                    f"lacks tensor {whole.stacked_key}, which {architecture} needs",
-                    where=str(self._w.folder), mend=_MEND,
-                )  # fmt: skip
+                    f"{self._w.folder}: lacks tensor {whole.stacked_key}, which {architecture} "
+                    f"needs ({_MEND})"
+                )
             shape = self.checkpoint_of(whole).shape(whole)
             if shape != whole.shape and not self._is_padded(whole, shape):
                 raise UserError(
-                    f"{whole.stacked_key} has shape {list(shape)}, the reference's config.json "
-                    f"asks for {list(whole.shape)}",
-                    where=str(self._w.folder), mend=_MEND,
-                )  # fmt: skip
+                    f"{self._w.folder}: {whole.stacked_key} has shape {list(shape)}, the "
+                    f"reference's config.json asks for {list(whole.shape)} ({_MEND})"
+                )
         unknown = self._w.unknown(self.table.wholes)
         if unknown:
             raise UserError(
-                f"holds tensor {unknown[0]}, for which {architecture} has no place",
-                where=str(self._w.folder), mend=_MEND,
-            )  # fmt: skip
+                f"{self._w.folder}: holds tensor {unknown[0]}, for which {architecture} has no "
+                f"place ({_MEND})"
+            )
 
     def _is_padded(self, whole: Whole, shape: tuple[int, ...]) -> bool:
         """True if a shape is the reference's and rows that pad the vocabulary."""
@@ -182,10 +181,10 @@ class ExportPlan:
             part = whole and next(part for part in whole.parts if part.name == names[name])
             if part and part.shape != self.source.tensors[name].shape:
                 raise UserError(
-                    f"{name} has shape {list(self.source.tensors[name].shape)}, config.json asks "
-                    f"for {list(part.shape)}",
-                    where=str(self.source.tensors[name].file), mend="fetch the reference again",
-                )  # fmt: skip
+                    f"{self.source.tensors[name].file}: {name} has shape "
+                    f"{list(self.source.tensors[name].shape)}, config.json asks for "
+                    f"{list(part.shape)} (fetch the reference again)"
+                )
         return names, wholes
 
     def _dtype_of(self, tensor: OutTensor) -> torch.dtype:

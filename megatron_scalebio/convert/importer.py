@@ -156,16 +156,14 @@ class ImportPlan:
             info = self.source.tensors[self._names[part.name]]
             if info.shape != part.shape:
                 raise UserError(
-                    f"{self._names[part.name]} has shape {list(info.shape)}, config.json asks for "
-                    f"{list(part.shape)}",
-                    where=str(info.file), mend="take both from the same model",
-                )  # fmt: skip
+                    f"{info.file}: {self._names[part.name]} has shape {list(info.shape)}, "
+                    f"config.json asks for {list(part.shape)} (take both from the same model)"
+                )
             if self.dtypes.setdefault(whole.stacked_key, info.dtype) != info.dtype:
                 raise UserError(
-                    f"{self._names[part.name]} is {info.dtype}, its like in another layer or part "
-                    f"{self.dtypes[whole.stacked_key]}",
-                    where=str(info.file), mend="save the model in one dtype",
-                )  # fmt: skip
+                    f"{info.file}: {self._names[part.name]} is {info.dtype}, its like in another "
+                    f"layer or part {self.dtypes[whole.stacked_key]} (save the model in one dtype)"
+                )
 
     def _check_head(self) -> None:
         """A head that is written although it is tied must be the embedding."""
@@ -184,9 +182,9 @@ class ImportPlan:
         )
         if not same:
             raise UserError(
-                f"{head} is not {embedding}, although tie_word_embeddings says so",
-                where=str(info.file), mend="set tie_word_embeddings to false in config.json",
-            )  # fmt: skip
+                f"{info.file}: {head} is not {embedding}, although tie_word_embeddings says so "
+                "(set tie_word_embeddings to false in config.json)"
+            )
 
 
 def _arguments(config: Config, dtypes: dict[str, torch.dtype]) -> argparse.Namespace:

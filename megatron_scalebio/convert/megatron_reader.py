@@ -42,7 +42,7 @@ class MegatronFolder:
     def __init__(self, folder: Path, prefix: str = "") -> None:
         problem = damage(folder)  # reads the metadata without running what it may name
         if problem:
-            raise UserError(problem, mend="the checkpoint is not whole: use another")
+            raise UserError(f"{problem} (the checkpoint is not whole: use another)")
         self.folder = folder
         self._prefix = prefix
         self._reader = FileSystemReader(folder)
@@ -68,9 +68,9 @@ class MegatronFolder:
             return size
         if not size or size[0] != whole.layers:
             raise UserError(
-                f"{key} has {size[0] if size else 0} layers, the reference {whole.layers}",
-                where=str(self.folder), mend="use the model that the checkpoint came from",
-            )  # fmt: skip
+                f"{self.folder}: {key} has {size[0] if size else 0} layers, the reference "
+                f"{whole.layers} (use the model that the checkpoint came from)"
+            )
         return size[1:]
 
     def dtype(self, whole: Whole) -> torch.dtype:
@@ -102,9 +102,9 @@ class MegatronFolder:
         except _READ_ERRORS as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"could not read {self._prefix + key}: {line}", where=str(self.folder),
-                mend="the checkpoint is damaged: use another",
-            ) from None  # fmt: skip
+                f"{self.folder}: could not read {self._prefix + key}: {line} (the checkpoint is "
+                "damaged: use another)"
+            ) from None
         return out[0] if stacked else out
 
     def _key(self, whole: Whole) -> str | None:
@@ -159,7 +159,7 @@ def open_u(folder: Path) -> MegatronFolder:
     """
     if not (folder / BILEVEL).is_dir():
         raise UserError(
-            "holds no u: it is not the checkpoint of a bilevel run", where=str(folder),
-            mend="leave out --which, to export w",
-        )  # fmt: skip
+            f"{folder}: holds no u: it is not the checkpoint of a bilevel run (leave out --which, "
+            "to export w)"
+        )
     return MegatronFolder(folder / BILEVEL, "u.")

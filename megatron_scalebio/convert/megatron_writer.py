@@ -85,7 +85,7 @@ class ChunkWriter:
         except (OSError, RuntimeError) as error:
             line = str(error).strip().splitlines()[0]
             raise UserError(
-                f"could not write {index.fqn}: {line}", where=str(self._path), mend="free space"
+                f"{self._path}: could not write {index.fqn}: {line} (free space)"
             ) from None
         length = self._stream.tell() - begin
         info = _StorageInfo(self._path.name, begin, length)

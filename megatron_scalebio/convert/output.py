@@ -42,7 +42,7 @@ def new_folder(target: Path, needed_bytes: int, ranks: Ranks) -> Iterator[Path]:
 def refuse_existing(target: Path) -> None:
     """Refuses to write where something is."""
     if target.exists() or target.is_symlink():
-        raise UserError("exists", where=str(target), mend="choose a new folder, or remove it")
+        raise UserError(f"{target}: exists (choose a new folder, or remove it)")
 
 
 def _prepare(target: Path, temporary: Path, needed_bytes: int) -> None:
@@ -52,9 +52,9 @@ def _prepare(target: Path, temporary: Path, needed_bytes: int) -> None:
     if needed_bytes + _MARGIN_BYTES > free:
         shutil.rmtree(temporary)
         raise UserError(
-            f"needs {_gib(needed_bytes + _MARGIN_BYTES)}, its disk has {_gib(free)} left",
-            where=str(target), mend="free space, or choose another disk",
-        )  # fmt: skip
+            f"{target}: needs {_gib(needed_bytes + _MARGIN_BYTES)}, its disk has {_gib(free)} left "
+            "(free space, or choose another disk)"
+        )
 
 
 def _rename(temporary: Path, target: Path) -> None:

@@ -72,7 +72,7 @@ def read_header(path: Path) -> Header:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
-            raise UserError(f"cut short at {size} bytes", where=str(path), mend=_MEND)
+            raise UserError(f"{path}: cut short at {size} bytes ({_MEND})")
         text = stream.read(length)
     try:
         described = json.loads(text)
@@ -80,14 +80,12 @@ def read_header(path: Path) -> Header:
         entries = {name: _entry(item, 8 + length) for name, item in described.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"not a safetensors file: {error or type(error).__name__}", where=str(path), mend=_MEND
+            f"{path}: not a safetensors file: {error or type(error).__name__} ({_MEND})"
         ) from None
     entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
     for name, entry in entries.items():
         if entry.begin + entry.nbytes > size:
-            raise UserError(
-                f"cut short at {size} bytes, within tensor {name}", where=str(path), mend=_MEND
-            )
+            raise UserError(f"{path}: cut short at {size} bytes, within tensor {name} ({_MEND})")
     return Header(start + text, metadata, entries)
 
 
@@ -112,7 +110,7 @@ def read_into(stream: FileIO, begin: int, out: Tensor) -> None:
     while view:
         count = stream.readinto(view)
         if not count:
-            raise UserError("cut short while it was read", where=str(stream.name), mend=_MEND)
+            raise UserError(f"{stream.name}: cut short while it was read ({_MEND})")
         view = view[count:]
 
 

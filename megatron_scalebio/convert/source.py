@@ -165,9 +165,9 @@ def open_source(hf: Path) -> Source:
         if index.is_file():
             return _open_shards(index, kind)
     raise UserError(
-        "holds no model.safetensors, pytorch_model.bin or index of shards", where=str(hf),
-        mend="point to a Hugging Face folder with weights",
-    )  # fmt: skip
+        f"{hf}: holds no model.safetensors, pytorch_model.bin or index of shards (point to a "
+        "Hugging Face folder with weights)"
+    )
 
 
 def _open_shards(index: Path, kind: type[SafetensorsSource] | type[BinSource]) -> Source:
@@ -176,16 +176,14 @@ def _open_shards(index: Path, kind: type[SafetensorsSource] | type[BinSource]) -
     for file in files:
         if not file.is_file():
             name = next(n for n, shard in placed.items() if shard == file.name)
-            raise UserError(
-                f"missing, and with it tensor {name}", where=str(file), mend=_INCOMPLETE
-            )
+            raise UserError(f"{file}: missing, and with it tensor {name} ({_INCOMPLETE})")
     source = kind(files)
     for name, shard in placed.items():
         if name not in source.tensors or source.tensors[name].file.name != shard:
             raise UserError(
-                f"lacks tensor {name}, which {index.name} places there",
-                where=str(index.parent / shard), mend=_INCOMPLETE,
-            )  # fmt: skip
+                f"{index.parent / shard}: lacks tensor {name}, which {index.name} places there "
+                f"({_INCOMPLETE})"
+            )
     return source
 
 
@@ -202,15 +200,14 @@ def read_index(index: Path) -> dict[str, dict[str, str]]:
                 raise ValueError(f"{name} is placed in {shard!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"no index of shards: {error or type(error).__name__}", where=str(index),
-            mend=_INCOMPLETE,
-        ) from None  # fmt: skip
+            f"{index}: no index of shards: {error or type(error).__name__} ({_INCOMPLETE})"
+        ) from None
     return content
 
 
 def _refuse_twice(name: str, tensors: dict[str, Info], file: Path) -> None:
     if name in tensors:
-        raise UserError(f"holds {name}, as {tensors[name].file.name} does", where=str(file))
+        raise UserError(f"{file}: holds {name}, as {tensors[name].file.name} does")
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
@@ -225,9 +222,9 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
             raise ValueError
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, AttributeError):
         raise UserError(
-            "is damaged, or holds more than plain tensors", where=str(file),
-            mend="fetch it again, or use the model's safetensors",
-        ) from None  # fmt: skip
+            f"{file}: is damaged, or holds more than plain tensors (fetch it again, or use the "
+            "model's safetensors)"
+        ) from None
     return state
 
 
@@ -242,7 +239,6 @@ def _open_gguf(file: Path) -> Source:
     except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"transformers can't read it: {line}", where=str(file),
-            mend="GGUF needs `pip install gguf accelerate`",
-        ) from None  # fmt: skip
+            f"{file}: transformers can't read it: {line} (GGUF needs `pip install gguf accelerate`)"
+        ) from None
     return StateSource(file, {name: t.detach() for name, t in model.state_dict().items()})

@@ -129,15 +129,12 @@ class Table:
             full = next((n for n in (name, self._family.prefix + name) if n in known), None)
             if full is not None:
                 if full in found:
-                    raise UserError(
-                        f"{found[full]} and {name} are the same tensor", where=str(where[name])
-                    )
+                    raise UserError(f"{where[name]}: {found[full]} and {name} are the same tensor")
                 found[full] = name
             elif not self.ignores(name):
                 raise UserError(
-                    f"unexpected tensor {name}", where=str(where[name]),
-                    mend="config.json describes another model",
-                )  # fmt: skip
+                    f"{where[name]}: unexpected tensor {name} (config.json describes another model)"
+                )
         if self.tied and self.tied[1] not in found and self.tied[0] in found:
             found[self.tied[1]] = found[self.tied[0]]
         missing = [name for name in self.parts if name not in found]
@@ -146,7 +143,7 @@ class Table:
             files = sorted(set(where.values()))
             in_all = files[0].parent if len(files) > 1 else files[0] if files else "the checkpoint"
             raise UserError(
-                f"lacks tensor {missing[0]}{more}", where=str(in_all),
-                mend="config.json describes another model, or the download is incomplete",
-            )  # fmt: skip
+                f"{in_all}: lacks tensor {missing[0]}{more} (config.json describes another model, "
+                "or the download is incomplete)"
+            )
         return found

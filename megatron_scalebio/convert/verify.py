@@ -59,10 +59,10 @@ def verify(hf: Path, load: Path, which: str = "w") -> list[Step]:
     for step in steps:
         if not step.difference <= TOLERANCE:
             raise UserError(
-                f"{step.name} departs from transformers by {step.difference:.1e} of the "
-                f"largest value (up to {TOLERANCE:.0e} is rounding)",
-                where=str(load), mend="do not use the conversion, and report it with the model",
-            )  # fmt: skip
+                f"{load}: {step.name} departs from transformers by {step.difference:.1e} of the "
+                f"largest value (up to {TOLERANCE:.0e} is rounding) (do not use the conversion, "
+                "and report it with the model)"
+            )
     return steps
 
 

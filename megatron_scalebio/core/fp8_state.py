@@ -62,9 +62,9 @@ def _read(key: str, value: Any) -> None:
                 raise pickle.UnpicklingError("it keeps a function")
     except Exception as error:  # noqa: BLE001  damaged bytes can raise anything
         raise UserError(
-            "holds FP8 state that is not plain data", where=f"{key}: {error}",
-            mend="use a checkpoint from a source you trust",
-        ) from None  # fmt: skip
+            f"{key}: {error}: holds FP8 state that is not plain data (use a checkpoint from a "
+            "source you trust)"
+        ) from None
 
 
 class _Sealed(type):

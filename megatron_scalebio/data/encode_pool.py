@@ -117,9 +117,7 @@ class EncodePool:
                 yield done, future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process died, perhaps for lack of memory",
-                where="--workers",
-                mend="use fewer",
+                "--workers: a worker process died, perhaps for lack of memory (use fewer)"
             ) from error
 
 

@@ -71,10 +71,9 @@ def detect_format(value: dict[str, Any], where: str, text_key: str = "text") -> 
         return "text"
     fields = ", ".join(sorted(map(str, value))[:8]) or "none"
     raise UserError(
-        f"unknown record format; its fields are: {fields}",
-        where=where,
-        mend="expecting text, or instruction and output, or prompt and completion, or question and "
-        f"answer, or items/conversations, or messages; --format names one of {', '.join(FORMATS)}",
+        f"{where}: unknown record format; its fields are: {fields} (expecting text, or instruction "
+        "and output, or prompt and completion, or question and answer, or items/conversations, or "
+        f"messages; --format names one of {', '.join(FORMATS)})"
     )
 
 
@@ -121,9 +120,7 @@ def parse_record(
         return _dialogue(
             value, ("messages", "conversations"), "role", "content", where, format_name
         )
-    raise UserError(
-        f"unknown format {format_name!r}", where="--format", mend=f"one of {', '.join(FORMATS)}"
-    )
+    raise UserError(f"--format: unknown format {format_name!r} (one of {', '.join(FORMATS)})")
 
 
 def _dialogue(
@@ -138,16 +135,16 @@ def _dialogue(
     if key is None:
         raise _missing(" or ".join(list_keys), where, format_name)
     if not isinstance(value[key], list):
-        raise UserError(f"field {key!r} is not a list", where=where)
+        raise UserError(f"{where}: field {key!r} is not a list")
     messages = []
     for number, turn in enumerate(value[key]):
         at = f"{where}: {key}[{number}]"
         if not isinstance(turn, dict):
-            raise UserError("turn is not an object", where=at)
+            raise UserError(f"{at}: turn is not an object")
         role = _string(turn, role_key, at, format_name)
         if role.lower() not in ROLES:
             known = ", ".join(ROLES)
-            raise UserError(f"unknown role {role!r}", where=at, mend=f"known roles: {known}")
+            raise UserError(f"{at}: unknown role {role!r} (known roles: {known})")
         content = turn.get(content_key)
         if isinstance(content, list):
             turn = {content_key: _joined(content, at)}
@@ -160,9 +157,9 @@ def _joined(parts: list[Any], where: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
             raise UserError(
-                f"a part of the content is of type {kind!r}", where=where,
-                mend="keep text parts alone, or leave the record out",
-            )  # fmt: skip
+                f"{where}: a part of the content is of type {kind!r} (keep text parts alone, or "
+                "leave the record out)"
+            )
     return "".join(part["text"] for part in parts)
 
 
@@ -173,9 +170,9 @@ def _string(value: dict[str, Any], key: str, where: str, format_name: str) -> st
     if not isinstance(text, str):
         kind = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
         raise UserError(
-            f"field {key!r} is {kind.get(type(text), 'a number')}, not a string", where=where,
-            mend="write it as text, or leave the record out",
-        )  # fmt: skip
+            f"{where}: field {key!r} is {kind.get(type(text), 'a number')}, not a string (write it "
+            "as text, or leave the record out)"
+        )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -186,7 +183,6 @@ def _string(value: dict[str, Any], key: str, where: str, format_name: str) -> st
 
 def _missing(field: str, where: str, format_name: str) -> UserError:
     return UserError(
-        f"missing field {field!r} of format {format_name}",
-        where=where,
-        mend="add the field, or name another --format",
+        f"{where}: missing field {field!r} of format {format_name} (add the field, or name another "
+        "--format)"
     )

@@ -90,14 +90,14 @@ class PrepareConfig:
         require_at_least("--train-sentencepiece", self.train_sentencepiece, 1)
         require_at_least("--workers", self.workers, 0)
         if not self.sources:
-            raise UserError("no source is given", where="--input", mend="--input name=file.jsonl")
+            raise UserError("--input: no source is given (--input name=file.jsonl)")
         if bool(self.tokenizer) == (self.train_sentencepiece is not None):
             raise UserError(
-                "give exactly one of --tokenizer and --train-sentencepiece", where="--tokenizer"
+                "--tokenizer: give exactly one of --tokenizer and --train-sentencepiece"
             )
         repeated = [n for n, k in Counter(s.name for s in self.sources).items() if k > 1]
         if repeated:
-            raise UserError(f"source {repeated[0]!r} is given twice", where="--input")
+            raise UserError(f"--input: source {repeated[0]!r} is given twice")
 
 
 class Progress(NamedTuple):
@@ -215,7 +215,7 @@ def _batches(source: SourceInput, config: PrepareConfig) -> Iterator[Batch]:
             yield Batch(str(file), format_name, records, bytes_before + reader.bytes_read)
             left = None if left is None else left - len(records)
         if not found and left != 0:
-            raise UserError("holds no record", where=str(file), mend="leave the file out")
+            raise UserError(f"{file}: holds no record (leave the file out)")
         bytes_before += reader.bytes_read
 
 
@@ -250,9 +250,8 @@ def _nothing_left(source: SourceInput, dropped: dict[str, int]) -> UserError:
     if dropped["too_long"] and not dropped["no_target"]:
         mend = "raise --seq-length, or --too-long split"
     return UserError(
-        f"no example with a target token is left (dropped: {reasons})",
-        where=f"source {source.name}: {source.files[0]}",
-        mend=mend,
+        f"source {source.name}: {source.files[0]}: no example with a target token is left "
+        f"(dropped: {reasons}) ({mend})"
     )
 
 
@@ -260,9 +259,9 @@ def _file_size(path: Path) -> int:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise UserError(f"{error.strerror}", where=str(path), mend="check --input") from error
+        raise UserError(f"{path}: {error.strerror} (check --input)") from error
     if size == 0:
-        raise UserError("the file is empty", where=str(path), mend="leave it out")
+        raise UserError(f"{path}: the file is empty (leave it out)")
     return size
 
 
@@ -290,7 +289,7 @@ def parse_input(value: str) -> SourceInput:
     whole = [paths] if paths and Path(paths).exists() else []
     entries = whole or [path for path in paths.split(",") if path]
     if not entries:
-        raise UserError(f"no path in {value!r}", where="--input", mend="--input name=file.jsonl")
+        raise UserError(f"--input: no path in {value!r} (--input name=file.jsonl)")
     name = name or Path(entries[0]).stem
     require_name("--input", name)
     files = [file for entry in entries for file in _files(Path(entry))]
@@ -299,7 +298,7 @@ def parse_input(value: str) -> SourceInput:
 
 def _files(path: Path) -> Sequence[Path]:
     if not path.exists():
-        raise UserError("no such file or directory", where=str(path), mend="check --input")
+        raise UserError(f"{path}: no such file or directory (check --input)")
     if not path.is_dir():
         return [path]
     files = sorted(
@@ -308,5 +307,5 @@ def _files(path: Path) -> Sequence[Path]:
         if file.suffix in _SUFFIXES and not file.name.startswith(".")
     )
     if not files:
-        raise UserError("the directory holds no *.json or *.jsonl", where=str(path))
+        raise UserError(f"{path}: the directory holds no *.json or *.jsonl")
     return files

@@ -42,9 +42,7 @@ class RecordReader:
             elif first:
                 yield from self._lines()
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-            raise UserError(
-                f"cannot read the file: {error.strerror}", where=str(self.path)
-            ) from error
+            raise UserError(f"{self.path}: cannot read the file: {error.strerror}") from error
 
     def _first_character(self) -> bytes:
         with open(self.path, "rb") as file:
@@ -94,9 +92,8 @@ class RecordReader:
 
     def _error(self, line: int, message: str) -> UserError:
         return UserError(
-            message,
-            where=f"{self.path}:{line}",
-            mend="a file is one JSON array of objects, or JSONL: one object a line",
+            f"{self.path}:{line}: {message} (a file is one JSON array of objects, or JSONL: one "
+            "object a line)"
         )
 
 

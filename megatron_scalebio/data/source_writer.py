@@ -143,16 +143,12 @@ class Staging:
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return
         if not overwrite:
-            raise UserError(
-                "exists and is not empty", where=str(target), mend="--overwrite replaces it"
-            )
+            raise UserError(f"{target}: exists and is not empty (--overwrite replaces it)")
         if target.is_dir() and not (target / SOURCE_FILE).exists() and not _is_sample(target):
             # It may be the directory of the raw data.
             raise UserError(
-                f"is no prepared source (it has no {SOURCE_FILE}) and no sample, so --overwrite "
-                "leaves it alone",
-                where=str(target),
-                mend="choose another --out or source name",
+                f"{target}: is no prepared source (it has no {SOURCE_FILE}) and no sample, so "
+                "--overwrite leaves it alone (choose another --out or source name)"
             )
 
 
@@ -169,5 +165,5 @@ def staging_error(error: OSError, out: Path) -> UserError:
     """What an operating system's refusal is to a user, who knows of `out` and of no staging."""
     place = Path(error.filename or out)
     if place == out or out in place.parents or ".prepare-" in place.name:
-        return UserError(f"can't write: {error.strerror or error}", where=str(out), mend=WRITABLE)
-    return UserError(f"{error.strerror or error}", where=str(place), mend="check this file")
+        return UserError(f"{out}: can't write: {error.strerror or error} ({WRITABLE})")
+    return UserError(f"{place}: {error.strerror or error} (check this file)")

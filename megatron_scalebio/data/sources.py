@@ -64,16 +64,13 @@ class ExampleSource:
         self.largest_id = _largest_id(self.prefix, self._tokens)
         if not np.array_equal(self._lengths, self._mask.sequence_lengths):
             raise UserError(
-                "tokens and loss_mask differ in their sequences",
-                where=str(folder),
-                mend="run prepare again",
+                f"{folder}: tokens and loss_mask differ in their sequences (run prepare again)"
             )
         longest = int(self._lengths.max()) - 1
         if longest > seq_length:
             raise UserError(
-                f"holds an example of {longest} tokens, above seq_length {seq_length}",
-                where=str(folder),
-                mend=f"prepare it with --seq-length {seq_length}, or raise data.seq_length",
+                f"{folder}: holds an example of {longest} tokens, above seq_length {seq_length} "
+                f"(prepare it with --seq-length {seq_length}, or raise data.seq_length)"
             )
 
     def __len__(self) -> int:
@@ -87,9 +84,9 @@ class ExampleSource:
         _check_ids(self, index, tokens)
         if len(mask) and mask.max() > 1:
             raise UserError(
-                f"example {index} of source {self.name!r} holds {mask.max()}, not 0 or 1",
-                where=self.prefix.removesuffix("tokens") + "loss_mask.bin",
-                mend="the file is damaged: run prepare again",
+                f"{self.prefix.removesuffix('tokens') + 'loss_mask.bin'}: example {index} of "
+                f"source {self.name!r} holds {mask.max()}, not 0 or 1 (the file is damaged: run "
+                "prepare again)"
             )
         return tokens, mask.astype(np.uint8)
 
@@ -109,9 +106,8 @@ class PackedSource:
         self._length = config.data.seq_length
         if self.tokens <= self._length:
             raise UserError(
-                f"holds {self.tokens} tokens, not one sequence of {self._length}",
-                where=prefix,
-                mend="lower data.seq_length or drop the source",
+                f"{prefix}: holds {self.tokens} tokens, not one sequence of {self._length} (lower "
+                "data.seq_length or drop the source)"
             )
         settings = GPTDatasetConfig(
             random_seed=config.train.seed,
@@ -166,10 +162,9 @@ def _check_ids(source: Source, index: int, tokens: npt.NDArray[np.integer]) -> N
     low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
     if low < 0 or high >= source.vocab_size:
         raise UserError(
-            f"example {index} of source {source.name!r} holds token {low if low < 0 else high}, "
-            f"the vocabulary ends at {source.vocab_size - 1}",
-            where=f"{source.prefix}.bin",
-            mend="the file is damaged, or was made with another tokenizer: write it again",
+            f"{source.prefix}.bin: example {index} of source {source.name!r} holds token "
+            f"{low if low < 0 else high}, the vocabulary ends at {source.vocab_size - 1} (the file "
+            "is damaged, or was made with another tokenizer: write it again)"
         )
 
 
@@ -206,15 +201,14 @@ def _open(name: str, path: str, config: Config, cache: Path) -> Source:
     if Path(path + ".idx").is_file() and Path(path + ".bin").is_file():
         return PackedSource(name, path, config, cache)
     raise UserError(
-        f"source {name!r} is neither a prepared folder nor a .bin/.idx prefix",
-        where=path,
-        mend="run `megatron-scalebio prepare`, or correct the path",
+        f"{path}: source {name!r} is neither a prepared folder nor a .bin/.idx prefix (run "
+        "`megatron-scalebio prepare`, or correct the path)"
     )
 
 
 def read_description(path: Path) -> dict[str, Any]:
     def refuse(problem: str) -> UserError:
-        return UserError(problem, where=str(path), mend="run prepare again")
+        return UserError(f"{path}: {problem} (run prepare again)")
 
     try:
         description = json.loads(path.read_text())
@@ -242,13 +236,11 @@ def _open_indexed(prefix: Path) -> IndexedDataset:
     """Opens a `.bin/.idx` pair after checking that the .bin holds all that the .idx lists."""
     for suffix in (".idx", ".bin"):
         if not Path(f"{prefix}{suffix}").is_file():
-            raise UserError("no such file", where=f"{prefix}{suffix}", mend="run prepare again")
+            raise UserError(f"{prefix}{suffix}: no such file (run prepare again)")
     # First: IndexedDataset maps both files unseen, and breaks in its destructor if it cannot.
     need, have = _bytes_listed(Path(f"{prefix}.idx")), Path(f"{prefix}.bin").stat().st_size
     if have < need:
-        raise UserError(
-            f"truncated: {have} bytes of {need}", where=f"{prefix}.bin", mend="write it again"
-        )
+        raise UserError(f"{prefix}.bin: truncated: {have} bytes of {need} (write it again)")
     return IndexedDataset(str(prefix))
 
 
@@ -261,7 +253,7 @@ def _bytes_listed(path: Path) -> int:
     header | length of each sequence, int32 | its offset in .bin, int64 | documents, int64
     """
     content = path.open("rb").read(_HEADER.size)
-    broken = UserError("not a whole Megatron index", where=str(path), mend="write it again")
+    broken = UserError(f"{path}: not a whole Megatron index (write it again)")
     if len(content) < _HEADER.size:
         raise broken
     magic, version, code, sequences, documents = _HEADER.unpack(content)
@@ -270,7 +262,7 @@ def _bytes_listed(path: Path) -> int:
     if magic != index_magic() or version != 1 or code not in codes or path.stat().st_size < whole:
         raise broken
     if sequences == 0:
-        raise UserError("holds no sequence", where=str(path), mend="drop it or refill it")
+        raise UserError(f"{path}: holds no sequence (drop it or refill it)")
     lengths = np.memmap(path, np.int32, "r", _HEADER.size, (sequences,))
     offsets = np.memmap(path, np.int64, "r", _HEADER.size + 4 * sequences, (sequences,))
     if lengths.min() < 0 or offsets.min() < 0:
@@ -307,32 +299,27 @@ def shared_vocab_size(sources: Sequence[Source], configured: int | None) -> int:
         assert source.tokenizer and told[0].tokenizer
         if source.tokenizer["fingerprint"] != told[0].tokenizer["fingerprint"]:
             raise UserError(
-                f"source {source.name!r} was prepared with tokenizer "
+                f"{source.prefix}: source {source.name!r} was prepared with tokenizer "
                 f"{source.tokenizer['model']!r}, {told[0].name!r} with "
-                f"{told[0].tokenizer['model']!r}",
-                where=source.prefix,
-                mend="prepare all sources with one tokenizer",
+                f"{told[0].tokenizer['model']!r} (prepare all sources with one tokenizer)"
             )
     size = told[0].tokenizer["vocab_size"] if told and told[0].tokenizer else None
     if configured is not None and size is not None and size > configured:
         raise UserError(
-            f"{configured} is below the tokenizer's {size} tokens",
-            where="model.vocab_size",
-            mend=f"set it to {size}, or prepare with the model's own tokenizer",
+            f"model.vocab_size: {configured} is below the tokenizer's {size} tokens (set it to "
+            f"{size}, or prepare with the model's own tokenizer)"
         )
     size = configured or size
     if size is None:
         raise UserError(
-            "is not set, and packed prefixes do not tell it",
-            where="model.vocab_size",
-            mend="set it to the tokenizer's size",
+            "model.vocab_size: is not set, and packed prefixes do not tell it (set it to the "
+            "tokenizer's size)"
         )
     for source in sources:
         if source.largest_id >= size:
             raise UserError(
-                f"source {source.name!r} holds token {source.largest_id}, the vocabulary ends at "
-                f"{size - 1}",
-                where=source.prefix,
-                mend="set model.vocab_size to the size of the tokenizer it was made with",
+                f"{source.prefix}: source {source.name!r} holds token {source.largest_id}, the "
+                f"vocabulary ends at {size - 1} (set model.vocab_size to the size of the tokenizer "
+                "it was made with)"
             )
     return size

@@ -122,17 +122,14 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise UserError(
-                "not a SentencePiece model", where=str(path), mend="give a .model file"
-            ) from error
+            raise UserError(f"{path}: not a SentencePiece model (give a .model file)") from error
         self.model = str(path)
         self.vocab_size = self._processor.get_piece_size()
         self.eod_id = self._processor.eos_id()
         if self.eod_id < 0:
             raise UserError(
-                "the SentencePiece model has no end-of-sentence piece",
-                where=str(path),
-                mend="train it with an eos_id",
+                f"{path}: the SentencePiece model has no end-of-sentence piece (train it with an "
+                "eos_id)"
             )
         bos_id = self._processor.bos_id()
         self.bos_id = bos_id if bos_id >= 0 else None
@@ -204,9 +201,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if token in vocabulary:
                 return vocabulary[token]
         raise UserError(
-            "the tokenizer names no eos_token",
-            where=self.model,
-            mend='add "eos_token" to tokenizer_config.json',
+            f'{self.model}: the tokenizer names no eos_token (add "eos_token" to '
+            "tokenizer_config.json)"
         )
 
 
@@ -230,25 +226,21 @@ def load_tokenizer(
         path = _download(str(model))
     if not path.exists():
         raise UserError(
-            "no such tokenizer file or directory",
-            where=str(model),
-            mend="give a .model file, a tokenizer.json or a directory that holds one",
+            f"{model}: no such tokenizer file or directory (give a .model file, a tokenizer.json "
+            "or a directory that holds one)"
         )
     tokenizer = _open(path)
     if chat_template == "plain":
         tokenizer.chat_template = None
     elif chat_template is not None:
         if not isinstance(tokenizer, HuggingFaceTokenizer):
-            raise UserError(
-                "a chat template needs a Hugging Face tokenizer", where="--chat-template"
-            )
+            raise UserError("--chat-template: a chat template needs a Hugging Face tokenizer")
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"cannot read the chat template: {error.strerror}",
-                where=chat_template,
-                mend="give a Jinja file, or plain",
+                f"{chat_template}: cannot read the chat template: {error.strerror} (give a Jinja "
+                "file, or plain)"
             ) from error
         _try_template(tokenizer, chat_template)
     return tokenizer
@@ -265,9 +257,7 @@ def _try_template(tokenizer: HuggingFaceTokenizer, where: str) -> None:
         if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
             problem = f"line {error.__cause__.lineno}: {error.__cause__.message}"
     if problem:
-        raise UserError(
-            f"is no chat template: {problem}", where=where, mend="give a Jinja file, or plain"
-        )
+        raise UserError(f"{where}: is no chat template: {problem} (give a Jinja file, or plain)")
 
 
 def _open(path: Path) -> Tokenizer:
@@ -297,9 +287,8 @@ def _load_hugging_face(path: Path) -> Any:
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(
-            f"cannot load a tokenizer: {str(error).splitlines()[0]}",
-            where=str(path),
-            mend="the directory needs tokenizer.json, or tokenizer_config.json with vocabulary",
+            f"{path}: cannot load a tokenizer: {str(error).splitlines()[0]} (the directory needs "
+            "tokenizer.json, or tokenizer_config.json with vocabulary)"
         ) from error
 
 
@@ -307,9 +296,9 @@ def _check_tokenizer_json(path: Path) -> None:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"malformed JSON ({error})", where=str(path)) from error
+        raise UserError(f"{path}: malformed JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError("not a tokenizer.json: it has no field 'model'", where=str(path))
+        raise UserError(f"{path}: not a tokenizer.json: it has no field 'model'")
 
 
 def _download(name: str) -> Path:
@@ -319,7 +308,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*patterns, "special_tokens_map.json"]))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot download the tokenizer: {error}", where=name) from error
+        raise UserError(f"{name}: cannot download the tokenizer: {error}") from error
 
 
 def _content_files(path: Path) -> list[Path]:

@@ -64,9 +64,8 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise UserError(
-            f"SentencePiece cannot train {vocab_size} pieces: {str(error).splitlines()[0]}",
-            where="--train-sentencepiece",
-            mend="choose another vocabulary size, or give more text",
+            f"--train-sentencepiece: SentencePiece cannot train {vocab_size} pieces: "
+            f"{str(error).splitlines()[0]} (choose another vocabulary size, or give more text)"
         ) from error
     model_path.write_bytes(model.getvalue())
 

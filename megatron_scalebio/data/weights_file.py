@@ -24,11 +24,9 @@ def read_weights(path: Path) -> dict[str, tuple[float, str]]:
         sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
         found = {s["name"]: (float(s["weight"]), str(s["path"])) for s in sources}
     except OSError as error:
-        raise UserError(
-            f"cannot read the weights: {error.strerror}", where=str(path), mend=mend
-        ) from None
+        raise UserError(f"{path}: cannot read the weights: {error.strerror} ({mend})") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"holds no weights ({error!r})", where=str(path), mend=mend) from None
+        raise UserError(f"{path}: holds no weights ({error!r}) ({mend})") from None
     check_weights({name: weight for name, (weight, _) in found.items()}, str(path))
     return found
 
@@ -51,18 +49,18 @@ def read_selected(path: Path) -> dict[str, tuple[int, ...]]:
         sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
         found = {str(s["name"]): tuple(int(row) for row in s["taken"]) for s in sources}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"holds no selection ({error!r})", where=str(path)) from None
+        raise UserError(f"{path}: holds no selection ({error!r})") from None
     if any(row < 0 for rows in found.values() for row in rows):
-        raise UserError("holds a negative row", where=str(path), mend="select again")
+        raise UserError(f"{path}: holds a negative row (select again)")
     return found
 
 
 def check_weights(weights: dict[str, float], where: str) -> None:
     for name, weight in weights.items():
         if not math.isfinite(weight) or weight < 0:
-            raise UserError(f"the weight of {name!r} is {weight}", where=where, mend="0 or more")
+            raise UserError(f"{where}: the weight of {name!r} is {weight} (0 or more)")
     if not sum(weights.values()) > 0:
-        raise UserError("no source has a weight above 0", where=where)
+        raise UserError(f"{where}: no source has a weight above 0")
 
 
 def drawn_from(folder: Path) -> int | None:
@@ -74,4 +72,4 @@ def drawn_from(folder: Path) -> int | None:
         sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
         return int(sources[0]["usable"]) if len(sources) == 1 else None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"is no manifest ({error!r})", where=str(path)) from None
+        raise UserError(f"{path}: is no manifest ({error!r})") from None

@@ -92,7 +92,6 @@ def _refuse_skips(state: RunState, record: Record) -> None:
     train, in_a_row = state.config.train, state.training.skipped_in_a_row
     if in_a_row >= min(train.skip_limit, train.train_iters):
         raise UserError(
-            f"{in_a_row} steps in a row were not applied: {record['skipped']}",
-            where=f"step {state.step}",
-            mend="lower optimizer.lr or look at that source; the last checkpoint is kept",
+            f"step {state.step}: {in_a_row} steps in a row were not applied: {record['skipped']} "
+            "(lower optimizer.lr or look at that source; the last checkpoint is kept)"
         )

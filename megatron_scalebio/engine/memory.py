@@ -55,10 +55,9 @@ def out_of_memory(config: Config, folder: Path, error: Exception) -> UserError:
         taken = torch.cuda.max_memory_allocated() / 1e9
         extra = f"; {taken:.1f} GB were allocated at most, see {snapshot}"
     return UserError(
-        f"rank {runtime.rank()} ran out of memory in {HERE.phase} of step {HERE.step}: {found}"
-        f"{extra}; {prediction(config, folder)}",
-        where="train.micro_batch_size",
-        mend="lower it, set recompute_granularity or lisa_layers, or ask `plan --search`",
+        f"train.micro_batch_size: rank {runtime.rank()} ran out of memory in {HERE.phase} of step "
+        f"{HERE.step}: {found}{extra}; {prediction(config, folder)} (lower it, set "
+        "recompute_granularity or lisa_layers, or ask `plan --search`)"
     )
 
 

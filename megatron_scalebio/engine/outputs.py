@@ -66,9 +66,8 @@ def prepare_folders(
     for kind, names in (("sources", sources), ("validation", validation)):
         if names is not None and earlier[kind] not in ([], names):  # []: a part that has none
             raise UserError(
-                f"holds a run of {kind} {earlier[kind]}, not {names}",
-                where=str(folder),
-                mend=f"choose a new train.output, or the same data.{kind} in the same order",
+                f"{folder}: holds a run of {kind} {earlier[kind]}, not {names} (choose a new "
+                f"train.output, or the same data.{kind} in the same order)"
             )
 
 

@@ -139,6 +139,6 @@ def _refuse_another_start(hf: Path, folder: Path) -> None:
     earlier = any(folder.glob(IMPORTED.format("*"))) and not _import_of(hf, folder).exists()
     if earlier and any(path.stat().st_size for path in folder.rglob(METRICS_FILE)):
         raise UserError(
-            f"is not the model that {folder} was started from", where=f"model.hf: {hf}",
-            mend="choose a new train.output, or the same model",
-        )  # fmt: skip
+            f"model.hf: {hf}: is not the model that {folder} was started from (choose a new "
+            "train.output, or the same model)"
+        )

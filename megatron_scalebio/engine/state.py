@@ -130,9 +130,9 @@ def weights_by_name(path: Path, names: list[str]) -> list[float]:
     weights = read_weights(path / "weights.json" if path.is_dir() else path)
     if set(weights) != set(names):
         raise UserError(
-            f"holds weights of {sorted(weights)}, data.sources are {sorted(names)}",
-            where=str(path), mend="give the weights that were learned for these sources",
-        )  # fmt: skip
+            f"{path}: holds weights of {sorted(weights)}, data.sources are {sorted(names)} (give "
+            "the weights that were learned for these sources)"
+        )
     return [weights[name][0] for name in names]
 
 

@@ -37,17 +37,15 @@ def answer_all(
     """
     if opened.tokenizer.chat_template is None:
         raise UserError(
-            "the tokenizer has no chat template, without which there are no turns",
-            where="--hf",
-            mend="evaluate a model that was trained on dialogues",
+            "--hf: the tokenizer has no chat template, without which there are no turns (evaluate "
+            "a model that was trained on dialogues)"
         )
     made_with = {"model": model, "max_new_tokens": max_new_tokens, "seed": seed}
     for record in log.records:
         if any(record.get(name) != value for name, value in made_with.items()):
             raise UserError(
-                "holds answers of another model, or of other options",
-                where=str(log.path),
-                mend="choose another --output, or give the model and options of then",
+                f"{log.path}: holds answers of another model, or of other options (choose another "
+                "--output, or give the model and options of then)"
             )
     done = {record["question_id"] for record in log.records}
     for question in questions:

@@ -51,13 +51,11 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         for name in (*self.tasks, *self.data):
             if name not in TASKS:
-                raise UserError(f"unknown task {name!r}", where="--tasks", mend=", ".join(TASKS))
+                raise UserError(f"--tasks: unknown task {name!r} ({', '.join(TASKS)})")
         for name in self.tasks:
             if name not in self.data and not self.allow_download:
                 raise UserError(
-                    f"no data for {name!r}",
-                    where="--data",
-                    mend=f"--data {name}=FILE.jsonl, or --allow-download",
+                    f"--data: no data for {name!r} (--data {name}=FILE.jsonl, or --allow-download)"
                 )
         for flag, value, least, most in (
             ("--limit", self.limit, 1, math.inf),
@@ -66,7 +64,7 @@ class BenchmarkConfig:
             ("--batch-size", self.batch_size, 1, math.inf),
         ):
             if value is not None and not least <= value <= most:
-                raise UserError(f"is {value}", where=flag, mend=f"{least} to {most}")
+                raise UserError(f"{flag}: is {value} ({least} to {most})")
 
 
 def read_problems(task: str, path: Path) -> list[dict[str, str]]:
@@ -80,13 +78,12 @@ def read_problems(task: str, path: Path) -> list[dict[str, str]]:
         for name in TASKS[task]:
             if not isinstance(record.get(name), str):
                 raise UserError(
-                    f"no text in field {name!r}",
-                    where=f"{path}:{line}",
-                    mend=f"{task} needs {' and '.join(TASKS[task])}",
+                    f"{path}:{line}: no text in field {name!r} ({task} needs "
+                    f"{' and '.join(TASKS[task])})"
                 )
         problems.append({name: record[name] for name in TASKS[task]})
     if not problems:
-        raise UserError("holds no problem", where=str(path))
+        raise UserError(f"{path}: holds no problem")
     return problems
 
 
@@ -94,9 +91,7 @@ def require_lm_eval() -> None:
     for package in ("lm_eval", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"{package} is not installed",
-                where="--tasks",
-                mend="pip install 'megatron-scalebio[evaluate]'",
+                f"--tasks: {package} is not installed (pip install 'megatron-scalebio[evaluate]')"
             )
 
 
@@ -118,7 +113,7 @@ def run_benchmarks(
     if chat is None:
         chat = opened.tokenizer.chat_template is not None
     elif chat and opened.tokenizer.chat_template is None:
-        raise UserError("the tokenizer has no chat template", where="--chat", mend="drop it")
+        raise UserError("--chat: the tokenizer has no chat template (drop it)")
     results, samples = {}, {}
     lm = _language_model(config, opened)
     for name in config.tasks:
@@ -175,19 +170,15 @@ def _run(
     asked = settings["generation_kwargs"]["max_gen_toks"]
     if asked >= lm.max_length:
         raise UserError(
-            f"answers of {asked} tokens leave no room for the problem: the model holds "
-            f"{lm.max_length}",
-            where="--max-new-tokens",
-            mend="lower it",
+            f"--max-new-tokens: answers of {asked} tokens leave no room for the problem: the model "
+            f"holds {lm.max_length} (lower it)"
         )
     settings["num_fewshot"] = config.num_fewshot
     try:
         task = ConfigurableTask(config=settings)
     except OSError as error:  # also what datasets raises where the hub has no answer
         raise UserError(
-            f"cannot fetch the data: {error}",
-            where=settings["dataset_path"],
-            mend=f"--data {name}=FILE.jsonl",
+            f"{settings['dataset_path']}: cannot fetch the data: {error} (--data {name}=FILE.jsonl)"
         ) from None
     return evaluate(
         lm=lm,

@@ -53,16 +53,11 @@ class ChatClient:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise UserError(
-                f"{self.url!r} is no http(s) URL",
-                where="--judge-url",
-                mend="as in https://host/v1",
-            )
+            raise UserError(f"--judge-url: {self.url!r} is no http(s) URL (as in https://host/v1)")
         if self.key_variable and not os.environ.get(self.key_variable):
             raise UserError(
-                f"the environment variable {self.key_variable} is not set",
-                where="--judge-key-env",
-                mend="export it, or name another",
+                f"--judge-key-env: the environment variable {self.key_variable} is not set (export "
+                "it, or name another)"
             )
 
     def complete(self, messages: list[dict[str, str]]) -> Reply:
@@ -89,9 +84,8 @@ class ChatClient:
                     problem = f"HTTP {error.code}: {self._excerpt(error)}"
                     if error.code not in _RETRIED:
                         raise UserError(
-                            f"the judge refuses ({problem})",
-                            where=self.url,
-                            mend="check --judge-url, --judge-model and --judge-key-env",
+                            f"{self.url}: the judge refuses ({problem}) (check --judge-url, "
+                            "--judge-model and --judge-key-env)"
                         ) from None
                     wait_s = _retry_after_s(error, wait_s)
             except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
@@ -103,9 +97,8 @@ class ChatClient:
                 )
                 self.sleep(wait_s)
         raise UserError(
-            f"the judge did not answer in {self.retries + 1} tries ({problem})",
-            where=self.url,
-            mend="start again when it is back: what is judged stays judged",
+            f"{self.url}: the judge did not answer in {self.retries + 1} tries ({problem}) (start "
+            "again when it is back: what is judged stays judged)"
         )
 
     def _request(self, body: dict[str, Any]) -> urllib.request.Request:
@@ -147,7 +140,6 @@ def _parse(content: bytes, url: str) -> Reply:
         return Reply(str(text or ""), int(prompt), int(completion))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
-            f"the answer is not that of chat completions ({error!r})",
-            where=url,
-            mend="--judge-url needs an OpenAI-compatible server, as in https://host/v1",
+            f"{url}: the answer is not that of chat completions ({error!r}) (--judge-url needs an "
+            "OpenAI-compatible server, as in https://host/v1)"
         ) from None

@@ -23,7 +23,7 @@ def evaluate_config(config: Config) -> list[HeldOutLoss]:
         UserError: if no set or no model is named, or one of them can't be read.
     """
     if not (config.data.validation or config.data.test):
-        raise UserError("names no set", where="data.test", mend="--test NAME=PATH ...")
+        raise UserError("data.test: names no set (--test NAME=PATH ...)")
     config.validate_layout(runtime.world_size_from_environment())
     runtime.start(config)
     folder = Path(config.train.output)
@@ -32,7 +32,7 @@ def evaluate_config(config: Config) -> list[HeldOutLoss]:
     load = config.checkpoint.load
     path = Path(load) if load else pretrained_checkpoint(state, folder)
     if path is None:
-        raise UserError("no model", where="checkpoint.load", mend="--load CHECKPOINT or --hf DIR")
+        raise UserError("checkpoint.load: no model (--load CHECKPOINT or --hf DIR)")
     saver.load_pretrained(state.training.w, path)
     sets = [*state.data.validation, *state.data.test]
     return held_out_losses(state.training.w, sets, config, state.data.layout)

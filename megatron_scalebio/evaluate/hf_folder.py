@@ -36,17 +36,17 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """
     mend = "give a Hugging Face folder, such as `convert export` writes"
     if not folder.is_dir():
-        raise UserError("no such folder", where=str(folder), mend=mend)
+        raise UserError(f"{folder}: no such folder ({mend})")
     names = {path.name for path in folder.iterdir()}
     for needed in (("config.json",), ("tokenizer.json", "tokenizer.model", "vocab.json")):
         if not names & set(needed):
-            raise UserError(f"holds no {' or '.join(needed)}", where=str(folder), mend=mend)
+            raise UserError(f"{folder}: holds no {' or '.join(needed)} ({mend})")
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
-        raise UserError("holds no weights", where=str(folder), mend=mend)
+        raise UserError(f"{folder}: holds no weights ({mend})")
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"malformed JSON ({error})", where=str(folder / "config.json")) from None
+        raise UserError(f"{folder / 'config.json'}: malformed JSON ({error})") from None
 
 
 def fingerprint(folder: Path) -> str:
@@ -85,7 +85,7 @@ def open_folder(folder: Path) -> HfModel:
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).splitlines()[0] if str(error) else repr(error)
-        raise UserError(f"cannot load the model: {first}", where=str(folder)) from None
+        raise UserError(f"{folder}: cannot load the model: {first}") from None
     # The object's attribute: in GPT-2's file it is n_positions.
     length = int(getattr(model.config, "max_position_embeddings", None) or 2048)
     return HfModel(model.to(device).eval(), tokenizer, length)

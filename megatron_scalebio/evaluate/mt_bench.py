@@ -99,9 +99,8 @@ def summarize(
                 groups[group].append(record["score"])
     if not groups:
         raise UserError(
-            "no verdict of the judge holds a rating of the form [[5]]",
-            where=str(log.path),
-            mend="read its verdicts there; choose another --judge-model",
+            f"{log.path}: no verdict of the judge holds a rating of the form [[5]] (read its "
+            "verdicts there; choose another --judge-model)"
         )
     prompt, completion = (
         sum(r[name] for r in records) for name in ("prompt_tokens", "completion_tokens")

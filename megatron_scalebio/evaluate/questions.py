@@ -29,24 +29,24 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
         where = f"{path}:{line}"
         question = _parse(record, where)
         if question.id in questions:
-            raise UserError(f"question_id {question.id!r} stands twice", where=where)
+            raise UserError(f"{where}: question_id {question.id!r} stands twice")
         questions[question.id] = question
         if len(questions) == limit:
             break
     if not questions:
-        raise UserError("holds no question", where=str(path))
+        raise UserError(f"{path}: holds no question")
     return list(questions.values())
 
 
 def _parse(record: dict[str, Any], where: str) -> Question:
     number, category = record.get("question_id"), record.get("category")
     if not isinstance(number, int | str) or isinstance(number, bool):
-        raise UserError("question_id is no number or text", where=where)
+        raise UserError(f"{where}: question_id is no number or text")
     if not isinstance(category, str):
-        raise UserError("category is no text", where=where)
+        raise UserError(f"{where}: category is no text")
     turns = _texts(record, "turns", where)
     if not turns:
-        raise UserError("turns is empty", where=where)
+        raise UserError(f"{where}: turns is empty")
     references = _texts(record, "reference", where) if record.get("reference") else ()
     return Question(number, category, turns, references)
 
@@ -55,8 +55,7 @@ def _texts(record: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
     value = record.get(name)
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise UserError(
-            f"{name} is no list of texts",
-            where=where,
-            mend="FastChat's format: question_id, category, turns, perhaps reference",
+            f"{where}: {name} is no list of texts (FastChat's format: question_id, category, "
+            "turns, perhaps reference)"
         )
     return tuple(value)

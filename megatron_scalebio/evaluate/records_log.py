@@ -30,14 +30,12 @@ class RecordsLog:
                 whole = content[: content.rfind(b"\n") + 1]
                 file.truncate(len(whole))
         except OSError as error:
-            raise UserError(f"cannot write: {error.strerror}", where=str(path)) from None
+            raise UserError(f"{path}: cannot write: {error.strerror}") from None
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 self.records.append(json.loads(line))
             except ValueError:
-                raise UserError(
-                    "damaged line", where=f"{path}:{number}", mend="remove the line"
-                ) from None
+                raise UserError(f"{path}:{number}: damaged line (remove the line)") from None
 
     def append(self, record: dict[str, Any]) -> None:
         """Writes a record through to the disk."""
@@ -48,5 +46,5 @@ class RecordsLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(f"cannot write: {error.strerror}", where=str(self.path)) from None
+            raise UserError(f"{self.path}: cannot write: {error.strerror}") from None
         self.records.append(record)

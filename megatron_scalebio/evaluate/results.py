@@ -29,9 +29,9 @@ def write_section(folder: Path, section: str, content: Any) -> None:
         temporary.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
         temporary.rename(path)
     except OSError as error:
-        raise UserError(f"cannot write: {error.strerror}", where=str(path)) from None
+        raise UserError(f"{path}: cannot write: {error.strerror}") from None
     except (ValueError, TypeError) as error:
-        raise UserError(f"damaged ({error})", where=str(path), mend="remove it") from None
+        raise UserError(f"{path}: damaged ({error}) (remove it)") from None
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
@@ -43,7 +43,7 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         temporary.rename(path)
     except OSError as error:
-        raise UserError(f"cannot write: {error.strerror}", where=str(path)) from None
+        raise UserError(f"{path}: cannot write: {error.strerror}") from None
 
 
 def benchmark_table(results: dict[str, Any]) -> Table:

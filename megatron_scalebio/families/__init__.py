@@ -30,9 +30,8 @@ def read_family(hf: str | Path) -> tuple[Family, dict[str, Any]]:
     family = FAMILIES.get(architecture)
     if family is None:
         raise UserError(
-            f"architectures: {architecture!r} is not supported",
-            where=config.where,
-            mend=f"supported: {', '.join(sorted(FAMILIES))}",
+            f"{config.where}: architectures: {architecture!r} is not supported (supported: "
+            f"{', '.join(sorted(FAMILIES))})"
         )
     if config.values.get("quantization_config"):
         raise config.refuse("quantization_config", "convert it to plain weights first")
@@ -55,9 +54,7 @@ def _read_config(hf: Path) -> HfConfig:
             error.strerror or str(error), where=str(where), mend="point to a Hugging Face folder"
         ) from None
     except ValueError as error:
-        raise UserError(
-            f"not valid JSON: {error}", where=str(where), mend="fetch it again"
-        ) from None
+        raise UserError(f"{where}: not valid JSON: {error} (fetch it again)") from None
     from transformers import AutoConfig  # takes a second
 
     try:
@@ -68,9 +65,9 @@ def _read_config(hf: Path) -> HfConfig:
     except (ValueError, KeyError, OSError, TypeError, ImportError, AttributeError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"transformers can't read it: {line}", where=str(where),
-            mend=f"supported: {', '.join(sorted(FAMILIES))}",
-        ) from None  # fmt: skip
+            f"{where}: transformers can't read it: {line} (supported: "
+            f"{', '.join(sorted(FAMILIES))})"
+        ) from None
     values = config.to_dict()
     if gguf and not values.get("architectures"):
         values["architectures"] = [_ARCHITECTURE_OF.get(values["model_type"], "unknown")]

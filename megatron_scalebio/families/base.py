@@ -45,7 +45,7 @@ class HfConfig:
 
     def refuse(self, key: str, known: str) -> UserError:
         return UserError(
-            f"{key}: {self.values.get(key)!r} is not supported", where=self.where, mend=known
+            f"{self.where}: {key}: {self.values.get(key)!r} is not supported ({known})"
         )
 
     def require(self, key: str, *allowed: Any) -> Any:

@@ -129,7 +129,7 @@ class FolderLock:
                 pass
         except OSError as error:
             raise UserError(
-                f"can't write: {error.strerror or error}", where=str(self.path), mend=WRITABLE
+                f"{self.path}: can't write: {error.strerror or error} ({WRITABLE})"
             ) from None
         self._thread = threading.Thread(target=self._renew, name="folder lock", daemon=True)
         self._thread.start()
@@ -209,9 +209,8 @@ class FolderLock:
 
     def _refusal(self, holder: Holder) -> UserError:
         return UserError(
-            f"another run writes here ({holder})",
-            where=str(self.path.parent),
-            mend="wait until it has ended, or choose another train.output",
+            f"{self.path.parent}: another run writes here ({holder}) (wait until it has ended, or "
+            "choose another train.output)"
         )
 
     def _renew(self) -> None:

@@ -90,7 +90,6 @@ class MetricsLog:
 
     def _disk_error(self, error: OSError) -> UserError:
         return UserError(
-            f"can't write: {error.strerror or error}",
-            where=str(self.path),
-            mend="free or remount the disk, then start again: it resumes from the last checkpoint",
+            f"{self.path}: can't write: {error.strerror or error} (free or remount the disk, then "
+            "start again: it resumes from the last checkpoint)"
         )

@@ -54,9 +54,9 @@ class Chunks:
         # As JSON gives it back: tuples are lists there.
         if found != json.loads(json.dumps(self._made_for)):
             raise UserError(
-                "was made for other data or options",
-                where=str(self.folder), mend="choose a new train.output, or remove this folder",
-            )  # fmt: skip
+                f"{self.folder}: was made for other data or options (choose a new train.output, or "
+                "remove this folder)"
+            )
 
     def is_whole(self) -> bool:
         return not self._missing()
@@ -131,7 +131,7 @@ def read_array(path: Path, rows: int) -> Array:
     try:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"unreadable: {error}", where=str(path), mend="remove it") from None
+        raise UserError(f"{path}: unreadable: {error} (remove it)") from None
     if not isinstance(values, np.ndarray) or len(values) != rows:
-        raise UserError("is not what was written here", where=str(path), mend="remove it")
+        raise UserError(f"{path}: is not what was written here (remove it)")
     return values

@@ -90,10 +90,9 @@ class DogeState(WeightingState):
         )
         if not self.training.flush_takes(passes):
             raise UserError(
-                f"{data.validation_sampler.batch_size} gives {passes} micro-batches, which the "
-                "interleaved pipeline needs divisible by its stages",
-                where="train.validation_batch_size",
-                mend=f"use a multiple of {unit}",
+                f"train.validation_batch_size: {data.validation_sampler.batch_size} gives {passes} "
+                "micro-batches, which the interleaved pipeline needs divisible by its stages (use "
+                f"a multiple of {unit})"
             )
 
     def make_step(self) -> Record:

@@ -31,7 +31,6 @@ def require_weights(config: Config) -> None:
     """Refuses `manual` without weights, before anything is written."""
     if not config.data.weights and config.data.sources[0].initial_weight is None:
         raise UserError(
-            "manual needs weights",
-            where="baseline.method",
-            mend="give data.weights, or every source an initial_weight",
+            "baseline.method: manual needs weights (give data.weights, or every source an "
+            "initial_weight)"
         )

@@ -61,14 +61,12 @@ VALIDATION_FILE = "validation.npy"
 def find(config: Config, begun: Begun) -> Found | None:
     """The mixture and the choice of LESS. None: a signal stopped it."""
     if config.lisa.lisa_layers is not None:
-        raise UserError(
-            "less needs the Adam state of all layers", where="lisa.lisa_layers", mend="drop it"
-        )
+        raise UserError("lisa.lisa_layers: less needs the Adam state of all layers (drop it)")
     if config.parallel.context_parallel_size > 1:
         raise UserError(
-            "less needs an example's whole gradient on one rank, for Adam's update is not linear",
-            where="parallel.context_parallel_size", mend="set it to 1",
-        )  # fmt: skip
+            "parallel.context_parallel_size: less needs an example's whole gradient on one rank, "
+            "for Adam's update is not linear (set it to 1)"
+        )
     data = Data(config, begun.folder / "cache")
     pool = Pool(data.sources)
     row_W, epoch_steps = warmup_plan(config, len(pool))

@@ -83,9 +83,8 @@ def budget(config: Config, sources: int) -> tuple[int, int]:
     count = baseline.proxies or max(sources + 1, steps // iters)
     if count <= sources:
         raise UserError(
-            f"{count} can't tell {sources} sources apart",
-            where="baseline.proxies",
-            mend=f"train {sources + 1} or more",
+            f"baseline.proxies: {count} can't tell {sources} sources apart (train {sources + 1} or "
+            "more)"
         )
     return count, iters
 
@@ -138,13 +137,12 @@ class Ledger:
             )
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                "is damaged", where=str(self._path), mend="remove it to train the proxies anew"
+                f"{self._path}: is damaged (remove it to train the proxies anew)"
             ) from None
         if not same:
             raise UserError(
-                "holds proxies of other sources, steps, seed or initial weights",
-                where=str(self._path),
-                mend="choose a new train.output, or the options of that run",
+                f"{self._path}: holds proxies of other sources, steps, seed or initial weights "
+                "(choose a new train.output, or the options of that run)"
             )
         return [proxy for proxy, _ in pairs]
 
@@ -208,9 +206,8 @@ class ProxyState(FinetuneState):
         self.cost.scored += _scored_tokens(self)
         if not math.isfinite(self.loss):
             raise UserError(
-                f"the loss of the proxy trained on {self.probs_S.tolist()} is {self.loss}",
-                where="data.validation",
-                mend="lower optimizer.lr, or look at that set",
+                f"data.validation: the loss of the proxy trained on {self.probs_S.tolist()} is "
+                f"{self.loss} (lower optimizer.lr, or look at that set)"
             )
 
 

@@ -83,9 +83,8 @@ def refuse_run_of_another(folder: Path, method: str) -> None:
             return
         if stage != method:
             raise UserError(
-                f"holds a run of `{stage}`, which {method} can't go on with",
-                where=str(folder),
-                mend="choose a new train.output",
+                f"{folder}: holds a run of `{stage}`, which {method} can't go on with (choose a "
+                "new train.output)"
             )
 
     runtime.on_main(check)

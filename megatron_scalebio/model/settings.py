@@ -29,16 +29,15 @@ def uses_transformer_engine(config: Config) -> bool:
     asked = config.model.transformer_impl
     if asked == "transformer_engine" and not (HAVE_TRANSFORMER_ENGINE and runtime.on_cuda()):
         raise UserError(
-            "'transformer_engine' needs CUDA and the transformer_engine package",
-            where="model.transformer_impl",
-            mend="install it or use local",
+            "model.transformer_impl: 'transformer_engine' needs CUDA and the transformer_engine "
+            "package (install it or use local)"
         )
     used = asked != "local" and HAVE_TRANSFORMER_ENGINE and runtime.on_cuda()
     if config.parallel.fp8_format and not used:
         raise UserError(
-            f"{config.parallel.fp8_format!r} needs CUDA and Transformer Engine's layers",
-            where="parallel.fp8_format",
-            mend="install transformer_engine and leave transformer_impl at auto, or drop it",
+            f"parallel.fp8_format: {config.parallel.fp8_format!r} needs CUDA and Transformer "
+            "Engine's layers (install transformer_engine and leave transformer_impl at auto, or "
+            "drop it)"
         )
     return used
 

@@ -67,5 +67,5 @@ GPUS = {
 def gpu_named(name: str) -> Gpu:
     """Raises UserError where there is none of that name."""
     if name.lower() not in GPUS:
-        raise UserError(f"{name!r} is not known", where="--gpu", mend=f"one of {', '.join(GPUS)}")
+        raise UserError(f"--gpu: {name!r} is not known (one of {', '.join(GPUS)})")
     return GPUS[name.lower()]

@@ -106,9 +106,9 @@ def make_plan(
     """
     if config.model.vocab_size is None:
         raise UserError(
-            "is not set", where="model.vocab_size",
-            mend="a plan does not open the data: set it to the tokenizer's",
-        )  # fmt: skip
+            "model.vocab_size: is not set (a plan does not open the data: set it to the "
+            "tokenizer's)"
+        )
     drawn = draws(config, layout)
     stages, u_worst = [], []
     for stage in range(layout.pp):

@@ -113,7 +113,7 @@ def _rehearse(
             w, u = build_twins(model_provider(config, megatron, vocab_size), groups)
     except (AssertionError, ValueError) as error:  # how Megatron-Core refuses a layout
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"Megatron-Core refuses it: {reason}", where=str(layout)) from error
+        raise UserError(f"{layout}: Megatron-Core refuses it: {reason}") from error
     for chunks in (w, u):
         set_trainable(chunks, active, config.lisa.options())
     announced = _Announced(_passes(config, layout))

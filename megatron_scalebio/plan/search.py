@@ -60,9 +60,9 @@ def search(
     estimates = _estimates(config, gpus, gpu, estimator)
     if not estimates:
         raise UserError(
-            f"no layout of {gpus} devices divides the model and the batch", where="--gpus",
-            mend="change gpus, global_batch_size or validation_batch_size",
-        )  # fmt: skip
+            f"--gpus: no layout of {gpus} devices divides the model and the batch (change gpus, "
+            "global_batch_size or validation_batch_size)"
+        )
     if config.lisa.lisa_layers is None and not estimates[0].fits(MIN_HEADROOM):
         for layers in _LISA_LAYERS:  # as many as fit
             with_lisa = copy.deepcopy(config)

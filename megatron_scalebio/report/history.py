@@ -131,9 +131,8 @@ def _vector(value: Any, length: int, where: str, name: str) -> NDArray[np.float6
     if not isinstance(value, list) or len(value) != length:
         found = f"{len(value)} entries" if isinstance(value, list) else "no list"
         raise UserError(
-            f"{name!r} has {found}, but run.json names {length}",
-            where=where,
-            mend="take both files from the same run",
+            f"{where}: {name!r} has {found}, but run.json names {length} (take both files from the "
+            "same run)"
         )
     return np.array([_number(item) for item in value])
 

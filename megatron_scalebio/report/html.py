@@ -56,7 +56,7 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
         temporary.replace(output)
     except OSError as error:
         raise UserError(
-            f"can't write: {error.strerror or error}", where=str(output), mend="choose --output"
+            f"{output}: can't write: {error.strerror or error} (choose --output)"
         ) from None
     return output
 

@@ -72,12 +72,11 @@ def load_run(path: Path | str) -> Run:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError("no such folder", where=str(path), mend="give the output of `reweight`")
+        raise UserError(f"{path}: no such folder (give the output of `reweight`)")
     if not any((path / name).exists() for name in (METRICS_FILE, "run.json", "weights.json")):
         raise UserError(
-            f"holds no {METRICS_FILE}, run.json or weights.json",
-            where=str(path),
-            mend="give the output folder of `reweight`, after its first step",
+            f"{path}: holds no {METRICS_FILE}, run.json or weights.json (give the output folder of "
+            "`reweight`, after its first step)"
         )
     notices: list[str] = []
     info = _read_json(path / "run.json", notices)
@@ -89,9 +88,8 @@ def load_run(path: Path | str) -> Run:
         sources = [source.name for source in weights.sources]
     if weights and sources != [source.name for source in weights.sources]:
         raise UserError(
-            "names other sources than run.json",
-            where=str(path / "weights.json"),
-            mend="take both files from the same run",
+            f"{path / 'weights.json'}: names other sources than run.json (take both files from the "
+            "same run)"
         )
     validation = _names(info, "validation", path / "run.json")
     history = read_history(path / METRICS_FILE, sources, validation, notices)
@@ -123,12 +121,11 @@ def _read_json(path: Path, notices: list[str]) -> dict[str, Any]:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         problem = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         raise UserError(
-            f"not valid JSON: {problem}",
-            where=f"{path}{line}",
-            mend="mend the file, or move it away and resume the run",
+            f"{path}{line}: not valid JSON: {problem} (mend the file, or move it away and resume "
+            "the run)"
         ) from None
     if not isinstance(tree, dict):
-        raise UserError("is not a JSON object", where=str(path), mend="restore it from the run")
+        raise UserError(f"{path}: is not a JSON object (restore it from the run)")
     return tree
 
 
@@ -138,14 +135,14 @@ def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError("not valid YAML", where=f"{path}{line}", mend="mend the file") from None
+        raise UserError(f"{path}{line}: not valid YAML (mend the file)") from None
     return tree if isinstance(tree, dict) else {}
 
 
 def _names(info: dict[str, Any], key: str, path: Path) -> list[str]:
     names = info.get(key, [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{key!r} is not a list of names", where=str(path), mend="mend the file")
+        raise UserError(f"{path}: {key!r} is not a list of names (mend the file)")
     return list(names)
 
 
@@ -155,7 +152,7 @@ def _read_weights(path: Path, notices: list[str]) -> Weights | None:
         return None
     entries = tree.get("sources")
     if not isinstance(entries, list) or not entries:
-        raise UserError("has no list 'sources'", where=str(path), mend="restore it from the run")
+        raise UserError(f"{path}: has no list 'sources' (restore it from the run)")
     return Weights(
         step=int(number_or_none(tree.get("step")) or 0),
         converged=tree.get("converged") is True,
@@ -167,13 +164,12 @@ def _read_weights(path: Path, notices: list[str]) -> Weights | None:
 
 def _source_weight(entry: Any, where: str) -> SourceWeight:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise UserError("has no 'name'", where=where, mend="restore the file from the run")
+        raise UserError(f"{where}: has no 'name' (restore the file from the run)")
     weight = number_or_none(entry.get("weight"))
     if weight is None or not 0 <= weight <= 1:
         raise UserError(
-            f"'weight' is {entry.get('weight')!r}, not a number from 0 to 1",
-            where=where,
-            mend="restore the file from the run",
+            f"{where}: 'weight' is {entry.get('weight')!r}, not a number from 0 to 1 (restore the "
+            "file from the run)"
         )
     examples = number_or_none(entry.get("examples"))
     return SourceWeight(

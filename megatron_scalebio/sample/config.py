@@ -71,11 +71,9 @@ class SampleConfig:
         require_at_least("--workers", self.workers, 1)
         require_at_least("--seed", self.seed, 0)
         if self.seed >= 2**32:
-            raise UserError(f"{self.seed} does not fit 32 bits", where="--seed")
+            raise UserError(f"--seed: {self.seed} does not fit 32 bits")
         if (self.num_samples is None) == (self.per_source is None):
-            raise UserError(
-                "give exactly one of --num-samples and --per-source", where="--num-samples"
-            )
+            raise UserError("--num-samples: give exactly one of --num-samples and --per-source")
 
     @property
     def folders(self) -> tuple[Path, list[str]]:

@@ -53,16 +53,14 @@ class Located:
         for path, earlier in zip(self.files, told, strict=True):
             if not path.is_file():
                 raise UserError(
-                    f"the raw file of {self.name!r} is gone",
-                    where=str(path),
-                    mend=f"put it back, name it by --input {self.name}=FILE, or --from-tokens",
+                    f"{path}: the raw file of {self.name!r} is gone (put it back, name it by "
+                    f"--input {self.name}=FILE, or --from-tokens)"
                 )
             found.append(describe_file(path))
             if earlier is not None and earlier.get("sha256") != found[-1]["sha256"]:
                 raise UserError(
-                    f"has changed since {self.name!r} was prepared from it",
-                    where=str(path),
-                    mend="prepare it again and learn the weights anew, or --from-tokens",
+                    f"{path}: has changed since {self.name!r} was prepared from it (prepare it "
+                    "again and learn the weights anew, or --from-tokens)"
                 )
         return found
 
@@ -84,9 +82,8 @@ def locate(name: str, path: str) -> Located:
         return Located(name, prefix=path)
     if not any(Path(part).exists() for part in path.split(",")):
         raise UserError(
-            f"source {name!r} is not there",
-            where=path,
-            mend=f"run where its path is valid, or --input {name}=PATH",
+            f"{path}: source {name!r} is not there (run where its path is valid, or --input "
+            f"{name}=PATH)"
         )
     return Located(name, files=parse_input(f"{name}={path}").files)
 
@@ -95,9 +92,7 @@ def _locate_folder(name: str, folder: Path) -> Located:
     description = read_description(folder / SOURCE_FILE)
     inputs = description.get("inputs", [])
     if not isinstance(inputs, list) or not all(isinstance(i, dict) and "path" in i for i in inputs):
-        raise UserError(
-            "'inputs' is no list of files", where=str(folder / SOURCE_FILE), mend="prepare it again"
-        )
+        raise UserError(f"{folder / SOURCE_FILE}: 'inputs' is no list of files (prepare it again)")
     files = tuple(Path(entry["path"]) for entry in inputs)
     return Located(name, files, str(folder / TOKENS), folder, description)
 
@@ -113,9 +108,8 @@ def parse_weights(values: Sequence[str]) -> dict[str, float]:
             weight = math.nan
         if not separator or not name or name in found or math.isnan(weight):
             raise UserError(
-                f"{value!r} gives no weight",
-                where="--weights",
-                mend="a run's folder, its weights.json, or NAME=WEIGHT once for every source",
+                f"--weights: {value!r} gives no weight (a run's folder, its weights.json, or "
+                "NAME=WEIGHT once for every source)"
             )
         found[name] = weight
     check_weights(found, "--weights")
@@ -131,7 +125,7 @@ def validation_of_run(folder: Path) -> list[tuple[str, str]]:
         words = json.loads(path.read_text(encoding="utf-8"))["valid"]
         prefixes = [str(word) for word in words[1::2]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"holds no validation sets ({error!r})", where=str(path)) from None
+        raise UserError(f"{path}: holds no validation sets ({error!r})") from None
     return [(_set_name(prefix), prefix) for prefix in prefixes]
 
 

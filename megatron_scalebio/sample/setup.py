@@ -92,9 +92,8 @@ def open_setup(config: SampleConfig, stack: ExitStack) -> Setup:
         rows, inputs = _open_rows(config, setup, entry, from_tokens=by_tokens)
         if setup.tokenizer is None and not isinstance(rows, TokenRows):
             raise UserError(
-                f"{entry.name!r} is raw text, the sources token ids of an unknown tokenizer",
-                where=str(entry.files[0]),
-                mend="name it by --tokenizer",
+                f"{entry.files[0]}: {entry.name!r} is raw text, the sources token ids of an "
+                "unknown tokenizer (name it by --tokenizer)"
             )
         before = setup.index.examples
         rows.index_all(setup.index, setup.words)
@@ -111,13 +110,12 @@ def _set_up(config: SampleConfig, located: list[Located], stack: ExitStack) -> S
     shared = _common_tokenizer(descriptions, config, from_tokens)
     model = config.tokenizer or (shared["model"] if shared else None)
     if model is None and not from_tokens:
-        raise UserError("is needed for raw files", where="--tokenizer", mend="as for prepare")
+        raise UserError("--tokenizer: is needed for raw files (as for prepare)")
     tokenizer = load_tokenizer(model, chat_template=config.chat_template) if model else None
     if from_tokens and tokenizer and shared and tokenizer.fingerprint != shared["fingerprint"]:
         raise UserError(
-            "is not the tokenizer that the sources were prepared with",
-            where=tokenizer.model,
-            mend="name that one by --tokenizer",
+            f"{tokenizer.model}: is not the tokenizer that the sources were prepared with (name "
+            "that one by --tokenizer)"
         )
     seq_length = _seq_length(config, descriptions)
     pool = None
@@ -150,9 +148,8 @@ def _open_rows(
         return raw, entry.describe_raw()
     if not entry.prefix:
         raise UserError(
-            f"{entry.name!r} is raw text, and the sample is drawn from token ids",
-            where=str(entry.files[0]),
-            mend="prepare it first, and name the prepared folder",
+            f"{entry.files[0]}: {entry.name!r} is raw text, and the sample is drawn from token ids "
+            "(prepare it first, and name the prepared folder)"
         )
     sequence = (setup.seq_length or _DEFAULT_SEQ_LENGTH) if setup.tokenizer else 1
     documents = TokenRows(
@@ -176,10 +173,10 @@ def _common_tokenizer(
     for other in descriptions[1:]:
         if other["tokenizer"]["fingerprint"] != first["tokenizer"]["fingerprint"]:
             raise UserError(
-                f"{other.get('name')!r} was prepared with {other['tokenizer']['model']!r}, "
-                f"{first.get('name')!r} with {first['tokenizer']['model']!r}",
-                where="--tokenizer",
-                mend="prepare all with one, or name the one to use for raw records",
+                f"--tokenizer: {other.get('name')!r} was prepared with "
+                f"{other['tokenizer']['model']!r}, {first.get('name')!r} with "
+                f"{first['tokenizer']['model']!r} (prepare all with one, or name the one to use "
+                "for raw records)"
             )
     return first["tokenizer"]
 
@@ -197,10 +194,9 @@ def _needs_raw_files(entry: Located, setup: Setup) -> bool:
         return False
     if not entry.has_files:
         raise UserError(
-            f"{entry.name!r} was prepared with {its['model']!r}, the sample is compared by "
-            f"{setup.tokenizer.model!r}, and its raw files are gone",
-            where=str(entry.folder),
-            mend=f"name them by --exclude {entry.name}=FILE, or prepare it with that tokenizer",
+            f"{entry.folder}: {entry.name!r} was prepared with {its['model']!r}, the sample is "
+            f"compared by {setup.tokenizer.model!r}, and its raw files are gone (name them by "
+            f"--exclude {entry.name}=FILE, or prepare it with that tokenizer)"
         )
     return True
 
@@ -212,9 +208,7 @@ def _seq_length(config: SampleConfig, described: list[dict[str, Any]]) -> int | 
     if len(lengths) > 1:
         listed = ", ".join(sorted(map(str, lengths)))
         raise UserError(
-            f"the sources were prepared with different lengths: {listed}",
-            where="--seq-length",
-            mend="choose one",
+            f"--seq-length: the sources were prepared with different lengths: {listed} (choose one)"
         )
     return lengths.pop()
 
@@ -237,9 +231,7 @@ def _check_options(rows: RawRows, entry: Located, setup: Setup) -> None:
     first = slice(0, row.lengths[0])
     if not np.array_equal(row.tokens[first], tokens) or not np.array_equal(row.mask[first], mask):
         raise UserError(
-            f"the first record of {entry.name!r} does not become the example that was prepared "
-            "from it",
-            where=str(entry.files[0]),
-            mend="repeat prepare's --chat-template, --train-on-prompt, --too-long, --format and "
-            "--text-key, or --from-tokens",
+            f"{entry.files[0]}: the first record of {entry.name!r} does not become the example "
+            "that was prepared from it (repeat prepare's --chat-template, --train-on-prompt, "
+            "--too-long, --format and --text-key, or --from-tokens)"
         )

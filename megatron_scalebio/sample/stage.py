@@ -76,9 +76,8 @@ def _leave_unselected(source: OpenSource) -> None:
         chosen[list(source.entry.selected)] = True
     except IndexError:
         raise UserError(
-            f"{source.entry.name!r} has {len(chosen)} examples, and one chosen is beyond them",
-            where=source.entry.path,
-            mend="select again: the source has changed since",
+            f"{source.entry.path}: {source.entry.name!r} has {len(chosen)} examples, and one "
+            "chosen is beyond them (select again: the source has changed since)"
         ) from None
     source.statuses[~chosen & (source.statuses == 0)] = CODES["not_selected"]
 
@@ -164,9 +163,8 @@ def _facts(name: str, setup: Setup, group: list[Drawn]) -> Facts:
     if not any(len(drawn.rows) for drawn in group):
         names = ", ".join(drawn.source.entry.name for drawn in group)
         raise UserError(
-            "no usable row is left",
-            where=f"source {names}",
-            mend="are the excluded sets the sources themselves, or all answers empty?",
+            f"source {names}: no usable row is left (are the excluded sets the sources themselves, "
+            "or all answers empty?)"
         )
     formats: dict[str, None] = {}
     for drawn in group:
