@@ -121,7 +121,7 @@ def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
     try:
         tree = yaml.load(Path(path).read_text(), Loader=_Loader)
     except OSError as error:
-        raise UserError(error.strerror or str(error), where=path, mend="check --config") from None
+        raise UserError(error.strerror or str(error), where=path, fix="check --config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -129,7 +129,7 @@ def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
         raise UserError(
             f"not valid YAML: {problem}",
             where=f"{path}{line}",
-            mend="keep one of them" if isinstance(error, _TwiceError) else "check its indentation",
+            fix="keep one of them" if isinstance(error, _TwiceError) else "check its indentation",
         ) from None
     if tree is None:
         return {}
@@ -143,8 +143,8 @@ def _check_keys(values: dict[str, Any], known: Iterable[str], where: str) -> Non
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            mend = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {key!r} ({mend})")
+            fix = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {key!r} ({fix})")
 
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:

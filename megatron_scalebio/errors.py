@@ -22,13 +22,13 @@ class UserError(Exception):
     Args:
         message: the line, or what is wrong where the other two are told apart.
         where: the file (with line) or configuration field that it concerns.
-        mend: what the user can do about it.
+        fix: what the user can do about it.
     """
 
-    def __init__(self, message: str, *, where: str = "", mend: str = "") -> None:
+    def __init__(self, message: str, *, where: str = "", fix: str = "") -> None:
         text = f"{where}: {message}" if where else message
-        if mend:
-            text = f"{text} ({mend})"
+        if fix:
+            text = f"{text} ({fix})"
         super().__init__(" ".join(text.split()))
 
 
@@ -57,5 +57,5 @@ def disk_errors_named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"can't write: {error.strerror or error}", where=str(path), mend=WRITABLE
+            f"can't write: {error.strerror or error}", where=str(path), fix=WRITABLE
         ) from None

@@ -35,4 +35,4 @@ class Progress:
         self.marks += 1
 
 
-HERE = Progress()
+PROGRESS = Progress()

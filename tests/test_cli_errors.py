@@ -209,7 +209,7 @@ def test_damaged_sources(noted_on_wrong_data: Path, name: str) -> None:
     assert code == 2, said
     line = the_only_line(said)
     assert DAMAGE[name][1] in line
-    assert "s1" in line and line.endswith(")"), "names the source and a mend"
+    assert "s1" in line and line.endswith(")"), "names the source and a fix"
 
 
 @pytest.mark.distributed

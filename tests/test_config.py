@@ -248,7 +248,7 @@ def test_fields_that_disagree_are_refused(sections: dict, ranks: int, words: str
     with pytest.raises(UserError) as refusal:
         config.validate(ranks)
     assert words in str(refusal.value), refusal.value
-    assert str(refusal.value).endswith(")"), "says how to mend it"
+    assert str(refusal.value).endswith(")"), "says how to fix it"
 
 
 def test_fields_that_agree_pass() -> None:

@@ -187,7 +187,7 @@ def test_other_settings_are_told_and_not_written_over_an_ended_run(runs: Path) -
     line = the_only_line(said)
     assert code == 2 and f"is the end of a run of other settings: {change} (" in line
     said = ended_well(runs, "longer")
-    assert f"warning: goes on with other settings: {change}\n" in said
+    assert f"warning: continues with other settings: {change}\n" in said
 
 
 def test_last_checkpoints_are_kept(runs: Path) -> None:

@@ -65,7 +65,7 @@ def bare(kind: type[RunState], config: Config) -> Any:
 
 
 def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
-    """And not by what judges or writes, which may change when it is gone on with."""
+    """And not by what judges or writes, which may change when it is continued."""
     sections = {"optimizer": OPTIMIZER, "lisa": LISA, "train": TRAIN, "data": DATA}
     common = {f"{name}.{k}": v for name, each in sections.items() for k, v in each.items()}
     assert bare(RunState, config_of()).settings() == common

@@ -139,7 +139,7 @@ def limits(monkeypatch: pytest.MonkeyPatch, folder: Path, minutes: int, ranks: i
         train=TrainConfig(output=str(folder / "out")),
         checkpoint=CheckpointConfig(save=str(folder / "saves"), async_save=True),
     )
-    with start.begin(config) as begun:
+    with start.start_job(config) as begun:
         assert begun.signals == "signals"
         seen["begun"] = begun.folder, begun.save_to
         seen["in_background"] = begun.saves._in_background

@@ -148,8 +148,8 @@ def goes_on_with_other_settings(name: str, problem: tuple[list, list], folder: P
     assert state.probs_S.tolist() == [0.2, 0.6, 0.2]
     resumed, [warning] = saver.load_latest(state, folder)
     assert resumed and warning == (
-        "goes on with other settings: optimizer.weight_decay 0.1 -> 0.3, optimizer.adam_beta1 0.9 "
-        "-> 0.5, optimizer.adam_beta2 0.95 -> 0.6, optimizer.adam_eps 1e-08 -> 0.001"
+        "continues with other settings: optimizer.weight_decay 0.1 -> 0.3, optimizer.adam_beta1 "
+        "0.9 -> 0.5, optimizer.adam_beta2 0.95 -> 0.6, optimizer.adam_eps 1e-08 -> 0.001"
     )
     step()
     groups = state.training.period.optimizers["w"].param_groups

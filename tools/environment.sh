@@ -48,7 +48,7 @@ version_of() {
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null || true
 }
 
-remove_former() { # an environment of another Python can't be mended
+remove_former() { # an environment of another Python can't be fixed
     if [ -e "$folder/pyvenv.cfg" ]; then
         echo "environment: what $folder holds is of another Python: made anew"
         rm -rf "$folder"

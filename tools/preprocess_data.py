@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(args.tokenizer_model)
         if tokenizer.type != args.tokenizer_type:
             raise UserError(
-                f"is a {tokenizer.type}", where=args.tokenizer_model, mend="--tokenizer-type"
+                f"is a {tokenizer.type}", where=args.tokenizer_model, fix="--tokenizer-type"
             )
         code = run_config(
             PrepareConfig(

@@ -30,7 +30,7 @@ from megatron_scalebio.checkpoint.run import Run
 from megatron_scalebio.checkpoint.sharding import bilevel_state, w_state
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.guard.process import die_with
-from megatron_scalebio.progress import HERE
+from megatron_scalebio.progress import PROGRESS
 
 # The other strategy, the default, needs the package nvidia-resiliency-ext.
 _IN_BACKGROUND: dict[str, Any] = {"async_sharded_save": True, "async_strategy": "mcore"}
@@ -62,7 +62,7 @@ class Saves:
         Raises:
             UserError: if the disk refuses this one or the one before; earlier ones are untouched.
         """
-        with HERE.at("save"):
+        with PROGRESS.at("save"):
             self._save(state, folder, keep_last)
 
     def _save(self, state: Run, folder: Path, keep_last: int | None) -> None:
@@ -94,7 +94,7 @@ class Saves:
         if this is None:
             return
         try:
-            with HERE.at("save"), saver.writing(this.step, this.folder, this.temporary):
+            with PROGRESS.at("save"), saver.writing(this.step, this.folder, this.temporary):
                 if not self._queue.maybe_finalize_async_calls(blocking=wait):
                     return
         except UserError:

@@ -141,7 +141,7 @@ def newest_whole(save: Path, before: int | None = None) -> tuple[int | None, lis
 
 
 def set_aside(save: Path, after: int) -> None:
-    """Renames the damaged checkpoints after the one that a run goes on from: `keep_last` counts
+    """Renames the damaged checkpoints after the one that a run continues from: `keep_last` counts
     whole ones, and nothing is deleted.
     """
     for step in steps_on_disk(save):
@@ -237,7 +237,7 @@ def find_checkpoint(load: Path) -> Path:
 
 
 def is_plain(load: Path) -> bool:
-    """Whether a folder holds a whole checkpoint, and nothing that a run would go on with."""
+    """Whether a folder holds a whole checkpoint, and nothing that a run would continue with."""
     with contextlib.suppress(UserError):
         source = find_checkpoint(load)
         return not (source / BILEVEL).exists() and not damage(source)

@@ -15,7 +15,7 @@ class _Data(Protocol):
 
 
 class Run(Protocol):
-    """A run that can be saved and gone on with; `engine.state.RunState` is one.
+    """A run that can be saved and continued; `engine.state.RunState` is one.
 
     Attributes:
         stage: the command; a checkpoint resumes under the same alone.

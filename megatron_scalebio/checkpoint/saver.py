@@ -131,7 +131,7 @@ def load_latest(state: Run, folder: Path, required: bool = False) -> tuple[bool,
     if step is not None:
         changed = _load(state, folders.iteration_folder(folder, step))
         if changed:
-            warnings.append(f"goes on with other settings: {', '.join(changed)}")
+            warnings.append(f"continues with other settings: {', '.join(changed)}")
         if problems and not required:
             runtime.on_main(lambda: folders.set_aside(folder, step))
     return step is not None, warnings
@@ -248,8 +248,8 @@ def _check_sources(state: Run, common: dict[str, Any], source: Path) -> None:
     stage = common["run"].get("stage", "reweight")
     if stage != state.stage:
         raise UserError(
-            f"{source}: was saved by `{stage}`, which `{state.stage}` can't go on with (choose a "
-            "new train.output, or start from it with --pretrained-checkpoint)"
+            f"{source}: was saved by `{stage}`, which `{state.stage}` can't continue with (choose "
+            "a new train.output, or start from it with --pretrained-checkpoint)"
         )
     ours = state.common_state()["sources"]
     theirs = common["run"]["sources"]

@@ -2,7 +2,7 @@
 
 Every stage is the command that a user would give, in a process of its own; what it prints goes to a
 file beside what it makes. A stage that has made its product is not run again, so a comparison that
-was stopped goes on where it was.
+was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
                     console.print(f"    {duration(round(seconds))}")
                 _drop_training_state(stage)
     except KeyboardInterrupt:
-        console.print("compare: stopped; the same command goes on from there")
+        console.print("compare: stopped; the same command continues from there")
         return EXIT_SIGNALLED
     finally:
         comparison = collect(Plan(whole))

@@ -134,7 +134,7 @@ def _search(args: argparse.Namespace, config: Config, console: Console) -> dict[
         raise UserError(
             f"no layout of {gpus} x {gpu.name} holds the model"
             + (f"; {found.fewest} hold it" if found.fewest else ""),
-            where="--search", mend="more GPUs, fewer lisa_layers or a shorter seq_length",
+            where="--search", fix="more GPUs, fewer lisa_layers or a shorter seq_length",
         )  # fmt: skip
     table.show(console, best)
     lisa = found.best_config.lisa.lisa_layers
@@ -154,4 +154,4 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
-        raise UserError(error.strerror or str(error), where=str(path), mend="see --json") from None
+        raise UserError(error.strerror or str(error), where=str(path), fix="see --json") from None

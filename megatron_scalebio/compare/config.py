@@ -158,7 +158,7 @@ def load(path: Path, overrides: dict[str, Any]) -> CompareConfig:
         overrides: fields given on the command line.
 
     Raises:
-        UserError: naming file, field, value and mend.
+        UserError: naming file, field, value and fix.
     """
     config: CompareConfig = build(
         CompareConfig, {**read_yaml(str(path), known=_FIELDS), **overrides}, str(path)

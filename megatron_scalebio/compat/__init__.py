@@ -1,7 +1,7 @@
 """All that patches Megatron-Core or torch for a run, and all that needs a private name of Megatron.
 
     cpu        Megatron without CUDA
-    megatron   a fault mended, and private names that have no public equal
+    megatron   a fault fixed, and private names that have no public equal
 
 Nothing here acts on import. What is patched or borrowed is looked up when a run begins, so that
 another Megatron is refused in one line instead of failing in the middle. (`plan` puts stand-ins in
@@ -20,7 +20,7 @@ WRITTEN_FOR = "0.19.2"  # of megatron-core
 def adapt() -> None:
     """Prepares Megatron-Core for this process; call it before Megatron builds anything.
 
-    Mends what has to be mended, and where there is no GPU lets it run on the CPU.
+    Fixes what has to be fixed, and where there is no GPU lets it run on the CPU.
 
     Raises:
         UserError: if it is another Megatron than the package is written for.

@@ -1,4 +1,4 @@
-"""A fault of Megatron-Core 0.19.2 mended, and the private names of it that the package needs."""
+"""A fault of Megatron-Core 0.19.2 fixed, and the private names of it that the package needs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _adapted = False
 
 
 def adapt() -> None:
-    """Mends Megatron once, and checks that it has what is borrowed here. Call as a run begins.
+    """Fixes Megatron once, and checks that it has what is borrowed here. Call as a run begins.
 
     Raises:
         UserError: if it has not.
@@ -48,7 +48,7 @@ def adapt() -> None:
 
 
 def _complete_adam_state() -> None:
-    """Mends a load of Megatron's DistributedOptimizer over torch's Adam.
+    """Fixes a load of Megatron's DistributedOptimizer over torch's Adam.
 
     torch's Adam keeps `step` with every parameter, Transformer Engine's and Apex's with the group.
     `fully_reshardable` checkpoints follow the latter, and loading one into the former raises

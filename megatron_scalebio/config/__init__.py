@@ -1,4 +1,4 @@
-"""Every option of a run, in typed sections that refuse bad values by field, value and mend.
+"""Every option of a run, in typed sections that refuse bad values by field, value and fix.
 
 Parallelism, batch, tokenizer, checkpoint and logging options carry Megatron-LM's flag names.
 `config_loader` fills these classes from defaults < YAML file < command-line flags.
@@ -48,7 +48,7 @@ class Config:
         """Checks what several fields and the number of ranks decide together, for `reweight`.
 
         Raises:
-            UserError: naming the field, its value and the mend.
+            UserError: naming the field, its value and the fix.
         """
         if len(self.data.sources) < 2:
             raise UserError(

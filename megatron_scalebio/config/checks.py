@@ -1,4 +1,4 @@
-"""What the sections are made of: options with help text, and refusals by field, value and mend."""
+"""What the sections are made of: options with help text, and refusals by field, value and fix."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def require_name(where: str, name: str) -> None:
         raise UserError(
             f"{name!r} cannot name a source or a set",
             where=where,
-            mend="use letters, digits, '.', '_' and '-'",
+            fix="use letters, digits, '.', '_' and '-'",
         )
 
 
@@ -52,7 +52,7 @@ def require_one_of(flag: str, value: str | None, allowed: Collection[str]) -> No
     """Refuses a command's option that is none of the allowed words (None: not given)."""
     if value is not None and value not in allowed:
         known = ", ".join(allowed)
-        raise UserError(f"unknown value {value!r}", where=flag, mend=f"one of {known}")
+        raise UserError(f"unknown value {value!r}", where=flag, fix=f"one of {known}")
 
 
 def require_at_least(flag: str, value: float | None, least: float) -> None:

@@ -148,19 +148,19 @@ class ExportPlan:
             if not self._w.holds(whole):
                 raise UserError(
                     f"{self._w.folder}: lacks tensor {whole.stacked_key}, which {architecture} "
-                    f"needs ({_MEND})"
+                    f"needs ({_FIX})"
                 )
             shape = self.checkpoint_of(whole).shape(whole)
             if shape != whole.shape and not self._is_padded(whole, shape):
                 raise UserError(
                     f"{self._w.folder}: {whole.stacked_key} has shape {list(shape)}, the "
-                    f"reference's config.json asks for {list(whole.shape)} ({_MEND})"
+                    f"reference's config.json asks for {list(whole.shape)} ({_FIX})"
                 )
         unknown = self._w.unknown(self.table.wholes)
         if unknown:
             raise UserError(
                 f"{self._w.folder}: holds tensor {unknown[0]}, for which {architecture} has no "
-                f"place ({_MEND})"
+                f"place ({_FIX})"
             )
 
     def _is_padded(self, whole: Whole, shape: tuple[int, ...]) -> bool:
@@ -212,7 +212,7 @@ class ExportPlan:
         return self._asked_dtype(whole)
 
 
-_MEND = "use the Hugging Face folder of the model that the checkpoint came from"
+_FIX = "use the Hugging Face folder of the model that the checkpoint came from"
 
 
 class Parts:

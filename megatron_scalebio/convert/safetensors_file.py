@@ -29,7 +29,7 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MEND = "fetch the file again"
+_FIX = "fetch the file again"
 # Of one write. `cp`, too, writes little at a time: on ext4 under Linux 6.18, writes of 1 to 16 MiB
 # took three times as long.
 _BLOCK_BYTES = 128 << 10
@@ -72,7 +72,7 @@ def read_header(path: Path) -> Header:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
-            raise UserError(f"{path}: cut short at {size} bytes ({_MEND})")
+            raise UserError(f"{path}: cut short at {size} bytes ({_FIX})")
         text = stream.read(length)
     try:
         described = json.loads(text)
@@ -80,12 +80,12 @@ def read_header(path: Path) -> Header:
         entries = {name: _entry(item, 8 + length) for name, item in described.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: not a safetensors file: {error or type(error).__name__} ({_MEND})"
+            f"{path}: not a safetensors file: {error or type(error).__name__} ({_FIX})"
         ) from None
     entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
     for name, entry in entries.items():
         if entry.begin + entry.nbytes > size:
-            raise UserError(f"{path}: cut short at {size} bytes, within tensor {name} ({_MEND})")
+            raise UserError(f"{path}: cut short at {size} bytes, within tensor {name} ({_FIX})")
     return Header(start + text, metadata, entries)
 
 
@@ -110,7 +110,7 @@ def read_into(stream: FileIO, begin: int, out: Tensor) -> None:
     while view:
         count = stream.readinto(view)
         if not count:
-            raise UserError(f"{stream.name}: cut short while it was read ({_MEND})")
+            raise UserError(f"{stream.name}: cut short while it was read ({_FIX})")
         view = view[count:]
 
 

@@ -69,7 +69,7 @@ class ExampleEncoder:
                 raise UserError(
                     f"the chat template {error}",
                     where=where or self.tokenizer.model,
-                    mend="mend the record, or use --chat-template with plain or a Jinja file",
+                    fix="fix the record, or use --chat-template with plain or a Jinja file",
                 ) from error
         if not self.train_on_prompt and not any(segment.target for segment in segments):
             return [], []

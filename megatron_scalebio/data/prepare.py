@@ -246,12 +246,12 @@ def _workers(config: PrepareConfig, input_bytes: int) -> int:
 
 def _nothing_left(source: SourceInput, dropped: dict[str, int]) -> UserError:
     reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items() if count)
-    mend = "records need an assistant turn with text, or --train-on-prompt"
+    fix = "records need an assistant turn with text, or --train-on-prompt"
     if dropped["too_long"] and not dropped["no_target"]:
-        mend = "raise --seq-length, or --too-long split"
+        fix = "raise --seq-length, or --too-long split"
     return UserError(
         f"source {source.name}: {source.files[0]}: no example with a target token is left "
-        f"(dropped: {reasons}) ({mend})"
+        f"(dropped: {reasons}) ({fix})"
     )
 
 

@@ -19,14 +19,14 @@ def read_weights(path: Path) -> dict[str, tuple[float, str]]:
     Raises:
         UserError: the file cannot be read or is no such file.
     """
-    mend = "give the weights.json of a reweight run, or the folder of the run"
+    fix = "give the weights.json of a reweight run, or the folder of the run"
     try:
         sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
         found = {s["name"]: (float(s["weight"]), str(s["path"])) for s in sources}
     except OSError as error:
-        raise UserError(f"{path}: cannot read the weights: {error.strerror} ({mend})") from None
+        raise UserError(f"{path}: cannot read the weights: {error.strerror} ({fix})") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: holds no weights ({error!r}) ({mend})") from None
+        raise UserError(f"{path}: holds no weights ({error!r}) ({fix})") from None
     check_weights({name: weight for name, (weight, _) in found.items()}, str(path))
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_scalebio.guard.stragglers import FORWARD
-from megatron_scalebio.progress import HERE
+from megatron_scalebio.progress import PROGRESS
 
 
 class StepClock:
@@ -22,12 +22,12 @@ class StepClock:
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         if part == "forward":
-            HERE.mark()
+            PROGRESS.mark()
             with FORWARD.running():
                 yield
             return
         start = time.perf_counter()
-        with HERE.at(part):
+        with PROGRESS.at(part):
             yield
         self._time_s[part] = self._time_s.get(part, 0.0) + time.perf_counter() - start
 

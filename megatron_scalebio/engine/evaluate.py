@@ -26,7 +26,7 @@ from megatron_scalebio.core.sampler import Ints, Picks
 from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
 from megatron_scalebio.data.sources import Source
-from megatron_scalebio.progress import HERE
+from megatron_scalebio.progress import PROGRESS
 
 _PASSES_PER_FLUSH = 64
 
@@ -134,7 +134,7 @@ def token_losses(
     One flush, forward only and in evaluation mode. Every micro-batch with its losses on the rank
     that reports those of its replica (`runtime.reports_losses`); an empty list on other ranks.
     """
-    with _evaluating(chunks), HERE.at("evaluate"):
+    with _evaluating(chunks), PROGRESS.at("evaluate"):
         records = get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
@@ -185,7 +185,7 @@ def _flushes(
 
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Any]:
-    HERE.mark()
+    PROGRESS.mark()
     batch = next(batches)
     return model(**batch.inputs(runtime.device())), partial(_keep, batch)
 

@@ -12,17 +12,17 @@ from pathlib import Path
 
 from megatron_scalebio import runtime
 from megatron_scalebio.engine.run_log import RunLog
-from megatron_scalebio.engine.start import Begun
+from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.guard.stragglers import Stragglers
-from megatron_scalebio.progress import HERE
+from megatron_scalebio.progress import PROGRESS
 
 
-def logged_steps(state: RunState, begun: Begun, log: RunLog | None, save_to: Path | None) -> bool:
+def logged_steps(state: RunState, job: Job, log: RunLog | None, save_to: Path | None) -> bool:
     """`run_steps`, after which the log is closed."""
     try:
-        finished = run_steps(state, begun, log, save_to)
+        finished = run_steps(state, job, log, save_to)
     finally:
         if log:
             log.close()
@@ -33,7 +33,7 @@ def logged_steps(state: RunState, begun: Begun, log: RunLog | None, save_to: Pat
     return finished
 
 
-def run_steps(state: RunState, begun: Begun, log: RunLog | None, save_to: Path | None) -> bool:
+def run_steps(state: RunState, job: Job, log: RunLog | None, save_to: Path | None) -> bool:
     """Steps until the end, convergence (if asked) or a signal; saves on the way. A collective.
 
     Args:
@@ -53,23 +53,23 @@ def run_steps(state: RunState, begun: Begun, log: RunLog | None, save_to: Path |
         record = _timed_step(state)
         slowest, slow = stragglers.after_step(state.step, record["time_s"], record["step_time_s"])
         record["straggler"] = slowest and slowest.as_dict()
-        state.evaluate(record, begun)
+        state.evaluate(record, job)
         problem = log.log(record, slow) if log else None
         if save_to and is_due(state.step, interval) and not record["skipped"]:
-            begun.saves.save(state, save_to)
+            job.saves.save(state, save_to)
             saved_at = state.step
         else:
-            begun.saves.poll()
+            job.saves.poll()
         _refuse_skips(state, record)
         converged = runtime.is_main() and state.converged()  # one rank's word: see core.training
         signalled, failed, converged = runtime.any_rank(
-            begun.signals.received, problem is not None, converged
+            job.signals.received, problem is not None, converged
         )
         if failed:
             raise problem or UserError("rank 0 could not write its log")
     if save_to and saved_at != state.step and state.training.skipped_in_a_row == 0:
-        begun.saves.save(state, save_to)
-    begun.saves.drain()
+        job.saves.save(state, save_to)
+    job.saves.drain()
     return converged or state.step == iters
 
 
@@ -79,7 +79,7 @@ def is_due(step: int, interval: int) -> bool:
 
 def _timed_step(state: RunState) -> Record:
     start = time.perf_counter()
-    HERE.step = state.step + 1
+    PROGRESS.step = state.step + 1
     record = state.make_step()
     record["step_time_s"] = time.perf_counter() - start
     record["tokens_per_second"] = record["tokens"] / record["step_time_s"]

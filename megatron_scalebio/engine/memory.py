@@ -23,7 +23,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.sources import vocab_size_told
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.progress import HERE
+from megatron_scalebio.progress import PROGRESS
 
 _PLAN_TIMEOUT_S = 300
 _ON_CPU = "DefaultCPUAllocator"  # torch raises a bare RuntimeError there
@@ -55,8 +55,8 @@ def out_of_memory(config: Config, folder: Path, error: Exception) -> UserError:
         taken = torch.cuda.max_memory_allocated() / 1e9
         extra = f"; {taken:.1f} GB were allocated at most, see {snapshot}"
     return UserError(
-        f"train.micro_batch_size: rank {runtime.rank()} ran out of memory in {HERE.phase} of step "
-        f"{HERE.step}: {found}{extra}; {prediction(config, folder)} (lower it, set "
+        f"train.micro_batch_size: rank {runtime.rank()} ran out of memory in {PROGRESS.phase} of "
+        f"step {PROGRESS.step}: {found}{extra}; {prediction(config, folder)} (lower it, set "
         "recompute_granularity or lisa_layers, or ask `plan --search`)"
     )
 

@@ -12,7 +12,7 @@ from megatron_scalebio.engine.state import RunState
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs.console import RunConsole, SourceLine
 from megatron_scalebio.logs.metrics import MetricsLog
-from megatron_scalebio.progress import HERE
+from megatron_scalebio.progress import PROGRESS
 
 
 class RunLog:
@@ -69,7 +69,7 @@ class RunLog:
             slow: a line about the slowest rank, if there is one to warn of.
         """
         try:
-            with HERE.at("log"):
+            with PROGRESS.at("log"):
                 self.metrics.log(record)
         except UserError as error:
             return error

@@ -30,7 +30,7 @@ _SAMPLES = 256  # of a file of weights: training may have changed few of its ten
 
 
 @dataclass(frozen=True)
-class Begun:
+class Job:
     """A run whose ranks have met.
 
     Attributes:
@@ -45,7 +45,7 @@ class Begun:
 
 
 @contextmanager
-def begin(config: Config) -> Iterator[Begun]:
+def start_job(config: Config) -> Iterator[Job]:
     """Joins the ranks, makes the folders and holds them, before anything costs time.
 
     Raises:
@@ -71,7 +71,7 @@ def begin(config: Config) -> Iterator[Begun]:
         runtime.on_main(lambda: locks.enter_context(held(folder, save_to, patience_s=patience_s)))
         stack.enter_context(out_of_memory_named(config, folder))
         saves = stack.enter_context(Saves(config.checkpoint.async_save))
-        yield Begun(signals, folder, save_to, saves)
+        yield Job(signals, folder, save_to, saves)
 
 
 def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:

@@ -189,11 +189,11 @@ class RunState:
         """One step of all ranks; its record, but for times. Each kind of run has its own."""
         raise NotImplementedError
 
-    def evaluate(self, record: Record, begun: Any) -> None:
+    def evaluate(self, record: Record, job: Any) -> None:
         """Looks at the models after a step, where it is time to, and adds what it found.
 
         Args:
-            begun: the run's `Begun`.
+            job: the run's `Job`.
         """
 
     def converged(self) -> bool:

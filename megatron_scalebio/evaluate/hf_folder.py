@@ -34,15 +34,15 @@ def check_folder(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is not a folder with a model and a tokenizer.
     """
-    mend = "give a Hugging Face folder, such as `convert export` writes"
+    fix = "give a Hugging Face folder, such as `convert export` writes"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder ({mend})")
+        raise UserError(f"{folder}: no such folder ({fix})")
     names = {path.name for path in folder.iterdir()}
     for needed in (("config.json",), ("tokenizer.json", "tokenizer.model", "vocab.json")):
         if not names & set(needed):
-            raise UserError(f"{folder}: holds no {' or '.join(needed)} ({mend})")
+            raise UserError(f"{folder}: holds no {' or '.join(needed)} ({fix})")
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
-        raise UserError(f"{folder}: holds no weights ({mend})")
+        raise UserError(f"{folder}: holds no weights ({fix})")
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:

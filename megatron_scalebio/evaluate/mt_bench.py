@@ -3,7 +3,7 @@
     question.jsonl ─▶ answers.jsonl ─▶ judgments.jsonl ─▶ scores
                       (the model)      (the judge)
 
-Both files are appended to, so that a stopped run goes on where it was.
+Both files are appended to, so that a stopped run continues where it was.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_scalebio.guard.process import Process
-from megatron_scalebio.progress import HERE
+from megatron_scalebio.progress import PROGRESS
 
 PACKAGE = str(Path(__file__).resolve().parents[1])
 # Files in which a process waits for others; the outermost function there is the collective.
@@ -125,11 +125,11 @@ class Stillness:
         self.still_s = self.waiting_s = 0.0
 
     def look(self, place: Place) -> None:
-        moved = HERE.marks != self._marks
+        moved = PROGRESS.marks != self._marks
         self.still_s = 0.0 if moved else self.still_s + self._interval_s
         waits = place.collective != "" and place.collective == self._collective and not moved
         self.waiting_s = self.waiting_s + self._interval_s if waits else 0.0
-        self._marks, self._collective = HERE.marks, place.collective
+        self._marks, self._collective = PROGRESS.marks, place.collective
 
 
 def stalled(ranks: Sequence[Status], timeout_s: float) -> bool:

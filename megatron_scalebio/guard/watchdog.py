@@ -40,7 +40,7 @@ from megatron_scalebio.guard.status import (
     stall_line,
     stalled,
 )
-from megatron_scalebio.progress import HERE
+from megatron_scalebio.progress import PROGRESS
 
 BEAT_S = 2.0
 _SILENT_S = 60.0  # in a step; a start may keep the interpreter busy for longer
@@ -81,7 +81,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        HERE.reset()
+        PROGRESS.reset()
         self._publish(RUNNING)
         self._thread.start()
         return self
@@ -145,8 +145,8 @@ class Watchdog:
         place = Place.now()
         self._stillness.look(place)
         self._own = Status(
-            self._rank, self._own.process, self._own.beat + 1, state, HERE.step, HERE.phase,
-            str(place), HERE.marks, self._stillness.still_s, self._stillness.waiting_s,
+            self._rank, self._own.process, self._own.beat + 1, state, PROGRESS.step, PROGRESS.phase,
+            str(place), PROGRESS.marks, self._stillness.still_s, self._stillness.waiting_s,
             " ".join(error.split())[:300],
         )  # fmt: skip
         self._store.set(str(self._rank), self._own.encode())

@@ -173,7 +173,9 @@ class RunConsole:
     def stopped(self, step: int) -> None:
         """Says that a signal ended the run, and that nothing is lost."""
         self.stop()
-        self.warn(f"stopped by a signal, saved at step {step}; the same command goes on from there")
+        self.warn(
+            f"stopped by a signal, saved at step {step}; the same command continues from there"
+        )
 
     def note(self, line: str) -> None:
         """One line that stays, above the bar where there is one."""

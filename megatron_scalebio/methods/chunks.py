@@ -93,7 +93,7 @@ class Chunks:
             [stopped] = runtime.any_rank(signals.received)
             if stopped and number != missing[-1]:
                 if runtime.is_main():
-                    console.warn("stopped by a signal; the same command goes on from there")
+                    console.warn("stopped by a signal; the same command continues from there")
                 return False
         return True
 

@@ -39,7 +39,7 @@ from megatron_scalebio.core.objective import Role, mixed
 from megatron_scalebio.core.period import Period
 from megatron_scalebio.core.sampler import BlendSampler, Picks
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
-from megatron_scalebio.engine.start import Begun
+from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Record
 from megatron_scalebio.engine.update import step_w
 from megatron_scalebio.errors import UserError
@@ -51,11 +51,11 @@ LARGEST_SCORE = 5.0
 PUBLISHED_REACH = 100.0  # η / μ times the number of steps: 5e-4 / 0.05 · 10,000
 
 
-def find(config: Config, begun: Begun) -> Found | None:
+def find(config: Config, job: Job) -> Found | None:
     """The average weights of a whole training, or None at a signal."""
-    state = DogeState(config, begun.folder / "cache")
+    state = DogeState(config, job.folder / "cache")
     initial_S = state.weight_S.tolist()
-    if not learn(state, begun):
+    if not learn(state, job):
         return None
     return Found(
         sources=state.data.sources,

@@ -34,7 +34,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.evaluate import token_losses
-from megatron_scalebio.engine.start import Begun
+from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Data, Record, TokenCost
 from megatron_scalebio.engine.update import train_on
 from megatron_scalebio.errors import EXIT_OK
@@ -55,17 +55,17 @@ REFERENCE = "reference"  # the folder of the reference's training, in the run's 
 Chunks = list[torch.nn.Module]
 
 
-def find(config: Config, begun: Begun) -> Found | None:
+def find(config: Config, job: Job) -> Found | None:
     """Trains the reference, then the proxy; its average weights, or None at a signal."""
     config.validate_training(runtime.world_size_from_environment())
-    refuse_run_of_another(begun.folder, config.baseline.method)
-    reference_cost = train_reference(config, begun)
+    refuse_run_of_another(job.folder, config.baseline.method)
+    reference_cost = train_reference(config, job)
     if reference_cost is None:
         return None
-    state = DoremiState(config, begun.folder / "cache")
+    state = DoremiState(config, job.folder / "cache")
     initial_S = state.weight_S.tolist()
-    saver.load_pretrained(state.reference, begun.folder / REFERENCE / "checkpoints")
-    if not learn(state, begun):
+    saver.load_pretrained(state.reference, job.folder / REFERENCE / "checkpoints")
+    if not learn(state, job):
         return None
     return Found(
         sources=state.data.sources,
@@ -77,17 +77,17 @@ def find(config: Config, begun: Begun) -> Found | None:
     )
 
 
-def train_reference(config: Config, begun: Begun) -> TokenCost | None:
+def train_reference(config: Config, job: Job) -> TokenCost | None:
     """Trains the reference, or what is left of it; what it cost, or None at a signal."""
-    folder = begun.folder / REFERENCE
-    data = Data(config, begun.folder / "cache")
+    folder = job.folder / REFERENCE
+    data = Data(config, job.folder / "cache")
     config.train.resolve_epochs(sum(len(source) for source in data.sources))
     prior_S = prior_weights(config, data)
     reference = reference_config(config, prior_S, folder)
-    begun = replace(begun, folder=folder, save_to=folder / "checkpoints")
+    job = replace(job, folder=folder, save_to=folder / "checkpoints")
     names = [source.name for source in config.data.sources]
-    runtime.on_main(lambda: outputs.prepare_folders(folder, begun.save_to, names))
-    code, state = train_begun(reference, begun, part_of=folder.parent)
+    runtime.on_main(lambda: outputs.prepare_folders(folder, job.save_to, names))
+    code, state = train_begun(reference, job, part_of=folder.parent)
     state.training.leave_period()
     return state.cost if code == EXIT_OK else None
 

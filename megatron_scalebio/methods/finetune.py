@@ -24,7 +24,7 @@ from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.evaluate import HeldOutLoss, held_out_losses
 from megatron_scalebio.engine.loop import is_due, logged_steps
 from megatron_scalebio.engine.run_log import RunLog
-from megatron_scalebio.engine.start import Begun, begin, resume_or_start
+from megatron_scalebio.engine.start import Job, resume_or_start, start_job
 from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import train_on
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
@@ -38,24 +38,22 @@ def train(config: Config) -> int:
     Raises:
         UserError: for what the configuration, the data or the machine are at fault.
     """
-    with begin(config) as begun:
-        return train_begun(config, begun)[0]
+    with start_job(config) as job:
+        return train_begun(config, job)[0]
 
 
-def train_begun(
-    config: Config, begun: Begun, part_of: Path | None = None
-) -> tuple[int, FinetuneState]:
+def train_begun(config: Config, job: Job, part_of: Path | None = None) -> tuple[int, FinetuneState]:
     """The same for ranks that have met: its exit code and its state at the end.
 
     Args:
         part_of: run whose sample indices and imported Hugging Face model it shares [its own].
     """
-    home = part_of or begun.folder
+    home = part_of or job.folder
     state = FinetuneState(config, home / "cache")
-    warnings = resume_or_start(state, home, begun.save_to)
+    warnings = resume_or_start(state, home, job.save_to)
     parameters = outputs.parameter_count(state)
-    reporter = runtime.only_on_main(lambda: Reporter(state, begun.folder, parameters, warnings))
-    finished = logged_steps(state, begun, reporter, begun.save_to)
+    reporter = runtime.only_on_main(lambda: Reporter(state, job.folder, parameters, warnings))
+    finished = logged_steps(state, job, reporter, job.save_to)
     losses = state.held_out(test=True) if finished else []
     if reporter:
         reporter.finish(losses)
@@ -89,7 +87,7 @@ class FinetuneState(RunState):
                 batches = micro_batches(self.data.sources, picks, self.data.layout)
         return train_on(self, batches, picks, self.probs_S)
 
-    def evaluate(self, record: Record, begun: Begun) -> None:
+    def evaluate(self, record: Record, job: Job) -> None:
         """Losses on the validation sets, at intervals and at the end; the best is kept."""
         train = self.config.train
         last = self.step == train.train_iters
@@ -101,7 +99,7 @@ class FinetuneState(RunState):
         record["validation_losses"] = [getattr(each, kind) for each in losses]
         if loss < self.best_loss:
             self.best_loss = loss
-            begun.saves.save(self, begun.folder / "best", keep_last=1)
+            job.saves.save(self, job.folder / "best", keep_last=1)
 
     def held_out(self, test: bool = False) -> list[HeldOutLoss]:
         """Losses on the validation sets (some examples of each), or on all of all sets."""

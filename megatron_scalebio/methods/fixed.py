@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from megatron_scalebio.config import Config
 from megatron_scalebio.engine.outputs import natural_shares
-from megatron_scalebio.engine.start import Begun
+from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Data
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.found import Found, normalised
 
 
-def find(config: Config, begun: Begun) -> Found:
+def find(config: Config, job: Job) -> Found:
     """The weights that `baseline.method` stands for.
 
     uniform: every source alike. natural: `outputs.natural_shares`. manual: the weights in
     `data.weights` or `data.sources`.
     """
-    data = Data(config, begun.folder / "cache")
+    data = Data(config, job.folder / "cache")
     method = config.baseline.method
     if method == "uniform":
         weights = [1.0] * len(data.sources)

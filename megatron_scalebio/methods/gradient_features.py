@@ -39,7 +39,7 @@ from megatron_scalebio.data.sources import Source
 from megatron_scalebio.engine.state import RunState
 from megatron_scalebio.methods.adam_moments import AdamMoments, adam_update
 from megatron_scalebio.methods.sketch import CountSketch, Identity, SketchTable
-from megatron_scalebio.progress import HERE
+from megatron_scalebio.progress import PROGRESS
 
 _PASSES_PER_FLUSH = 64
 
@@ -176,7 +176,7 @@ class GradientFeatures:
             matrix.passes = 0
         for chunk in chunks:
             chunk.eval()
-        with HERE.at("gradients"):
+        with PROGRESS.at("gradients"):
             get_forward_backward_func()(
                 forward_step_func=_forward_step,
                 data_iterator=[iter(passes) for _ in chunks] if len(chunks) > 1 else iter(passes),
@@ -220,6 +220,6 @@ def _pass(batch: MicroBatch, loss_mean: str, first_filler: int) -> Pass:
 
 
 def _forward_step(passes: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    HERE.mark()
+    PROGRESS.mark()
     this = next(passes)
     return gpt_losses(model, this.batch), partial(loss_func, this)

@@ -44,7 +44,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.core.sampler import Floats, Ints
 from megatron_scalebio.core.schedule import Schedule
 from megatron_scalebio.data.sources import Source
-from megatron_scalebio.engine.start import Begun
+from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Data, TokenCost
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.adam_moments import adam_moments
@@ -58,7 +58,7 @@ from megatron_scalebio.methods.scores import found_from_rows, write_scores
 VALIDATION_FILE = "validation.npy"
 
 
-def find(config: Config, begun: Begun) -> Found | None:
+def find(config: Config, job: Job) -> Found | None:
     """The mixture and the choice of LESS. None: a signal stopped it."""
     if config.lisa.lisa_layers is not None:
         raise UserError("lisa.lisa_layers: less needs the Adam state of all layers (drop it)")
@@ -67,10 +67,10 @@ def find(config: Config, begun: Begun) -> Found | None:
             "parallel.context_parallel_size: less needs an example's whole gradient on one rank, "
             "for Adam's update is not linear (set it to 1)"
         )
-    data = Data(config, begun.folder / "cache")
+    data = Data(config, job.folder / "cache")
     pool = Pool(data.sources)
     row_W, epoch_steps = warmup_plan(config, len(pool))
-    state = _warm_up(config, begun, row_W, epoch_steps)
+    state = _warm_up(config, job, row_W, epoch_steps)
     if state is None:
         return None
     cost, steps = state.cost, state.step
@@ -82,20 +82,20 @@ def find(config: Config, begun: Begun) -> Found | None:
     }  # fmt: skip
     stores = []
     for number in range(1, len(rate_C) + 1):
-        folder = begun.folder / "features" / f"checkpoint-{number}"
+        folder = job.folder / "features" / f"checkpoint-{number}"
         store = Chunks(folder, len(pool), {**made_for, "checkpoint": number})
         stores.append(store)
         done = store.is_whole() and runtime.on_main((folder / VALIDATION_FILE).is_file)
         if done:
             continue
         saver.load_step(state, _checkpoints(config), number * epoch_steps)
-        if not take_features(state, data.validation, store, f"checkpoint {number}", begun):
+        if not take_features(state, data.validation, store, f"checkpoint {number}", job):
             return None
     score_NV = runtime.on_main(lambda: influence(stores, rate_C, len(data.validation)))
     score_N = score_NV.max(axis=1)
     runtime.on_main(
         lambda: write_scores(
-            begun.folder, pool, score_N, score_by_validation=score_NV.astype(np.float32)
+            job.folder, pool, score_N, score_by_validation=score_NV.astype(np.float32)
         )
     )
     validation_tokens = sum(Pool([source]).input_tokens() for source in data.validation)
@@ -123,19 +123,19 @@ def _checkpoints(config: Config) -> Path:
     return Path(config.train.output) / "warmup" / "checkpoints"
 
 
-def _warm_up(config: Config, begun: Begun, row_W: Ints, epoch_steps: int) -> PoolState | None:
+def _warm_up(config: Config, job: Job, row_W: Ints, epoch_steps: int) -> PoolState | None:
     """Trains the warm-up to its end, a checkpoint after each epoch."""
     steps = config.baseline.less_checkpoints * epoch_steps
     part = side_training_config(config, steps, Path(config.train.output) / "warmup")
     # All are kept: a signal adds one of its own.
     checkpoint = replace(part.checkpoint, save_interval=epoch_steps, keep_last=steps + 1)
     part = replace(part, checkpoint=checkpoint)
-    state = PoolState(part, begun.folder / "cache", "less warm-up", row_W)
-    return state if train_on_pool(state, begun, "Warm-up") else None
+    state = PoolState(part, job.folder / "cache", "less warm-up", row_W)
+    return state if train_on_pool(state, job, "Warm-up") else None
 
 
 def take_features(
-    state: PoolState, validation: list[Source], store: Chunks, what: str, begun: Begun
+    state: PoolState, validation: list[Source], store: Chunks, what: str, job: Job
 ) -> bool:
     """Fills the features of a checkpoint, which `state` has just loaded. False: stopped."""
     period = state.training.enter_period(resuming=True)
@@ -154,7 +154,7 @@ def take_features(
         if not runtime.on_main(path.is_file):
             mean_VD = torch.stack([features.of_mean(source) for source in validation])
             runtime.on_main(lambda: write_array(path, mean_VD.cpu().numpy()))
-        return store.fill(f"gradients at {what}", of_rows, begun.signals)
+        return store.fill(f"gradients at {what}", of_rows, job.signals)
     finally:
         features.close()
 

@@ -18,7 +18,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.core.sampler import Ints, Picks
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.loop import logged_steps
-from megatron_scalebio.engine.start import Begun, resume_or_start
+from megatron_scalebio.engine.start import Job, resume_or_start
 from megatron_scalebio.logs.console import RunConsole
 from megatron_scalebio.methods.finetune import FinetuneState, Reporter
 from megatron_scalebio.methods.pool import EpochOrder, Pool
@@ -81,7 +81,7 @@ class PoolState(FinetuneState):
         self.order.position = state["position"]
 
 
-def train_on_pool(state: PoolState, begun: Begun, what: str, save_to: Path | None = None) -> bool:
+def train_on_pool(state: PoolState, job: Job, what: str, save_to: Path | None = None) -> bool:
     """Trains to the end, from the newest checkpoint where there is one.
 
     Args:
@@ -95,10 +95,10 @@ def train_on_pool(state: PoolState, begun: Begun, what: str, save_to: Path | Non
     save_to = save_to or folder / "checkpoints"
     names = [source.name for source in state.data.sources]
     runtime.on_main(lambda: outputs.prepare_folders(folder, save_to, names))
-    warnings = resume_or_start(state, begun.folder, save_to)
+    warnings = resume_or_start(state, job.folder, save_to)
     parameters = outputs.parameter_count(state)
     if runtime.is_main():
         RunConsole([], 1).note(what)
     reporter = runtime.only_on_main(lambda: Reporter(state, folder, parameters, warnings))
-    here = replace(begun, folder=folder, save_to=save_to)
+    here = replace(job, folder=folder, save_to=save_to)
     return logged_steps(state, here, reporter, save_to)

@@ -26,7 +26,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.core.sampler import Floats
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.loop import run_steps
-from megatron_scalebio.engine.start import Begun, load_start
+from megatron_scalebio.engine.start import Job, load_start
 from megatron_scalebio.engine.state import Data, Record, TokenCost
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.finetune import FinetuneState
@@ -38,16 +38,16 @@ PROXIES_FILE = "proxies.json"
 PASSES_OF_A_BILEVEL_STEP = 3  # u and w on the training batch, w on a validation batch as large
 
 
-def find(config: Config, begun: Begun) -> Found | None:
+def find(config: Config, job: Job) -> Found | None:
     """Trains the proxies that are missing; the mixture they point to, or None at a signal."""
     config.validate_training(runtime.world_size_from_environment())
-    data = Data(config, begun.folder / "cache")
+    data = Data(config, job.folder / "cache")
     config.train.resolve_epochs(sum(len(source) for source in data.sources))
     prior_S = np.array(prior_weights(config, data))
     count, iters = budget(config, len(data.sources))
     mixtures = [draw_mixture(prior_S, config.train.seed, number) for number in range(count)]
-    ledger = Ledger(begun.folder / PROXIES_FILE, data, iters, prior_S, mixtures)
-    if ledger.missing and not train_proxies(config, begun, iters, ledger):
+    ledger = Ledger(job.folder / PROXIES_FILE, data, iters, prior_S, mixtures)
+    if ledger.missing and not train_proxies(config, job, iters, ledger):
         return None
     losses = np.array([p["loss"] for p in ledger.proxies])
     regression = fit(np.stack(mixtures), losses)
@@ -147,14 +147,14 @@ class Ledger:
         return [proxy for proxy, _ in pairs]
 
 
-def train_proxies(config: Config, begun: Begun, iters: int, ledger: Ledger) -> bool:
+def train_proxies(config: Config, job: Job, iters: int, ledger: Ledger) -> bool:
     """Trains the missing proxies one after the other; whether the last one is finished."""
     train = replace(config.train, train_iters=iters, train_epochs=None)
     short = replace(config, train=train)
-    state = start_proxy(short, begun, ledger)
+    state = start_proxy(short, job, ledger)
     log = start_log(
         state,
-        begun,
+        job,
         ledger.prior_S.tolist(),
         resume_step=len(ledger.proxies) * iters,
         config=config,
@@ -162,14 +162,14 @@ def train_proxies(config: Config, begun: Begun, iters: int, ledger: Ledger) -> b
         facts={"steps": f"{ledger.count} x {iters} of {config.train.global_batch_size} sequences"},
     )
     try:
-        while run_steps(state, begun, log, save_to=None):
+        while run_steps(state, job, log, save_to=None):
             ledger.add(state.loss, state.cost)
             if not ledger.missing:
                 break
             state.training.leave_period()
             del state
             gc.collect()  # two models at once are more than a run plans for
-            state = start_proxy(short, begun, ledger)
+            state = start_proxy(short, job, ledger)
     finally:
         if log:
             log.close()
@@ -184,7 +184,7 @@ class ProxyState(FinetuneState):
     """A proxy in training.
 
     Args:
-        before: steps of the proxies before it, which the log goes on from.
+        before: steps of the proxies before it, which the log continues from.
 
     Attributes:
         loss: its L1, once it is trained.
@@ -199,7 +199,7 @@ class ProxyState(FinetuneState):
         record = super().make_step()
         return {**record, "step": self._before + self.step, "weights": self.probs_S.tolist()}
 
-    def evaluate(self, record: Record, begun: Begun) -> None:
+    def evaluate(self, record: Record, job: Job) -> None:
         if self.step < self.config.train.train_iters:
             return
         self.loss = record["validation_loss"] = self.validation_loss(self.held_out())
@@ -211,11 +211,11 @@ class ProxyState(FinetuneState):
             )
 
 
-def start_proxy(config: Config, begun: Begun, ledger: Ledger) -> ProxyState:
+def start_proxy(config: Config, job: Job, ledger: Ledger) -> ProxyState:
     """The next proxy, at the run's start."""
     before = len(ledger.proxies) * config.train.train_iters
-    state = ProxyState(config, begun.folder / "cache", ledger.next_mixture(), before)
-    load_start(state, begun.folder)
+    state = ProxyState(config, job.folder / "cache", ledger.next_mixture(), before)
+    load_start(state, job.folder)
     return state
 
 

@@ -46,7 +46,7 @@ from megatron_scalebio.config import Config, SourceConfig
 from megatron_scalebio.core.sampler import Floats, Ints, Picks
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.evaluate import example_losses
-from megatron_scalebio.engine.start import Begun
+from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Data, Record, TokenCost
 from megatron_scalebio.methods.chunks import Array, Chunks
 from megatron_scalebio.methods.found import Found
@@ -62,13 +62,13 @@ from megatron_scalebio.methods.scores import found_from_rows, write_scores
 REFERENCE_EPOCHS = 3
 
 
-def find(config: Config, begun: Begun) -> Found | None:
+def find(config: Config, job: Job) -> Found | None:
     """The mixture and the choice of RHO-LOSS. None: a signal stopped it."""
-    irreducible = irreducible_losses(config, begun)
+    irreducible = irreducible_losses(config, job)
     if irreducible is None:
         return None
     irreducible_N, cost = irreducible
-    return (_online if config.baseline.rho_online else _offline)(config, begun, irreducible_N, cost)
+    return (_online if config.baseline.rho_online else _offline)(config, job, irreducible_N, cost)
 
 
 def reference_config(config: Config, examples: int) -> Config:
@@ -81,25 +81,25 @@ def reference_config(config: Config, examples: int) -> Config:
     return replace(part, data=replace(part.data, sources=holdout, known_weights=None))
 
 
-def irreducible_losses(config: Config, begun: Begun) -> tuple[Floats, TokenCost] | None:
+def irreducible_losses(config: Config, job: Job) -> tuple[Floats, TokenCost] | None:
     """The reference's loss on every row, and what that took. None: a signal stopped it."""
-    cache = begun.folder / "cache"
+    cache = job.folder / "cache"
     data = Data(config, cache)
     pool = Pool(data.sources)
     config.train.resolve_epochs(len(pool))
     reference = reference_config(config, sum(len(source) for source in data.validation))
-    cost_file = begun.folder / "reference" / "cost.json"
-    losses = Chunks(begun.folder / "irreducible", len(pool), {
+    cost_file = job.folder / "reference" / "cost.json"
+    losses = Chunks(job.folder / "irreducible", len(pool), {
         "sources": [source.fingerprint for source in data.sources],
         "validation": [source.fingerprint for source in data.validation],
         "steps": reference.train.train_iters, "seed": config.train.seed,
     })  # fmt: skip
     if not (losses.is_whole() and runtime.on_main(cost_file.is_file)):
         state = PoolState(reference, cache, "rho_loss reference")
-        if not train_on_pool(state, begun, "Reference model, on the validation sets"):
+        if not train_on_pool(state, job, "Reference model, on the validation sets"):
             return None
         state.training.leave_period()
-        if not losses.fill("irreducible losses", _scorer(state, pool), begun.signals):
+        if not losses.fill("irreducible losses", _scorer(state, pool), job.signals):
             return None
         spent = asdict(state.cost)
         runtime.on_main(lambda: outputs.write_json(cost_file, spent))
@@ -163,14 +163,14 @@ class RhoState(PoolState):
         self.reducible_N = state["reducible"].numpy()
 
 
-def _online(config: Config, begun: Begun, irreducible_N: Floats, cost: TokenCost) -> Found | None:
+def _online(config: Config, job: Job, irreducible_N: Floats, cost: TokenCost) -> Found | None:
     part = training_config(config, config.train.train_iters)
-    state = RhoState(part, begun.folder / "cache", irreducible_N)
-    if not train_on_pool(state, begun, "Training on selected examples", begun.save_to):
+    state = RhoState(part, job.folder / "cache", irreducible_N)
+    if not train_on_pool(state, job, "Training on selected examples", job.save_to):
         return None
     runtime.on_main(
         lambda: write_scores(
-            begun.folder,
+            job.folder,
             state.pool,
             state.reducible_N,
             irreducible=irreducible_N.astype(np.float32),
@@ -181,23 +181,23 @@ def _online(config: Config, begun: Begun, irreducible_N: Floats, cost: TokenCost
     return found_from_rows(state.pool, row_K, cost + state.cost, state.step, online=True)
 
 
-def _offline(config: Config, begun: Begun, irreducible_N: Floats, cost: TokenCost) -> Found | None:
+def _offline(config: Config, job: Job, irreducible_N: Floats, cost: TokenCost) -> Found | None:
     part = training_config(config, config.train.train_iters)
-    state = PoolState(part, begun.folder / "cache", "rho_loss offline")
-    if not train_on_pool(state, begun, "Training on all sources", begun.save_to):
+    state = PoolState(part, job.folder / "cache", "rho_loss offline")
+    if not train_on_pool(state, job, "Training on all sources", job.save_to):
         return None
     state.training.leave_period()
     made_for = {
         "sources": [source.fingerprint for source in state.data.sources],
         "steps": state.step, "seed": config.train.seed,
     }  # fmt: skip
-    losses = Chunks(begun.folder / "trained", len(state.pool), made_for)
-    if not losses.fill("losses of the trained model", _scorer(state, state.pool), begun.signals):
+    losses = Chunks(job.folder / "trained", len(state.pool), made_for)
+    if not losses.fill("losses of the trained model", _scorer(state, state.pool), job.signals):
         return None
     reducible_N = losses.joined() - irreducible_N
     runtime.on_main(
         lambda: write_scores(
-            begun.folder, state.pool, reducible_N, irreducible=irreducible_N.astype(np.float32)
+            job.folder, state.pool, reducible_N, irreducible=irreducible_N.astype(np.float32)
         )
     )
     kept = max(1, round(config.baseline.select_fraction * len(state.pool)))

@@ -1,6 +1,6 @@
 """What `reweight` does: finds a mixture by ScaleBiO, or by the rival that `--method` names.
 
-Every method is a module with `find(config, begun) -> Found | None` (None: a signal stopped it, what
+Every method is a module with `find(config, job) -> Found | None` (None: a signal stopped it, what
 it has is saved, and the same command goes on).
 """
 
@@ -14,7 +14,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.weights_file import SELECTED_FILE, WEIGHTS_FILE
 from megatron_scalebio.engine import outputs
-from megatron_scalebio.engine.start import begin
+from megatron_scalebio.engine.start import start_job
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
 from megatron_scalebio.logs.console import RunConsole, SourceLine
 from megatron_scalebio.logs.records import METRICS_FILE
@@ -41,10 +41,10 @@ def find_mixture(config: Config) -> int:
     if method == "manual":
         fixed.require_weights(config)
     module = importlib.import_module(f"megatron_scalebio.methods.{METHODS[method]}")
-    with begin(config) as begun:
-        found: Found | None = module.find(config, begun)
+    with start_job(config) as job:
+        found: Found | None = module.find(config, job)
         if found is not None:
-            runtime.on_main(lambda: _finish(config, found, begun.folder))
+            runtime.on_main(lambda: _finish(config, found, job.folder))
     return EXIT_OK if found and found.complete else EXIT_SIGNALLED
 
 

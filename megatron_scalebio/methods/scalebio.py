@@ -13,7 +13,7 @@ from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.loop import logged_steps
 from megatron_scalebio.engine.run_log import RunLog
-from megatron_scalebio.engine.start import Begun, resume_or_start
+from megatron_scalebio.engine.start import Job, resume_or_start
 from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import with_names
 from megatron_scalebio.methods.found import Found
@@ -24,16 +24,16 @@ _JUDGING = {
 }  # fmt: skip
 
 
-def find(config: Config, begun: Begun) -> Found:
+def find(config: Config, job: Job) -> Found:
     """The weights at the run's end, or so far where a signal has stopped it."""
-    state = TrainState(config, begun.folder / "cache")
-    warnings = resume_or_start(state, begun.folder, begun.save_to)
+    state = TrainState(config, job.folder / "cache")
+    warnings = resume_or_start(state, job.folder, job.save_to)
     parameters = outputs.parameter_count(state)
     initial_S = state.training.mixture.initial_S.tolist()
     log = runtime.only_on_main(
-        lambda: RunLog(state, begun.folder, parameters, initial_S, warnings, _facts(config))
+        lambda: RunLog(state, job.folder, parameters, initial_S, warnings, _facts(config))
     )
-    finished = logged_steps(state, begun, log, begun.save_to)
+    finished = logged_steps(state, job, log, job.save_to)
     intervals = state.training.intervals()
     return Found(
         sources=state.data.sources,

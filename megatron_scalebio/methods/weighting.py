@@ -16,7 +16,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.loop import logged_steps
 from megatron_scalebio.engine.run_log import RunLog
-from megatron_scalebio.engine.start import Begun, resume_or_start
+from megatron_scalebio.engine.start import Job, resume_or_start
 from megatron_scalebio.engine.state import Data, RunState
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.found import normalised
@@ -61,20 +61,20 @@ class WeightingState(RunState):
         self._count = learned["count"]
 
 
-def learn(state: WeightingState, begun: Begun) -> bool:
+def learn(state: WeightingState, job: Job) -> bool:
     """Runs the method's steps to the end or to a signal, from its newest checkpoint if it has one.
 
     Returns:
         Whether it came to the end.
     """
-    warnings = resume_or_start(state, begun.folder, begun.save_to)
+    warnings = resume_or_start(state, job.folder, job.save_to)
     uniform_S = [1.0 / len(state.data.sources)] * len(state.data.sources)
-    log = start_log(state, begun, uniform_S, warnings=warnings)
-    return logged_steps(state, begun, log, begun.save_to)
+    log = start_log(state, job, uniform_S, warnings=warnings)
+    return logged_steps(state, job, log, job.save_to)
 
 
 def refuse_run_of_another(folder: Path, method: str) -> None:
-    """Refuses an output where another method has begun, before anything costs time."""
+    """Refuses an output where another method has job, before anything costs time."""
 
     def check() -> None:
         try:
@@ -83,7 +83,7 @@ def refuse_run_of_another(folder: Path, method: str) -> None:
             return
         if stage != method:
             raise UserError(
-                f"{folder}: holds a run of `{stage}`, which {method} can't go on with (choose a "
+                f"{folder}: holds a run of `{stage}`, which {method} can't continue with (choose a "
                 "new train.output)"
             )
 
@@ -97,9 +97,7 @@ def prior_weights(config: Config, data: Data) -> list[float]:
     return outputs.natural_shares(data.sources)
 
 
-def start_log(
-    state: RunState, begun: Begun, initial_S: list[float], **options: Any
-) -> RunLog | None:
+def start_log(state: RunState, job: Job, initial_S: list[float], **options: Any) -> RunLog | None:
     """Shows the banner on rank 0 and gives a RunLog there; None on others. A collective.
 
     Args:
@@ -108,5 +106,5 @@ def start_log(
     parameters = outputs.parameter_count(state)
     facts = {"method": state.config.baseline.method, **options.pop("facts", {})}
     return runtime.only_on_main(
-        lambda: RunLog(state, begun.folder, parameters, initial_S, facts=facts, **options)
+        lambda: RunLog(state, job.folder, parameters, initial_S, facts=facts, **options)
     )

@@ -20,7 +20,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_scalebio.config import Config
 from megatron_scalebio.model.provider import build_model
-from megatron_scalebio.plan.fake_rank import META, playing
+from megatron_scalebio.plan.fake_rank import META, as_rank
 from megatron_scalebio.plan.kernels import on_shapes, settings_for
 from megatron_scalebio.plan.layout import Layout, draws, stage_layers
 from megatron_scalebio.plan.planner import Plan
@@ -48,7 +48,7 @@ def build_ranks(config: Config, layout: Layout) -> list[Built]:
     for stage in range(layout.pp):
         for tp_rank in range(layout.tp):
             rank = stage * layout.tp * layout.cp * layout.dp + tp_rank
-            with playing(config, rank, layout.world, lambda name, tensor: None):
+            with as_rank(config, rank, layout.world, lambda name, tensor: None):
                 ranks.append(_build(config, layout, stage, tp_rank))
     return ranks
 

@@ -36,7 +36,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def playing(
+def as_rank(
     config: Config, rank: int, world_size: int, on_message: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
     """This process is `rank` of `world_size` within; `on_message` sees each pipeline message.

@@ -78,7 +78,7 @@ class Ledger(TorchDispatchMode):
             self.held = held
 
     def on_message(self, name: str, tensor: torch.Tensor) -> None:
-        """A pipeline message: the wire of `fake_rank.playing`."""
+        """A pipeline message: the wire of `fake_rank.as_rank`."""
         self.traffic.messages.append((name, tuple(tensor.shape)))
         if name.startswith("send"):
             self.traffic.bytes_by_link["PP"] += tensor.nbytes

@@ -1,6 +1,6 @@
 """One rank's step, rehearsed: the real builders, period and pipeline flush on shapes alone.
 
-    playing(rank) ─▶ build_twins ─▶ set_trainable ─▶ Period ─▶ flush     as TrainState does
+    as_rank(rank) ─▶ build_twins ─▶ set_trainable ─▶ Period ─▶ flush     as TrainState does
                                                             │         │
                                                    holdings ◀         ▶ Ledger
 
@@ -31,7 +31,7 @@ from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.init import seed_generators
 from megatron_scalebio.model.provider import model_provider, padded_vocab_size
 from megatron_scalebio.model.settings import ddp_config, optimizer_config
-from megatron_scalebio.plan.fake_rank import META, group_kinds, playing
+from megatron_scalebio.plan.fake_rank import META, as_rank, group_kinds
 from megatron_scalebio.plan.holdings import FP8_COPIES, fp8_copies, holdings
 from megatron_scalebio.plan.kernels import kernels_of, on_shapes, settings_for
 from megatron_scalebio.plan.layout import Layout
@@ -91,7 +91,7 @@ def rehearse(config: Config, layout: Layout, stage: int, active: list[int] | Non
     rank = stage * layout.tp * layout.cp * layout.dp
     plain = on_shapes(config)
     with (
-        playing(config, rank, layout.world, lambda *m: ledgers[0].on_message(*m)),
+        as_rank(config, rank, layout.world, lambda *m: ledgers[0].on_message(*m)),
         kernels_of(layout.cuda),
     ):
         memory, models = _rehearse(plain, layout, stage, active, ledgers)

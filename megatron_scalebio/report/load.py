@@ -121,7 +121,7 @@ def _read_json(path: Path, notices: list[str]) -> dict[str, Any]:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         problem = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         raise UserError(
-            f"{path}{line}: not valid JSON: {problem} (mend the file, or move it away and resume "
+            f"{path}{line}: not valid JSON: {problem} (fix the file, or move it away and resume "
             "the run)"
         ) from None
     if not isinstance(tree, dict):
@@ -135,14 +135,14 @@ def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML (mend the file)") from None
+        raise UserError(f"{path}{line}: not valid YAML (fix the file)") from None
     return tree if isinstance(tree, dict) else {}
 
 
 def _names(info: dict[str, Any], key: str, path: Path) -> list[str]:
     names = info.get(key, [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: {key!r} is not a list of names (mend the file)")
+        raise UserError(f"{path}: {key!r} is not a list of names (fix the file)")
     return list(names)
 
 

@@ -45,7 +45,7 @@ def run(folder: Path, name: str, *flags: object) -> None:
 
 
 def two_ranks(folder_name: str) -> None:
-    """The same run saved at once and in the background, and one that goes on from the latter."""
+    """The same run saved at once and in the background, and one that continues from the latter."""
     folder = Path(folder_name)
     dist.init_process_group("gloo")
     run(folder, "at once", *SHARDED)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, without models: its own, then another's, then a start."""
+"""Which checkpoint a run continues from, without models: its own, then another's, then a start."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_is_damaged_is_set_aside_in_the_runs_own_folder_alone(
     done = folder_of(20, ["iter 30: cut short"], ["optimizer.lr 1 -> 2", "lisa.x 1 -> 2"])
     warnings = [
         "passed over a damaged checkpoint: iter 30: cut short",
-        "goes on with other settings: optimizer.lr 1 -> 2, lisa.x 1 -> 2",
+        "continues with other settings: optimizer.lr 1 -> 2, lisa.x 1 -> 2",
     ]
     loaded = ("load", OWN / "iter_0000020")
     assert saver.load_latest(None, OWN) == (True, warnings)

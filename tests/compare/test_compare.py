@@ -1,4 +1,4 @@
-"""`compare`: a real comparison from raw files, gone on with, extended and read back."""
+"""`compare`: a real comparison from raw files, continued, extended and read back."""
 
 from __future__ import annotations
 

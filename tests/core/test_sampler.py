@@ -177,7 +177,7 @@ def test_expected_counts_are_their_equation(batch: int, floor: float) -> None:
 
 @pytest.mark.parametrize(("batch", "floor"), [(3, 0.3), (4, 0.3), (13, 0.1)])
 def test_batches_are_what_the_definition_gives(batch: int, floor: float) -> None:
-    """Counts by the step's own offset; each source goes on where its last batch ended."""
+    """Counts by the step's own offset; each source continues where its last batch ended."""
     sizes, seed, drawn = [9, 5, 70, 3], 11, [0, 0, 0, 0]
     sampler = BlendSampler(sizes, batch, seed, floor)
     mixtures = np.random.default_rng(2).dirichlet([3, 1, 1, 0.5], size=25)

@@ -1,7 +1,7 @@
-"""What a seed decides stays: a checkpoint holds counts alone, and its run goes on where they are.
+"""What a seed decides stays: a checkpoint holds counts alone, and its run continues where they are.
 
 Another order would repeat some examples and leave others out, in silence, where an earlier
-version's run is gone on with. The values are those of the first version.
+version's run is continued. The values are those of the first version.
 """
 
 from __future__ import annotations

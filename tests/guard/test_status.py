@@ -23,7 +23,7 @@ from megatron_scalebio.guard.status import (
     stalled,
 )
 from megatron_scalebio.guard.watchdog import Watchdog
-from megatron_scalebio.progress import HERE
+from megatron_scalebio.progress import PROGRESS
 
 REDUCE, GATHER, OUTSIDE = Place("all_reduce", "x"), Place("all_gather", "x"), Place("", "x")
 
@@ -36,13 +36,13 @@ def rank(number: int = 0, **values: Any) -> Status:
 
 
 def test_standing_still_and_waiting_are_counted_in_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HERE, "marks", 5)
+    monkeypatch.setattr(PROGRESS, "marks", 5)
     seen, times = Stillness(2.0), []
     for place, moves in (
         (REDUCE, 0), (REDUCE, 0), (REDUCE, 0), (GATHER, 0), (GATHER, 0), (OUTSIDE, 0), (OUTSIDE, 0),
         (REDUCE, 0), (REDUCE, 0), (REDUCE, 1), (REDUCE, 0),
     ):  # fmt: skip
-        HERE.marks += moves
+        PROGRESS.marks += moves
         seen.look(place)
         times.append((seen.still_s, seen.waiting_s))
     assert times == [

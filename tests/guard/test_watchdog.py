@@ -23,7 +23,7 @@ import os, signal, sys, time
 import torch, torch.distributed as dist
 from megatron_scalebio.errors import EXIT_LOST, RankLost, UserError
 from megatron_scalebio.guard.watchdog import Watchdog
-from megatron_scalebio.progress import HERE
+from megatron_scalebio.progress import PROGRESS
 bad, fault = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo")
 def hang():
@@ -38,12 +38,12 @@ faults = {"hang": hang, "fail": fail, "refuse": refuse,
 try:
     with Watchdog(timeout_s=3.0, before_end=lambda: print("tidied", flush=True), beat_s=0.2):
         for step in range(1, 10):
-            HERE.step = step
-            with HERE.at("data"):
+            PROGRESS.step = step
+            with PROGRESS.at("data"):
                 if step == 5 and dist.get_rank() == bad:
                     time.sleep(0.6)  # so that its place is known
                     faults[fault]()
-            with HERE.at("flush"):
+            with PROGRESS.at("flush"):
                 dist.all_reduce(torch.ones(1))
 except RankLost:
     sys.exit(EXIT_LOST)

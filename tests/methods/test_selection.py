@@ -1,4 +1,4 @@
-"""LESS and RHO-LOSS against brute force, under other layouts, stopped and gone on with."""
+"""LESS and RHO-LOSS against brute force, under other layouts, stopped and continued."""
 
 from __future__ import annotations
 

@@ -346,7 +346,7 @@ def test_mistakes_cost_one_line(runs: Path) -> None:
         "regmix-few": "baseline.proxies: 3 can't tell 3 sources apart",
         "regmix-longer": "holds proxies of other sources, steps, seed",
         "regmix-seed": "holds proxies of other sources, steps, seed",
-        "doge-one": "holds a run of `doge`, which doremi can't go on with",
+        "doge-one": "holds a run of `doge`, which doremi can't continue with",
         "manual-none": "baseline.method: manual needs weights",
     }.items():
         code, said = noted(runs / "noted", f"mistake-{name}")
