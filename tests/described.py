@@ -52,6 +52,14 @@ def weights(chunks: Any) -> Table:
     return {name: parameter.detach().clone() for name, parameter in named_parameters(chunks)}
 
 
+def shared_names(w: Any, u: Any) -> set[str]:
+    """Names of the parameters in which u shares w's storage."""
+    from megatron_scalebio.core.twin import named_parameters
+
+    pairs = zip(named_parameters(w), named_parameters(u), strict=True)
+    return {name for (name, p_w), (_, p_u) in pairs if p_w.data_ptr() == p_u.data_ptr()}
+
+
 def training_state(period: Any, side: str) -> Table:
     """What one model's optimizer keeps: the weights it steps (fp32 masters), moments, steps.
 

@@ -20,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from megatron_scalebio.core.batch import gpt_losses
-from megatron_scalebio.core.twin import TwinModel, named_parameters, unshare_storage
+from megatron_scalebio.core.twin import TwinModel, copy_buffers, named_parameters, unshare_storage
 
 # What DDP and the optimizers leave on parameters; each would keep a whole buffer alive.
 _LEFT_ON_PARAMETERS = ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad")
@@ -99,8 +99,9 @@ class Period:
 
     @torch.no_grad()
     def resync(self) -> None:
-        """Makes u equal to w again: weights, fp32 masters and Adam state."""
+        """Makes u equal to w again: weights, buffers, fp32 masters and Adam state."""
         w, u = self._models["w"], self._models["u"]
+        copy_buffers(w, u)
         for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
             if p_u.data_ptr() != p_w.data_ptr():
                 p_u.data.copy_(p_w.data)

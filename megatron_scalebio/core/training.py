@@ -33,7 +33,13 @@ from megatron_scalebio.core.flush import Losses, Observer, Pass, flush, reduce_l
 from megatron_scalebio.core.options import LisaOptions
 from megatron_scalebio.core.period import Period, prepare_gradients, step_with
 from megatron_scalebio.core.spikes import SpikeGuard
-from megatron_scalebio.core.twin import ModelProvider, build_chunks, build_twins, share_storage
+from megatron_scalebio.core.twin import (
+    ModelProvider,
+    build_chunks,
+    build_twins,
+    copy_buffers,
+    share_storage,
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,8 @@ class Training:
             if self.u and self._resync_interval is not None and not resuming:
                 share_storage(self.w, self.u)
                 self.u_is_w = True
+            elif self.u and self.steps == 0:  # w may have been loaded since both were built
+                copy_buffers(self.w, self.u)
             self._freeze(number)
             self.period = Period(
                 self._ddp, self._optimizer, self.w, self.u, self._losses, self._pg_collection

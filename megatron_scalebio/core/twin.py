@@ -98,11 +98,11 @@ def _each_new_parameter(seen: Callable[[torch.nn.Parameter], None]) -> Iterator[
 class TwinModel(torch.nn.Module):
     """One pipeline chunk of w and of u (or of w alone, which is then both).
 
+    Carries the attributes that Megatron's schedules look up on a model. It owns no parameter, and
+    lasts as long as its period.
+
     Args:
         losses: the forward pass of a batch through a model, `gpt_losses` or like it.
-
-    Carries the attributes that Megatron's schedules look up on a model. It is not registered as
-    their parent module: it is rebuilt with every LISA period and owns no parameter.
     """
 
     def __init__(
@@ -197,9 +197,18 @@ def named_parameters(chunks: Iterable[torch.nn.Module]) -> Iterable[tuple[str, t
 
 
 def share_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
-    """Makes u equal to w at no memory: each parameter of u views w's storage."""
+    """Makes u equal to w at no memory: its parameters view w's storage, buffers are copied."""
     for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
         p_u.data = p_w.data
+    copy_buffers(w, u)
+
+
+@torch.no_grad()
+def copy_buffers(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
+    """Gives u the values of w's buffers: what a model counts beside what it learns."""
+    for chunk_w, chunk_u in zip(w, u, strict=True):
+        for of_w, of_u in zip(chunk_w.buffers(), chunk_u.buffers(), strict=True):
+            of_u.copy_(of_w)
 
 
 def unshare_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
@@ -207,9 +216,3 @@ def unshare_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
     for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
         if p_u.requires_grad and p_u.data_ptr() == p_w.data_ptr():
             p_u.data = p_u.data.clone()
-
-
-def shared_names(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> set[str]:
-    """Names of the parameters in which u still shares w's storage."""
-    pairs = zip(named_parameters(w), named_parameters(u), strict=True)
-    return {name for (name, p_w), (_, p_u) in pairs if p_w.data_ptr() == p_u.data_ptr()}

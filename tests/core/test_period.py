@@ -183,7 +183,11 @@ def steps_and_resync(case: Case) -> None:
 
     of_w = [t.clone() for t in masters_and_moments(case, "w")]
     held = [t.data_ptr() for t in masters_and_moments(case, "u")]
+    for chunks, value in ((case.w, 3.0), (case.u, 7.0)):  # such as an expert's bias
+        chunks[0].register_buffer("counted", torch.full((2,), value), persistent=False)
     period.resync()
+    assert case.u[0].counted.eq(3.0).all() and case.w[0].counted.eq(3.0).all()
+    assert case.u[0].counted.data_ptr() != case.w[0].counted.data_ptr()
     assert same(case.values("w"), case.values("u"))
     for was, now_w, now_u in zip(
         of_w, masters_and_moments(case, "w"), masters_and_moments(case, "u"), strict=True
@@ -248,7 +252,7 @@ def closing(case: Case) -> None:
 
 def on_rank() -> None:
     from megatron_scalebio import runtime
-    from megatron_scalebio.core.twin import shared_names
+    from tests.described import shared_names
 
     for name, parallel in CASES.items():
         case = Case(parallel)
@@ -270,7 +274,7 @@ def on_rank() -> None:
 def without_u(parallel: dict) -> None:
     """w alone is both of the twin. Its optimizer, if it is a distributed one, can load a state."""
     from megatron_scalebio.compat.megatron import allocate_state
-    from megatron_scalebio.core.twin import shared_names
+    from tests.described import shared_names
 
     case, distributed = Case(parallel, with_u=False), "use_distributed_optimizer" in parallel
     period = case.period

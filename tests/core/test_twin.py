@@ -19,9 +19,9 @@ from megatron_scalebio.core.twin import (
     forget_weight_copies,
     named_parameters,
     share_storage,
-    shared_names,
     unshare_storage,
 )
+from tests.described import shared_names
 
 
 class ToyChunk(torch.nn.Module):
@@ -126,7 +126,11 @@ def test_what_trains_gets_storage_of_its_own_once(twins: tuple[list, list]) -> N
     assert own.data_ptr() == place, "it has its own already"
     assert dict(named_parameters(w))["0.second.weight"].equal(torch.full((2, 3), 0.5))
     assert own.equal(torch.full((2, 3), 1.5))
+    for chunk in w:
+        chunk.table += 5.0
     share_storage(w, u)
+    for b_w, b_u in zip(tensors(w, "buffers"), tensors(u, "buffers"), strict=True):
+        assert b_u.equal(b_w) and b_u.data_ptr() != b_w.data_ptr()
     assert shared_names(w, u) == set(NAMES)
     for value, p_w, p_u in zip(before, tensors(w), tensors(u), strict=True):
         assert p_w.equal(value) and p_u.equal(value), "u is w again, not w u"
