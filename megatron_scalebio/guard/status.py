@@ -48,8 +48,11 @@ class Place:
     def now(cls) -> Place:
         """Of the main thread; collectives of the backward pass run in torch's threads."""
         frames = sys._current_frames()
-        own = threading.get_ident()
-        found = [collective_in(frame) for ident, frame in frames.items() if ident != own]
+        # Its own frame would hold `frames`, which holds it: a circle, which would keep everything
+        # that the other stacks hold alive until the garbage collector came. (On Python 3.12.1 the
+        # process then dies, if a view of a BytesIO is among it: CPython's issue 111211.)
+        del frames[threading.get_ident()]
+        found = [collective_in(frame) for frame in frames.values()]
         main = frames.get(threading.main_thread().ident or 0)
         return cls(next((name for name in found if name), ""), _code(main))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -221,3 +224,24 @@ def test_the_first_verdict_counts() -> None:
     Watchdog._give(judge, "rank 1 died", 1)
     assert judge._verdict == "rank 2 died"
     assert json.loads(judge._store.held) == {"line": "rank 2 died", "by": 1}
+
+
+def test_looking_at_the_stacks_keeps_nothing_of_them_alive() -> None:
+    """What a function had is gone when it has ended, not when garbage is collected."""
+
+    class Held:
+        pass
+
+    def looked_at() -> weakref.ref[Held]:
+        held = Held()
+        watcher = threading.Thread(target=Place.now)
+        watcher.start()
+        watcher.join()
+        return weakref.ref(held)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert looked_at()() is None
+    finally:
+        gc.enable()
