@@ -93,14 +93,27 @@ def mean_coefficients(
 
     Returns:
         For each micro-batch [B], float64.
+
+    Raises:
+        ValueError: if a group is none of them, or the ranks have unequal numbers of micro-batches.
     """
     targets = [(batch.mask_BS > 0).sum(dim=1, dtype=torch.float64) for batch in batches]
     sizes = [len(each) for each in targets]
     flat_B = summed(torch.cat(targets), groups.cp) if targets else torch.zeros(0).double()
     group_B = torch.cat([batch.group_B for batch in batches]) if targets else flat_B.long()
+    if bool(((group_B < 0) | (group_B >= num_groups)).any()):
+        raise ValueError(f"group_B holds {group_B.tolist()}, the groups are 0 to {num_groups - 1}")
     counted_B = flat_B if loss_mean == "token" else (flat_B > 0).double()
     count_G = torch.zeros(num_groups, dtype=torch.float64).index_add_(0, group_B, counted_B)
-    count_G = summed(count_G, groups.dp)
+    # With them goes the number of micro-batches: a rank that has more would wait for ever.
+    count_G, passes = summed(
+        torch.cat([count_G, torch.tensor([float(len(batches))]).double()]), groups.dp
+    ).split([num_groups, 1])
+    if int(passes) != len(batches) * groups.dp.size():
+        raise ValueError(
+            f"{len(batches)} micro-batches here, {int(passes)} on {groups.dp.size()} data-parallel "
+            "ranks: all need as many"
+        )
     # 1 / count of the group, and for the mean of means 1 / count of the sequence.
     each_B = 1.0 if loss_mean == "token" else flat_B.clamp_min(1)
     coefficient_B = torch.where(flat_B > 0, 1.0 / (count_G[group_B].clamp_min(1) * each_B), 0.0)

@@ -100,9 +100,13 @@ def flush(
     Args:
         observe: entered with "forward" around each forward pass.
         schedule: more arguments for Megatron's schedule, such as `forward_only`.
+
+    Raises:
+        ValueError: if the micro-batches' shapes differ where a pipeline can't tell.
     """
     passes = _last_ones_marked(passes)
     shapes = [each.batch.mask_BS.shape for each in passes]
+    _require_sendable(shapes, twins[0].config, groups)
     iterators = [iter(passes) for _ in twins]
     for twin in twins:
         twin.hold_reduction()
@@ -115,6 +119,17 @@ def flush(
             seq_length=max(columns for _, columns in shapes) * groups.cp.size(),
             micro_batch_size=shapes[0][0],
             **schedule,
+        )
+
+
+def _require_sendable(
+    shapes: Sequence[torch.Size], config: TransformerConfig, groups: ProcessGroupCollection
+) -> None:
+    """Refuses what pipeline stages would send each other in the wrong shape."""
+    if groups.pp.size() > 1 and len(set(shapes)) > 1 and not config.variable_seq_lengths:
+        raise ValueError(
+            f"micro-batches of shapes {sorted(map(tuple, set(shapes)))} in one step of a pipeline: "
+            "pad them to one, or set variable_seq_lengths in the model's configuration"
         )
 
 

@@ -131,7 +131,12 @@ class ScaleBiO(Training):
             lr_lambda, alpha: [those of the options].
             inclusion, validation_inclusion: probability that each source, or validation set, is in
                 a batch at all, from `Picks` [1: all are].
+
+        Raises:
+            ValueError: if there is no micro-batch, or one that does not fit (see `Batch`).
         """
+        if not train or not validation:
+            raise ValueError("a step needs training and validation micro-batches")
         rates = {"w": lr, "u": lr if lr_u is None else lr_u}
         lr_lambda = self.options.rate if lr_lambda is None else lr_lambda
         alpha = self.options.alpha if alpha is None else alpha

@@ -14,10 +14,10 @@ from megatron_scalebio.core.batch import MicroBatch, gpt_losses, mean_coefficien
 
 
 class Solo:
-    """A process group of one rank."""
+    """A process group of one rank, or of more."""
 
-    def size(self) -> int:
-        return 1
+    def __init__(self, ranks: int = 1) -> None:
+        self.size = lambda: ranks
 
 
 ALONE: Any = SimpleNamespace(cp=Solo(), dp=Solo())
@@ -78,7 +78,7 @@ def test_counts_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch, mean: st
     """Two data-parallel ranks of three micro-batches, each of two context-parallel halves."""
     whole = mean_coefficients(BATCHES, 4, mean, ALONE)
     halves = [slice(0, 5), slice(5, 9)]
-    groups: Any = SimpleNamespace(cp="cp", dp="dp")
+    groups: Any = SimpleNamespace(cp="cp", dp=Solo(2))
     targets = torch.cat(MASKS).sum(1, dtype=torch.float64)
     counts = targets if mean == "token" else (targets > 0).double()
 
@@ -90,8 +90,9 @@ def test_counts_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch, mean: st
         every = torch.zeros(4, dtype=torch.float64).index_add_(0, torch.cat(GROUPS), counts)
         rows = slice(4 * numbers[0], 4 * numbers[-1] + 4)
         ours = torch.cat(GROUPS)[rows], counts[rows]
-        assert values.equal(torch.zeros(4, dtype=torch.float64).index_add_(0, *ours))
-        return every
+        *of_groups, passes = values
+        assert torch.stack(of_groups).equal(torch.zeros(4).double().index_add_(0, *ours))
+        return torch.cat([every, 2 * passes[None]])
 
     monkeypatch.setattr(core_batch, "summed", summed)
     for numbers in ([0, 1, 2], [3, 4, 5]):
@@ -99,6 +100,25 @@ def test_counts_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch, mean: st
             mine = [batch(MASKS[n][:, half], GROUPS[n]) for n in numbers]
             got = mean_coefficients(mine, 4, mean, groups)
             assert all(a.equal(whole[n]) for a, n in zip(got, numbers, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_a_group_that_there_is_not_is_refused(wrong: int) -> None:
+    with pytest.raises(ValueError, match=rf"group_B holds .*{wrong}.*, the groups are 0 to 2"):
+        mean_coefficients([batch(MASKS[0], torch.tensor([0, 1, wrong, 2]))], 3, "sample", ALONE)
+
+
+def test_ranks_with_unequal_numbers_of_micro_batches_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before they would wait for each other for ever."""
+    groups: Any = SimpleNamespace(cp=Solo(), dp=Solo(2))
+    more = torch.tensor([0, 0, 0, 0, 4.0]).double()  # of the other rank
+    monkeypatch.setattr(
+        core_batch, "summed", lambda values, group: values + (more if group is groups.dp else 0)
+    )
+    with pytest.raises(ValueError, match="6 micro-batches here, 10 on 2 data-parallel ranks"):
+        mean_coefficients(BATCHES, 4, "sample", groups)
 
 
 def test_no_micro_batches_have_no_coefficients() -> None:

@@ -220,6 +220,22 @@ def test_the_callers_hooks_are_put_back_after_an_error(monkeypatch: pytest.Monke
     assert twin.config.finalize_model_grads_func == "theirs"
 
 
+@pytest.mark.parametrize(("stages", "variable"), [(1, False), (2, True), (2, False)])
+def test_unequal_shapes_need_a_pipeline_that_can_tell(
+    monkeypatch: pytest.MonkeyPatch, stages: int, variable: bool
+) -> None:
+    monkeypatch.setattr(module, "get_forward_backward_func", lambda: lambda **given: "records")
+    twin: Any = ToyTwin()
+    twin.config.variable_seq_lengths = variable
+    planned = passes([1.0] * 3, [1.0] * 2, 1.0, shared=False)
+    where = groups(pp=Group(0, stages))
+    if stages == 2 and not variable:
+        with pytest.raises(ValueError, match=r"shapes \[\(1, 1\), .*variable_seq_lengths"):
+            flush([twin], planned, where)
+    else:
+        assert flush([twin], planned, where) == "records"  # type: ignore[comparison-overlap]
+
+
 def test_a_pass_counts_what_its_role_counts() -> None:
     planned = passes_of({U: 1.0, W: 0.25}, TRAIN, tensor([0.5, 0.25, 0.25]), "token", groups())
     assert [p.role for p in planned] == [U, W, U, W]
