@@ -97,7 +97,9 @@ def test_a_loop_of_ones_own_finds_it_too(demo: tuple[Path, str]) -> None:
 def test_a_loop_of_ones_own_equals_reweight(demo: tuple[Path, str]) -> None:
     """From the same checkpoint, on the same data, with the same settings.
 
-    Their attention is computed by other kernels: after 20 steps the rounding shows, at 2e-6.
+    Their attention is computed by other kernels, whose rounding shows from the first step after a
+    reset, when w and u hardly differ: 1.5e-6 at most in 20 steps. A learning rate that is 1 % off
+    is 3e-4 off.
     """
     output, _ = demo
     data, steps = output / "data", 6
@@ -116,7 +118,7 @@ def test_a_loop_of_ones_own_equals_reweight(demo: tuple[Path, str]) -> None:
     weights = learned_by(started(loop, output))
     assert len({round(weight, 3) for weight in weights.values()}) == 4
     for source in content["sources"]:
-        assert weights[source["name"]] == pytest.approx(source["weight"], abs=1e-6)
+        assert weights[source["name"]] == pytest.approx(source["weight"], abs=3e-6)
 
 
 def texts(path: Path) -> list[str]:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_scalebio.commands import sample as command
 from megatron_scalebio.errors import EXIT_USER_ERROR, UserError
-from megatron_scalebio.sample import command
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -132,7 +132,9 @@ def starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any
         model = SimpleNamespace(
             pretrained_checkpoint=pretrained and str(pretrained), hf=hf and str(hf)
         )
-        state: Any = SimpleNamespace(config=SimpleNamespace(model=model), w=[])
+        state: Any = SimpleNamespace(
+            config=SimpleNamespace(model=model), training=SimpleNamespace(w=[])
+        )
         start.load_start(state, tmp_path / "run")
         return list(imported), loaded[0] if loaded else None
 

@@ -369,9 +369,8 @@ def test_a_run_ends_after_as_many_skipped_steps_as_asked(
     limit: int, in_a_row: int, ends: bool
 ) -> None:
     config = load_config(None, {"train": {"skip_limit": limit}})
-    bio = SimpleNamespace(skipped_in_a_row=in_a_row, mixture=SimpleNamespace(steps=4))
-    data = SimpleNamespace(sources=[], validation=[])
-    state = SimpleNamespace(config=config, step=20, training=bio, data=data)
-    result = SimpleNamespace(skipped="w: gradient norm is nan")
+    training = SimpleNamespace(skipped_in_a_row=in_a_row)
+    state = SimpleNamespace(config=config, step=20, training=training)
+    record = {"skipped": "w: gradient norm is nan"}
     with pytest.raises(UserError, match=f"{in_a_row} steps in a row") if ends else nullcontext():
-        _refuse_skips(state, result)  # type: ignore[arg-type]
+        _refuse_skips(state, record)  # type: ignore[arg-type]

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from megatron_scalebio.commands import sample as sample_command
 from megatron_scalebio.data.prepare import PrepareConfig, SourceInput, prepare
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.sample import command as sample_command
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.stage import sample
 

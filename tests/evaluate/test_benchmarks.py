@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
+from megatron_scalebio.commands import evaluate as cli
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.evaluate import cli
 from megatron_scalebio.evaluate.benchmarks import BenchmarkConfig, read_problems, run_benchmarks
 from megatron_scalebio.evaluate.hf_folder import HfModel, open_folder
 from megatron_scalebio.evaluate.math_answers import boxed, score

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_scalebio.commands import evaluate as cli
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.evaluate import cli
 from megatron_scalebio.evaluate.answers import answer_all
 from megatron_scalebio.evaluate.hf_folder import open_folder
 from megatron_scalebio.evaluate.judge_prompts import judge_messages, parse_rating

@@ -17,7 +17,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 from lm_eval.api.model import LM
 from rich.console import Console
 
-from megatron_scalebio.evaluate import benchmarks, cli
+from megatron_scalebio.commands import evaluate as cli
+from megatron_scalebio.evaluate import benchmarks
 from megatron_scalebio.evaluate.benchmarks import BenchmarkConfig, run_benchmarks
 from megatron_scalebio.evaluate.hf_folder import HfModel, open_folder
 from megatron_scalebio.evaluate.results import benchmark_table
