@@ -18,6 +18,7 @@ from tests.commands import ROOT
 CODE = """
 import warnings; warnings.simplefilter("ignore")
 import torch
+from megatron.core.datasets import utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 import megatron.core.tensor_parallel.random as random
 
@@ -25,16 +26,18 @@ def patched():
     return (
         torch.cuda.current_device, torch.zeros, torch.Tensor.type, random._get_cuda_rng_state,
         DistributedOptimizer._set_main_param_and_optimizer_states,
+        torch.cuda.device_count, torch.cuda.set_device, utils.compile_helpers,
     )
 
 before = patched()
 from megatron_scalebio import runtime
-from megatron_scalebio.compat import cpu, megatron
+from megatron_scalebio.compat import cpu, megatron, megatron_lm
 from megatron_scalebio.methods import scalebio
 assert patched() == before, "acts on import"
 for _ in range(2):
     cpu.adapt()
     megatron.adapt()
+    megatron_lm.adapt()
     once = patched() if _ == 0 else once
 assert all(a is not b for a, b in zip(patched(), before)), "does not act"
 assert patched() == once, "acts twice"

@@ -1,7 +1,8 @@
 """All that patches Megatron-Core or torch for a run, and all that needs a private name of Megatron.
 
-    cpu        Megatron without CUDA
-    megatron   a fault fixed, and private names that have no public equal
+    cpu          Megatron without CUDA
+    megatron     a fault fixed, and private names that have no public equal
+    megatron_lm  `megatron.training` from a wheel, and without CUDA; for who uses it
 
 Nothing here acts on import. What is patched or borrowed is looked up when a run begins, so that
 another Megatron is refused in one line instead of failing in the middle. (`plan` puts stand-ins in

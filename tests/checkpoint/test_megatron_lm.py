@@ -140,8 +140,9 @@ def megatron_lm(load: Path, flags: list[str]) -> Any:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.models.gpt import GPTModelBuilder
 
-    initialize._compile_dependencies = lambda: None  # of data sets
-    torch.cuda.device_count = lambda: 1  # without one it makes no groups of ranks
+    from megatron_scalebio.compat.megatron_lm import adapt
+
+    adapt()
     global_vars.unset_global_variables()  # of the model before
     rerun_state_machine.destroy_rerun_state_machine()
     sys.argv = ["pretrain_gpt.py", "--use-checkpoint-args", "--load", str(load)]
