@@ -108,9 +108,7 @@ def build(args: argparse.Namespace, names: list[str]) -> ScaleBiO:
     )  # fmt: skip
     if args.load:
         args.finetune = True  # the weights alone: no steps, optimizer or random numbers
-        checkpointing.load_checkpoint(
-            bio.w, None, None
-        )  # u shares w's storage until it departs from it
+        checkpointing.load_checkpoint(bio.w, None, None)  # u is on w's storage
     return bio
 
 
@@ -119,8 +117,6 @@ def main() -> None:
     args = arguments.parse_and_validate_args(add_flags)
     if args.context_parallel_size > 1:
         raise SystemExit("--context-parallel-size: this example does not cut sequences for it")
-    if args.mtp_num_layers or args.moe_z_loss_coeff or np.any(args.moe_aux_loss_coeff):
-        raise SystemExit("ScaleBiO weighs the losses of labels alone: switch other losses off")
     initialize.initialize_megatron(allow_no_cuda=not torch.cuda.is_available())
     names = [name for name, _ in args.scalebio_sources]
     sources = [Source(path, args.seq_length) for _, path in args.scalebio_sources]

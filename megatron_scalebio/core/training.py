@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -60,8 +61,9 @@ class Training:
 
     Args:
         model_provider: makes a chunk of the model; called for w and, where both train, for u. Its
-            configuration needs `calculate_per_token_loss`, and bf16 or fp32.
-        ddp, optimizer: Megatron's configurations, of w and u alike.
+            configuration needs `calculate_per_token_loss`, bf16 or fp32, and no loss but that of
+            the labels.
+        ddp, optimizer: Megatron's configurations, of w and u alike; no `check_for_nan_in_grad`.
         with_u: u trains beside w.
         lisa: layers are drawn for each period; None: all train always.
         resync_interval: as of `BilevelOptions`.
@@ -108,7 +110,7 @@ class Training:
             self.w, self.u = build_twins(model_provider, self.groups)
         else:
             self.w = build_chunks(model_provider, self.groups)
-        _require_right_losses(self.model_config)
+        _require_right_losses(self.model_config, ddp)
         self.steps = 0
         self.skipped_in_a_row = 0
         self.spikes = SpikeGuard()
@@ -308,11 +310,26 @@ class Training:
             states.load_optimizers(self.period, loaded)
 
 
-def _require_right_losses(config: TransformerConfig) -> None:
-    if not config.calculate_per_token_loss:
+def _require_right_losses(config: TransformerConfig, ddp: DistributedDataParallelConfig) -> None:
+    """Refuses a model of whose losses a step's gradients would not be right."""
+    others = any(np.ravel(config.moe_aux_loss_coeff)) or config.moe_z_loss_coeff
+    for wrong, why in (
+        (
+            not config.calculate_per_token_loss,
+            "calculate_per_token_loss is False: Megatron would divide the objective, whose "
+            "coefficients are those of the global batch, once more; set it to True",
+        ),
+        (config.fp16, "fp16 is True: use bf16, whose losses need no scaling"),
+        (
+            config.mtp_num_layers or (config.num_moe_experts and others),
+            "mtp_num_layers, moe_aux_loss_coeff or moe_z_loss_coeff is set, losses that are scaled "
+            "for a division by tokens that a step does not make; switch them off",
+        ),
+    ):
+        if wrong:
+            raise ValueError(f"the model's config: {why}")
+    if ddp.check_for_nan_in_grad:
         raise ValueError(
-            "the model's config.calculate_per_token_loss is False: Megatron would divide the "
-            "objective, whose coefficients are those of the global batch, once more; set it to True"
+            "ddp.check_for_nan_in_grad is True, which needs Megatron-LM's own loop; set it to "
+            "False: a step whose gradients are not finite is left out anyway"
         )
-    if config.fp16:
-        raise ValueError("the model's config.fp16 is True: use bf16, whose losses need no scaling")

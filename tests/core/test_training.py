@@ -23,16 +23,34 @@ def test_an_interleaved_pipeline_takes_multiples_of_its_stages(
     assert takes == ([True, True, False, False] if virtual else [True] * 4)
 
 
-def config(**changed: Any) -> Any:
-    return SimpleNamespace(**{"calculate_per_token_loss": True, "fp16": False, **changed})
+USUAL = {
+    "calculate_per_token_loss": True, "fp16": False, "mtp_num_layers": None,
+    "num_moe_experts": None, "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("changed", [{"calculate_per_token_loss": False}, {"fp16": True}])
-def test_a_model_whose_losses_megatron_would_scale_is_refused(changed: dict[str, bool]) -> None:
-    module._require_right_losses(config())
-    [(name, value)] = changed.items()
-    with pytest.raises(ValueError, match=f"config.{name} is {value}"):
-        module._require_right_losses(config(**changed))
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"calculate_per_token_loss": False}, "calculate_per_token_loss is False"),
+        ({"fp16": True}, "fp16 is True"),
+        ({"mtp_num_layers": 1}, "mtp_num_layers"),
+        ({"num_moe_experts": 4, "moe_aux_loss_coeff": [0.0, 0.1]}, "moe_aux_loss_coeff"),
+        ({"num_moe_experts": 4, "moe_z_loss_coeff": 1e-3}, "moe_z_loss_coeff"),
+    ],
+)
+def test_a_model_whose_losses_megatron_would_scale_is_refused(changed: dict, words: str) -> None:
+    ddp: Any = SimpleNamespace(check_for_nan_in_grad=False)
+    for fine in ({}, {"num_moe_experts": 4}, {"moe_aux_loss_coeff": 0.1}):  # without experts
+        module._require_right_losses(SimpleNamespace(**USUAL | fine), ddp)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=words):
+        module._require_right_losses(SimpleNamespace(**USUAL | changed), ddp)  # type: ignore[arg-type]
+
+
+def test_a_check_that_needs_megatron_lms_loop_is_refused() -> None:
+    ddp: Any = SimpleNamespace(check_for_nan_in_grad=True)
+    with pytest.raises(ValueError, match="check_for_nan_in_grad is True"):
+        module._require_right_losses(SimpleNamespace(**USUAL), ddp)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
