@@ -226,6 +226,9 @@ class ScaleBiO(Training):
     def _tail(self) -> torch.Tensor:
         return self.mixture.trajectory.tail(self.options.average_fraction)
 
+    def made_for(self) -> dict[str, Any]:
+        return {"sources": self.sources}
+
     def common_state(self) -> dict[str, Any]:
         return {**super().common_state(), "mixture": self.mixture.state_dict()}
 

@@ -264,10 +264,16 @@ class Training:
         Args:
             loading: the checkpoint's common state (`load_common_state_dict`), where the result is
                 to be loaded into; `load_state_dict` takes what comes of it.
+
+        Raises:
+            ValueError: if the checkpoint is of other sources.
         """
         if loading is None:
             return self._state_to_save()
         common = loading["scalebio"]
+        for name, ours in self.made_for().items():
+            if common.get(name) != ours:
+                raise ValueError(f"the checkpoint is of {name} {common.get(name)}, not {ours}")
         self.load_common_state(common)
         wanted = states.model_state(self.w)
         if self.u is not None:
@@ -278,8 +284,12 @@ class Training:
         register_safe_globals()
         return wanted
 
+    def made_for(self) -> dict[str, Any]:
+        """What a checkpoint has to have been made for, too."""
+        return {}
+
     def _state_to_save(self) -> dict[str, Any]:
-        common: dict[str, Any] = {**self.common_state(), "period": None}
+        common: dict[str, Any] = {**self.made_for(), **self.common_state(), "period": None}
         if self.period is not None:
             self.period.gather_parameters()
         whole = states.model_state(self.w)

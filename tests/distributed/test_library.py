@@ -76,6 +76,9 @@ def resume(folder: Path, name: str) -> None:
     wanted = again.sharded_state_dict(loading=common)
     again.load_state_dict(dist_checkpointing.load(wanted, str(target)))
     resumed = steps(again, 5, 9)
+    again.sources = ["a", "c", "b"]
+    with pytest.raises(ValueError, match=r"is of sources \['a', 'b', 'c'\], not \['a', 'c', 'b'\]"):
+        again.sharded_state_dict(loading=common)
     if dist.get_rank() == 0:
         content = {"first": trace(first), "rest": trace(rest), "resumed": trace(resumed)}
         content["tails"] = [bio.mixture.trajectory.tail(1.0) for bio in (whole, again)]
