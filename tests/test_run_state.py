@@ -115,6 +115,9 @@ def test_a_models_own_vocabulary_may_be_larger_than_its_tokenizers() -> None:
     tokenizer = {"fingerprint": "x", "vocab_size": 32}
     source: Any = SimpleNamespace(tokenizer=tokenizer, largest_id=31)
     assert [shared_vocab_size([source], size) for size in (None, 32, 40)] == [32, 32, 40]
+    source.name, source.prefix, source.largest_id = "s1", "data/s1/tokens", 32
+    with pytest.raises(UserError, match="'s1' holds token 32, the vocabulary ends at 31"):
+        shared_vocab_size([source], 32)
 
 
 CP5_TP3 = {"context_parallel_size": 5, "tensor_model_parallel_size": 3}

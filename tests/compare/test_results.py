@@ -106,10 +106,13 @@ def option(words: list[str], name: str) -> str:
 
 
 def test_every_option_reaches_its_stage(plan: Plan, tmp_path: Path) -> None:
+    trained = plan.runs[0].stages[2].config
+    assert trained and trained[1]["train"]["eval_interval"] == 0, "unless asked for"
     content = yaml.safe_load((tmp_path / "compare.yaml").read_text())
     content |= {"per_source": 70, "num_samples": 900, "methods": ["doge", "mine"], "seeds": [9, 4]}
     rates = {name: {"optimizer": {"lr": lr}} for name, lr in (("run", 0.1), ("reweight", 0.2))}
     content |= {**rates, "train": {"optimizer": {"lr": 0.3, "clip_grad": 0.5}}}
+    content["train"]["train"] = {"eval_interval": 2}
     content["run"]["train"] = {"train_iters": 5}
     content["variants"] = {"mine": {"baseline": {"method": "less"}, "optimizer": {"lr": 0.4}}}
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -136,7 +139,7 @@ def test_every_option_reaches_its_stage(plan: Plan, tmp_path: Path) -> None:
         assert find["train"]["train_iters"] == train["train"]["train_iters"] == 5
         assert find["optimizer"] == {"lr": 0.4 if run.method == "mine" else 0.2}
         assert train["optimizer"] == {"lr": 0.3, "clip_grad": 0.5}
-        assert train["train"]["eval_interval"] == 0 and train["checkpoint"] == {"keep_last": 1}
+        assert train["train"]["eval_interval"] == 2 and train["checkpoint"] == {"keep_last": 1}
         assert [entry["name"] for entry in find["data"]["sources"]] == list(SOURCES)
         assert [entry["name"] for entry in find["data"]["validation"]] == ["goal"]
         assert "test" not in find["data"]

@@ -52,10 +52,15 @@ def prepared(out: Path, tokenizer: Path, files: list[Path], **options: Any) -> d
     return report
 
 
+@pytest.mark.parametrize("records", [2, 100])
 def test_counts_are_over_all_batches_and_files(
-    tmp_path: Path, raw: list[Path], sentence_piece: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    raw: list[Path],
+    sentence_piece: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    records: int,
 ) -> None:
-    monkeypatch.setattr(prepare_module, "_BATCH_RECORDS", 2)
+    monkeypatch.setattr(prepare_module, "_BATCH_RECORDS", records)
     report = prepared(tmp_path / "out", sentence_piece, raw)
     assert report["examples"] == len(GOOD) + len(CUT) and report["truncated"] == len(CUT)
     assert report["dropped"] == {

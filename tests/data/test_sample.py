@@ -305,6 +305,8 @@ def test_megatron_prefixes(world: World) -> None:
     found = IndexedDataset(str(world.root / "mixed/tokens"))
     assert found.sequence_lengths.max() == 65
     assert manifest["examples"] == len(found) > 10 == manifest["given"]
+    assert [e["examples_per_row"] for e in manifest["sources"]] == [100 / 64, 1.0]
+    assert [e["asked"] for e in manifest["sources"]] == [4, 6]  # 64 and 100 of 164
 
 
 def test_refusals(world: World, sentence_piece: Path) -> None:

@@ -103,6 +103,36 @@ def test_weights_are_shares_of_examples_and_rows_are_dealt_accordingly(
     assert manifest["redistributed"] == small["asked"] - 20
 
 
+def test_rows_that_give_no_example_do_not_count_in_the_examples_a_row(
+    tmp_path: Path, sentence_piece: Path
+) -> None:
+    whole = answers("question", 10)
+    half = [{**record, "output": ""} if n % 2 else record for n, record in enumerate(whole)]
+    sources = tuple(
+        WeightedSource(name, str(write(tmp_path / f"{name}.jsonl", records)), 1.0)
+        for name, records in (("whole", whole), ("half", half))
+    )
+    options: dict[str, Any] = {"tokenizer": str(sentence_piece), "seq_length": 64}
+    [manifest] = sample(SampleConfig(tmp_path / "out", sources, num_samples=8, **options))
+    assert [entry["examples_per_row"] for entry in manifest["sources"]] == [1.0, 1.0]
+    assert [entry["given"] for entry in manifest["sources"]] == [4, 4]
+    assert manifest["sources"][1]["no_example"]["no_target"] == 5
+
+
+def test_rows_of_several_files_are_numbered_from_0_in_each(
+    tmp_path: Path, sentence_piece: Path
+) -> None:
+    files = [write(tmp_path / f"{kind}.jsonl", answers(kind, 6)) for kind in ("red", "blue")]
+    source = WeightedSource("src", ",".join(map(str, files)), 1.0)
+    options: dict[str, Any] = {"tokenizer": str(sentence_piece), "seq_length": 64}
+    [manifest] = sample(SampleConfig(tmp_path / "out", (source,), num_samples=8, **options))
+    inputs = manifest["sources"][0]["inputs"]
+    assert [(Path(i["path"]), i["rows"]) for i in inputs] == [(file, 6) for file in files]
+    told = {f"{Path(i['path']).stem} {row}?" for i in inputs for row in i["taken"]}
+    drawn = {json.loads(line)["instruction"] for line in (tmp_path / "out/sample.jsonl").open()}
+    assert told == drawn and len(drawn) == 8
+
+
 def test_excluded_sets_are_counted_and_not_drawn(tmp_path: Path, folders: dict[str, str]) -> None:
     exclude = (("goal", folders["goal"]),)
     first, second = drawn(folders, tmp_path / "out", per_source=8, exclude=exclude)

@@ -50,6 +50,8 @@ def test_draws_are_nested_even_and_of_usable_rows() -> None:
     assert (np.diff(large) > 0).all()
     twice = draw_rows("math", usable, 2 * 66 + 10, 7)
     assert sorted(np.bincount(twice, minlength=100)[usable]) == [2] * 56 + [3] * 10
+    counts = np.bincount(draw_rows("math", usable, 66 + 20, 7), minlength=100)
+    assert set(np.flatnonzero(counts == 2)) != set(small), "the second epoch has its own order"
     assert draw_rows("math", usable, 0, 7).tolist() == []
     assert draw_rows("math", usable, 20, 8).tolist() != small.tolist()
     assert draw_rows("code", usable, 20, 7).tolist() != small.tolist()

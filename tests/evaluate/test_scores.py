@@ -21,7 +21,7 @@ from megatron_scalebio.commands import evaluate as cli
 from megatron_scalebio.evaluate import benchmarks
 from megatron_scalebio.evaluate.benchmarks import BenchmarkConfig, run_benchmarks
 from megatron_scalebio.evaluate.hf_folder import HfModel, open_folder
-from megatron_scalebio.evaluate.results import benchmark_table
+from megatron_scalebio.evaluate.results import benchmark_table, write_section
 
 # Right answer, response, is its number behind #### the right one, is its last number?
 GSM8K = [
@@ -167,3 +167,10 @@ def test_the_table_shows_scores_and_how_they_were_asked_for() -> None:
     lines = [line.split() for line in screen.getvalue().splitlines()]
     assert ["gsm8k", "strict", "0.6124", "0.0135", "1,319", "3", "chat", "template"] in lines
     assert ["math", "all", "0.2500", "-", "2", "0", "plain"] in lines
+
+
+def test_a_section_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+    for section, content in (("benchmarks", {"a": 1}), ("mt_bench", 2), ("benchmarks", {"b": 3})):
+        write_section(tmp_path, section, content)
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found == {"benchmarks": {"b": 3}, "mt_bench": 2}

@@ -78,6 +78,31 @@ def test_many_sources_are_cut_and_counted() -> None:
     assert len(out.getvalue().splitlines()) < 25
 
 
+def test_the_largest_sources_are_shown_and_all_are_counted() -> None:
+    """Of 20: in the banner by tokens, in the result by weight."""
+    out = io.StringIO()
+    quiet = Console(file=out, width=100, highlight=False)
+    sources = [SourceLine(f"s{i}", 100 - i, 1000 + i, 0.05, 0.05) for i in range(20)]
+    console = RunConsole(sources, train_iters=20, console=quiet)
+    console.banner({})
+    shown = out.getvalue().splitlines()[1:]
+    assert [line.split()[0] for line in shown[:15]] == [f"s{i}" for i in range(19, 4, -1)]
+    assert shown[15:] == ["... and 5 more sources"]
+    learned = [(i + 1) / 210 for i in range(20)]
+    entries = [
+        {"name": f"s{i}", "weight": w, "initial_weight": 0.05, "ci_low": None, "ci_high": None}
+        for i, w in enumerate(learned)
+    ]
+    out.truncate(out.seek(0))
+    console.result({"sources": entries}, {}, {f"s{i}": 0.05 for i in range(20)})
+    shown = out.getvalue().splitlines()[1:]
+    assert [line.split()[0] for line in shown[:15]] == [f"s{i}" for i in range(19, 4, -1)]
+    distance = sum(abs(weight - 0.05) for weight in learned)
+    assert shown[15:] == [
+        "... and 5 more sources", f"L1 distance from the known mixture: {distance:.3f}",
+    ]  # fmt: skip
+
+
 def test_held_out_losses_are_shown_as_they_are() -> None:
     console, out = make_console(["a"], terminal=False)
     entry = {"name": "goal", "examples": 1234, "sample_mean": 2.34567, "token_mean": 1.98768,
@@ -98,7 +123,7 @@ def test_time_left_goes_by_the_median_of_the_last_fifty_steps(
     quiet = Console(file=out, width=200, highlight=False)
     console = RunConsole([source] * 5, train_iters=200, log_interval=70, console=quiet)
     for step in range(1, 71):  # the slow ones first, which the last fifty don't hold
-        took_s = 9.0 if step <= 20 else 0.5 if step % 5 < 3 else 3.0
+        took_s = 9.0 if step <= 20 else 0.5 if step % 5 > 1 else 3.0
         console.step(record | {"step": step, "step_time_s": took_s, "skipped": None})
     assert "ETA 65 s  500 ms/step" in out.getvalue().splitlines()[-1]
     assert out.getvalue().splitlines()[-1].startswith("step 70/200  ")

@@ -160,6 +160,21 @@ def test_per_source_scalars_of_many_sources_come_seldom_and_at_the_end(tmp_path:
     assert len(read["lm loss"]) == 45
 
 
+def test_an_interval_thins_out_all_points_before_a_resume_and_after(tmp_path: Path) -> None:
+    """60 sources are 240 scalars, above the 200 a step: theirs come at every other point."""
+    options: dict[str, Any] = {"global_batch_size": 32, "tensorboard_log_interval": 2}
+    names, steps = [f"source {i}" for i in range(60)], records(10, 60)
+    for resume_step, end in ((0, 7), (6, 10)):
+        log = MetricsLog(tmp_path, names, VALIDATION, resume_step=resume_step, **options)
+        for record in steps[resume_step:end]:
+            log.log(record)
+        log.close()
+    read = {tag: [step for step, _ in points] for tag, points in scalars(tmp_path).items()}
+    assert read["lm loss"] == [2, 4, 6, 8, 10]
+    assert read["lm loss vs samples"] == [32 * step for step in (2, 4, 6, 8, 10)]
+    assert read["mixture/weight/source 7"] == [4, 6, 8, 10]  # 6 and 10 are the ends of a start
+
+
 def test_a_disk_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics.jsonl.*resumes from the last checkpoint"):

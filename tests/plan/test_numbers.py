@@ -16,7 +16,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.plan import table
 from megatron_scalebio.plan.cost import StepCost, step_cost
-from megatron_scalebio.plan.estimate import _in_flight
+from megatron_scalebio.plan.estimate import _data_parallel_bytes, _in_flight
 from megatron_scalebio.plan.hardware import GPUS, Gpu, gpu_named
 from megatron_scalebio.plan.layout import Layout, draws, ever_active, stage_layers, worst_draw
 from megatron_scalebio.plan.planner import Plan, _u_at_worst
@@ -105,6 +105,20 @@ def test_a_stage_keeps_as_many_micro_batches_as_are_under_way() -> None:
     ):  # fmt: skip
         layout = Layout(1, 4, virtual, 1, train, 1, GPU)
         assert [_in_flight(layout, number) for number in range(4)] == kept
+
+
+def test_gradients_go_round_all_replicas_and_shards_come_back_as_weights() -> None:
+    """100 trainable parameters each of w and u, over CP x DP ranks."""
+    for cp, dp, bf16, shards, sent in (
+        (1, 1, True, False, 0),
+        (1, 4, True, False, 2 * 0.75 * 800),  # reduced and spread in four bytes
+        (2, 2, True, False, 2 * 0.75 * 800),
+        (2, 2, True, True, 0.75 * (800 + 400)),  # reduced to shards, back in two bytes
+        (1, 4, False, True, 0.75 * (800 + 800)),
+    ):
+        of_run = config(parallel={"bf16": bf16, "use_distributed_optimizer": shards})
+        layout = Layout(1, 1, 1, dp, 4, 2, GPU, cp)
+        assert _data_parallel_bytes(of_run, layout, {"gradients": 800}, 100) == sent
 
 
 def test_u_keeps_the_layers_of_all_periods_only_where_it_is_never_reset() -> None:

@@ -103,6 +103,15 @@ def test_run_in_progress(make_run: MakeRun) -> None:
     assert "no weights.json yet" in elements.text
 
 
+def test_a_run_that_converged_and_goes_on_can_be_used(make_run: MakeRun) -> None:
+    run = make_run()
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(info | {"ended": None}))
+    assert summary.verdict(load_run(run)).status == "converged"
+    (run / "weights.json").unlink()
+    assert summary.verdict(load_run(run)).status == "running"
+
+
 def test_not_converged_says_why(make_run: MakeRun) -> None:
     _, elements = read_page(make_run(converged=False))
     assert "treat the weights as provisional" in elements.text
@@ -218,6 +227,30 @@ def test_change_is_sure_only_beyond_the_interval(make_run: MakeRun) -> None:
         if row.name in changes:
             assert row.low is not None and row.high is not None and row.initial is not None
             assert changes[row.name] == (not row.low <= row.initial <= row.high)
+
+
+def test_of_many_sources_a_uniform_share_is_a_notable_change() -> None:
+    """Below 2 % of the mixture, or below a uniform share of more than fifty, it isn't told."""
+
+    def told(count: int, move: float) -> bool:
+        rest = {"low": None, "high": None, "natural": None, "known": None, "excess": None,
+                "loss": None, "examples": None, "in_blend": None}  # fmt: skip
+        rows = [summary.SourceRow(f"s{i}", 1 / count, initial=1 / count, **rest)  # type: ignore
+                for i in range(count)]  # fmt: skip
+        rows[0].weight += move
+        return [change.name for change in summary.biggest_changes(rows)] == ["s0"]
+
+    assert [told(10, move) for move in (0.019, 0.021)] == [False, True]
+    assert [told(200, move) for move in (0.0049, 0.0051)] == [False, True]
+
+
+def test_a_step_that_comes_again_replaces_what_came_after_it(tmp_path: Path) -> None:
+    lines = [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (2, 0.5), (3, 0.6)]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": s, "alpha": a}) + "\n" for s, a in lines))
+    history = load_run(tmp_path).history
+    assert history.steps.tolist() == [1, 2, 3]
+    assert history.scalars["alpha"].tolist() == [0.1, 0.5, 0.6]
 
 
 def test_cost_is_ranks_times_wall_clock(make_run: MakeRun) -> None:
