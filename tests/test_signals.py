@@ -106,4 +106,4 @@ def test_ctrl_c_saves_too_and_says_so(problem: Path) -> None:
     _, complained = finish(process)
     assert process.returncode == 3, complained
     assert saved_step(run) == len(metrics(run))
-    assert f"saved at step {saved_step(run)}; the same command goes on" in complained
+    assert f"saved at step {saved_step(run)}; the same command continues" in complained

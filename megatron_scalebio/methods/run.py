@@ -1,7 +1,7 @@
 """What `reweight` does: finds a mixture by ScaleBiO, or by the rival that `--method` names.
 
 Every method is a module with `find(config, job) -> Found | None` (None: a signal stopped it, what
-it has is saved, and the same command goes on).
+it has is saved, and the same command continues).
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ def test_stopped_and_started_again_equals_undisturbed(
 ) -> None:
     for number in range(times):
         code, said = noted(runs / "noted", f"{stopped}-{number}")
-        assert code == 3 and "the same command goes on" in said, said
+        assert code == 3 and "the same command continues" in said, said
     code, said = noted(runs / "noted", stopped)
     assert code == 0 and "from step" in said, said
     assert weights(runs / stopped) == weights(runs / whole)
