@@ -12,7 +12,17 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 def device() -> torch.device:
-    return torch.device(torch.cuda.current_device())
+    """This rank's.
+
+    Raises:
+        RuntimeError: without a GPU, if Megatron has not been adapted to that.
+    """
+    try:
+        return torch.device(torch.cuda.current_device())
+    except (RuntimeError, AssertionError) as error:
+        raise RuntimeError(
+            f"{error} (without a GPU, call megatron_scalebio.compat.adapt() before anything else)"
+        ) from None
 
 
 def summed(values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:

@@ -179,7 +179,10 @@ def loss_func(
     sum_B = torch.where(mask_BS, loss_BS.float(), 0.0).sum(dim=1, dtype=torch.float64)
     objective = (sum_B * this.weight_B.to(sum_B.device)).sum().float()
     part_B = sum_B.detach() * this.coefficient_B.to(sum_B.device)
-    record = {"role": this.role, "group_B": this.batch.group_B, "part_B": part_B}
+    counts_B = this.coefficient_B > 0  # not without a target
+    record = {
+        "role": this.role, "group_B": this.batch.group_B, "part_B": part_B, "counts_B": counts_B,
+    }  # fmt: skip
     return objective, torch.tensor(0, dtype=torch.int), record
 
 
@@ -199,7 +202,7 @@ def reduce_losses(
     if reports_losses(groups):
         for record in records:
             part_B = record["part_B"].cpu()
-            both_2B = torch.stack([part_B, torch.ones_like(part_B)])
+            both_2B = torch.stack([part_B, record["counts_B"].double()])
             sums[record["role"]].index_add_(1, record["group_B"], both_2B)
         tokens += float(sum(each.batch.tokens for each in passes))
     flat = summed(torch.cat([*(each.flatten() for each in sums.values()), tokens]))

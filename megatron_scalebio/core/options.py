@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +39,7 @@ class BilevelOptions:
     tolerance: float = 0.05
 
     def __post_init__(self) -> None:
-        _require(self.alpha > 0, "alpha", self.alpha, "above 0")
+        _require(0 < self.alpha < math.inf, "alpha", self.alpha, "above 0 and finite")
         _require(
             self.mixture_optimizer in ("eg", "adamw"),
             "mixture_optimizer", self.mixture_optimizer, "eg or adamw",
@@ -46,7 +47,7 @@ class BilevelOptions:
         _require(self.rate > 0, "lr_lambda", self.lr_lambda, "above 0")
         interval = self.resync_interval
         _require(
-            interval is None or interval >= 2,
+            interval is None or (interval >= 2 and interval == int(interval)),
             "resync_interval", interval, "2 or more (at 1, u has no step to depart from w) or None",
         )  # fmt: skip
         _require(
@@ -85,7 +86,8 @@ class LisaOptions:
     train_norm: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.layers >= 1, "layers", self.layers, "1 or more")
+        whole = self.layers >= 1 and self.layers == int(self.layers)
+        _require(whole, "layers", self.layers, "a whole number, 1 or more")
         _require(self.interval >= 1, "interval", self.interval, "1 or more")
 
 

@@ -68,18 +68,34 @@ class BlendSampler:
         batch_size: examples per global batch (B).
         seed: of the order of examples and of the rounding of counts.
         floor_share: f above, in (0, 1]; 1 deals every source the same number.
+
+    Raises:
+        ValueError: if a number is out of its range.
     """
 
     def __init__(
         self, sizes_S: list[int], batch_size: int, seed: int, floor_share: float = 0.25
     ) -> None:
         self.sizes_S = np.asarray(sizes_S, dtype=np.int64)
+        if (self.sizes_S < 1).any():
+            raise ValueError(f"sizes_S is {list(sizes_S)}: every source needs an example")
+        if batch_size < 1 or batch_size != int(batch_size):
+            raise ValueError(f"batch_size is {batch_size}, it must be a whole number above 0")
+        if not 0 < floor_share <= 1:
+            raise ValueError(f"floor_share is {floor_share}, it must be in (0, 1]")
         self.batch_size, self.seed, self.floor_share = batch_size, seed, floor_share
         self.step = 0
         self.drawn_S = np.zeros(len(sizes_S), dtype=np.int64)
 
     def next(self, probs_S: Floats) -> Picks:
-        """The next global batch under mixture p."""
+        """The next global batch under mixture p, one weight for each source.
+
+        Raises:
+            ValueError: if p has another length, or something that is no share.
+        """
+        probs_S = np.asarray(probs_S, dtype=np.float64)
+        if probs_S.shape != self.sizes_S.shape or not (probs_S >= 0).all():
+            raise ValueError(f"weights {probs_S} for {len(self.sizes_S)} sources")
         expected_S = expected_counts(probs_S, self.batch_size, self.floor_share)
         offset = np.random.default_rng((self.seed, self.step)).random()
         counts_S = systematic_counts(expected_S, offset)
@@ -96,7 +112,10 @@ class BlendSampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.drawn_S = np.asarray(state["drawn"], dtype=np.int64)
+        drawn_S = np.asarray(state["drawn"], dtype=np.int64)
+        if drawn_S.shape != self.sizes_S.shape:
+            raise ValueError(f"a state of {len(drawn_S)} sources for {len(self.sizes_S)}")
+        self.drawn_S = drawn_S
 
 
 def shuffled_index(position_B: Ints, size_B: Ints, group_B: Ints, seed: int) -> Ints:

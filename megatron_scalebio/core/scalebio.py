@@ -81,6 +81,9 @@ class ScaleBiO(Training):
 
     Attributes:
         mixture: λ and its trajectory.
+
+    Raises:
+        ValueError: if the weights are no weights, a name is there twice, or as of `Training`.
     """
 
     def __init__(
@@ -95,15 +98,19 @@ class ScaleBiO(Training):
         initial_weights: Sequence[float] | None = None,
         **training: Any,
     ) -> None:
+        validation = {"validation": 1.0} if validation is None else validation
+        initial = [1.0] * len(sources) if initial_weights is None else list(initial_weights)
+        if len(set(sources)) != len(sources) or len(initial) != len(sources):
+            raise ValueError(f"{len(initial)} initial weights for sources {list(sources)}")
+        _require_shares("initial_weights", initial)
+        _require_shares("validation", list(validation.values()))
         super().__init__(
             model_provider, ddp, optimizer,
             with_u=True, resync_interval=options.resync_interval, **training,
         )  # fmt: skip
         self.options, self.sources = options, list(sources)
-        validation = {"validation": 1.0} if validation is None else validation
         shares_V = torch.tensor(list(validation.values()), dtype=torch.float64)
         self.validation_shares_V = shares_V / shares_V.sum()
-        initial = [1.0] * len(self.sources) if initial_weights is None else list(initial_weights)
         self.mixture = Mixture(initial, options.mixture_optimizer)
 
     @property
@@ -140,11 +147,17 @@ class ScaleBiO(Training):
         rates = {"w": lr, "u": lr if lr_u is None else lr_u}
         lr_lambda = self.options.rate if lr_lambda is None else lr_lambda
         alpha = self.options.alpha if alpha is None else alpha
+        for name, value in {**rates, "lr_lambda": lr_lambda, "alpha": alpha}.items():
+            if not 0 <= value < math.inf or (name == "alpha" and value == 0):
+                raise ValueError(f"{name} is {value}")
         probs_S, shares_V = self.mixture.probs_S, self.validation_shares_V
         inclusion_S, inclusion_V = (
             torch.ones_like(each) if given is None else torch.as_tensor(np.asarray(given))
             for each, given in ((probs_S, inclusion), (shares_V, validation_inclusion))
         )
+        for of_X, given_X in ((probs_S, inclusion_S), (shares_V, inclusion_V)):
+            if given_X.shape != of_X.shape or not ((given_X > 0) & (given_X <= 1)).all():
+                raise ValueError(f"inclusion {given_X.tolist()}, not {len(of_X)} probabilities")
         with self.observe("period"):
             period = self.enter_period()
             period.zero_grad()
@@ -235,3 +248,8 @@ class ScaleBiO(Training):
     def load_common_state(self, state: Mapping[str, Any]) -> None:
         super().load_common_state(state)
         self.mixture.load_state_dict(state["mixture"])
+
+
+def _require_shares(name: str, values: Sequence[float]) -> None:
+    if not all(0 <= value < math.inf for value in values) or not sum(values) > 0:
+        raise ValueError(f"{name} is {values}: weights are numbers from 0 on, and one is above 0")

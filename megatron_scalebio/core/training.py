@@ -111,6 +111,8 @@ class Training:
         else:
             self.w = build_chunks(model_provider, self.groups)
         _require_right_losses(self.model_config, ddp)
+        if lisa is not None and lisa.layers > self.model_config.num_layers:
+            raise ValueError(f"lisa.layers is {lisa.layers} of {self.model_config.num_layers}")
         self.steps = 0
         self.skipped_in_a_row = 0
         self.spikes = SpikeGuard()

@@ -106,7 +106,8 @@ def test_loss_of_a_pass_is_the_weighted_sum_of_its_targets() -> None:
     assert objective.dtype == torch.float32
     assert float(objective.detach()) == pytest.approx(want, rel=1e-6)
     assert int(tokens) == 0 and tokens.dtype == torch.int
-    assert set(record) == {"role", "group_B", "part_B"} and record["role"] is W
+    assert set(record) == {"role", "group_B", "part_B", "counts_B"} and record["role"] is W
+    assert record["counts_B"].tolist() == [True, True, True]
     assert record["group_B"].tolist() == groups
     assert record["part_B"].tolist() == parts and record["part_B"].dtype == torch.float64
     assert not record["part_B"].requires_grad
@@ -258,7 +259,11 @@ class OtherRank:
 
 
 def record(role: Role, groups: list[int], parts: list[float]) -> dict[str, Any]:
-    return {"role": role, "group_B": torch.tensor(groups), "part_B": tensor(parts)}
+    counts_B = torch.ones(len(groups), dtype=torch.bool)
+    return {
+        "role": role, "group_B": torch.tensor(groups), "part_B": tensor(parts),
+        "counts_B": counts_B,
+    }  # fmt: skip
 
 
 RECORDS = [
@@ -284,6 +289,15 @@ def test_losses_are_the_sums_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     assert losses.validation_V.tolist() == [515.0, 1285.0]
     assert losses.tokens == 85 + 2**24 and isinstance(losses.tokens, int)
     assert losses.culprit == ""
+
+
+def test_a_source_without_a_target_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    OtherRank(monkeypatch, [0.0] * 17)
+    none = batch([1, 0], [[0, 0], [1, 0]])
+    [this] = passes_of({U: 1.0}, [none], tensor([0.5, 0.5, 0.0]), "sample", groups())
+    _, _, found = loss_func(this, torch.tensor([[3.0, 4.0], [2.0, 9.0]]))
+    losses = reduce_losses([found], [this], 3, 2, groups())
+    assert losses.u_S.tolist() == pytest.approx([2.0, math.nan, math.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize("place", [{"pp": Group(0, 2)}, {"tp": Group(1, 2)}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -270,3 +271,26 @@ def test_resume_is_exact_and_the_state_is_a_few_integers(cut: int) -> None:
             got = resumed.next(probs_S)
             assert np.array_equal(got.group_B, expected.group_B)
             assert np.array_equal(got.index_B, expected.index_B)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"sizes_S": [3, 0]}, "sizes_S is .3, 0."), ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 4.5}, "batch_size is 4.5"), ({"floor_share": 0.0}, "floor_share is 0.0"),
+        ({"floor_share": 1.5}, "floor_share is 1.5"),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_their_range_are_refused(given: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        BlendSampler(**{"sizes_S": [3, 4], "batch_size": 4, "seed": 1, "floor_share": 0.5, **given})
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.5, math.nan], [1.5, -0.5]])
+def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
+    sampler = BlendSampler([3, 4], 4, 1)
+    assert sampler.next([0.5, 0.5]).group_B.tolist() == [0, 0, 1, 1], "a list will do"  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="for 2 sources"):
+        sampler.next(np.array(weights))
+    with pytest.raises(ValueError, match="a state of 3 sources for 2"):
+        sampler.load_state_dict(BlendSampler([3, 4, 5], 4, 1).state_dict())

@@ -1,0 +1,80 @@
+"""What ScaleBiO refuses before it builds or steps anything."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_scalebio.core.mixture import Mixture
+from megatron_scalebio.core.options import BilevelOptions, LisaOptions
+from megatron_scalebio.core.scalebio import ScaleBiO
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"sources": ["a", "a"]}, "2 initial weights for sources"),
+        ({"initial_weights": [1.0]}, "1 initial weights for sources"),
+        ({"initial_weights": [1.0, -1.0]}, "initial_weights is .1.0, -1.0."),
+        ({"initial_weights": [0.0, 0.0]}, "initial_weights is .0.0, 0.0."),
+        ({"validation": {}}, "validation is .."),
+        ({"validation": {"v": float("nan")}}, "validation is .nan."),
+    ],
+)
+def test_weights_and_names_that_are_none_are_refused(given: dict, words: str) -> None:
+    whole: Any = {
+        "options": BilevelOptions(), "sources": ["a", "b"], "model_provider": None, "ddp": None,
+        "optimizer": None, **given,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=words):
+        ScaleBiO(**whole)
+
+
+def bare() -> Any:
+    bio = ScaleBiO.__new__(ScaleBiO)
+    bio.options, bio.mixture = BilevelOptions(), Mixture([1.0, 1.0], "eg")
+    bio.validation_shares_V = torch.ones(1).double()
+    return bio
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"train": []}, "training and validation micro-batches"),
+        ({"validation": []}, "training and validation micro-batches"),
+        ({"lr": -1.0}, "w is -1.0"), ({"lr": float("nan")}, "w is nan"),
+        ({"lr_u": float("inf")}, "u is inf"), ({"lr_lambda": -0.1}, "lr_lambda is -0.1"),
+        ({"alpha": 0.0}, "alpha is 0.0"), ({"inclusion": [1.0]}, "inclusion .1.0., not 2"),
+        ({"inclusion": [1.0, 0.0]}, "inclusion .1.0, 0.0., not 2"),
+        ({"validation_inclusion": [2.0]}, "inclusion .2.0., not 1"),
+    ],
+)  # fmt: skip
+def test_a_step_with_numbers_that_are_none_is_refused(given: dict, words: str) -> None:
+    batch = SimpleNamespace()
+    with pytest.raises(ValueError, match=words):
+        bare().step(**{"train": [batch], "validation": [batch], "lr": 0.1, **given})
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: BilevelOptions(alpha=float("inf")), "alpha is inf"),
+        (lambda: BilevelOptions(resync_interval=1), "resync_interval is 1"),
+        (lambda: BilevelOptions(resync_interval=2.5), "resync_interval is 2.5"),  # type: ignore[arg-type]
+        (lambda: BilevelOptions(lr_lambda=0.0), "lr_lambda is 0.0"),
+        (lambda: BilevelOptions(loss_mean="batch"), "loss_mean is batch"),  # type: ignore[arg-type]
+        (lambda: BilevelOptions(mixture_optimizer="sgd"), "mixture_optimizer is sgd"),  # type: ignore[arg-type]
+        (lambda: BilevelOptions(confidence=0.7), "confidence is 0.7"),
+        (lambda: BilevelOptions(average_fraction=1.5), "average_fraction is 1.5"),
+        (lambda: BilevelOptions(tolerance=0.0), "tolerance is 0.0"),
+        (lambda: LisaOptions(0), "layers is 0"),
+        (lambda: LisaOptions(2.5), "layers is 2.5"),  # type: ignore[arg-type]
+        (lambda: LisaOptions(2, interval=0), "interval is 0"),
+    ],
+)
+def test_options_out_of_their_range_are_refused(made: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        made()
