@@ -126,11 +126,11 @@ def against_plain(folder: Path, args: Any) -> dict[str, dict[str, float]]:
     data = write_data(folder / "five", 5, args.seq_length)
     twin = build(settings(data, args), folder)
     lisa = build(settings(data, args, lisa={"lisa_layers": 2, "lisa_interval": 1000}), folder)
-    train, valid, *_ = twin.data.next(twin.mixture.probs_S)
+    train, valid, *_ = twin.data.next(twin.training.mixture.probs_S)
     plain = PlainTraining(twin.config, twin.data.vocab_size)
 
     def cast_in_every_step() -> None:
-        forget_weight_copies([*lisa.w, *lisa.models["u"]])
+        forget_weight_copies([*lisa.training.w, *lisa.training.models["u"]])
         train_step(lisa)
 
     contestants: dict[str, Callable[[], Any]] = {
@@ -154,6 +154,7 @@ class Logged:
     def __init__(self, state: TrainState, folder: Path) -> None:
         self.state = state
         initial_S = state.training.mixture.initial_S.tolist()
+        folder.mkdir(parents=True)
         self.log = RunLog(state, folder, outputs.parameter_count(state), initial_S)
         self.log_s = 0.0
 
