@@ -163,7 +163,7 @@ def warm_up(tests: list[str]) -> None:
         "import sys, importlib; sys.path.insert(0, '.')\n"
         f"for name in {[t.removesuffix('.py').replace('/', '.') for t in tests]}:\n"
         "    importlib.import_module(name)\n"
-        f"import {PACKAGE}.train.reweight\n"
+        f"import {PACKAGE}.methods.scalebio\n"
         "print('\\n'.join(sys.modules))"
     )
     warnings.simplefilter("ignore")
