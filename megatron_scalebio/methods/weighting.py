@@ -74,7 +74,7 @@ def learn(state: WeightingState, job: Job) -> bool:
 
 
 def refuse_run_of_another(folder: Path, method: str) -> None:
-    """Refuses an output where another method has job, before anything costs time."""
+    """Refuses an output where another method has begun, before anything costs time."""
 
     def check() -> None:
         try:
