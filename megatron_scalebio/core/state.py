@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.utils import unwrap_model
 
-from megatron_scalebio.compat.megatron import allocate_state, take_rates
+from megatron_scalebio.compat.megatron import allocate_state, make_fit
 from megatron_scalebio.core import fp8_state
 from megatron_scalebio.core.period import Period, take_configured_adam
 from megatron_scalebio.core.twin import named_parameters
@@ -136,7 +136,7 @@ def load_optimizers(period: Period, loaded: Mapping[str, Any]) -> None:
     """Fills a period's optimizers; rates and Adam's options stay those that are configured."""
     for name, optimizer in period.optimizers.items():
         saved = loaded[f"optimizer_{name}"]
-        take_rates(saved, optimizer)
+        make_fit(saved, optimizer)
         optimizer.load_state_dict(saved)
         take_configured_adam(optimizer)
 
