@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,29 @@ def reweight(folder: Path, name: str, *flags: object) -> None:
     note(folder / "noted", name, command(*words))
 
 
+def note_copies(path: Path) -> None:
+    """Has every step leave the bytes of FP8 copies that are held, beside those of the plan."""
+    from megatron_scalebio.core.training import Training
+    from megatron_scalebio.plan.holdings import fp8_copies
+
+    update, kinds = Training.update, ("_data", "_transpose", "_rowwise_data", "_columnwise_data")
+
+    def noting(self: Any, *words: Any, **options: Any) -> Any:
+        if self.model_config.fp8:
+            modules = [m for model in self.models.values() for c in model for m in c.modules()]
+            copies = [c for m in modules for c in getattr(m, "_fp8_workspaces", {}).values()]
+            held = [getattr(copy, kind, None) for copy in copies for kind in kinds]
+            storages = [tensor.untyped_storage() for tensor in held if tensor is not None]
+            real = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+            recipe = self.model_config.fp8_recipe
+            planned = fp8_copies(self.models.values(), recipe)
+            with path.open("a") as notes:
+                notes.write(json.dumps([recipe, self.active_layers is None, real, planned]) + "\n")
+        return update(self, *words, **options)
+
+    Training.update = noting  # type: ignore[method-assign]
+
+
 def begin(folder: Path, name: str, *flags: object) -> Path:
     """A whole run; where its checkpoint of step SAVED lies alone, to go on from."""
     reweight(folder, name, *flags)
@@ -67,6 +91,7 @@ def with_te(folder_name: str) -> None:
         FP8GlobalStateManager.reset()  # as in a process of its own
         reweight(folder, name, *flags)
 
+    note_copies(folder / "copies.jsonl")
     for recipe, lisa in RESUMED:
         flags = [*RECIPES[recipe], *LISA[lisa]]
         FP8GlobalStateManager.reset()
@@ -133,6 +158,18 @@ def test_a_resumed_run_is_the_whole_one(runs: Path, recipe: str, lisa: str) -> N
     code, said = noted(runs / "noted", f"{recipe}{lisa}-resumed")
     assert code == 0, said
     assert metrics(runs / f"{recipe}{lisa}-resumed") == metrics(runs / f"{recipe}{lisa}")[SAVED:]
+
+
+def test_copies_take_what_the_plan_says(runs: Path) -> None:
+    """u and w share those of frozen layers, except under delayed scaling."""
+    noted = [json.loads(line) for line in (runs / "copies.jsonl").read_text().splitlines()]
+    assert {recipe for recipe, *_ in noted} == set(RECIPES)
+    for recipe, whole, real, planned in noted:
+        assert real == planned, (recipe, whole)
+    of_u_and_w = max(real for *_, real, _ in noted)
+    with_lisa = {recipe: real for recipe, whole, real, _ in noted if not whole}
+    shared = of_u_and_w * 3 // 4  # one of two layers
+    assert with_lisa == {"tensorwise": shared, "blockwise": shared, "delayed": of_u_and_w}
 
 
 @pytest.mark.parametrize("move", MOVES)
