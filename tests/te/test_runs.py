@@ -55,7 +55,7 @@ def note_copies(path: Path) -> None:
     update, kinds = Training.update, ("_data", "_transpose", "_rowwise_data", "_columnwise_data")
 
     def noting(self: Any, *words: Any, **options: Any) -> Any:
-        if self.model_config.fp8:
+        if self.model_config.fp8 and self.u is not None:
             modules = [m for model in self.models.values() for c in model for m in c.modules()]
             copies = [c for m in modules for c in getattr(m, "_fp8_workspaces", {}).values()]
             held = [getattr(copy, kind, None) for copy in copies for kind in kinds]
