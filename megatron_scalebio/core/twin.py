@@ -160,11 +160,8 @@ class TwinModel(torch.nn.Module):
         if self.u is self.w:
             return shared
         for of_w, of_u in zip(self.w.modules(), self.u.modules(), strict=True):
-            parameters = list(zip(of_w.parameters(), of_u.parameters(), strict=True))
-            equal = all(
-                not p_u.requires_grad and p_u.data_ptr() == p_w.data_ptr()
-                for p_w, p_u in parameters
-            )
+            pairs = zip(of_w.parameters(), of_u.parameters(), strict=True)
+            equal = all(p_u.data_ptr() == p_w.data_ptr() for p_w, p_u in pairs)
             if hasattr(of_w, "is_first_microbatch") and share_copies(of_w, of_u, equal):
                 shared.append((of_w, of_u))
         return shared
