@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.utils import unwrap_model
 
 from megatron_scalebio.compat.megatron import allocate_state, make_fit
+from megatron_scalebio.compat.transformer_engine import fp8_state_allowed
 from megatron_scalebio.core import fp8_state
 from megatron_scalebio.core.period import Period, take_configured_adam
 from megatron_scalebio.core.twin import named_parameters
@@ -81,7 +82,7 @@ def load_models(
             fp8_state.refuse_code(loaded[key])
         else:
             fp8_state.drop(loaded[key])
-        with fp8_state.looked_through():
+        with fp8_state_allowed():
             result = unwrap_model(chunk).load_state_dict(loaded[key], strict=False)
         lacking = [name for name in result.missing_keys if not fp8_state.is_fp8_state(name)]
         assert not (strict and lacking) and not result.unexpected_keys, (lacking, result)
