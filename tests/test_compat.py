@@ -6,12 +6,15 @@ import io
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
 from megatron_scalebio.cli import _unraisable
 from megatron_scalebio.compat import WRITTEN_FOR, require
+from megatron_scalebio.compat.megatron import make_fit
 from megatron_scalebio.errors import UserError
 from tests.commands import ROOT
 
@@ -88,3 +91,42 @@ def test_torch_s_closed_files_are_not_told_and_all_else_is(
     assert capsys.readouterr().err == ""
     Refuses()
     assert "of another kind" in capsys.readouterr().err
+
+
+class Fused(torch.optim.Optimizer):
+    """Adam as Transformer Engine and Apex have it: `step` and `bias_correction` in the groups."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 1.0, "bias_correction": True})
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_state_of_any_adam_fits(fused: bool, distributed: bool) -> None:
+    """Megatron's DistributedOptimizer writes torch's step into the groups, the others apart."""
+    of_torch: dict[str, Any] = {"state": {0: {}, "common_step": torch.tensor(5.0)}}
+    of_torch["param_groups"] = [{"lr": 0.5, "max_lr": 0.5, "amsgrad": False}]
+    of_fused: dict[str, Any] = {"state": {0: {}}}
+    of_fused["param_groups"] = [{"lr": 0.5, "max_lr": 0.5, "bias_correction": False, "step": 5}]
+    if distributed:
+        del of_torch["state"], of_fused["state"]
+        of_torch["param_groups"][0]["step"] = 5.0
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    adam = Fused(parameters) if fused else torch.optim.AdamW(parameters)
+    part = SimpleNamespace(optimizer=adam, is_stub_optimizer=False)
+    ours: Any = SimpleNamespace(
+        chained_optimizers=[SimpleNamespace(is_stub_optimizer=True), part],
+        param_groups=[{"max_lr": 0.25, "min_lr": 0.125}],
+    )
+    for saved in (of_torch, of_fused):
+        make_fit({0: saved}, ours)
+        [group] = saved["param_groups"]
+        assert (group["lr"], group["max_lr"], group["min_lr"]) == (0.5, 0.25, 0.125)
+        assert adam.defaults.keys() <= group.keys()
+        saved_or_default = False if saved is of_fused else True if fused else None
+        assert group.get("bias_correction") is saved_or_default
+        in_groups = fused or distributed
+        assert group.get("step") == (5 if in_groups else None)
+        assert not in_groups or type(group["step"]) is int
+        if not distributed:
+            assert saved["state"].get("common_step") == (None if fused else 5.0)

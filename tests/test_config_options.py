@@ -73,7 +73,6 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "bf16": (False, True),
         "fp8_format": (None, "e4m3"),
         "fp8_recipe": ("tensorwise", "delayed"),
-        "fp8_param_gather": (False, True),
         "recompute_granularity": (None, "selective"),
         "recompute_method": (None, "block"),
         "recompute_num_layers": (None, 2),
@@ -151,8 +150,8 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "tensorboard_log_interval": (1, 3),
     },
 }
-# In files alone, or naming a folder that has to be there: tests of their own.
-ELSEWHERE = {("model", "rope_scaling"), ("model", "hf")}
+# In files alone, or naming a folder that has to be there: tests of their own; or refused.
+ELSEWHERE = {("model", "rope_scaling"), ("model", "hf"), ("parallel", "fp8_param_gather")}
 
 # Options that another one cannot be without.
 NEEDS: dict[str, dict[str, dict[str, Any]]] = {
@@ -164,9 +163,6 @@ NEEDS: dict[str, dict[str, dict[str, Any]]] = {
         "parallel": {"overlap_grad_reduce": True, "use_distributed_optimizer": True}
     },
     "fp8_format": {"parallel": {"bf16": True}},
-    "fp8_param_gather": {
-        "parallel": {"bf16": True, "fp8_format": "hybrid", "use_distributed_optimizer": True}
-    },
 }
 
 # What an option's value decides besides, where nothing else is given.
@@ -216,7 +212,8 @@ def test_the_table_holds_every_option() -> None:
 
 def test_defaults_are_those_that_are_told() -> None:
     told = {f"{s}.{name}": OPTIONS[s][name][0] for s, name in CASES}
-    assert flat(Config()) == {**told, "model.rope_scaling": None, "model.hf": None}
+    elsewhere = {"model.rope_scaling": None, "model.hf": None, "parallel.fp8_param_gather": False}
+    assert flat(Config()) == {**told, **elsewhere}
 
 
 @pytest.mark.parametrize(("section", "name"), CASES)

@@ -42,6 +42,7 @@ from megatron_scalebio.core.state import (
     load_models,
     load_optimizers,
     model_state,
+    model_state_to_load,
     optimizer_states,
     state_of_u_to_load,
 )
@@ -193,12 +194,10 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
     problem = _damage(source)
     if problem:
         raise UserError(f"model.pretrained_checkpoint: {problem} (fetch it again)")
-    wanted = model_state(chunks)
-    _check_shapes(wanted, source)
+    _check_shapes(model_state(chunks), source)
     register_safe_globals()
     with _reading(source):
-        loaded = dist_checkpointing.load(wanted, str(source))
-        load_models(chunks, loaded, keep_fp8_state=False)
+        load_models(chunks, _loaded(chunks, source), keep_fp8_state=False)
 
 
 def _load(state: Run, source: Path) -> list[str]:
@@ -215,10 +214,9 @@ def _load_whole(state: Run, source: Path) -> list[str]:
     training = state.training
     _check_shapes(model_state(training.w), source)
     state.load_common_state(common["run"])
-    load_models(training.w, dist_checkpointing.load(model_state(training.w), str(source)))
+    load_models(training.w, _loaded(training.w, source))
     if training.u is not None:
-        on_disk = dist_checkpointing.serialization.load_sharded_metadata(str(source / BILEVEL))
-        wanted = state_of_u_to_load(training.u, set(on_disk))
+        wanted = state_of_u_to_load(training.u, _keys(source / BILEVEL))
         loaded = dist_checkpointing.load(wanted, str(source / BILEVEL))
         load_models(training.u, loaded, strict=False)
     if period_of(state.step, training.lisa) == common["period"]:
@@ -229,6 +227,14 @@ def _load_whole(state: Run, source: Path) -> list[str]:
     if common["layout"] == layout():
         _load_random_state(source / BILEVEL)
     return changed
+
+
+def _loaded(chunks: list[torch.nn.Module], source: Path) -> dict[str, Any]:
+    return dist_checkpointing.load(model_state_to_load(chunks, _keys(source)), str(source))
+
+
+def _keys(source: Path) -> set[str]:
+    return set(dist_checkpointing.serialization.load_sharded_metadata(str(source)))
 
 
 @contextmanager
@@ -326,5 +332,6 @@ def _check_shapes(wanted: dict[str, Any], source: Path) -> None:
 def _load_random_state(source: Path) -> None:
     loaded = dist_checkpointing.load({"rng": random_state()}, str(source))["rng"]
     torch.set_rng_state(loaded["torch"])
-    torch.cuda.set_rng_state(loaded["device"])
-    get_cuda_rng_tracker().set_states(loaded["tracker"])
+    if loaded["device"].shape == torch.cuda.get_rng_state().shape:  # a GPU's is not a CPU's
+        torch.cuda.set_rng_state(loaded["device"])
+        get_cuda_rng_tracker().set_states(loaded["tracker"])

@@ -78,19 +78,45 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
             part._init_optimizer_states_with_dummy_values()
 
 
-def take_rates(saved: Any, optimizer: MegatronOptimizer) -> None:
-    """Puts an optimizer's rates into a loaded state, which may have been saved under others.
+def make_fit(saved: Any, optimizer: MegatronOptimizer) -> None:
+    """Gives a loaded state, which another optimizer may have saved, the form that this one takes.
 
     Megatron finds a saved parameter group by its `max_lr` and `min_lr` among others, and refuses a
     state whose rates differ. The rates of a step come from the schedule, not from there.
+
+    Of Transformer Engine's, Apex's and torch's Adam, Megatron takes the first that is installed.
+    They have different options in their groups, and their moments are the same.
     """
-    if isinstance(saved, dict):
-        for group in saved.get("param_groups", ()):
+    adams = [p.optimizer for p in optimizer.chained_optimizers if not p.is_stub_optimizer]
+    if adams and isinstance(saved, dict) and saved.get("param_groups"):
+        for group in saved["param_groups"]:
             for name in ("max_lr", "min_lr"):
                 group[name] = optimizer.param_groups[0][name]
+            for name, value in adams[0].defaults.items():
+                group.setdefault(name, value)
+        _move_step(saved, isinstance(adams[0], torch.optim.Adam))
     if isinstance(saved, dict | list):
         for value in saved.values() if isinstance(saved, dict) else saved:
-            take_rates(value, optimizer)
+            make_fit(value, optimizer)
+
+
+def _move_step(saved: dict[str, Any], into_state: bool) -> None:
+    """Puts the count of steps where torch's Adam has it, or where the others do: in the groups.
+
+    Megatron writes torch's as `common_step`; DistributedOptimizer has it in the groups always.
+    """
+    groups, state = saved["param_groups"], saved.get("state", {})
+    in_groups = (group["step"] for group in groups if "step" in group)
+    step = state.pop("common_step", None) or next(in_groups, None)
+    if step is None:
+        return
+    if into_state and "state" in saved:
+        state["common_step"] = torch.tensor(float(step))
+    for group in groups:
+        if into_state and "state" in saved:
+            group.pop("step", None)
+        else:
+            group["step"] = int(step)
 
 
 def start_of_shard(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter) -> int:

@@ -32,7 +32,7 @@ class ParallelConfig:
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] = option(
         "tensorwise", "how FP8 tensors are scaled"
     )
-    fp8_param_gather: bool = option(False, "keep and gather the weights themselves in FP8")
+    fp8_param_gather: bool = option(False, "Megatron-LM's, refused: weights stay in bf16")
     recompute_granularity: Literal["full", "selective"] | None = option(
         None, "recompute activations in the backward pass"
     )
@@ -59,10 +59,10 @@ class ParallelConfig:
             )
         if self.fp8_format and not self.bf16:
             raise UserError(f"fp8_format: {self.fp8_format!r} needs bf16 (set bf16)")
-        if self.fp8_param_gather and not (self.fp8_format and self.use_distributed_optimizer):
+        if self.fp8_param_gather:
             raise UserError(
-                "fp8_param_gather: True needs fp8_format and use_distributed_optimizer (set both "
-                "or drop it)"
+                "fp8_param_gather: True is refused: masters and u, which shares w's storage, would "
+                "be wrong under weights kept in FP8 (drop it; fp8_format casts weights by itself)"
             )
         if self.overlap_param_gather and not (
             self.overlap_grad_reduce and self.use_distributed_optimizer

@@ -9,9 +9,11 @@ something harmless.
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +29,14 @@ _CLASSES = {
         "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling",
         "Format", "_FormatHelper", "MMParams", "QParams",
     )
-}  # fmt: skip
+} | {("megatron.core.extensions.transformer_engine", "TEDelayedScaling")}  # fmt: skip
+# Transformer Engine 2.20 takes such state where this is "1" alone: it can't tell what it holds.
+_ALLOW = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
+
+def is_fp8_state(key: str) -> bool:
+    """Whether a key of a model's state is FP8 state's."""
+    return key.endswith(_SUFFIX)
 
 
 def is_kept(entry: Any) -> bool:
@@ -43,15 +52,29 @@ def refuse_code(model: dict[str, Any]) -> None:
         UserError: if FP8 state names anything but tensors and recipes.
     """
     for key, value in model.items():
-        if key.endswith(_SUFFIX) and value is not None:
+        if is_fp8_state(key) and value is not None:
             _read(key, value)
 
 
 def drop(model: dict[str, Any]) -> None:
     """Takes FP8 state out of a model's loaded state: its modules collect their own."""
     for key in model:
-        if key.endswith(_SUFFIX):
+        if is_fp8_state(key):
             model[key] = None
+
+
+@contextmanager
+def looked_through() -> Iterator[None]:
+    """A block in which Transformer Engine takes FP8 state, which `refuse_code` has let pass."""
+    before = os.environ.get(_ALLOW)
+    os.environ[_ALLOW] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ALLOW]
+        else:
+            os.environ[_ALLOW] = before
 
 
 def _read(key: str, value: Any) -> None:

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.utils import unwrap_model
 
-from megatron_scalebio.compat.megatron import allocate_state, take_rates
+from megatron_scalebio.compat.megatron import allocate_state, make_fit
 from megatron_scalebio.core import fp8_state
 from megatron_scalebio.core.period import Period, take_configured_adam
 from megatron_scalebio.core.twin import named_parameters
@@ -44,13 +44,33 @@ def model_state(chunks: Chunks, metadata: Mapping[str, Any] | None = None) -> di
     return {f"model{number}": part for number, part in enumerate(states)}
 
 
+def model_state_to_load(chunks: Chunks, keys: Collection[str]) -> dict[str, Any]:
+    """`model_state` of chunks, without the FP8 state that a checkpoint lacks.
+
+    Each implementation of the layers has it for modules of its own, mostly empty.
+
+    Args:
+        keys: of the checkpoint.
+    """
+    return {
+        chunk: {
+            name: entry for name, entry in tensors.items()
+            if not fp8_state.is_fp8_state(name) or _key(entry) in keys
+        }
+        for chunk, tensors in model_state(chunks).items()
+    }  # fmt: skip
+
+
 def load_models(
     chunks: Chunks,
     loaded: Mapping[str, Any],
     strict: bool = True,
     keep_fp8_state: bool = True,
 ) -> None:
-    """Fills chunks with what was loaded for their `model_state`.
+    """Fills chunks with what was loaded for their `model_state_to_load`.
+
+    Args:
+        strict: all of a chunk has been loaded, except for FP8 state.
 
     Raises:
         UserError: if FP8 state names anything but tensors and recipes.
@@ -61,7 +81,10 @@ def load_models(
             fp8_state.refuse_code(loaded[key])
         else:
             fp8_state.drop(loaded[key])
-        unwrap_model(chunk).load_state_dict(loaded[key], strict=strict)
+        with fp8_state.looked_through():
+            result = unwrap_model(chunk).load_state_dict(loaded[key], strict=False)
+        lacking = [name for name in result.missing_keys if not fp8_state.is_fp8_state(name)]
+        assert not (strict and lacking) and not result.unexpected_keys, (lacking, result)
 
 
 def state_of_u(w: Chunks, u: Chunks) -> dict[str, Any]:
@@ -136,7 +159,7 @@ def load_optimizers(period: Period, loaded: Mapping[str, Any]) -> None:
     """Fills a period's optimizers; rates and Adam's options stay those that are configured."""
     for name, optimizer in period.optimizers.items():
         saved = loaded[f"optimizer_{name}"]
-        take_rates(saved, optimizer)
+        make_fit(saved, optimizer)
         optimizer.load_state_dict(saved)
         take_configured_adam(optimizer)
 

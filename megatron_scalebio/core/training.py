@@ -277,7 +277,7 @@ class Training:
             if common.get(name) != ours:
                 raise ValueError(f"the checkpoint is of {name} {common.get(name)}, not {ours}")
         self.load_common_state(common)
-        wanted = states.model_state(self.w)
+        wanted = states.model_state_to_load(self.w, common["w"])
         if self.u is not None:
             wanted["u"] = states.state_of_u_to_load(self.u, common["u"])
         if common["period"] == lisa_layers.period_of(self.steps, self.lisa):
@@ -295,6 +295,7 @@ class Training:
         if self.period is not None:
             self.period.gather_parameters()
         whole = states.model_state(self.w)
+        common["w"] = states.of_all_ranks(states.keys_of(whole))
         if self.u is not None:
             whole["u"] = states.state_of_u(self.w, self.u)
             common["u"] = states.of_all_ranks(states.keys_of(whole["u"]))
@@ -332,6 +333,11 @@ def _require_right_losses(config: TransformerConfig, ddp: DistributedDataParalle
             "coefficients are those of the global batch, once more; set it to True",
         ),
         (config.fp16, "fp16 is True: use bf16, whose losses need no scaling"),
+        (
+            config.fp8_param,
+            "fp8_param is True: u shares w's storage, which weights kept in FP8 can't; set it to "
+            "False",
+        ),
         (
             config.mtp_num_layers or (config.num_moe_experts and others),
             "mtp_num_layers, moe_aux_loss_coeff or moe_z_loss_coeff is set, losses that are scaled "

@@ -25,6 +25,9 @@ def evaluate_config(config: Config) -> list[HeldOutLoss]:
     if not (config.data.validation or config.data.test):
         raise UserError("data.test: names no set (--test NAME=PATH ...)")
     config.validate_layout(runtime.world_size_from_environment())
+    if config.parallel.fp8_recipe == "delayed":
+        # Its scales follow what training steps have seen: without one they would all be 1.
+        config.parallel.fp8_recipe = "tensorwise"
     runtime.start(config)
     folder = Path(config.train.output)
     runtime.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))

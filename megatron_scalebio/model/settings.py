@@ -39,7 +39,25 @@ def uses_transformer_engine(config: Config) -> bool:
             "Engine's layers (install transformer_engine and leave transformer_impl at auto, or "
             "drop it)"
         )
+    if config.parallel.fp8_format:
+        _require_fp8(config)
     return used
+
+
+def _require_fp8(config: Config) -> None:
+    """Refuses a recipe that this GPU or its CUDA can't do."""
+    from transformer_engine.pytorch import is_fp8_available, is_fp8_block_scaling_available
+
+    parallel = config.parallel
+    blockwise = parallel.fp8_recipe == "blockwise"
+    check = is_fp8_block_scaling_available if blockwise else is_fp8_available
+    available, reason = check(return_reason=True)
+    if not available:
+        raise UserError(
+            f"parallel.fp8_format: {parallel.fp8_format!r} with fp8_recipe {parallel.fp8_recipe}: "
+            f"{' '.join(reason.split())} (drop it"
+            f"{', or use fp8_recipe tensorwise' if blockwise else ''})"
+        )
 
 
 def transformer_config(config: Config) -> ModelSettings:
@@ -79,7 +97,6 @@ def transformer_config(config: Config) -> ModelSettings:
         bf16=parallel.bf16,
         fp8=parallel.fp8_format,
         fp8_recipe=parallel.fp8_recipe,
-        fp8_param=parallel.fp8_param_gather,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         recompute_granularity=parallel.recompute_granularity,
@@ -140,7 +157,6 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        fp8_param_gather=parallel.fp8_param_gather,
     )
 
 

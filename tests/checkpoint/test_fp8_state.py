@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_scalebio.core import fp8_state
+from megatron_scalebio.core.state import load_models
 from megatron_scalebio.errors import UserError
 from tests.commands import command, metrics, note, noted, write_config
 from tests.distributed.harness import run_distributed
@@ -60,6 +62,14 @@ class DelayedScaling:
     amax_history_len: int = 1024
 
 
+@dataclass
+class TEDelayedScaling(DelayedScaling):
+    """Megatron's own, which its layers keep."""
+
+
+TEDelayedScaling.__module__ = "megatron.core.extensions.transformer_engine"
+
+
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> DelayedScaling:
     """A recipe that pickles under the names that Transformer Engine's have."""
@@ -75,9 +85,16 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> DelayedScaling:
     return DelayedScaling()
 
 
-def test_what_transformer_engine_writes_is_read(recipe: DelayedScaling) -> None:
+@pytest.mark.parametrize("of_megatron", [False, True])
+def test_what_transformer_engine_writes_is_read(
+    recipe: DelayedScaling, of_megatron: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if of_megatron:
+        module = importlib.import_module(TEDelayedScaling.__module__)
+        monkeypatch.setattr(module, "TEDelayedScaling", TEDelayedScaling)
     state = {
-        "recipe": recipe, "scale_fwd": torch.ones(3), "amax_history_fwd": torch.rand(1024, 3),
+        "recipe": TEDelayedScaling() if of_megatron else recipe,
+        "scale_fwd": torch.ones(3), "amax_history_fwd": torch.rand(1024, 3),
         "extra_fp8_variables": {"fp8_checkpoint": True, "num_gemms": 1},
     }  # fmt: skip
     fp8_state.refuse_code({KEY: as_bytes(state), "decoder.weight": torch.ones(2)})
@@ -134,6 +151,42 @@ def test_state_that_is_dropped_is_not_looked_at() -> None:
     fp8_state.drop(model)
     assert model[KEY] is None
     assert model["decoder.weight"] is not None
+
+
+class Careful(torch.nn.Linear):
+    """Takes FP8 state as Transformer Engine 2.20 does: where it is told that it may."""
+
+    taken: torch.Tensor | None = None
+
+    def get_extra_state(self) -> torch.Tensor:
+        return as_bytes({"scale_fwd": torch.ones(3)})
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        assert os.environ.get("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE") == "1"
+        self.taken = state
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_state_that_was_looked_through_is_taken(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    monkeypatch.delenv(name, raising=False)
+    if before:
+        monkeypatch.setenv(name, before)
+    layer = Careful(2, 2)
+    load_models([layer], {"model": dict(layer.state_dict())})
+    assert layer.taken is not None and os.environ.get(name) == before
+
+
+def test_a_model_lacks_no_state_but_fp8_state() -> None:
+    """Layers of another implementation keep it in modules of their own."""
+    layer = Careful(2, 2)
+    weights = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    load_models([layer], {"model": dict(weights)})
+    assert layer.taken is None and layer.weight.sum() == 4
+    with pytest.raises(AssertionError, match="bias"):
+        load_models([layer], {"model": {"weight": weights["weight"]}})
 
 
 # ---- runs that keep one ----------------------------------------------------------------------

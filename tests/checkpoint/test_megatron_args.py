@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
 # Of the run, not of the model; or of how a device computes it.
 ELSEWHERE = {
     "params_dtype", "bf16", "batch_p2p_comm", "overlap_p2p_comm", "bias_activation_fusion",
-    "cp_comm_type", "num_query_groups", "fp8_param", "transformer_impl",
+    "cp_comm_type", "num_query_groups", "transformer_impl",
 }  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_every_argument_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -
         parallel=ParallelConfig(
             tensor_model_parallel_size=4, pipeline_model_parallel_size=2, context_parallel_size=3,
             num_layers_per_virtual_pipeline_stage=2, bf16=True, use_distributed_optimizer=True,
-            fp8_format="hybrid", fp8_recipe="delayed", fp8_param_gather=True,
+            fp8_format="hybrid", fp8_recipe="delayed",
         ),
         data=DataConfig(seq_length=499),
         train=TrainConfig(micro_batch_size=5, global_batch_size=35, seed=77),
@@ -131,7 +131,7 @@ def test_every_argument_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -
         "padded_vocab_size": 112,  # the next multiple of 4 · 7
         "make_vocab_size_divisible_by": 7, "tensor_model_parallel_size": 4,
         "pipeline_model_parallel_size": 2, "context_parallel_size": 3, "overlap_p2p_comm": True,
-        "transformer_impl": "transformer_engine", "fp8_param_gather": True, "fp8": "hybrid",
+        "transformer_impl": "transformer_engine", "fp8_param_gather": False, "fp8": "hybrid",
         "fp8_recipe": "delayed", "num_layers_per_virtual_pipeline_stage": 2,
         "bias_swiglu_fusion": False, "bias_gelu_fusion": True, "bf16": True,
         "params_dtype": torch.bfloat16, "use_distributed_optimizer": True, "micro_batch_size": 5,

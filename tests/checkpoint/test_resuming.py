@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_scalebio.checkpoint import folder as folders
 from megatron_scalebio.checkpoint import saver
@@ -219,3 +221,25 @@ def test_a_checkpoint_is_found_by_its_tracker_or_is_the_folder_itself(tmp_path: 
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("-3")
     with pytest.raises(UserError, match="'-3' is no step"):
         folders.find_checkpoint(tmp_path)
+
+
+def test_random_states_of_another_kind_of_device_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's generator has 16 bytes, a CPU's 5,056."""
+    saved: dict[str, Any] = {
+        "torch": torch.Generator().manual_seed(7).get_state(),
+        "device": torch.zeros(16, dtype=torch.uint8), "tracker": {"x": torch.zeros(16)},
+    }  # fmt: skip
+    here = torch.Generator().manual_seed(3).get_state()
+    taken: dict[str, Any] = {}
+    monkeypatch.setattr(saver, "random_state", lambda: None)
+    monkeypatch.setattr(saver.dist_checkpointing, "load", lambda wanted, source: {"rng": saved})
+    monkeypatch.setattr(torch, "set_rng_state", partial(taken.__setitem__, "torch"))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: here)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", partial(taken.__setitem__, "device"))
+    tracker = SimpleNamespace(set_states=partial(taken.__setitem__, "tracker"))
+    monkeypatch.setattr(saver, "get_cuda_rng_tracker", lambda: tracker)
+    saver._load_random_state(Path("x"))
+    assert taken == {"torch": saved["torch"]}
+    saved["device"] = here.clone()
+    saver._load_random_state(Path("x"))
+    assert taken == saved

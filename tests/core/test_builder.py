@@ -78,10 +78,10 @@ def test_megatron_is_told_the_configured_reduction(asked: str | None) -> None:
 
     switches = {
         "use_distributed_optimizer": False, "overlap_grad_reduce": False,
-        "overlap_param_gather": False, "fp8_param_gather": False,
+        "overlap_param_gather": False,
     }  # fmt: skip
     if asked == "use_distributed_optimizer":  # which the others need
-        switches.update(OVERLAP, fp8_param_gather=True, overlap_grad_reduce=True)
+        switches.update(OVERLAP, overlap_grad_reduce=True)
         parallel = {**switches, **FP8, "bf16": True}
     elif asked:
         parallel = {asked: True}

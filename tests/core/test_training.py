@@ -24,7 +24,7 @@ def test_an_interleaved_pipeline_takes_multiples_of_its_stages(
 
 
 USUAL = {
-    "calculate_per_token_loss": True, "fp16": False, "mtp_num_layers": None,
+    "calculate_per_token_loss": True, "fp16": False, "fp8_param": False, "mtp_num_layers": None,
     "num_moe_experts": None, "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None,
 }  # fmt: skip
 
@@ -34,6 +34,7 @@ USUAL = {
     [
         ({"calculate_per_token_loss": False}, "calculate_per_token_loss is False"),
         ({"fp16": True}, "fp16 is True"),
+        ({"fp8_param": True}, "fp8_param is True"),
         ({"mtp_num_layers": 1}, "mtp_num_layers"),
         ({"num_moe_experts": 4, "moe_aux_loss_coeff": [0.0, 0.1]}, "moe_aux_loss_coeff"),
         ({"num_moe_experts": 4, "moe_z_loss_coeff": 1e-3}, "moe_z_loss_coeff"),

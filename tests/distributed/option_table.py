@@ -92,10 +92,6 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
     "fp8_recipe": [
         ({"parallel": {**FP8, "fp8_recipe": name}}, name) for name in ("delayed", "blockwise")
     ],
-    "fp8_param": [
-        ({"parallel": {**FP8, "use_distributed_optimizer": True, "fp8_param_gather": on}}, on)
-        for on in (True, False)
-    ],
     "recompute_granularity": [
         ({"parallel": {"recompute_granularity": name}}, name) for name in ("full", "selective")
     ],
