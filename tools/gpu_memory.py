@@ -41,7 +41,7 @@ BOUND = 0.05
 
 def memory(check: Any) -> None:
     """Planned and measured bytes of several layouts, and the part that the plan is off by."""
-    _write(check.folder, SMALL if check.rehearse else SEVEN_B, 3, check.rehearse)
+    _write(check.folder, SMALL if check.rehearse else SEVEN_B, 2, check.rehearse)
     with ThreadPoolExecutor(check.jobs) as pool:
         plans = list(pool.map(partial(plan, check.folder, check.rehearse), LAYOUTS))
     for (name, flags), planned in zip(LAYOUTS.items(), plans, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import traceback
@@ -11,60 +10,71 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gpu_tools import ROOT, run
+from gpu_tools import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 # Qwen2.5-7B's layers, but for as many key heads as query heads.
 SHAPE = {"layers": 3, "hidden": 3584, "ffn": 18944, "head-dim": 128, "seq-length": 4096}
 LISA_SHAPE = {**SHAPE, "layers": 8, "lisa-layers": 1}
-SMALL = {"layers": 4, "hidden": 128, "ffn": 256, "head-dim": 32, "seq-length": 64, "rounds": 2}
+SMALL = {"layers": 4, "hidden": 128, "ffn": 256, "head-dim": 32, "seq-length": 64}
 DENSE_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def speed(check: Any) -> None:
     """Each kind of layer in turn: against Megatron's plain step in the same process."""
+    import step_cost
+
     kinds = [("local", "")]
     if not check.rehearse:
-        kinds = [("transformer_engine", ""), *kinds]
-        kinds += [("transformer_engine", r) for r in ("tensorwise", "delayed", "blockwise")]
+        te = "transformer_engine"
+        kinds = [(te, ""), (te, "tensorwise"), (te, "blockwise"), (te, "delayed"), *kinds]
     for kind, recipe in kinds:
         for part, shape in (("bilevel", SHAPE), ("lisa", LISA_SHAPE)):
             name = "-".join(filter(None, (kind, recipe, part)))
+            arguments = _Arguments(SMALL if check.rehearse else shape, kind, recipe)
+            start = time.perf_counter()
             try:
-                found = _step_cost(check, name, part, kind, recipe, shape)
+                found = getattr(step_cost, part)(check.folder / name, arguments)
+                _add_use(found, part, arguments)
             except RuntimeError as error:
                 found = {"failed": str(error)}
+            found["all_seconds"] = time.perf_counter() - start
             check.results.add(name, found)
+            _free()
 
 
-def _step_cost(
-    check: Any, name: str, part: str, kind: str, recipe: str, shape: dict[str, int]
-) -> dict[str, Any]:
-    shape = {**shape, **SMALL} if check.rehearse else {**shape, "rounds": 5}
-    target = check.folder / f"{name}.json"
-    flags = [word for key, value in shape.items() for word in (f"--{key}", str(value))]
-    micro_batches = 2
-    run([str(ROOT / "benchmarks" / "step_cost.py"), "--parts", part, "--micro-batch-size", "1",
-         "--micro-batches", str(micro_batches), "--transformer-impl", kind, "--bf16",
-         *(["--fp8-recipe", recipe] if recipe else []), *flags, "--json", str(target)])  # fmt: skip
-    found: dict[str, Any] = json.loads(target.read_text())
-    tokens = 3 * micro_batches * shape["seq-length"]
+def _add_use(found: dict[str, Any], part: str, arguments: _Arguments) -> None:
+    """Adds what the card was used for: tokens a second, and its peak's share (MFU)."""
+    tokens = 3 * arguments.micro_batches * arguments.seq_length
     found["plain_tokens_per_second"] = tokens / found[part]["unit_seconds"]
-    flops = tokens * _flops_per_token(shape)
     peak = _peak_flops()
     if peak:
-        found["plain_mfu"] = flops / found[part]["unit_seconds"] / peak
+        seconds = tokens * _flops_per_token(arguments) / peak
+        found["plain_mfu"] = seconds / found[part]["unit_seconds"]
         if part == "bilevel":
-            found["bilevel_mfu"] = flops / found[part]["seconds"] / peak
-    return found
+            found["bilevel_mfu"] = seconds / found[part]["seconds"]
 
 
-def _flops_per_token(shape: dict[str, int]) -> float:
+def _free() -> None:
+    """Gives back what the last models held, for the next ones."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()
+        torch.cuda.empty_cache()
+
+
+def _flops_per_token(of: _Arguments) -> float:
     """Forward and backward, of matrix products alone; attention's causal half."""
-    weights = 4 * shape["hidden"] ** 2 + 3 * shape["hidden"] * shape["ffn"]
-    attention = 2 * shape["seq-length"] * shape["hidden"]  # QKᵀ and its product with V, halved
-    return 3.0 * shape["layers"] * (2 * weights + attention)
+    weights = 4 * of.hidden**2 + 3 * of.hidden * of.ffn
+    attention = 2 * of.seq_length * of.hidden  # QKᵀ and its product with V, halved
+    return 3.0 * of.layers * (2 * weights + attention)
 
 
 def _peak_flops() -> float | None:
@@ -95,13 +105,14 @@ def waits(check: Any) -> None:
 
 
 class _Arguments:
-    """step_cost's, of a full bilevel step."""
+    """step_cost's."""
 
-    def __init__(self, shape: dict[str, int], kind: str) -> None:
+    def __init__(self, shape: dict[str, int], kind: str, recipe: str = "") -> None:
         self.layers, self.hidden, self.ffn = shape["layers"], shape["hidden"], shape["ffn"]
         self.head_dim, self.seq_length = shape["head-dim"], shape["seq-length"]
+        self.lisa_layers, self.rounds = shape.get("lisa-layers", 1), 3
         self.micro_batches, self.micro_batch_size = 4, 1
-        self.transformer_impl, self.bf16, self.fp8_recipe = kind, True, None
+        self.transformer_impl, self.bf16, self.fp8_recipe = kind, True, recipe
 
 
 def _waiting_lines(step: Any) -> dict[str, int]:
@@ -117,8 +128,8 @@ def _waiting_lines(step: Any) -> dict[str, int]:
             return
         frames = [f for f in traceback.extract_stack() if "megatron" in f.filename]
         ours = [f for f in frames if "megatron_scalebio" in f.filename]
-        told = dict.fromkeys((*ours[-1:], *frames[-1:]))
-        lines[" < ".join(f"{Path(f.filename).name}:{f.lineno} {f.line}" for f in told)] += 1
+        told = [f"{Path(f.filename).name}:{f.lineno} {f.line}" for f in ours[-1:] + frames[-1:]]
+        lines[" < ".join(dict.fromkeys(told))] += 1
 
     shown, warnings.showwarning = warnings.showwarning, note
     torch.cuda.set_sync_debug_mode("warn")
