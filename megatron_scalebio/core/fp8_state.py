@@ -56,6 +56,19 @@ def refuse_code(model: dict[str, Any]) -> None:
             _read(key, value)
 
 
+def copy_scales(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Gives a module the scales and amax histories of another, where both have some: delayed ones.
+
+    In place: Transformer Engine keeps them in lists of its own.
+    """
+    for key in ("scaling_fwd", "scaling_bwd"):
+        theirs: Any = getattr(source, "fp8_meta", {}).get(key)
+        ours: Any = getattr(target, "fp8_meta", {}).get(key)
+        if hasattr(theirs, "amax_history") and hasattr(ours, "amax_history"):
+            ours.scale.copy_(theirs.scale)
+            ours.amax_history.copy_(theirs.amax_history)
+
+
 def drop(model: dict[str, Any]) -> None:
     """Takes FP8 state out of a model's loaded state: its modules collect their own."""
     for key in model:

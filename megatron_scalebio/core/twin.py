@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from megatron_scalebio.core import fp8_state
 from megatron_scalebio.core.batch import Batch, gpt_losses
 from megatron_scalebio.core.collectives import device
 
@@ -128,18 +129,21 @@ class TwinModel(torch.nn.Module):
     def set_is_first_microbatch(self) -> None:
         """Has Transformer Engine make the FP8 copies of both models' weights anew.
 
-        Those of what trains, in every step; those of frozen layers when their period begins.
+        Those of what trains, in every step; those of frozen layers when their period begins, and
+        under delayed scaling once more: only then is their scale that of these weights.
         """
         if self.config.fp8 is None:
             return
+        wanted = 2 if self.config.fp8_recipe == "delayed" else 1
         for ddp in {id(ddp): ddp for ddp in (self.w, self.u)}.values():
             gpt: Any = unwrap_model(ddp)
-            made = getattr(gpt, _COPIES_OF, None) is self._period
+            period, made = getattr(gpt, _COPIES_OF, (None, 0))
+            made = made if period is self._period else 0
             for module in gpt.modules():
                 if hasattr(module, "is_first_microbatch"):
                     trains = any(p.requires_grad for p in module.parameters())
-                    module.is_first_microbatch |= trains or not made
-            setattr(gpt, _COPIES_OF, self._period)
+                    module.is_first_microbatch |= trains or made < wanted
+            setattr(gpt, _COPIES_OF, (self._period, made + 1))
 
     def hold_reduction(self) -> None:
         """Before a flush: gradients add up on this rank until the last pass of each model."""
@@ -170,14 +174,14 @@ def _reduce_as_they_come(ddp: DistributedDataParallel, reduce: bool) -> None:
             group.is_last_microbatch = reduce
 
 
-# On a GPT chunk: the period for which its weights' FP8 copies were made.
+# On a GPT chunk: the period for which its weights' FP8 copies were made, and how often.
 _COPIES_OF = "_fp8_copies_of"
 
 
 def forget_weight_copies(chunks: Iterable[torch.nn.Module]) -> None:
     """For after a pass outside the twin: the FP8 copies it made lack what a backward pass needs."""
     for chunk in chunks:
-        setattr(unwrap_model(chunk), _COPIES_OF, None)
+        setattr(unwrap_model(chunk), _COPIES_OF, (None, 0))
 
 
 def finalize_twin_grads(
@@ -205,10 +209,12 @@ def share_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
 
 @torch.no_grad()
 def copy_buffers(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
-    """Gives u the values of w's buffers: what a model counts beside what it learns."""
+    """Gives u w's buffers and FP8 scales: what a model counts beside what it learns."""
     for chunk_w, chunk_u in zip(w, u, strict=True):
         for of_w, of_u in zip(chunk_w.buffers(), chunk_u.buffers(), strict=True):
             of_u.copy_(of_w)
+        for module_w, module_u in zip(chunk_w.modules(), chunk_u.modules(), strict=True):
+            fp8_state.copy_scales(module_w, module_u)
 
 
 def unshare_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:

@@ -47,6 +47,7 @@ from megatron_scalebio.methods.weighting import (
     refuse_run_of_another,
 )
 from megatron_scalebio.model.provider import build_model
+from megatron_scalebio.model.settings import scoring_config
 
 DOMAIN_LR = 1.0  # η
 SMOOTHING = 1e-3  # c
@@ -117,7 +118,8 @@ class DoremiState(WeightingState):
 
     def __init__(self, config: Config, cache: Path) -> None:
         super().__init__(config, cache)
-        self.reference = build_model(config, self.megatron, self.data.vocab_size)
+        scoring = scoring_config(self.megatron)
+        self.reference = build_model(config, scoring, self.data.vocab_size)
         self.score_S = torch.zeros(len(self.data.sources), dtype=torch.float64)
 
     def make_step(self) -> Record:

@@ -28,6 +28,11 @@ def find(config: Config, job: Job) -> Found:
     """The weights at the run's end, or so far where a signal has stopped it."""
     state = TrainState(config, job.folder / "cache")
     warnings = resume_or_start(state, job.folder, job.save_to)
+    if config.parallel.fp8_format and config.parallel.fp8_recipe == "delayed":
+        warnings.append(
+            "fp8_recipe delayed: w and u get scales of their own, and the weights learn from their "
+            "noise as well (use tensorwise)"
+        )
     parameters = outputs.parameter_count(state)
     initial_S = state.training.mixture.initial_S.tolist()
     log = runtime.only_on_main(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -126,6 +127,17 @@ def transformer_config(config: Config) -> ModelSettings:
         bias_dropout_fusion=runtime.on_cuda(),
         masked_softmax_fusion=False,
     )
+
+
+def scoring_config(megatron: ModelSettings) -> ModelSettings:
+    """The configuration of a model that does not train.
+
+    Delayed scales follow what training steps have seen: without one they would all stay 1.
+    """
+    scoring = copy.copy(megatron)
+    if scoring.fp8_recipe == "delayed":
+        scoring.fp8_recipe = "tensorwise"
+    return scoring
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from megatron_scalebio.core import twin
 from megatron_scalebio.core.twin import (
     TwinModel,
     build_twins,
+    copy_buffers,
     finalize_twin_grads,
     forget_weight_copies,
     named_parameters,
@@ -27,13 +28,13 @@ from tests.described import shared_names
 class ToyChunk(torch.nn.Module):
     """A chunk of two layers; the weights of the second are replaced while it is built."""
 
-    def __init__(self, fp8: str | None = None) -> None:
+    def __init__(self, fp8: str | None = None, recipe: str = "tensorwise") -> None:
         super().__init__()
         self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)
         self.second.weight = torch.nn.Parameter(torch.full((2, 3), 0.5))
         self.register_parameter("none", None)
         self.register_buffer("table", torch.arange(4.0))
-        self.config = SimpleNamespace(fp8=fp8)
+        self.config = SimpleNamespace(fp8=fp8, fp8_recipe=recipe)
         self.ddp_config = SimpleNamespace(overlap_grad_reduce=False)
         self.model_type, self.vp_stage = object(), 3
         self.share_embeddings_and_output_weights = object()
@@ -217,6 +218,34 @@ def test_fp8_copies_of_what_trains_are_made_every_step_and_of_the_rest_every_per
     assert w.first.is_first_microbatch is True, "asked for and not yet made"
     alone = TwinModel(w, w)  # type: ignore[arg-type]
     assert remade(alone)[:2] == [True, True] and remade(alone)[:2] == [False, True]
+
+
+def test_under_delayed_scaling_a_period_begins_with_two_casts() -> None:
+    """The first of a layer is cast with the scale that it had before, at a run's start 1."""
+    w, u = ToyChunk("hybrid", "delayed"), ToyChunk("hybrid", "delayed")
+    for gpt in (w, u):
+        gpt.first.requires_grad_(False)
+    both = TwinModel(w, u)  # type: ignore[arg-type]
+    assert remade(both) == remade(both) == [True, True, True, True]
+    assert remade(both) == [False, True, False, True]
+    assert remade(TwinModel(w, u)) == [True, True, True, True], "another period"  # type: ignore[arg-type]
+
+
+def test_u_is_given_the_delayed_scales_of_w() -> None:
+    def scaled(value: float, **others: Any) -> ToyChunk:
+        chunk = ToyChunk()
+        scale, history = torch.full((3,), value), torch.full((1, 3), value)
+        meta = SimpleNamespace(scale=scale, amax_history=history)
+        chunk.first.fp8_meta = {"scaling_fwd": meta, **others}  # type: ignore[assignment]
+        return chunk
+
+    stateless = SimpleNamespace(quantizers=())
+    w, u = scaled(2.0, scaling_bwd=stateless), scaled(1.0, scaling_bwd=stateless)
+    held = u.first.fp8_meta["scaling_fwd"].scale  # type: ignore[index]
+    copy_buffers([w], [u])
+    assert held.tolist() == [2.0] * 3, "in place"
+    assert u.first.fp8_meta["scaling_fwd"].amax_history.tolist() == [[2.0] * 3]  # type: ignore[index]
+    copy_buffers([w], [ToyChunk()])  # one that has not run yet has none
 
 
 def test_without_fp8_nothing_is_marked() -> None:
