@@ -262,7 +262,12 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("gpu-check"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=max(1, (os.cpu_count() or 2) // 2),
+        help="runs at a time, where numbers are compared",
+    )
     parser.add_argument("--limit", type=int, help="seconds for each part, where its own is longer")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in its own process
     args = parser.parse_args()
