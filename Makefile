@@ -24,6 +24,9 @@ $(VENV)/.installed: requirements.txt setup.py tools/environment.sh
 $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
 	@echo "environment: the packages of requirements-test.txt"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-test.txt
+	@echo "environment: the Python of Transformer Engine, apart, for tests/te"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/te transformer-engine==2.20.2
 	touch $@
 
 demo: environment

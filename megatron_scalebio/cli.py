@@ -37,6 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    launcher.set_cuda_defaults()
     try:
         args = _parse(argv)
         return args.run_stage(args)

@@ -1,4 +1,4 @@
-"""What torchrun and srun tell the processes they start, through the environment."""
+"""The environment: what torchrun and srun tell the processes they start, and these tell CUDA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ VARIABLES = (
 # slurm.h: SLURM_MAX_NORMAL_STEP_ID. Higher ones are sbatch's script and salloc's shell.
 _LAST_STEP_OF_SRUN = 0xFFFFFFF0
 _TO_SPEAK_S = 5.0  # ranks start within a second or two of each other
+
+
+def set_cuda_defaults() -> None:
+    """What CUDA and torch read of the environment once; call before torch is imported."""
+    # Kernels start in the order they are queued, which TP and CP communication beside GEMMs needs.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # A LISA period's buffers have other sizes than the last one's: without, what is freed between
+    # them stays in pieces.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def world_size_from_environment() -> int:

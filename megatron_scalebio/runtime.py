@@ -43,8 +43,6 @@ def start(config: Config) -> None:
         UserError: if the launcher's variables are incomplete.
     """
     parallel = config.parallel
-    # Kernels start in the order they are queued, which TP and CP communication beside GEMMs needs.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     adapt()
     if not dist.is_initialized():
         _join(parallel)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_scalebio import errors, runtime
+from megatron_scalebio.cli import main
 from megatron_scalebio.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from megatron_scalebio.config.training import CheckpointConfig
 from megatron_scalebio.engine import start
@@ -61,7 +62,20 @@ def test_groups_are_those_of_the_layout_and_outwait_the_watchdog(joined: list) -
             },
         ),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("old_name", [False, True])
+def test_cuda_is_told_before_anything_asks_it(
+    monkeypatch: pytest.MonkeyPatch, old_name: bool
+) -> None:
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if old_name:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    assert main(["reweight"]) == 2  # whatever becomes of the command
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    theirs = None if old_name else "expandable_segments:True"
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == theirs
 
 
 def test_a_bare_process_is_the_only_rank(joined: list) -> None:

@@ -20,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scalebio.core.batch import Batch, mean_coefficients
-from megatron_scalebio.core.collectives import reports_losses, summed
+from megatron_scalebio.core.collectives import device, reports_losses, summed
 from megatron_scalebio.core.objective import Role
 from megatron_scalebio.core.twin import TwinModel, finalize_twin_grads
 
@@ -40,6 +40,7 @@ class Pass:
         coefficient_B: of each sequence's summed token loss in its group's mean loss, float64.
         weight_B: of that in the objective, float64.
         last: no later pass of the step goes through the same model.
+        target_BS: where labels count, on the device [of the batch's mask].
     """
 
     role: Role
@@ -47,6 +48,7 @@ class Pass:
     coefficient_B: torch.Tensor
     weight_B: torch.Tensor
     last: bool = False
+    target_BS: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def flush(
     Raises:
         ValueError: if the micro-batches' shapes differ where a pipeline can't tell.
     """
-    passes = _last_ones_marked(passes)
+    passes = _sent_ahead(_last_ones_marked(passes))
     shapes = [each.batch.mask_BS.shape for each in passes]
     _require_sendable(shapes, twins[0].config, groups)
     iterators = [iter(passes) for _ in twins]
@@ -136,6 +138,27 @@ def _require_sendable(
 def _last_ones_marked(passes: Sequence[Pass]) -> list[Pass]:
     last = {each.role is Role.TRAIN_U: number for number, each in enumerate(passes)}
     return [replace(each, last=n in last.values()) for n, each in enumerate(passes)]
+
+
+def _sent_ahead(passes: Sequence[Pass]) -> list[Pass]:
+    """With what the losses take on the device.
+
+    A copy between a forward and its backward pass would wait for all that is queued before it.
+    """
+    there = device()
+    numbers = [torch.stack([each.coefficient_B, each.weight_B]) for each in passes]
+    targets = [each.batch.mask_BS > 0 for each in passes]
+    numbers_2B = torch.cat(numbers, 1).to(there).split([each.size(1) for each in numbers], 1)
+    flat = torch.cat([each.flatten() for each in targets]).to(there)
+    targets_BS = flat.split([each.numel() for each in targets])
+    return [
+        replace(
+            each, coefficient_B=sent_2B[0], weight_B=sent_2B[1], target_BS=flat_BS.view_as(shape)
+        )
+        for each, sent_2B, flat_BS, shape in zip(
+            passes, numbers_2B, targets_BS, targets, strict=True
+        )
+    ]
 
 
 @contextmanager
@@ -173,15 +196,17 @@ def loss_func(
 
     The third return is the record: each sequence's part of its group's mean loss.
     """
+    target_BS = this.batch.mask_BS > 0 if this.target_BS is None else this.target_BS
+    coefficient_B, weight_B = (x.to(loss_BS.device) for x in (this.coefficient_B, this.weight_B))
     # A padded position may hold anything, NaN included: select, do not multiply.
-    mask_BS = this.batch.mask_BS.to(loss_BS.device) > 0
+    kept_BS = torch.where(target_BS.to(loss_BS.device), loss_BS.float(), 0.0)
     # In float64: the hypergradient is a small difference of these sums.
-    sum_B = torch.where(mask_BS, loss_BS.float(), 0.0).sum(dim=1, dtype=torch.float64)
-    objective = (sum_B * this.weight_B.to(sum_B.device)).sum().float()
-    part_B = sum_B.detach() * this.coefficient_B.to(sum_B.device)
-    counts_B = this.coefficient_B > 0  # not without a target
+    sum_B = kept_BS.sum(dim=1, dtype=torch.float64)
+    objective = (sum_B * weight_B).sum().float()
     record = {
-        "role": this.role, "group_B": this.batch.group_B, "part_B": part_B, "counts_B": counts_B,
+        "role": this.role, "group_B": this.batch.group_B,
+        "part_B": sum_B.detach() * coefficient_B,
+        "counts_B": coefficient_B > 0,  # not without a target
     }  # fmt: skip
     return objective, torch.tensor(0, dtype=torch.int), record
 
@@ -200,17 +225,17 @@ def reduce_losses(
     sums = {role: torch.zeros(2, n, dtype=torch.float64) for role, n in sizes.items()}
     tokens = torch.zeros(1, dtype=torch.float64)
     if reports_losses(groups):
-        for record in records:
-            part_B = record["part_B"].cpu()
-            both_2B = torch.stack([part_B, record["counts_B"].double()])
+        pairs = [torch.stack([each["part_B"], each["counts_B"].double()]) for each in records]
+        on_cpu = torch.cat(pairs, 1).cpu().split([each.size(1) for each in pairs], 1)
+        for record, both_2B in zip(records, on_cpu, strict=True):
             sums[record["role"]].index_add_(1, record["group_B"], both_2B)
         tokens += float(sum(each.batch.tokens for each in passes))
     flat = summed(torch.cat([*(each.flatten() for each in sums.values()), tokens]))
     *each, tokens = flat.split([*(2 * n for n in sizes.values()), 1])
-    pairs = [one.view(2, n) for one, n in zip(each, sizes.values(), strict=True)]
-    u_S, w_S, validation_V = (loss_G for loss_G, _ in pairs)
+    means = [one.view(2, n) for one, n in zip(each, sizes.values(), strict=True)]
+    u_S, w_S, validation_V = (loss_G for loss_G, _ in means)
     culprit = _culprit(u_S, w_S, validation_V)
-    for loss_G, count_G in pairs:
+    for loss_G, count_G in means:
         loss_G.masked_fill_(count_G == 0, math.nan)
     return Losses(u_S, w_S, validation_V, int(tokens.item()), culprit)
 

@@ -113,6 +113,8 @@ class Period:
         for part_w, part_u in parts:
             if not part_w.is_stub_optimizer:
                 _copy_adam(part_w.optimizer, part_u.optimizer)
+        for twin in self.twins:
+            twin.weights_have_moved()
 
     def close(self) -> None:
         """Takes the parameters out of the period's buffers, which can then be freed."""

@@ -216,6 +216,8 @@ class Training:
             skipped = None
             for name, optimizer in optimizers.items():
                 step_with(optimizer, rates[name])
+            for twin in self.period.twins:
+                twin.weights_have_moved()
         else:
             skipped = skipped or "rank 0 refused the step"
         self.steps += 1

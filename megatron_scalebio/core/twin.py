@@ -122,6 +122,7 @@ class TwinModel(torch.nn.Module):
         self.vp_stage = gpt.vp_stage
         self._input: torch.Tensor | None = None
         self._period = object()  # a twin lives as long
+        self._moved = True
 
     def set_input_tensor(self, tensor: Any) -> None:
         self._input = tensor
@@ -129,8 +130,8 @@ class TwinModel(torch.nn.Module):
     def set_is_first_microbatch(self) -> None:
         """Has Transformer Engine make the FP8 copies of both models' weights anew.
 
-        Those of what trains, in every step; those of frozen layers when their period begins, and
-        under delayed scaling once more: only then is their scale that of these weights.
+        Those of what trains, once it has moved; those of frozen layers when their period begins,
+        and under delayed scaling once more: only then is their scale that of these weights.
         """
         if self.config.fp8 is None:
             return
@@ -141,9 +142,14 @@ class TwinModel(torch.nn.Module):
             made = made if period is self._period else 0
             for module in gpt.modules():
                 if hasattr(module, "is_first_microbatch"):
-                    trains = any(p.requires_grad for p in module.parameters())
-                    module.is_first_microbatch |= trains or made < wanted
+                    moved = self._moved and any(p.requires_grad for p in module.parameters())
+                    module.is_first_microbatch |= moved or made < wanted
             setattr(gpt, _COPIES_OF, (self._period, made + 1))
+        self._moved = False
+
+    def weights_have_moved(self) -> None:
+        """A step has been made: flushes before the next one share their copies."""
+        self._moved = True
 
     def hold_reduction(self) -> None:
         """Before a flush: gradients add up on this rank until the last pass of each model."""

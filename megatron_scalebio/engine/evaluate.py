@@ -146,7 +146,7 @@ def token_losses(
         )
     if not runtime.reports_losses():
         return []
-    return [(record["batch"], record["loss_BS"]) for record in records]
+    return [(record["batch"], _kept(record["batch"], record["loss_BS"])) for record in records]
 
 
 @contextmanager
@@ -193,10 +193,11 @@ def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tupl
 def _keep(
     batch: MicroBatch, loss_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """They stay on the device until the flush ends: each copy would wait for what is queued."""
+    nothing = torch.tensor(0, dtype=torch.int)
+    return loss_BS.sum().float(), nothing, {"batch": batch, "loss_BS": loss_BS}
+
+
+def _kept(batch: MicroBatch, loss_BS: torch.Tensor) -> torch.Tensor:
     # A padded position may hold anything, NaN included: select, do not multiply.
-    kept_BS = torch.where(batch.mask_BS > 0, loss_BS.double().cpu(), 0.0)
-    return (
-        kept_BS.sum().float(),
-        torch.tensor(0, dtype=torch.int),
-        {"batch": batch, "loss_BS": kept_BS},
-    )
+    return torch.where(batch.mask_BS > 0, loss_BS.cpu().double(), 0.0)

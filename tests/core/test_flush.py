@@ -167,6 +167,12 @@ class ToyTwin:
         self.held += 1
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "device", lambda: torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_a_flush_hands_all_passes_to_every_chunk(
     monkeypatch: pytest.MonkeyPatch, chunks: int
@@ -190,9 +196,11 @@ def test_a_flush_hands_all_passes_to_every_chunk(
     assert len(iterators) == chunks
     for iterator in iterators:
         got = list(iterator)
-        assert [(p.role, p.batch, p.weight_B) for p in got] == [
-            (p.role, p.batch, p.weight_B) for p in planned
+        assert [(p.role, p.batch, p.weight_B.tolist(), p.coefficient_B.tolist()) for p in got] == [
+            (p.role, p.batch, p.weight_B.tolist(), p.coefficient_B.tolist()) for p in planned
         ], "each chunk has its own"
+        for p in got:  # sent to the device before a kernel is queued
+            assert p.target_BS is not None and torch.equal(p.target_BS, p.batch.mask_BS > 0)
         # The last pass of u is its second, that of w the second on validation.
         assert [p.last for p in got] == [False, False, True, False, False, True]
     assert given.pop("forward_step_func").func is forward_step
@@ -210,6 +218,7 @@ def test_a_flush_hands_all_passes_to_every_chunk(
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("here")
 def test_the_callers_hooks_are_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def schedule(**arguments: Any) -> None:
         raise RuntimeError("out of memory")
@@ -221,6 +230,7 @@ def test_the_callers_hooks_are_put_back_after_an_error(monkeypatch: pytest.Monke
     assert twin.config.finalize_model_grads_func == "theirs"
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(("stages", "variable"), [(1, False), (2, True), (2, False)])
 def test_unequal_shapes_need_a_pipeline_that_can_tell(
     monkeypatch: pytest.MonkeyPatch, stages: int, variable: bool

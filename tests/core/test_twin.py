@@ -189,8 +189,10 @@ def test_reduction_starts_in_the_backward_pass_of_each_models_last(overlap: bool
         both(True, 1.0, last=True)
 
 
-def remade(both: TwinModel) -> list[bool]:
-    """Which layers of w, then of u, make FP8 copies anew, when a step begins."""
+def remade(both: TwinModel, moved: bool = True) -> list[bool]:
+    """Which layers of w, then of u, make FP8 copies anew, when a flush begins."""
+    if moved:
+        both.weights_have_moved()
     both.set_is_first_microbatch()
     layers = [layer for gpt in (both.w, both.u) for layer in (gpt.first, gpt.second)]  # type: ignore[union-attr]
     made = [bool(layer.is_first_microbatch) for layer in layers]
@@ -207,6 +209,7 @@ def test_fp8_copies_of_what_trains_are_made_every_step_and_of_the_rest_every_per
     both = TwinModel(w, u)  # type: ignore[arg-type]
     assert remade(both) == [True, True, True, True]
     assert remade(both) == remade(both) == [False, True, False, True]
+    assert remade(both, moved=False) == [False] * 4, "another flush of the same step"
     forget_weight_copies([u])
     assert remade(both) == [False, True, True, True]
     assert remade(both) == [False, True, False, True]

@@ -27,14 +27,19 @@ LIMIT_S = 900.0  # several times what the longest takes on a busy machine
 multiprocessing.set_forkserver_preload(["megatron_scalebio.methods.scalebio"])
 
 
-def run_distributed(function: Callable[..., None], world_size: int, *args: Any) -> None:
+def run_distributed(
+    function: Callable[..., None], world_size: int, *args: Any, start_method: str = "forkserver"
+) -> None:
     """Calls `function(*args)` on each of `world_size` ranks; raises what a rank raises.
+
+    Args:
+        start_method: spawn: the ranks import everything themselves.
 
     Raises:
         TimeoutError: with the stacks of all ranks, if they take longer than LIMIT_S.
     """
     # A forked process can't use a GPU that its server has looked at.
-    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    method = "spawn" if torch.cuda.is_available() else start_method
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world_size, free_port(), dict(os.environ), folder, function, args)
         context = mp.start_processes(

@@ -141,11 +141,11 @@ def write_reference(folder: Path, name: str) -> None:
     torch.save({**content, "loss": loss.item()}, folder / f"{name}.pt")
 
 
-def on_ranks(folder_name: str, ranks: int) -> None:
+def on_ranks(folder_name: str, cases: list[tuple[str, str]]) -> None:
     from megatron_scalebio import runtime
     from megatron_scalebio.config_loader import load_config
 
-    for name, layout in cases(ranks):
+    for name, layout in cases:
         folder = Path(folder_name)
         settings = {
             "model": {"hf": str(folder / name), "make_vocab_size_divisible_by": 8},
@@ -213,22 +213,31 @@ def run_model(config, folder: Path, name: str, layout: str) -> None:
     torch.save(content, folder / f"{name}-{layout}-{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_references(folder: Path) -> Path:
+    """Every model as transformers has it, and imported."""
     from megatron_scalebio.convert.importer import import_checkpoint
 
-    folder = tmp_path_factory.mktemp("parity")
     for name in MODELS:
         write_reference(folder, name)
         import_checkpoint(folder / name, folder / f"{name}-megatron")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_references(tmp_path_factory.mktemp("parity"))
     for ranks in (1, 2, 4):
-        run_distributed(on_ranks, ranks, str(folder), ranks)
+        run_distributed(on_ranks, ranks, str(folder), cases(ranks))
     return folder
 
 
 @pytest.mark.parametrize(("name", "layout"), cases())
 def test_equals_transformers(results: Path, name: str, layout: str) -> None:
+    compare(results, name, layout)
 
+
+def compare(results: Path, name: str, layout: str) -> None:
+    """What the ranks left of a case with what transformers computed."""
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.convert.table import Table
     from megatron_scalebio.families import read_family

@@ -1,0 +1,38 @@
+"""Every family on Transformer Engine's layers equals transformers, as tests/model has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.model import test_parity as on_local_layers
+from tests.model.test_parity import LAYOUTS, STRETCHED, cases
+from tests.te.double import needs_transformer_engine, run_with_te
+
+pytestmark = [needs_transformer_engine, pytest.mark.distributed, pytest.mark.slow]
+
+# Context parallelism needs its fused attention, which has no double.
+CASES = [
+    (name, layout) for name, layout in cases(1) + cases(2)
+    if layout in ("one", "tp2-sequence-parallel", "pp2", "vpp")
+    and (name not in STRETCHED or layout == "one")
+]  # fmt: skip
+
+
+def on_ranks(folder_name: str, ranks: int) -> None:
+    of_ranks = [case for case in CASES if LAYOUTS[case[1]][0] == ranks]
+    on_local_layers.on_ranks(folder_name, of_ranks)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = on_local_layers.write_references(tmp_path_factory.mktemp("parity"))
+    for ranks in (1, 2):
+        run_with_te(on_ranks, ranks, str(folder), ranks)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_equals_transformers(results: Path, name: str, layout: str) -> None:
+    on_local_layers.compare(results, name, layout)

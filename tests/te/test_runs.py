@@ -1,0 +1,188 @@
+"""Runs on Transformer Engine's layers: resumed, moved between layers and optimizers, evaluated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands import command, metrics, note, noted, write_config
+from tests.distributed.harness import run_distributed
+from tests.te.double import needs_transformer_engine, run_with_te
+
+pytestmark = [needs_transformer_engine, pytest.mark.distributed, pytest.mark.slow]
+
+SAVED, LAST = 2, 4
+LOCAL = ["--transformer-impl", "local"]
+RECIPES = {
+    name: ["--fp8-format", "hybrid", "--fp8-recipe", name]
+    for name in ("tensorwise", "delayed", "blockwise")
+}
+# A resume falls into the first period, whose frozen layers were first cast at scale 1.
+LISA = {"": [], "-lisa": ["--lisa-layers", 1, "--lisa-interval", LAST]}
+RESUMED = [(recipe, lisa) for recipe in RECIPES for lisa in LISA]
+STILL = ["--lr", 1e-30, "--resync-interval", 2]  # u = w, in every bit
+RIVALS = {
+    "train": ["train", *RECIPES["delayed"], *LISA["-lisa"]],
+    "doremi": ["reweight", "--method", "doremi", *RECIPES["delayed"]],
+    "doge": ["reweight", "--method", "doge", *RECIPES["tensorwise"], *LISA["-lisa"]],
+    "rho_loss": ["reweight", "--method", "rho_loss", *RECIPES["blockwise"]],
+}
+
+# Optimizers: torch's in a process without Transformer Engine, its own in one with it.
+KINDS = {"": [], "-sharded": ["--use-distributed-optimizer"], "-fp32": ["--no-bf16"]}
+# from, to: flags of both, in the process with Transformer Engine
+MOVES = {
+    "local-te": (LOCAL, []),
+    "te-local": ([], LOCAL),
+    "local-delayed": (LOCAL, RECIPES["delayed"]),
+    "delayed-local": (RECIPES["delayed"], LOCAL),
+}
+
+
+def reweight(folder: Path, name: str, *flags: object) -> None:
+    words = ["reweight", "--config", folder / "x.yaml", "--output", folder / name, *flags]
+    note(folder / "noted", name, command(*words))
+
+
+def begin(folder: Path, name: str, *flags: object) -> Path:
+    """A whole run; where its checkpoint of step SAVED lies alone, to go on from."""
+    reweight(folder, name, *flags)
+    alone = folder / f"{name}-saved"
+    alone.mkdir()
+    step = f"iter_{SAVED:07d}"
+    (alone / step).symlink_to(folder / name / "checkpoints" / step)
+    return alone
+
+
+def with_te(folder_name: str) -> None:
+    import torch.distributed as dist
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    folder = Path(folder_name)
+    dist.init_process_group("gloo")
+
+    def run(name: str, *flags: object) -> None:
+        FP8GlobalStateManager.reset()  # as in a process of its own
+        reweight(folder, name, *flags)
+
+    for recipe, lisa in RESUMED:
+        flags = [*RECIPES[recipe], *LISA[lisa]]
+        FP8GlobalStateManager.reset()
+        saved = begin(folder, recipe + lisa, *flags)
+        run(f"{recipe}{lisa}-resumed", *flags, "--load", saved)
+    for kind, flags in KINDS.items():
+        saved = begin(folder, f"te{kind}", *flags)
+        run(f"torch-te{kind}", *flags, "--load", folder / f"torch{kind}-saved")
+    for move, (ours, theirs) in MOVES.items():
+        saved = folder / f"{move.partition('-')[0]}-saved"
+        saved = saved if saved.exists() else begin(folder, move.partition("-")[0], *ours)
+        run(move, *theirs, "--load", saved)
+        weights = folder / move.partition("-")[0] / "checkpoints"
+        run(f"{move}-pretrained", *theirs, "--pretrained-checkpoint", weights, "--train-iters", 1)
+    for recipe, flags in RECIPES.items():
+        run(f"still-{recipe}", *flags, *STILL)
+        words = ["evaluate", "--config", folder / "x.yaml", "--output", folder / f"on-{recipe}"]
+        note(folder / "noted", f"on-{recipe}",
+             command(*words, *flags, "--load", folder / "delayed/checkpoints"))  # fmt: skip
+    for name, (stage, *flags) in RIVALS.items():
+        FP8GlobalStateManager.reset()
+        words = [stage, "--config", folder / "x.yaml", "--output", folder / name]
+        note(folder / "noted", name, command(*words, *flags, "--train-iters", 2))
+
+
+def without_te(folder_name: str, first: bool) -> None:
+    import torch.distributed as dist
+
+    folder = Path(folder_name)
+    dist.init_process_group("gloo")
+    for kind, flags in KINDS.items():
+        if first:
+            begin(folder, f"torch{kind}", *flags)
+        else:
+            reweight(folder, f"te-torch{kind}", *flags, "--load", folder / f"te{kind}-saved")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.markov import write_problem
+
+    folder = tmp_path_factory.mktemp("te")
+    sources, validation = write_problem(
+        folder / "data", [0.6, 0.4], 0, length=33, examples=40, validation=24
+    )
+    write_config(
+        folder / "x.yaml", sources, validation,
+        data={"seq_length": 32}, parallel={"bf16": True}, optimizer={"lr": 1e-3},
+        model={"hidden_size": 64, "ffn_hidden_size": 128, "make_vocab_size_divisible_by": 32},
+        train={"train_iters": LAST}, checkpoint={"save_interval": SAVED},
+    )  # fmt: skip
+    run_distributed(without_te, 1, str(folder), True)
+    run_with_te(with_te, 1, str(folder))
+    run_distributed(without_te, 1, str(folder), False)
+    return folder
+
+
+def losses(run: Path) -> list[float]:
+    return [record["train_loss_w"] for record in metrics(run)]
+
+
+@pytest.mark.parametrize(("recipe", "lisa"), RESUMED)
+def test_a_resumed_run_is_the_whole_one(runs: Path, recipe: str, lisa: str) -> None:
+    code, said = noted(runs / "noted", f"{recipe}{lisa}-resumed")
+    assert code == 0, said
+    assert metrics(runs / f"{recipe}{lisa}-resumed") == metrics(runs / f"{recipe}{lisa}")[SAVED:]
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_run_goes_on_under_other_layers(runs: Path, move: str) -> None:
+    for name in (move, f"{move}-pretrained"):
+        code, said = noted(runs / "noted", name)
+        assert code == 0, said
+    before = losses(runs / move.partition("-")[0])
+    assert losses(runs / move) == pytest.approx(before[SAVED:], abs=3e-3)
+    begun = losses(runs / f"{move}-pretrained")[0]
+    assert begun == pytest.approx(before[0], abs=0.2) and begun < before[0] - 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("old", "new"), [("torch", "te"), ("te", "torch")])
+def test_adam_goes_on_under_another_adam(runs: Path, old: str, new: str, kind: str) -> None:
+    code, said = noted(runs / "noted", f"{old}-{new}{kind}")
+    assert code == 0, said
+    exact = kind == "-fp32"
+    for ours, theirs in zip(
+        metrics(runs / f"{old}-{new}{kind}"), metrics(runs / f"{old}{kind}")[SAVED:], strict=True
+    ):
+        for name in ("train_loss_w", "train_loss_u", "grad_norm_w", "grad_norm_u"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if exact else 3e-3), name
+
+
+def test_scores_take_no_scales_of_a_training(runs: Path) -> None:
+    found = {}
+    for recipe in RECIPES:
+        code, said = noted(runs / "noted", f"on-{recipe}")
+        assert code == 0, said
+        [found[recipe]] = json.loads((runs / f"on-{recipe}/evaluation.json").read_text())[
+            "held_out"
+        ]["sets"]
+    assert found["delayed"] == found["tensorwise"] != found["blockwise"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_where_u_is_w_there_is_no_excess_loss(runs: Path, recipe: str) -> None:
+    code, said = noted(runs / "noted", f"still-{recipe}")
+    assert code == 0, said
+    excess = [
+        abs(of_w - of_u)
+        for record in metrics(runs / f"still-{recipe}")
+        for of_w, of_u in zip(record["loss_w"], record["loss_u"], strict=True)
+    ]
+    assert (max(excess) > 0) == ("use tensorwise" in said) == (recipe == "delayed")
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_other_trainings_run(runs: Path, name: str) -> None:
+    code, said = noted(runs / "noted", name)
+    assert code == 0, said
