@@ -7,17 +7,18 @@ what it reserves for the driver and libraries, which the allocator does not coun
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from gpu_tools import ROOT, run
+
 sys.path.insert(0, str(ROOT))
 
-from tests.commands import write_config  # noqa: E402
-from tests.markov import write_problem  # noqa: E402
+from tests.commands import write_config
+from tests.markov import write_problem
 
 # Layers of Qwen2.5-7B's and 32B's shape; the rehearsal's are small.
 SEVEN_B = {
@@ -34,46 +35,49 @@ LAYOUTS: dict[str, list[str]] = {
     "recompute": ["--recompute-granularity", "full"],
     "lisa-recompute": ["--lisa-layers", "1", "--recompute-granularity", "full"],
 }
+DEEP = ["--lisa-layers", "1", "--no-lisa-train-embedding", "--recompute-granularity", "full"]
 BOUND = 0.05
 
 
-def memory(folder: Path, rehearse: bool) -> dict[str, Any]:
+def memory(check: Any) -> None:
     """Planned and measured bytes of several layouts, and the part that the plan is off by."""
-    _write(folder, SMALL if rehearse else SEVEN_B, layers=4, rehearse=rehearse)
-    result: dict[str, Any] = {}
-    for name, flags in LAYOUTS.items():
-        planned = plan(folder, flags, rehearse)
-        measured = run(folder, name, flags)
-        if isinstance(measured, str):
-            result[name] = {"planned_bytes": planned, "failed": measured}
-            continue
-        off = planned / measured - 1
-        result[name] = {"planned_bytes": planned, "measured_bytes": measured, "off": off}
-        if not rehearse:  # on a CPU the measure is the process's, interpreter included
-            result[name]["within_bound"] = abs(off) <= BOUND
-    return result
+    _write(check.folder, SMALL if check.rehearse else SEVEN_B, 2, check.rehearse)
+    with ThreadPoolExecutor(check.jobs) as pool:
+        plans = list(pool.map(partial(plan, check.folder, check.rehearse), LAYOUTS))
+    for (name, flags), planned in zip(LAYOUTS.items(), plans, strict=True):
+        found: dict[str, Any] = {"planned_bytes": planned}
+        try:
+            found["measured_bytes"] = run_peak(check.folder, name, flags)
+            found["off"] = found["planned_bytes"] / found["measured_bytes"] - 1
+            if not check.rehearse:  # on a CPU the measure is the process's, interpreter included
+                found["within_bound"] = abs(found["off"]) <= BOUND
+        except RuntimeError as error:
+            found["failed"] = str(error)
+        check.results.add(name, found)
 
 
-def largest(folder: Path, rehearse: bool) -> dict[str, Any]:
+def largest(check: Any) -> None:
     """The most layers of the 32B's shape whose bilevel LISA step is planned to fit, and do."""
-    flags = ["--lisa-layers", "4", "--no-lisa-train-embedding", "--recompute-granularity", "full"]
-    shape = SMALL if rehearse else THIRTY_TWO_B
-    room = 10**9 if rehearse else _device_bytes()
-    low, high = 4, 8 if rehearse else 96
-    while low < high:  # what is planned to fit, by halving
-        middle = (low + high + 1) // 2
-        _write(folder, shape, middle, rehearse)
-        low, high = (middle, high) if plan(folder, flags, rehearse) <= room else (low, middle - 1)
-    result: dict[str, Any] = {"planned_layers": low}
-    if rehearse:
-        return result
-    for layers in range(low + 2, low - 6, -1):
-        _write(folder, shape, layers, rehearse)
-        measured = run(folder, f"layers-{layers}", flags)
-        if not isinstance(measured, str):
-            planned = plan(folder, flags, rehearse)
-            return {**result, "layers": layers, "bytes": measured, "planned_bytes": planned}
-    return {**result, "failed": measured}
+    shape = SMALL if check.rehearse else THIRTY_TWO_B
+    planned = {}
+    for layers in (4, 8):
+        _write(check.folder, shape, layers, check.rehearse)
+        planned[layers] = plan(check.folder, check.rehearse, "deep")
+    each = (planned[8] - planned[4]) // 4  # what is planned is linear in frozen layers
+    room = planned[8] + 4 * each if check.rehearse else _device_bytes()
+    most = 8 + (room - planned[8]) // each
+    check.results.add("planned", {"layers": most, "bytes_a_layer": each, "room_bytes": room})
+    for layers in (most, most - 2, most - 4):
+        _write(check.folder, shape, layers, check.rehearse)
+        try:
+            peak = run_peak(check.folder, f"layers-{layers}", DEEP)
+        except RuntimeError as error:
+            check.results.add(f"layers-{layers}", {"too_many": str(error)})
+            continue
+        expected = planned[8] + (layers - 8) * each
+        found = {"planned_bytes": expected, "measured_bytes": peak, "off": expected / peak - 1}
+        check.results.add(f"layers-{layers}", found)
+        return
 
 
 def _write(folder: Path, shape: dict[str, Any], layers: int, rehearse: bool) -> None:
@@ -92,40 +96,24 @@ def _write(folder: Path, shape: dict[str, Any], layers: int, rehearse: bool) -> 
     )  # fmt: skip
 
 
-def plan(folder: Path, flags: list[str], rehearse: bool) -> int:
+def plan(folder: Path, rehearse: bool, layout: str) -> int:
     """Bytes of the fullest rank, without what is reserved."""
+    flags, told = LAYOUTS.get(layout, DEEP), folder / f"plan-{layout}.json"
     words = ["plan", "--config", str(folder / "x.yaml"), "--gpus", "1", *flags]
-    words += ["--gpu", "cpu" if rehearse else "h100-80g", "--json", str(folder / "plan.json")]
-    _command(words, {"CUDA_VISIBLE_DEVICES": ""})
-    stages = json.loads((folder / "plan.json").read_text())["stages"]
+    words += ["--gpu", "cpu" if rehearse else "h100-80g", "--json", str(told)]
+    run(["-m", "megatron_scalebio", *words], {"CUDA_VISIBLE_DEVICES": ""})
+    stages = json.loads(told.read_text())["stages"]
     return max(stage["total_bytes"] - stage["reserved_bytes"] for stage in stages)
 
 
-def run(folder: Path, name: str, flags: list[str]) -> int | str:
-    """Peak bytes of a run of four steps, or what it said when it failed."""
+def run_peak(folder: Path, name: str, flags: list[str]) -> int:
+    """Peak bytes of a run of four steps; RuntimeError with what it said when it failed."""
     output = folder / name
-    words = ["reweight", "--config", str(folder / "x.yaml"), "--output", str(output), *flags]
-    try:
-        _command(words, {})
-    except RuntimeError as error:
-        return str(error)
+    words = ["--config", str(folder / "x.yaml"), "--output", str(output), *flags]
+    run(["-m", "megatron_scalebio", "reweight", *words])
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return max(record["memory_bytes"] for record in records)
 
 
-def _command(words: list[str], environment: dict[str, str]) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-m", "megatron_scalebio", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if ended.returncode:
-        raise RuntimeError(f"exit {ended.returncode}: {ended.stderr[-800:]}")
-
-
 def _device_bytes() -> int:
-    said = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.cuda.mem_get_info()[0])"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return int(said.stdout)
+    return int(run(["-c", "import torch; print(torch.cuda.mem_get_info()[0])"]))

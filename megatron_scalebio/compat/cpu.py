@@ -2,7 +2,7 @@
 
 Megatron-Core asks for `torch.cuda.current_device()` and streams, writes `device="cuda"` literally
 in factory calls, pins memory, keeps CUDA random states and checks `tensor.type()` for
-"torch.cuda.".
+"torch.cuda.". Where Transformer Engine or Apex is installed it takes their optimizers.
 `adapt()` answers each of these for a machine without CUDA, and refuses to act where CUDA is
 present.
 """
@@ -29,6 +29,7 @@ def adapt() -> None:
     if _adapted:
         return
     _adapt_random_states()
+    _adapt_optimizers()
     _adapt_devices()
     _adapted = True
 
@@ -82,3 +83,25 @@ def _adapt_random_states() -> None:
     cuda.set_rng_state = random._set_cuda_rng_state = lambda state, *args, **kwargs: (
         torch.set_rng_state(state)
     )
+
+
+def _adapt_optimizers() -> None:
+    """Megatron's optimizers by torch, as where neither Transformer Engine nor Apex is installed."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as parts
+
+    for module, by_torch in (
+        (optimizer, {"Adam": torch.optim.AdamW, "USING_PYTORCH_OPTIMIZER": True}),
+        (distrib_optimizer, {"Adam": torch.optim.Adam, "HAVE_APEX_OR_TE": False,
+                             "USING_TE_OPTIMIZER": False, "USING_APEX_OPTIMIZER": False}),
+        (clip_grads, {"multi_tensor_applier": utils.local_multi_tensor_applier,
+                      "l2_norm_impl": utils.local_multi_tensor_l2_norm,
+                      "multi_tensor_scale_impl": utils.local_multi_tensor_scale,
+                      "multi_tensor_scale_tensor_impl": None}),
+        (parts, {"multi_tensor_applier": utils.local_multi_tensor_applier,
+                 "multi_tensor_scale_impl": utils.local_multi_tensor_scale}),
+    ):  # fmt: skip
+        require(module, *by_torch)
+        for name, value in by_torch.items():
+            setattr(module, name, value)

@@ -106,7 +106,8 @@ class ScaleBiO(Training):
         _require_shares("validation", list(validation.values()))
         super().__init__(
             model_provider, ddp, optimizer,
-            with_u=True, resync_interval=options.resync_interval, **training,
+            with_u=True, resync_interval=options.resync_interval,
+            memory_growth=options.memory_growth, **training,
         )  # fmt: skip
         self.options, self.sources = options, list(sources)
         shares_V = torch.tensor(list(validation.values()), dtype=torch.float64)
@@ -185,7 +186,7 @@ class ScaleBiO(Training):
             nonlocal norm_lambda
             excess_S = losses.w_S - losses.u_S
             gradient_S = hypergradient(excess_S, probs_S, inclusion_S, alpha)
-            norm_lambda = self.mixture.step(gradient_S, lr_lambda)
+            norm_lambda = self.mixture.step(gradient_S, lr_lambda, self.memory)
 
         with self.observe("update"):
             update = self.update(losses, watched, rates, self.mixture.logits_S, learn)

@@ -152,7 +152,7 @@ class RunState:
         self.clock = StepClock()
         self.data = Data(config, cache)
         config.train.resolve_epochs(sum(len(source) for source in self.data.sources))
-        self.schedule = schedule_of(config)
+        self.schedule = schedule_of(config, stage)
         self.megatron = transformer_config(config)
         seed_generators(config.train.seed)
         self.training = self._training()
@@ -238,7 +238,7 @@ class RunState:
         self.data.validation_sampler.load_state_dict(state["validation_sampler"])
 
 
-def schedule_of(config: Config) -> Schedule:
+def schedule_of(config: Config, stage: str) -> Schedule:
     rates, bilevel = config.optimizer, config.bilevel
     assert rates.min_lr is not None and bilevel.lr_lambda is not None
     return Schedule(
@@ -247,7 +247,7 @@ def schedule_of(config: Config) -> Schedule:
         min_lr=rates.min_lr,
         lr_u=rates.lr_u,
         warmup_fraction=rates.lr_warmup_fraction,
-        decay_style=rates.lr_decay_style,
+        decay_style=rates.lr_decay_style or ("constant" if stage == "reweight" else "cosine"),
         lr_lambda=bilevel.lr_lambda,
         lambda_decay_style=bilevel.lr_lambda_decay_style,
         alpha=bilevel.alpha,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -18,6 +19,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 # Projections back into the residual stream start smaller, by 1/√(2 · layers) (GPT-2).
 _RESIDUAL_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
+# Each is held whole, in fp32, while it is drawn.
+_MOST_AT_A_TIME = 8
 
 
 def seed_generators(seed: int) -> None:
@@ -30,13 +33,18 @@ def initialize_weights(
     chunks: Iterable[torch.nn.Module], seed: int, std: float, num_layers: int
 ) -> None:
     """Draws every matrix from N(0, std²); norms and biases stay at one and zero."""
-    for chunk in chunks:
-        state = chunk.sharded_state_dict()  # type: ignore[operator]
-        apply_factories(state)
-        for tensor in nested_values(state):
-            if isinstance(tensor, ShardedTensor) and tensor.data.ndim >= 2:
-                scale = math.sqrt(2 * num_layers) if _is_residual(tensor.key) else 1.0
-                _draw_shard(tensor, seed, std / scale)
+    # As many tensors at a time as torch may use threads: a generator is served by one.
+    with ThreadPoolExecutor(min(torch.get_num_threads(), _MOST_AT_A_TIME)) as pool:
+        draws = []
+        for chunk in chunks:
+            state = chunk.sharded_state_dict()  # type: ignore[operator]
+            apply_factories(state)
+            for tensor in nested_values(state):
+                if isinstance(tensor, ShardedTensor) and tensor.data.ndim >= 2:
+                    scale = math.sqrt(2 * num_layers) if _is_residual(tensor.key) else 1.0
+                    draws.append(pool.submit(_draw_shard, tensor, seed, std / scale))
+        for draw in draws:
+            draw.result()
 
 
 def _is_residual(key: str) -> bool:

@@ -168,7 +168,7 @@ def test_u_is_made_equal_to_w_whole_and_when_it_is_due(tmp_path: Path) -> None:
 
 def test_the_steps_of_fused_adam_are_copied_with_its_groups() -> None:
     """Transformer Engine's and Apex's count them there, once for all parameters of a group."""
-    from megatron_scalebio.core.period import _copy_adam
+    from megatron_scalebio.core.period import _move_adam
 
     def fused(value: float, step: int) -> torch.optim.Optimizer:
         parameters = [torch.nn.Parameter(torch.full((2,), value)) for _ in range(2)]
@@ -180,7 +180,7 @@ def test_the_steps_of_fused_adam_are_copied_with_its_groups() -> None:
 
     source, target = fused(7.0, 5), fused(1.0, 1)
     held = [target.state[group["params"][0]]["exp_avg"] for group in target.param_groups]
-    _copy_adam(source, target)
+    _move_adam(source, target)
     assert [group["step"] for group in target.param_groups] == [5, 6]
     for number, group in enumerate(target.param_groups):
         [parameter] = group["params"]
@@ -192,7 +192,7 @@ def test_the_steps_of_fused_adam_are_copied_with_its_groups() -> None:
     # What the target has not allocated yet is made its own.
     target = fused(1.0, 1)
     target.state.clear()
-    _copy_adam(source, target)
+    _move_adam(source, target)
     [p], [q] = (adam.param_groups[1]["params"] for adam in (source, target))
     assert torch.equal(target.state[q]["exp_avg"], source.state[p]["exp_avg"])
     assert target.state[q]["exp_avg"].data_ptr() != source.state[p]["exp_avg"].data_ptr()

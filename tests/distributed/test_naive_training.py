@@ -64,6 +64,11 @@ REWEIGHT: dict[str, dict] = {
         "data": {"loss_mean": "token"}, "optimizer": PLAIN, "bilevel": {"alpha": 2.0},
         "train": {**NARROW, "train_iters": 4},
     },
+    "longer memory": {
+        "optimizer": {**PLAIN, "weight_decay": 0.1},
+        "bilevel": {"resync_interval": 2, "memory_growth": 0.6},
+        "train": {**ROOMY, "train_iters": 27},
+    },
     "lisa": {
         "weights": [1.0, 0.7, 1e-7],  # the last below what a source may fall to
         "optimizer": PLAIN, "lisa": {"lisa_layers": 1, "lisa_interval": 3}, "train": BATCH,
