@@ -188,14 +188,19 @@ class _Pretending(types.ModuleType):
 def _adapt_package() -> None:
     """Transformer Engine and the package's choice of layers believe in a GPU; nothing else does."""
     from megatron_scalebio import compat
+    from megatron_scalebio.compat import cpu
 
+    cpu._adapt_optimizers = lambda: None  # Transformer Engine's, as on a GPU
     compat.adapt()
     import transformer_engine.pytorch.distributed as distributed
     import transformer_engine.pytorch.module.base as base
+    from megatron.core import optimizer
     from megatron.core.transformer.enums import AttnBackend
+    from transformer_engine.pytorch.optimizers import FusedAdam
 
     from megatron_scalebio.model import settings
 
+    assert optimizer.Adam is FusedAdam
     fake: Any = torch.Tensor
     fake.is_cuda = property(lambda tensor: True)
     base.torch = _Pretending(torch, cuda=_Pretending(torch.cuda, is_available=lambda: True))
