@@ -214,7 +214,11 @@ _COPIES_OF = "_fp8_copies_of"
 
 
 def forget_weight_copies(chunks: Iterable[torch.nn.Module]) -> None:
-    """For after a pass outside the twin: the FP8 copies it made lack what a backward pass needs."""
+    """Has the next flush make all FP8 copies anew.
+
+    For after a pass outside the twin, whose copies lack what a backward pass needs, and after a
+    load of other weights.
+    """
     for chunk in chunks:
         setattr(unwrap_model(chunk), _COPIES_OF, (None, 0))
 
