@@ -29,6 +29,7 @@ setup(
         "matplotlib>=3.10,<4",  # the charts of the report, the picture of a comparison
         "jinja2>=3.1,<4",  # the report page
         "PyYAML>=6,<7",
+        "pyarrow>=17,<27",  # Parquet, Arrow and zstd inputs of prepare
     ],
     extras_require={
         "evaluate": ["lm-eval>=0.4.13,<0.5", "accelerate>=0.26,<2"],  # GSM8K and MATH

@@ -16,12 +16,13 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from megatron_scalebio import launcher
-from megatron_scalebio.data.formats import FORMATS
+from megatron_scalebio.data.formats import ALL_FIELDS, FORMATS, parse_columns
+from megatron_scalebio.data.inputs import parse_input
 from megatron_scalebio.data.prepare import (
+    BAD_RECORDS,
     TOO_LONG,
     PrepareConfig,
     Progress,
-    parse_input,
     prepare,
 )
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, sigterm_interrupts
@@ -37,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="[NAME=]PATH[,PATH...]",
-        help="a source: JSON/JSONL files, or a directory (its *.json and *.jsonl in sorted "
-        "order); repeat for more sources; the name defaults to the file's stem",
+        help="a source: files (JSON, JSONL, Parquet, Arrow, CSV, TSV; also .gz, .zst, .xz, .bz2), "
+        "folders of them, globs, @FILE with a path a line, or - for standard input; repeat for "
+        "more sources; the name defaults to the file's stem",
     )
     add("--out", required=True, metavar="DIR", help="receives one directory a source")
     add("--tokenizer", default="", metavar="PATH", help="Hugging Face directory or tokenizer.json,"
@@ -48,8 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-download", action="store_true", help="let --tokenizer name a model on the Hub")
     add("--chat-template", metavar="plain|FILE", help="built-in template, or a Jinja file "
         "(default: the tokenizer's own if it has one, else the built-in)")  # fmt: skip
-    add("--format", default="auto", metavar="NAME", help=f"auto, {', '.join(FORMATS)}")
-    add("--text-key", default="text", metavar="FIELD", help="field of the text (format text)")
+    add_record_options(parser)
     add("--seq-length", type=int, default=2048, metavar="TOKENS")
     add("--too-long", metavar="HOW", help=f"{', '.join(TOO_LONG)} (default: split for text, "
         "truncate for dialogues)")  # fmt: skip
@@ -57,6 +58,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-examples", type=int, metavar="N", help="read the first N records of each source")
     add("--workers", type=int, default=0, metavar="N", help="default: by the size of the input")
     add("--overwrite", action="store_true", help="replace prepared sources of the same name")
+
+
+def add_record_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how records are read, for ``prepare`` and ``sample``."""
+    add = parser.add_argument
+    add("--format", default="auto", metavar="NAME", help=f"auto, {', '.join(FORMATS)}")
+    add("--text-key", default="text", metavar="FIELD", help="field of the text (format text)")
+    add("--map", action="append", default=[], metavar="FIELD=COLUMN[,...]", help="what a field is "
+        "called in the files, as in prompt=question,answer=output")  # fmt: skip
+    add("--ignore-fields", nargs="*", metavar="FIELD", help="leave these fields out, and count "
+        "them; without a name, all that are not known (they are refused else)")  # fmt: skip
+    add("--bad-records", default="stop", metavar="HOW", help=f"{', '.join(BAD_RECORDS)}: end at "
+        "the first record at fault, or leave such out, count and list them")  # fmt: skip
+
+
+def record_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ``PrepareConfig`` and ``SampleConfig`` behind those options."""
+    named = args.ignore_fields
+    fields = [name for value in named or () for name in value.split(",") if name]
+    return {
+        "format": args.format,
+        "text_key": args.text_key,
+        "columns": parse_columns(args.map),
+        "ignore_fields": tuple(fields) if fields or named is None else (ALL_FIELDS,),
+        "bad_records": args.bad_records,
+    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
         sources=tuple(parse_input(value) for value in args.input),
         tokenizer=args.tokenizer,
         train_sentencepiece=args.train_sentencepiece,
-        format=args.format,
-        text_key=args.text_key,
+        **record_options(args),
         seq_length=args.seq_length,
         too_long=args.too_long,
         train_on_prompt=args.train_on_prompt,

@@ -17,8 +17,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from megatron_scalebio import launcher
+from megatron_scalebio.commands.prepare import add_record_options, record_options
 from megatron_scalebio.config.checks import require_name
-from megatron_scalebio.data.formats import FORMATS
 from megatron_scalebio.data.prepare import TOO_LONG, Progress
 from megatron_scalebio.data.source_writer import MANIFEST_FILE
 from megatron_scalebio.data.weights_file import (
@@ -64,8 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " so where a source has token ids alone); there is no sample.jsonl then")  # fmt: skip
     add("--tokenizer", metavar="PATH", help="default: that of the prepared sources")
     add("--seq-length", type=int, metavar="TOKENS", help="default: that of the prepared sources")
-    add("--format", default="auto", metavar="NAME", help=f"auto, {', '.join(FORMATS)}")
-    add("--text-key", default="text", metavar="FIELD", help="field of the text (format text)")
+    add_record_options(parser)
     add("--too-long", metavar="HOW", help=f"{', '.join(TOO_LONG)}, as in prepare")
     add("--train-on-prompt", action="store_true", help="as in prepare")
     add("--chat-template", metavar="plain|FILE", help="as in prepare")
@@ -93,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
         from_tokens=args.from_tokens or any(s.selected is not None for s in sources),
         tokenizer=args.tokenizer,
         seq_length=args.seq_length,
-        format=args.format,
-        text_key=args.text_key,
+        **record_options(args),
         too_long=args.too_long,
         train_on_prompt=args.train_on_prompt,
         chat_template=args.chat_template,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_scalebio.data.formats import Dialogue, Text
+from megatron_scalebio.data.examples import Dialogue, Text
 
 EXACT, PROMPT, NGRAM = "exact", "prompt", "ngram"
 KINDS = (EXACT, PROMPT, NGRAM)
@@ -144,7 +144,7 @@ def words(text: str) -> list[str]:
 def whole_text(example: Text | Dialogue) -> str:
     if isinstance(example, Text):
         return example.text
-    return "\n".join(content for _, content in example.messages)
+    return "\n".join(turn.content or "" for turn in example.turns)
 
 
 def any_texts(record: dict[str, Any]) -> tuple[str, str]:
@@ -164,10 +164,10 @@ def _strings(value: Any) -> list[str]:
 def prompt_text(example: Text | Dialogue) -> str:
     """What a user says before the first answer; empty for plain text."""
     turns: list[str] = []
-    for role, content in () if isinstance(example, Text) else example.messages:
-        if role == "assistant":
+    for turn in () if isinstance(example, Text) else example.turns:
+        if turn.role == "assistant":
             return "\n".join(turns)
-        turns += [content] if role == "user" else []
+        turns += [turn.content or ""] if turn.role == "user" else []
     return ""
 
 

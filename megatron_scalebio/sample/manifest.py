@@ -12,7 +12,7 @@ import numpy as np
 from megatron_scalebio.sample.config import SampleConfig
 from megatron_scalebio.sample.contamination import KINDS
 from megatron_scalebio.sample.plan import Ints
-from megatron_scalebio.sample.rows import STATUSES, RawRows
+from megatron_scalebio.sample.rows import NO_EXAMPLE, STATUSES, RawRows
 from megatron_scalebio.sample.setup import OpenSource, Setup
 from megatron_scalebio.sample.writer import Written
 
@@ -78,7 +78,7 @@ def _source_entry(drawn: Drawn) -> dict[str, Any]:
         "epochs": round(given / max(1, counts["usable"]), 6),
         "examples": drawn.examples,
         "contaminated": {kind: counts[kind] for kind in KINDS},
-        "no_example": {kind: counts[kind] for kind in ("empty", "no_target", "too_long")},
+        "no_example": {kind: counts[kind] for kind in NO_EXAMPLE},
         "not_selected": counts["not_selected"],
         "inputs": _inputs(source, drawn.rows),
     }

@@ -170,4 +170,12 @@ def _facts(name: str, setup: Setup, group: list[Drawn]) -> Facts:
     for drawn in group:
         formats |= drawn.source.rows.formats if isinstance(drawn.source.rows, RawRows) else {}
     truncated = sum(drawn.source.truncated for drawn in group)
-    return Facts(name, ",".join(formats), setup.seq_length, setup.described, setup.dtype, truncated)
+    return Facts(
+        name,
+        ",".join(formats),
+        setup.seq_length,
+        setup.described,
+        setup.dtype,
+        truncated,
+        setup.date,
+    )

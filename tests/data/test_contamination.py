@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_scalebio.data.formats import Dialogue, Text
+from megatron_scalebio.data.examples import Dialogue, Text
 from megatron_scalebio.sample.contamination import (
     EXACT,
     NGRAM,
