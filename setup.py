@@ -23,6 +23,7 @@ setup(
         "transformers>=5,<6",  # tokenizers, chat templates, config.json of Hugging Face models
         "safetensors>=0.5,<1",
         "tokenizers>=0.21,<0.24",
+        "regex>=2024",  # words in any script; transformers needs it too
         "sentencepiece>=0.2,<0.3",
         "tensorboard>=2.16,<3",
         "rich>=13.7,<16",  # progress bars and tables

@@ -29,6 +29,7 @@ from megatron_scalebio.data.weights_file import (
     stopped_at,
 )
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
+from megatron_scalebio.formatting import printable, shorten
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.inputs import locate, parse_weights, validation_of_run
 from megatron_scalebio.sample.stage import OnProgress, sample
@@ -207,11 +208,7 @@ def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[s
     if short:
         cap = f", {config.max_epochs} times each" if config.num_samples is not None else ""
         lines.append(f"{sum(short):,} rows fewer than asked: the sources have no more{cap}")
-    against = [entry["name"] for entry in manifests[0]["contamination"]["against"]]
-    lines.append(
-        f"compared with {', '.join(against)}" if against
-        else "compared with no validation or test set: name them by --exclude"
-    )  # fmt: skip
+    lines += _compared(manifests)
     for source in config.sources:
         folder = locate(source.name, source.path).folder
         if folder is not None and (folder / MANIFEST_FILE).is_file():
@@ -222,6 +219,36 @@ def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[s
         lines.append("drawn from token ids, so there is no sample.jsonl")
     if manifests[0]["tokenizer"] is None:
         lines.append(f"a plain Megatron prefix: {config.out}/tokens")
+    return lines
+
+
+_MEANING = {
+    "exact": "is an example of an excluded set",
+    "prompt": "asks what one asks",
+    "ngram": "shares {ngram} {ngram_of} in a row with one",
+    "prompt_too_long": "its prompt alone fills --seq-length",
+    "bad_record": "could not be read as an example",
+}
+
+
+def _compared(manifests: Sequence[dict[str, Any]]) -> list[str]:
+    """What the reasons in the table mean, what was compared, and what was ignored in it."""
+    about = manifests[0]["contamination"]
+    entries = [entry for manifest in manifests for entry in manifest["sources"]]
+    found = {reason for entry in entries for reason, count in _left_out(entry).items() if count}
+    meanings = [f"{k}: {text.format(**about)}" for k, text in _MEANING.items() if k in found]
+    against = [entry["name"] for entry in about["against"]]
+    if not against:
+        return ["compared with no validation or test set: name them by --exclude", *meanings]
+    lines = [f"compared with {', '.join(against)}", *meanings]
+    if about["ignored_ngrams"]:
+        lines.append(
+            f"not compared: {about['ignored_ngrams']:,} runs of {about['ngram']} "
+            f"{about['ngram_of']} that many of their examples share"
+        )
+    for phrase in about["ignored_phrases"]:
+        text = printable(shorten(phrase["words"], 100))
+        lines.append(f'  in {phrase["examples"]:,} of them: "{text}"')
     return lines
 
 

@@ -51,6 +51,11 @@ def manifest(
             "ngram": config.ngram,
             "ngram_of": "words" if setup.tokenizer else "tokens",
             "ignored_ngrams": setup.index.ignored_ngrams,
+            "ignored_phrases": [
+                {"words": setup.words.spelled(phrase.ids), "examples": phrase.examples}
+                for phrase in setup.index.phrases
+                if setup.tokenizer
+            ],
             "against": setup.evaluation,
         },
         "tokenizer": setup.described,

@@ -188,7 +188,9 @@ def shown(folders: dict[str, str], sources: list[dict[str, Any]], **options: Any
     manifest = {
         "sources": sources, "redistributed": sum(e["surplus"] for e in sources),
         "asked": sum(e["asked"] for e in sources), "given": sum(e["given"] for e in sources),
-        "contamination": {"against": [{"name": "goal"}, {"name": "test"}]}, "sample_sha256": "x",
+        "contamination": {"against": [{"name": "goal"}, {"name": "test"}], "ngram": 13,
+                          "ngram_of": "words", "ignored_ngrams": 0, "ignored_phrases": []},
+        "sample_sha256": "x",
         "tokenizer": {},
     }  # fmt: skip
     return [manifest], config

@@ -104,11 +104,11 @@ def check(path: Path, name: str, seed: int, dialogues: int) -> int:
         turns = adversarial(rng)
         if any(role == "assistant" and not text.strip() for role, text in turns):
             continue  # no target of ours, and one by the author's marks
+        said = stated(theirs, template, marks, turns)
         opened = "opened by the generation prompt" in name or "deepseek" in name
-        if opened and any(text.startswith("<think>\n") for role, text in turns):
+        if opened and any(said.text[low:].startswith("<think>\n") for low, _ in said.spans):
             continue  # the prompt says it, so ours does not train on it
         compared += 1
-        said = stated(theirs, template, marks, turns)
         end = said.spans[-1][1]
         for ours.chat_template in (template, bare(template)):
             ids, mask = ExampleEncoder(ours).encode(Dialogue(tuple(turns)))
