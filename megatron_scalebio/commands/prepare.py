@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from megatron_scalebio import launcher
 from megatron_scalebio.data.formats import ALL_FIELDS, FORMATS, parse_columns
@@ -23,11 +24,14 @@ from megatron_scalebio.data.prepare import (
     TOO_LONG,
     PrepareConfig,
     Progress,
+    cores,
     prepare,
 )
+from megatron_scalebio.data.source_writer import LEFT_OUT_FILE
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, sigterm_interrupts
 
 _LINE_EVERY_S = 10.0
+_MANY = 0.05  # of the examples, above which truncation is warned of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,18 +124,22 @@ def run_config(config: PrepareConfig) -> int:
     except KeyboardInterrupt:
         console.print("prepare: stopped; nothing was written")
         return EXIT_SIGNALLED
-    Console(quiet=quiet).print(report_table(reports, config.out))
+    output = Console(quiet=quiet)
+    output.print(report_table(reports, config.out))
+    for line in remarks(reports, config):
+        output.print(line, highlight=False, soft_wrap=True, markup=False)
     return EXIT_OK
 
 
 def report_table(reports: Sequence[dict[str, Any]], out: Path) -> Table:
     """One row a source: examples, tokens, targets, mean length, dropped and truncated records."""
-    table = Table(title=f"prepared in {out}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=Text(f"prepared in {out}"), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("source", overflow="fold")
     for heading in ("examples", "tokens", "targets", "mean length", "dropped", "truncated"):
         table.add_column(heading, justify="right", no_wrap=True)
     for report in reports:
-        dropped = [f"{count:,} {reason}" for reason, count in report["dropped"].items() if count]
+        dropped = [f"{n:,} {why}" for why, n in report["dropped"].items() if n]
+        dropped += [f"{n:,} {why}" for why, n in report.get("skipped", {}).items()]
         table.add_row(
             report["name"],
             f"{report['examples']:,}",
@@ -142,6 +150,41 @@ def report_table(reports: Sequence[dict[str, Any]], out: Path) -> Table:
             f"{report['truncated']:,}",
         )
     return table
+
+
+def remarks(reports: Sequence[dict[str, Any]], config: PrepareConfig) -> list[str]:
+    """What the table does not say: what was left out or cut, and what to do about it."""
+    lines = []
+    if config.workers > cores():
+        lines.append(f"--workers {config.workers}: {cores()} ran, as many as there are cores")
+    for source, report in zip(config.sources, reports, strict=True):
+        name, dropped = report["name"], report["dropped"]
+        if source.unread:
+            names = ", ".join(str(path) for path in source.unread[:3])
+            more = f" and {len(source.unread) - 3:,} more" if len(source.unread) > 3 else ""
+            lines.append(f"{name}: not read, being of no known kind: {names}{more}")
+        if report["ignored_fields"]:
+            fields = [f"{field} ({n:,})" for field, n in sorted(report["ignored_fields"].items())]
+            lines.append(f"{name}: fields not used: {', '.join(fields)}")
+        if report["skipped"]:
+            place = config.out / name / LEFT_OUT_FILE
+            lines.append(f"{name}: {counted(report['skipped'])} left out, listed in {place}")
+        if dropped["prompt_too_long"]:
+            lines.append(
+                f"{name}: {dropped['prompt_too_long']:,} prompt_too_long: the prompt alone fills "
+                f"--seq-length {config.seq_length}"
+            )
+        if report["truncated"] > _MANY * report["examples"]:
+            lines.append(
+                f"warning: {name}: {report['truncated']:,} of {report['examples']:,} examples lost "
+                f"the end of their answer; --seq-length {report['longest'] - 1} would hold the "
+                "longest"
+            )
+    return lines
+
+
+def counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
 class _Lines:
@@ -161,6 +204,7 @@ class _Lines:
             f"prepare: {progress.source} {percent:.0f} %, {progress.examples:,} examples",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )
 
 

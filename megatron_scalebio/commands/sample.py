@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from megatron_scalebio import launcher
 from megatron_scalebio.commands.prepare import add_record_options, record_options
 from megatron_scalebio.config.checks import require_name
+from megatron_scalebio.data.inputs import exists
 from megatron_scalebio.data.prepare import TOO_LONG, Progress
 from megatron_scalebio.data.source_writer import MANIFEST_FILE
 from megatron_scalebio.data.weights_file import (
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     output = Console(quiet=quiet)
     output.print(sample_table(manifests, config))
     for line in remarks(manifests, config):
-        output.print(line, highlight=False, soft_wrap=True)
+        output.print(line, highlight=False, soft_wrap=True, markup=False)
     return EXIT_OK
 
 
@@ -155,14 +157,16 @@ def _sources(
 def _named(value: str) -> tuple[str, str]:
     """``[NAME=]PATH`` to (name, path); the name defaults to the path's stem."""
     name, separator, path = value.partition("=")
-    if not separator or Path(value).exists():
+    if not separator or exists(Path(value)):
         name, path = Path(value.split(",")[0]).stem, value
     return name, path
 
 
 def sample_table(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> Table:
     """One row a source: weight, rows asked and given, epochs, what was left out and why."""
-    table = Table(title=f"sampled into {config.out}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(f"sampled into {config.out}"), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("source", overflow="fold")
     headings = ("weight", "rows", "usable", "asked", "given", "epochs", "left out")
     for heading in headings:
@@ -203,6 +207,12 @@ def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[s
         lines.append(
             f"{moved:,} rows above {config.max_epochs} epochs of {', '.join(capped)} were asked of "
             "the other sources instead"
+        )
+    unseen = sum(entry.get("unencoded", 0) for entry in entries)
+    if unseen:
+        lines.append(
+            f"usable: {unseen:,} of those rows were not encoded, as they were not drawn; some may "
+            "be too long, empty or bad"
         )
     short = [m["asked"] - m["given"] for m in manifests if m["given"] < m["asked"]]
     if short:
@@ -288,7 +298,7 @@ class _Lines:
         self._next = time.monotonic() + _LINE_EVERY_S
         percent = 100 * progress.bytes_done / max(1, progress.bytes_total)
         text = f"sample: {what} {progress.source} {percent:.0f} %, {progress.examples:,} rows"
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

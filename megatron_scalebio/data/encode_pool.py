@@ -50,21 +50,25 @@ class EncodeSettings:
     date: str = ""
 
 
-class Batch(NamedTuple):
-    """Records of one file; ``bytes_done`` of the source had been read behind the last one."""
-
-    path: str
-    format: str
-    records: list[Record]
-    bytes_done: int
-
-
 class LeftOut(NamedTuple):
     """A record that became no example: its line, why in a word, and what is wrong if it is bad."""
 
     line: int
     reason: str
     message: str = ""
+
+
+class Batch(NamedTuple):
+    """Records of one file; ``bytes_done`` of the source had been read behind the last one.
+
+    bad: what stands among them and could not be read.
+    """
+
+    path: str
+    format: str
+    records: list[Record]
+    bytes_done: int
+    bad: tuple[LeftOut, ...] = ()
 
 
 class EncodedBatch(NamedTuple):

@@ -180,7 +180,6 @@ class _Source:
     sizes: dict[Path, int]
     left_out: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
-    malformed: list[LeftOut] = field(default_factory=list)
 
     def prepare(
         self,
@@ -229,20 +228,25 @@ class _Source:
         rows = [(number, line) for line in encoded.lines]
         writer.add(encoded.tokens, encoded.mask, encoded.lengths, rows)
         self.ignored.update(encoded.ignored)
-        bad, self.malformed = self.malformed, []
-        for left in sorted([*encoded.left_out, *bad]):
+        for left in sorted([*encoded.left_out, *batch.bad]):
             self.left_out[left.reason] += 1
             writer.leave_out(batch.path, left)
 
     def _batches(self) -> Iterator[Batch]:
         """The source's records in batches; a batch never spans two files."""
         config, left = self.config, self.config.max_examples
-        on_bad = self._note_bad if config.bad_records == "skip" else None
+        bad: list[LeftOut] = []
+
+        def note(line: int, error: RecordError) -> None:
+            bad.append(LeftOut(line, error.reason, str(error)))
+
+        on_bad = note if config.bad_records == "skip" else None
         bytes_before = 0
         for file in self.source.files:
             reader = open_records(self.copies[file], on_bad)
             format_name = config.format
             found = False
+            bad.clear()
             records: list[Record] = []
             size = 0
             for record in islice(reader, left):
@@ -259,18 +263,17 @@ class _Source:
                 records.append(record)
                 size += sum(len(v) if isinstance(v, str) else 200 for v in record.value.values())
                 if size >= _BATCH_BYTES or len(records) == _BATCH_RECORDS:
-                    yield Batch(str(file), format_name, records, bytes_before + reader.bytes_read)
+                    done = bytes_before + reader.bytes_read
+                    yield Batch(str(file), format_name, records, done, tuple(bad))
                     left = None if left is None else left - len(records)
                     records, size = [], 0
-            if records or self.malformed:
-                yield Batch(str(file), format_name, records, bytes_before + reader.bytes_read)
-                left = None if left is None else left - len(records)
-            if not found and left != 0 and not self.left_out:
+                    bad.clear()
+            if not found and left != 0 and not bad:
                 raise UserError(f"{file}: holds no record (leave the file out)")
             bytes_before += self.sizes[file]
-
-    def _note_bad(self, line: int, error: RecordError) -> None:
-        self.malformed.append(LeftOut(line, error.reason, str(error)))
+            if records or bad:
+                yield Batch(str(file), format_name, records, bytes_before, tuple(bad))
+                left = None if left is None else left - len(records)
 
     def _describe(self, file: Path) -> dict[str, Any]:
         return {**describe_file(self.copies[file]), "path": os.path.abspath(file)}

@@ -23,7 +23,8 @@ class Drawn(NamedTuple):
     """What was drawn of a source.
 
     asked: rows its weight asks for; examples_per_row: by which the weight was divided to get there;
-    rows: those taken, ascending, repeated where taken again; examples: what they became.
+    rows: those taken, ascending, repeated where taken again; examples: what they became;
+    unencoded: usable rows of which it isn't known whether they become an example.
     """
 
     source: OpenSource
@@ -31,6 +32,7 @@ class Drawn(NamedTuple):
     examples_per_row: float
     rows: Ints
     examples: int
+    unencoded: int
 
 
 def manifest(
@@ -76,6 +78,7 @@ def _source_entry(drawn: Drawn) -> dict[str, Any]:
         "examples_per_row": round(drawn.examples_per_row, 6),
         "rows": len(source.statuses),
         "usable": counts["usable"],
+        "unencoded": drawn.unencoded,
         "asked": drawn.asked,
         "given": given,
         "surplus": max(0, drawn.asked - given),

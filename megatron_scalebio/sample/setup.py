@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_pool import EncodePool, EncodeSettings
+from megatron_scalebio.data.prepare import cores
 from megatron_scalebio.data.sources import ExampleSource
 from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_scalebio.errors import UserError
@@ -138,7 +139,7 @@ def _set_up(config: SampleConfig, located: list[Located], stack: ExitStack) -> S
             skip_bad=config.bad_records == "skip",
             date=date,
         )
-        pool = stack.enter_context(EncodePool(settings, tokenizer, config.workers))
+        pool = stack.enter_context(EncodePool(settings, tokenizer, min(config.workers, cores())))
     described = None
     if tokenizer:
         described = {**tokenizer.describe(), "model": os.path.abspath(tokenizer.model)}
