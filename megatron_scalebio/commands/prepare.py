@@ -139,7 +139,8 @@ def report_table(reports: Sequence[dict[str, Any]], out: Path) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for report in reports:
         dropped = [f"{n:,} {why}" for why, n in report["dropped"].items() if n]
-        dropped += [f"{n:,} {why}" for why, n in report.get("skipped", {}).items()]
+        bad = sum(report.get("skipped", {}).values())
+        dropped += [f"{bad:,} bad"] if bad else []
         table.add_row(
             report["name"],
             f"{report['examples']:,}",

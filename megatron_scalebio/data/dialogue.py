@@ -132,9 +132,8 @@ class ExampleEncoder:
         last = spans[-1]
         text = full if last.marked else full[: last.end]
         by_mark = self.tokenizer.marks_targets("tools" in dialogue.context)
-        ids, mask = self.tokenizer.encode_spans(
-            text, [(span.start, span.end) for span in spans], cut=not by_mark
-        )
+        cut = self.train_on_prompt or not by_mark
+        ids, mask = self.tokenizer.encode_spans(text, [(s.start, s.end) for s in spans], cut)
         if not last.marked:
             ids, mask = [*ids, self.tokenizer.eod_id], [*mask, 1]
         return ids, mask
