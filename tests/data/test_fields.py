@@ -10,6 +10,7 @@ import pytest
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.examples import (
+    AS_ITS_ROLE,
     AS_PROMPT,
     Dialogue,
     RecordError,
