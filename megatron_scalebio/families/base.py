@@ -181,7 +181,11 @@ def rope(config: HfConfig) -> dict[str, Any]:
     if kind in ("llama3", "yarn", "longrope"):
         # Beside rope's options it goes before the same among them, as in transformers.
         original = config.take("original_max_position_embeddings")
-        original = original or values["original_max_position_embeddings"]
+        original = original or values.get("original_max_position_embeddings")
+        if not _whole(original):
+            raise config.refuse(
+                "rope_parameters", "original_max_position_embeddings must be a whole number"
+            )
         values["original_max_position_embeddings"] = original
         values.setdefault("factor", config.take("max_position_embeddings") / original)
     return {**fields, "rope_scaling": {"rope_type": kind, **values}}
@@ -194,7 +198,8 @@ def _check_rope(config: HfConfig, name: str, value: Any) -> None:
     elif name in ("short_factor", "long_factor"):
         good = isinstance(value, list) and all(is_number(factor) for factor in value)
     else:
-        good = is_number(value)
+        least = 0 if name in ("factor", "rope_theta") else -math.inf
+        good = is_number(value) and least < value < 2**53
     if not good:
         raise config.refuse(
             "rope_parameters",

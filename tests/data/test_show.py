@@ -104,7 +104,8 @@ def test_the_day_of_prepare_stays(
     template = tmp_path / "dated.jinja"
     template.write_text("{{ strftime_now('%d.%m.%Y') }}{% for m in messages %}"
                         "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
-                        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
+                        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+                        )  # fmt: skip
     source = jsonl(tmp_path / "a.jsonl", *(chat(f"Q{k}?", f"A{k}") for k in range(5)))
     words = ("--chat-template", str(template))
     monkeypatch.setattr(datetime, "date", Today)
