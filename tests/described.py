@@ -60,6 +60,15 @@ def shared_names(w: Any, u: Any) -> set[str]:
     return {name for (name, p_w), (_, p_u) in pairs if p_w.data_ptr() == p_u.data_ptr()}
 
 
+def low_bits(chunks: Any, but: set[str]) -> Table:
+    """What bf16 weights at rest keep of their masters, but of some parameters."""
+    from megatron_scalebio.core.low_bits import kept
+    from megatron_scalebio.core.twin import named_parameters
+
+    held = {name: kept(p) for name, p in named_parameters(chunks) if name not in but}
+    return {name: each.bits for name, each in held.items() if each is not None}
+
+
 def training_state(period: Any, side: str) -> Table:
     """What one model's optimizer keeps: the weights it steps (fp32 masters), moments, steps.
 
@@ -89,6 +98,11 @@ def models(state: Any) -> Table:
             named_parameters(state.training.w), named_parameters(state.training.u), strict=True
         )
         table |= {f"own.{n}": p.data_ptr() != q.data_ptr() for (n, p), (_, q) in pairs}
+        shared = shared_names(state.training.w, state.training.u)  # it goes on from w's
+        bits = low_bits(state.training.u, shared)
+        table |= {f"u low bits.{name}": value for name, value in bits.items()}
+    bits = low_bits(state.training.w, set())
+    table |= {f"w low bits.{name}": value for name, value in bits.items()}
     if going_on(state):
         table |= {
             "period_number": state.training.period_number,

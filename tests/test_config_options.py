@@ -174,7 +174,8 @@ DECIDES: dict[str, dict[str, Any]] = {
     "preset": {
         "bilevel.alpha": 100.0, "bilevel.mixture_optimizer": "adamw", "bilevel.lr_lambda": 0.01,
         "bilevel.lr_lambda_decay_style": "cosine", "bilevel.resync_interval": None,
-        "bilevel.floor_share": 1.0, "optimizer.lr_decay_style": "cosine", "lisa.lisa_layers": 4, "train.train_epochs": 1.0,
+        "bilevel.floor_share": 1.0, "optimizer.lr_decay_style": "cosine", "lisa.lisa_layers": 4,
+        "train.train_epochs": 1.0,
     },
 }  # fmt: skip
 CASES = [(section, name) for section, options in OPTIONS.items() for name in options]

@@ -41,6 +41,9 @@ KINDS: dict[str, Kind] = {
         {"lisa": LISA, "bilevel": {"resync_interval": None},
          "parallel": {"use_distributed_optimizer": True}},
     ),
+    "bf16 lisa, never reset, at a draw": (
+        "reweight", 6, {"lisa": LISA, "bilevel": {"resync_interval": None}, "parallel": SHARDED},
+    ),
     "train": ("train", 3, {"parallel": {"bf16": True}}),
     "doremi": ("doremi", 3, {"baseline": {"method": "doremi"}}),
     "doge": ("doge", 3, {"baseline": {"method": "doge"}, "optimizer": {"lr": 0.02}}),
@@ -52,7 +55,7 @@ KINDS: dict[str, Kind] = {
 # Of `reweight`, the LISA periods whose layers of u are its own when it is saved; [] without LISA.
 DRAWN: dict[str, list[int]] = {
     "reweight": [], "bf16 masters, at a reset": [], "bf16 lisa adamw": [1],
-    "lisa, never reset, at a draw": [0, 1],
+    "lisa, never reset, at a draw": [0, 1], "bf16 lisa, never reset, at a draw": [0, 1],
 }  # fmt: skip
 # Of a state saved: what the configuration and the data decide.
 GIVEN = ("stage", "settings", "sources", "validation")
@@ -176,7 +179,7 @@ def round_trip(name: str, problem: tuple[list, list], folder: Path) -> dict[str,
         step()
     disturb(state)
     saver.save(state, folder)
-    saved, layers = whole(state), layers_of_u(folder, state)
+    saved, layers = whole(state), layers_of_u(name, folder, state)
     [part] = folder.glob("iter_*/bilevel")
     common = dist_checkpointing.load_common_state_dict(part)["run"]
     two_more = [step() and whole(state) for _ in range(2)]
@@ -243,8 +246,11 @@ def unmissed_fields(common: dict[str, Any], fresh: Any) -> list[str]:
     return unmissed
 
 
-def layers_of_u(folder: Path, state: Any) -> list[int] | None:
-    """Which layers of u are in the checkpoint, besides its embedding and final norm."""
+def layers_of_u(name: str, folder: Path, state: Any) -> list[int] | None:
+    """Which layers of u are in the checkpoint, besides its embedding and final norm.
+
+    Low bits are there in bf16 under LISA, u's own where it is never reset.
+    """
     from megatron.core import dist_checkpointing
 
     if "u" not in state.training.models:
@@ -252,7 +258,9 @@ def layers_of_u(folder: Path, state: Any) -> list[int] | None:
     [part] = folder.glob("iter_*/bilevel")
     keys = dist_checkpointing.load_tensors_metadata(str(part))
     optimizers = {"optimizer_w", "optimizer_u"} if described.going_on(state) else set()
-    assert {key.split(".")[0] for key in keys} == {"u", *optimizers}
+    bits = set() if "lisa" not in name or "bf16" not in name else {"low_bits_w"}
+    bits |= {"low_bits_u"} if "bf16 lisa, never" in name else set()
+    assert {key.split(".")[0] for key in keys} == {"u", *optimizers, *bits}
     held = {int(key.split(".")[3]) for key in keys if key.startswith("u.decoder.layers.")}
     rest = {k for k in keys if k.startswith("u.") and ".layers." not in k}
     assert rest == {"u.embedding.word_embeddings.weight", "u.decoder.final_layernorm.weight"}

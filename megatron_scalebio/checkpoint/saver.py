@@ -39,8 +39,10 @@ from megatron_scalebio.checkpoint.sharding import (
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.lisa import period_of
 from megatron_scalebio.core.state import (
+    load_low_bits,
     load_models,
     load_optimizers,
+    low_bits_to_load,
     model_state,
     model_state_to_load,
     optimizer_states,
@@ -212,6 +214,7 @@ def _load_whole(state: Run, source: Path) -> list[str]:
     _check_sources(state, common, source)
     changed = _changed_settings(state, common["run"], source)
     training = state.training
+    training.leave_period()  # left later, it would write into what is loaded
     _check_shapes(model_state(training.w), source)
     state.load_common_state(common["run"])
     load_models(training.w, _loaded(training.w, source))
@@ -219,6 +222,9 @@ def _load_whole(state: Run, source: Path) -> list[str]:
         wanted = state_of_u_to_load(training.u, _keys(source / BILEVEL))
         loaded = dist_checkpointing.load(wanted, str(source / BILEVEL))
         load_models(training.u, loaded, strict=False)
+    wanted = low_bits_to_load(training.models, _keys(source / BILEVEL))
+    loaded = dist_checkpointing.load(wanted, str(source / BILEVEL))
+    load_low_bits(training.models, loaded, training.sharing_group)
     if period_of(state.step, training.lisa) == common["period"]:
         _check_optimizer_kind(state.config, common["optimizer_kind"], source)
         period = training.enter_period(resuming=True)

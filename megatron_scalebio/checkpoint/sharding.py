@@ -1,7 +1,8 @@
 """What a checkpoint holds, as Megatron's sharded state: each rank's part of every global tensor.
 
 w_state        w under Megatron-LM's names, with the arguments that its loaders look for
-bilevel_state  λ and samplers, u where it differs from w, both optimizers, random states
+bilevel_state  λ and samplers, u where it differs from w, low bits of bf16 weights, both optimizers,
+               random states
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_scalebio.checkpoint.megatron_args import megatron_args
 from megatron_scalebio.checkpoint.run import Run
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.state import model_state, optimizer_states, state_of_u
+from megatron_scalebio.core.state import (
+    low_bits_state,
+    model_state,
+    optimizer_states,
+    state_of_u,
+)
 
 
 def w_state(state: Run) -> dict[str, Any]:
     """Sharded state of w, in Megatron's own form. A collective."""
-    if state.training.period is not None:
-        state.training.period.gather_parameters()
+    state.training.make_savable()
     return {
         **model_state(state.training.w),
         "args": megatron_args(state.config, state.data.vocab_size, state.data.tokenizer),
@@ -43,6 +48,7 @@ def bilevel_state(state: Run) -> dict[str, Any]:
     training = state.training
     if training.u is not None:
         whole["u"] = state_of_u(training.w, training.u)
+    whole |= low_bits_state(training.models, training.sharing_group)
     if training.saves_period:
         assert training.period is not None
         whole["period"] = training.period_number

@@ -2,23 +2,27 @@
 
 Megatron allocates gradient buffers, fp32 masters and Adam moments for the parameters that have
 `requires_grad` when they are built; building anew each period makes memory follow the active
-layers. `Period` holds what lives that long.
+layers. `Period` holds what lives that long. What bf16 weights don't tell of their masters is kept
+until their layer trains again (`low_bits`).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
+from megatron_scalebio.compat.megatron import start_of_shard
+from megatron_scalebio.core import low_bits
 from megatron_scalebio.core.batch import gpt_losses
 from megatron_scalebio.core.twin import TwinModel, copy_buffers, named_parameters, unshare_storage
 
@@ -69,6 +73,11 @@ class Period:
             )
             for name, chunks in self.ddp.items()
         }  # fmt: skip
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        sharing = low_bits.sharing_group(ddp, groups)
+        for name, model in self._models.items():
+            for held in masters(model, self.optimizers[name]):
+                low_bits.restore(*held, sharing)
 
     def gather_parameters(self) -> None:
         """Makes this rank's weights whole, where gathering them was left to the next forward pass.
@@ -121,10 +130,20 @@ class Period:
         for twin in self.twins:
             twin.weights_have_moved()
 
-    def close(self) -> None:
-        """Takes the parameters out of the period's buffers, which can then be freed."""
+    def close(self, going_on: Collection[str] = ()) -> None:
+        """Takes the parameters out of the period's buffers, which can then be freed.
+
+        Args:
+            going_on: the models whose layers will go on from their fp32 masters, of "w" and "u".
+        """
         for chunk in self._gathering():
             chunk.disable_forward_pre_hook(param_sync=True)
+        for name in going_on:
+            for held in masters(self._models[name], self.optimizers[name]):
+                low_bits.keep(*held)
+            for chunk in self.ddp[name]:
+                if chunk.ddp_config.use_distributed_optimizer:
+                    chunk.start_param_sync(force_sync=True)  # a tie is rounded where its master is
         for model in self._models.values():
             for _, parameter in named_parameters(model):
                 for name in _LEFT_ON_PARAMETERS:
@@ -139,6 +158,24 @@ class Period:
             # gradient from the next period's, until the garbage collector came by.
             chunk.grad_accs.clear()
         del self.twins, self.ddp, self.optimizers
+
+
+def masters(
+    model: list[torch.nn.Module], optimizer: MegatronOptimizer
+) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor | None, int]]:
+    """The bf16 parameters that train; this rank's part of each one's master, and where it starts.
+
+    With the distributed optimizer a rank has no part of some: None.
+    """
+    for _, parameter in named_parameters(model):
+        if parameter.requires_grad and parameter.dtype is torch.bfloat16:
+            starts = (
+                start_of_shard(part, parameter)
+                for part in optimizer.chained_optimizers
+                if isinstance(part, DistributedOptimizer) and not part.is_stub_optimizer
+                and parameter in part.model_param_group_index_map
+            )  # fmt: skip
+            yield parameter, getattr(parameter, "main_param", None), next(starts, 0)
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -2,6 +2,7 @@
 
 model (model0, model1, … with virtual stages)   w, under Megatron-LM's names
 u                                               u, where it has storage apart from w's
+low_bits_w, low_bits_u                          of their layers that have trained and rest, in bf16
 optimizer_w, optimizer_u                        while a period lasts
 scalebio                                        what is equal on all ranks
 """
@@ -9,17 +10,18 @@ scalebio                                        what is equal on all ranks
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.utils import unwrap_model
 
 from megatron_scalebio.compat.megatron import allocate_state, make_fit
 from megatron_scalebio.compat.transformer_engine import fp8_state_allowed
-from megatron_scalebio.core import fp8_state
+from megatron_scalebio.core import fp8_state, low_bits
 from megatron_scalebio.core.period import Period, take_configured_adam
 from megatron_scalebio.core.twin import forget_weight_copies, named_parameters
 
@@ -114,6 +116,77 @@ def state_of_u_to_load(u: Chunks, keys: Collection[str]) -> dict[str, Any]:
         if parameter.data_ptr() in own:
             parameter.data = parameter.data.clone()
     return _of_u(u, lambda entry: f"u.{_key(entry)}" in keys)
+
+
+def low_bits_state(models: Mapping[str, Chunks], group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """Sharded state of the low bits of w, and of u's where they are not w's. A collective.
+
+    Args:
+        group: as of `low_bits.whole`.
+    """
+    of_w = {id(low_bits.kept(p)) for _, p in named_parameters(models["w"])}
+
+    def bits(name: str, entry: Any, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        held = low_bits.kept(parameter)
+        is_ws = name == "u" and id(held) in of_w
+        return None if held is None or is_ws else low_bits.whole(parameter, group)
+
+    return _in_place_of_weights(models, bits)
+
+
+def low_bits_to_load(models: Mapping[str, Chunks], keys: Collection[str]) -> dict[str, Any]:
+    """`low_bits_state` of what a checkpoint has of it; older ones have nothing.
+
+    Args:
+        keys: of the checkpoint.
+    """
+
+    def bits(name: str, entry: Any, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+        wanted = f"low_bits_{name}.{_key(entry)}" in keys
+        return torch.empty(parameter.shape, dtype=torch.int16) if wanted else None
+
+    return _in_place_of_weights(models, bits)
+
+
+def load_low_bits(
+    models: Mapping[str, Chunks], loaded: Mapping[str, Any], group: dist.ProcessGroup | None
+) -> None:
+    """Keeps what was loaded for `low_bits_to_load`, and nothing else."""
+    for name, chunks in models.items():
+        parts = loaded.get(f"low_bits_{name}", {})
+        for number, chunk in enumerate(chunks):
+            tensors = parts.get("model" if len(chunks) == 1 else f"model{number}", {})
+            for key, parameter in unwrap_model(chunk).named_parameters():
+                low_bits.forget(parameter)
+                if key in tensors:
+                    low_bits.keep_part(parameter, tensors[key], group)
+
+
+def _in_place_of_weights(
+    models: Mapping[str, Chunks],
+    bits: Callable[[str, Any, torch.nn.Parameter], torch.Tensor | None],
+) -> dict[str, Any]:
+    """Sharded states of models with bits in place of weights, by `low_bits_w` and `low_bits_u`.
+
+    Args:
+        bits: of a parameter; is given the model's name, too, and the weights' entry.
+    """
+    result = {}
+    for name, chunks in models.items():
+        parts = model_state(chunks, PER_LAYER)
+        for chunk, tensors in zip(chunks, parts.values(), strict=True):
+            parameters = dict(unwrap_model(chunk).named_parameters())
+            for key, entry in list(tensors.items()):
+                held = bits(name, entry, parameters[key]) if key in parameters else None
+                if held is None:
+                    del tensors[key]
+                elif isinstance(entry, ShardedTensorFactory):
+                    tensors[key] = replace(entry, data=held)
+                else:
+                    tensors[key] = replace(entry, data=held, dtype=held.dtype)
+        add_prefix_for_sharding(parts, f"low_bits_{name}.")
+        result[f"low_bits_{name}"] = parts
+    return result
 
 
 def keys_of(state: Mapping[str, Any]) -> list[str]:

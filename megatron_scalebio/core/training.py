@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from megatron_scalebio.core import lisa as lisa_layers
+from megatron_scalebio.core import low_bits
 from megatron_scalebio.core import state as states
 from megatron_scalebio.core.batch import gpt_losses
 from megatron_scalebio.core.collectives import of_first_rank
@@ -173,9 +174,13 @@ class Training:
         return 1.0 + self._memory_growth * max(0.0, self.steps / interval - WHOLE_RESETS)
 
     def leave_period(self) -> None:
-        """Frees what lasts no longer than a period: gradient buffers, masters, Adam's moments."""
+        """Frees what lasts no longer than a period: gradient buffers, masters, Adam's moments.
+
+        Under LISA layers train again, from the masters they had. u's are reset to w's by then.
+        """
         if self.period is not None:
-            self.period.close()
+            models = {"w"} if self._resync_interval is not None else set(self.models)
+            self.period.close(going_on=models if self.lisa is not None else ())
             self.period = None
             gc.collect()  # DDP's hooks and buffers form cycles; their memory is wanted now
 
@@ -288,10 +293,12 @@ class Training:
         for name, ours in self.made_for().items():
             if common.get(name) != ours:
                 raise ValueError(f"the checkpoint is of {name} {common.get(name)}, not {ours}")
+        self.leave_period()  # left later, it would write into what is loaded
         self.load_common_state(common)
         wanted = states.model_state_to_load(self.w, common["w"])
         if self.u is not None:
             wanted["u"] = states.state_of_u_to_load(self.u, common["u"])
+        wanted |= states.low_bits_to_load(self.models, common.get("low_bits", ()))
         if common["period"] == lisa_layers.period_of(self.steps, self.lisa):
             period = self.enter_period(resuming=True)
             wanted |= states.optimizer_states(self.models, period, is_loading=True)
@@ -304,18 +311,33 @@ class Training:
 
     def _state_to_save(self) -> dict[str, Any]:
         common: dict[str, Any] = {**self.made_for(), **self.common_state(), "period": None}
-        if self.period is not None:
-            self.period.gather_parameters()
+        self.make_savable()
         whole = states.model_state(self.w)
         common["w"] = states.of_all_ranks(states.keys_of(whole))
         if self.u is not None:
             whole["u"] = states.state_of_u(self.w, self.u)
             common["u"] = states.of_all_ranks(states.keys_of(whole["u"]))
+        bits = states.low_bits_state(self.models, self.sharing_group)
+        common["low_bits"] = states.of_all_ranks(
+            [k for x in bits.values() for k in states.keys_of(x)]
+        )
+        whole |= bits
         if self.saves_period:
             assert self.period is not None
             common["period"] = self.period_number
             whole |= states.optimizer_states(self.models, self.period)
         return {**whole, "scalebio": common}
+
+    def make_savable(self) -> None:
+        """For saving: makes weights whole, or leaves a period that is over. A collective."""
+        if self.period is not None and self.saves_period:
+            self.period.gather_parameters()
+        else:
+            self.leave_period()
+
+    @property
+    def sharing_group(self) -> dist.ProcessGroup | None:
+        return low_bits.sharing_group(self._ddp, self.groups)
 
     @property
     def saves_period(self) -> bool:
@@ -331,6 +353,7 @@ class Training:
         states.load_models(self.w, loaded)
         if self.u is not None:
             states.load_models(self.u, loaded["u"], strict=False)
+        states.load_low_bits(self.models, loaded, self.sharing_group)
         if "optimizer_w" in loaded and self.period is not None:
             states.load_optimizers(self.period, loaded)
 

@@ -27,7 +27,7 @@ from megatron.core.utils import unwrap_model
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megatron_scalebio.compat.transformer_engine import share_copies
-from megatron_scalebio.core import fp8_state
+from megatron_scalebio.core import fp8_state, low_bits
 from megatron_scalebio.core.batch import Batch, gpt_losses
 from megatron_scalebio.core.collectives import device
 
@@ -243,6 +243,7 @@ def share_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
     """Makes u equal to w at no memory: its parameters view w's storage, buffers are copied."""
     for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
         p_u.data = p_w.data
+        low_bits.share(p_w, p_u)
     copy_buffers(w, u)
 
 
@@ -261,3 +262,4 @@ def unshare_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
     for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
         if p_u.requires_grad and p_u.data_ptr() == p_w.data_ptr():
             p_u.data = p_u.data.clone()
+            low_bits.share(p_w, p_u)

@@ -74,6 +74,7 @@ def on_rank(folder_name: str) -> None:
     folder = Path(folder_name)
     for numerics in NUMERICS:
         a_reset_copies_all(folder, numerics)
+        a_reset_goes_a_part_of_the_way(folder, numerics)
         a_draw_resets(folder, numerics)
         a_draw_leaves_u_alone(folder, numerics)
     without_resets_u_goes_its_own_way(folder)
@@ -102,6 +103,23 @@ def a_reset_copies_all(folder: Path, numerics: tuple[bool, bool]) -> None:
     assert not state.training.u_is_w
     assert not differing(side(state, "u"), u), "no reset is due"
     assert go_to(state, 3 * RESYNC + 1) == [2 * RESYNC, 3 * RESYNC]
+    state.training.leave_period()
+
+
+def a_reset_goes_a_part_of_the_way(folder: Path, numerics: tuple[bool, bool]) -> None:
+    state = begin(folder, numerics, RESYNC, lisa=False)
+    go_to(state, RESYNC)
+    w, u = (of_weights(side(state, name)) for name in ("w", "u"))
+    state.training.period.resync(0.25)
+    assert not differing(of_weights(side(state, "w")), w), "w stays as it was"
+    after = of_weights(side(state, "u"))
+    whole = {key: value for key, value in u.items() if value.dtype != torch.bfloat16}
+    assert len(differing({key: after[key] for key in whole}, whole)) >= 0.9 * len(whole)
+    for key, value in after.items():
+        wanted = u[key].double() + 0.25 * (w[key].double() - u[key].double())
+        # In the format's own precision: weights under bf16 are rounded.
+        close = 2**-8 if value.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(value.double(), wanted, rtol=close, atol=1e-9)
     state.training.leave_period()
 
 
