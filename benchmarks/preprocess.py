@@ -1,6 +1,6 @@
 """Tokenizing plain text: `tools/preprocess_data.py` here against Megatron-LM's of that name.
 
-    python benchmarks/preprocess.py --megatron-lm ~/Megatron-LM --tokenizer models/base --input a.jsonl
+    python benchmarks/preprocess.py --megatron-lm ~/Megatron-LM --tokenizer base --input a.jsonl
 
 Both read the same JSONL with one `text` a line, and run in turns, each in a process of its own. The
 times are processor seconds of all their processes, so that other jobs on the machine count little.
@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     shared = ["--input", args.input, "--tokenizer-type", "HuggingFaceTokenizer",
-              "--tokenizer-model", args.tokenizer, "--append-eod", "--workers", args.workers]  # fmt: skip
+              "--tokenizer-model", args.tokenizer, "--append-eod",
+              "--workers", args.workers]  # fmt: skip
     times: dict[str, list[float]] = {"Megatron-LM": [], "megatron_scalebio": []}
     with tempfile.TemporaryDirectory() as work:
         for number in range(args.rounds):
