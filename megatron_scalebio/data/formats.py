@@ -317,7 +317,9 @@ class _Record:
             )
         self._check_known((role_key, content_key, *_TURN_FIELDS, *_TRAIN_FLAGS), turn, at)
         fields = {
-            name: turn[name] for name in _TURN_FIELDS if turn.get(name) not in (None, "", [], {})
+            name: _whole_letters(turn[name])
+            for name in _TURN_FIELDS
+            if turn.get(name) not in (None, "", [], {})
         }
         content = turn.get(content_key)
         if isinstance(content, list):
@@ -367,7 +369,7 @@ class _Record:
                 what = "an object" if kind is dict else "a list of objects"
                 raise self._error(f"field {name!r} is not {what}", name, self.where)
             context |= value if kind is dict else {name: value}
-        return context
+        return _whole_letters(context)
 
     def _joined(self, parts: list[Any], where: str) -> str:
         for part in parts:
@@ -393,12 +395,7 @@ class _Record:
                 where=where,
                 fix="write it as text, or leave the record out by --bad-records skip",
             )
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            # A lone surrogate escape (e.g. a cut emoji, "\ud83d") is legal JSON but not text.
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text
+        return _whole_letters(text)
 
     def _missing(self, field: str, where: str) -> RecordError:
         return RecordError(
@@ -415,3 +412,17 @@ class _Record:
             where=where,
             fix="mend the record, or leave it out by --bad-records skip",
         )
+
+
+def _whole_letters(value: Any) -> Any:
+    """The value without halves of letters: "\\ud83d", a cut emoji, is legal JSON but no text."""
+    if isinstance(value, dict):
+        return {_whole_letters(key): _whole_letters(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_letters(item) for item in value]
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value

@@ -242,6 +242,13 @@ def test_columns_have_the_names_that_users_give_them() -> None:
             parse_columns([value])
 
 
+def test_halves_of_letters_are_mended_wherever_they_stand(tokenizer: Tokenizer) -> None:
+    call = {"function": {"name": "f", "arguments": {"x\ud83d": ["\ud83d"]}}}
+    record = chat(USER, answer("cut \ud83d", tool_calls=[call]), tools=[{"name": "\ud83d"}])
+    found = marked(tokenizer, TOOL_TEMPLATE, record)
+    assert found.count("\ufffd") == 4 and "\ud83d" not in found
+
+
 def test_preference_pairs_are_refused_with_what_to_do() -> None:
     record = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     with pytest.raises(RecordError, match=r"preference pair.*--map answer=chosen"):
