@@ -35,6 +35,7 @@ from tests.outputs_run import (
 pytestmark = pytest.mark.distributed
 
 CRITICAL_80 = 3.875  # Abadir and Paruolo 1997, table II
+EXAMPLES = 1 / (0.75**2 / 20 + 0.25**2 / 7)  # of validation, were all to weigh alike
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,11 @@ def test_weights_and_intervals_are_of_the_tail_of_the_trajectory(folder: Path) -
     content = json.loads((folder / "run" / "weights.json").read_text())
     tail = trajectory(folder)[-TAIL:]
     weights = tail.mean(0)
-    half = CRITICAL_80 * np.sqrt((np.cumsum(tail - weights, 0) ** 2).sum(0) / TAIL**3)
+    wandering = CRITICAL_80 * np.sqrt((np.cumsum(tail - weights, 0) ** 2).sum(0) / TAIL**3)
+    drift = np.abs(tail[TAIL // 2 :].mean(0) - tail[: TAIL // 2].mean(0))
+    drift *= np.log(2) / (2 * np.log(9 / 8))  # of an error b / t, from T/2 to T
+    sampling = 1.2815516 * np.sqrt(weights * (1 - weights) / EXAMPLES)
+    half = np.sqrt(wandering**2 + drift**2 + sampling**2)
     for i, entry in enumerate(content["sources"]):
         assert entry["name"] == "abc"[i] and entry["examples"] == SIZES["abc"[i]]
         assert entry["weight"] == pytest.approx(weights[i], rel=1e-6)

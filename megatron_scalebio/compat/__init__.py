@@ -3,6 +3,7 @@
     cpu                 Megatron without CUDA
     megatron            a fault fixed, and private names that have no public equal
     transformer_engine  the same of Transformer Engine
+    fp8_state           what its modules pickle, read as data
     megatron_lm         `megatron.training` from a wheel, and without CUDA; for who uses it
 
 Nothing here acts on import. What is patched or borrowed is looked up when a run begins, so that

@@ -19,9 +19,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.utils import unwrap_model
 
+from megatron_scalebio.compat import fp8_state
 from megatron_scalebio.compat.megatron import allocate_state, make_fit
 from megatron_scalebio.compat.transformer_engine import fp8_state_allowed
-from megatron_scalebio.core import fp8_state, low_bits
+from megatron_scalebio.core import low_bits
 from megatron_scalebio.core.period import Period, take_configured_adam
 from megatron_scalebio.core.twin import forget_weight_copies, named_parameters
 

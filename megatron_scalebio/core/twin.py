@@ -26,8 +26,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from megatron_scalebio.compat import fp8_state
 from megatron_scalebio.compat.transformer_engine import share_copies
-from megatron_scalebio.core import fp8_state, low_bits
+from megatron_scalebio.core import low_bits
 from megatron_scalebio.core.batch import Batch, gpt_losses
 from megatron_scalebio.core.collectives import device
 

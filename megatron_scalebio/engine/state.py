@@ -19,12 +19,12 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.batch import MicroBatch
 from megatron_scalebio.core.sampler import BlendSampler, Picks
-from megatron_scalebio.core.schedule import Schedule
 from megatron_scalebio.core.training import Training
 from megatron_scalebio.data.batch import BatchLayout, micro_batches
 from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
 from megatron_scalebio.data.weights_file import read_weights
 from megatron_scalebio.engine.clock import StepClock
+from megatron_scalebio.engine.schedule import Schedule
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.init import initialize_weights, seed_generators
 from megatron_scalebio.model.provider import model_provider

@@ -28,8 +28,9 @@ from megatron_scalebio.data.formats import (
     detect_format,
     parse_record,
 )
+from megatron_scalebio.data.inputs import open_records
 from megatron_scalebio.data.prepare import DROPPED, Progress
-from megatron_scalebio.data.records import OnBad, Record, Records, open_records
+from megatron_scalebio.data.records import OnBad, Record, Records
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.sample.contamination import (
     KINDS,

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_scalebio.core import fp8_state
+from megatron_scalebio.compat import fp8_state
 from megatron_scalebio.core.state import load_models
 from megatron_scalebio.errors import UserError
 from tests.commands import command, metrics, note, noted, write_config

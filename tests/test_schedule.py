@@ -7,7 +7,7 @@ import math
 import pytest
 
 from megatron_scalebio.config_loader import load_config
-from megatron_scalebio.core.schedule import Schedule
+from megatron_scalebio.engine.schedule import Schedule
 from megatron_scalebio.engine.state import schedule_of
 
 
