@@ -105,7 +105,7 @@ class ExampleEncoder:
             ids.append(self.tokenizer.bos_id)
         mask = [0] * len(ids)
         for number, segment in enumerate(segments):
-            encode = self.tokenizer.encode_continuation if number else self.tokenizer.encode
+            encode = self.tokenizer.encode_continuation if number else self.tokenizer.encode_long
             new = encode(segment.text) + [self.tokenizer.eod_id] * segment.closed
             ids += new
             mask += [int(segment.target)] * len(new)

@@ -13,7 +13,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Characters that few merges touch; the first that does not merge with a text goes before it, to
 # take the leading space that some tokenizers put there, and is removed again.
 _LEADS = ("\n", "\ue000")
+# Characters above which a text is tokenized in parts, those looked at around a cut, and tries.
+_LONG, _AROUND, _CUTS_TRIED = 1 << 19, 400, 50
+_LINE_FEED = re.compile(r"(?<=\S)\n(?=\S)")  # in a run of them one merge leads to another
 # The files that decide how text becomes ids; the first set that is present is the fingerprint.
 _CONTENT_FILES = (
     ("tokenizer.json",),
@@ -86,6 +89,32 @@ class Tokenizer(ABC):
         """
         lead, lead_ids = self._lead_of(text)
         return self.encode(lead + text)[len(lead_ids) :]
+
+    def encode_long(self, text: str) -> list[int]:
+        """As :meth:`encode`, for a text of any length: tokenizers take 100 bytes a token and more.
+
+        The text is cut behind line feeds where no token reaches over, by what stands around.
+        """
+        ids: list[int] = []
+        start = 0
+        while len(text) - start > _LONG:
+            end = self._cut_behind(text, start + _LONG)
+            if end is None:
+                break
+            ids += (self.encode_continuation if start else self.encode)(text[start:end])
+            start = end
+        return ids + (self.encode_continuation if start else self.encode)(text[start:])
+
+    def _cut_behind(self, text: str, at: int) -> int | None:
+        """The first good place for a cut at or behind ``at``; None if there is none nearby."""
+        for found in islice(_LINE_FEED.finditer(text, at, at + _LONG), _CUTS_TRIED):
+            at = found.end()
+            before, behind = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
+            lead, _ = self._lead_of(before)
+            left = self.encode(lead + before)
+            if left + self.encode_continuation(behind) == self.encode(lead + before + behind):
+                return at
+        return None
 
     def _lead_of(self, text: str) -> tuple[str, list[int]]:
         """What is to stand before a text so that it is tokenized as if behind other text."""

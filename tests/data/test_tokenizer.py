@@ -82,6 +82,22 @@ def test_text_comes_back(tokenizer: Tokenizer) -> None:
         assert tokenizer.eod_id not in ids
 
 
+def test_a_long_text_has_the_tokens_it_has_whole(
+    tokenizer: Tokenizer, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_scalebio.data.tokenizer._LONG", 2000)
+    sizes = []
+    encode = type(tokenizer).encode
+    monkeypatch.setattr(
+        type(tokenizer), "encode", lambda self, text: sizes.append(len(text)) or encode(self, text)
+    )
+    for text in ("\n".join(corpus)[:60_000], "### Response:\nHello" * 900, "\n" * 9000, "x" * 9000):
+        sizes.clear()
+        assert tokenizer.encode_long(text) == encode(tokenizer, text)
+    tokenizer.encode_long("\n".join(corpus)[:60_000])
+    assert max(sizes[1:]) < 9000, "it is cut"
+
+
 def test_only_a_dummy_prefix_needs_a_lead(tokenizer: Tokenizer) -> None:
     behind = tokenizer.encode("x") + tokenizer.encode_continuation("Hello")
     assert tokenizer.decode(behind) == "xHello"
