@@ -248,7 +248,7 @@ def test_tensorboard_shows_the_record_under_its_tags(folder: Path) -> None:
 
 def shown_percent(share: float) -> str:
     if share < 0.00005:
-        return "<0.01%"
+        return "<0.01%" if share else "0%"
     return f"{100 * share:.1f}%" if share >= 0.00995 else f"{100 * share:.2f}%"
 
 
