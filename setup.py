@@ -23,12 +23,14 @@ setup(
         "transformers>=5,<6",  # tokenizers, chat templates, config.json of Hugging Face models
         "safetensors>=0.5,<1",
         "tokenizers>=0.21,<0.24",
+        "regex>=2024",  # words in any script; transformers needs it too
         "sentencepiece>=0.2,<0.3",
         "tensorboard>=2.16,<3",
         "rich>=13.7,<16",  # progress bars and tables
         "matplotlib>=3.10,<4",  # the charts of the report, the picture of a comparison
         "jinja2>=3.1,<4",  # the report page
         "PyYAML>=6,<7",
+        "pyarrow>=17,<27",  # Parquet, Arrow and zstd inputs of prepare
     ],
     extras_require={
         "evaluate": ["lm-eval>=0.4.13,<0.5", "accelerate>=0.26,<2"],  # GSM8K and MATH

@@ -21,7 +21,6 @@ import torch  # noqa: E402
 from megatron_scalebio import runtime  # noqa: E402
 from megatron_scalebio.config.presets import PRESETS  # noqa: E402
 from megatron_scalebio.config_loader import load_config  # noqa: E402
-from megatron_scalebio.core.confidence import weight_intervals  # noqa: E402
 from megatron_scalebio.methods.scalebio import TrainState, train_step, verdict  # noqa: E402
 
 # The mixture as the method was published: AdamW on λ under a cosine, u never reset, equal counts.
@@ -56,10 +55,7 @@ def learn(state: TrainState, trace_every: int = 0) -> dict[str, Any]:
             trace.append(state.training.mixture.probs_S.tolist())
         result = train_step(state)
         assert result.skipped is None, result.skipped
-    bilevel = state.config.bilevel
-    intervals = weight_intervals(
-        state.training.mixture.trajectory.tail(bilevel.average_fraction), bilevel.confidence
-    )
+    intervals = state.training.intervals(state.data.validation_examples)
     judged = verdict(state)
     return {
         "weights": intervals.weight_S.tolist(),

@@ -16,7 +16,8 @@ from megatron_scalebio.errors import EXIT_LOST, EXIT_USER_ERROR, RankLost, UserE
 
 # Imported when used: `report` must not wait for Megatron.
 COMMANDS = {
-    "prepare": ("megatron_scalebio.commands.prepare", "tokenize JSON/JSONL into sources"),
+    "prepare": ("megatron_scalebio.commands.prepare", "tokenize records into sources"),
+    "show": ("megatron_scalebio.commands.show", "print prepared examples, what trains marked"),
     "convert": ("megatron_scalebio.commands.convert", "Hugging Face checkpoints in and out"),
     "reweight": ("megatron_scalebio.commands.reweight", "learn the mixture"),
     "sample": ("megatron_scalebio.commands.sample", "draw a training set in learned proportions"),

@@ -35,6 +35,7 @@ from tests.outputs_run import (
 pytestmark = pytest.mark.distributed
 
 CRITICAL_80 = 3.875  # Abadir and Paruolo 1997, table II
+EXAMPLES = 1 / (0.75**2 / 20 + 0.25**2 / 7)  # of validation, were all to weigh alike
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,11 @@ def test_weights_and_intervals_are_of_the_tail_of_the_trajectory(folder: Path) -
     content = json.loads((folder / "run" / "weights.json").read_text())
     tail = trajectory(folder)[-TAIL:]
     weights = tail.mean(0)
-    half = CRITICAL_80 * np.sqrt((np.cumsum(tail - weights, 0) ** 2).sum(0) / TAIL**3)
+    wandering = CRITICAL_80 * np.sqrt((np.cumsum(tail - weights, 0) ** 2).sum(0) / TAIL**3)
+    drift = np.abs(tail[TAIL // 2 :].mean(0) - tail[: TAIL // 2].mean(0))
+    drift *= np.log(2) / (2 * np.log(9 / 8))  # of an error b / t, from T/2 to T
+    sampling = 1.2815516 * np.sqrt(weights * (1 - weights) / EXAMPLES)
+    half = np.sqrt(wandering**2 + drift**2 + sampling**2)
     for i, entry in enumerate(content["sources"]):
         assert entry["name"] == "abc"[i] and entry["examples"] == SIZES["abc"[i]]
         assert entry["weight"] == pytest.approx(weights[i], rel=1e-6)
@@ -180,7 +185,7 @@ def test_blend_leaves_out_what_is_below_the_floor_and_is_made_whole(folder: Path
     assert [float(word) for word in words[::2]] == pytest.approx(shares, abs=1e-6)
     splits = json.loads((folder / "run" / "blend.json").read_text())
     sets = ["3.000000", f"{folder}/data/v/tokens", "1.000000", f"{folder}/data/x/tokens"]
-    assert splits == {"train": words, "valid": sets, "test": sets}
+    assert splits == {"train": words, "valid": sets, "test": None}
     said = noted(folder / "noted", "run")[1]
     assert "warning: below 0.03, left out of the blend: a\n" in said
 
@@ -243,7 +248,7 @@ def test_tensorboard_shows_the_record_under_its_tags(folder: Path) -> None:
 
 def shown_percent(share: float) -> str:
     if share < 0.00005:
-        return "<0.01%"
+        return "<0.01%" if share else "0%"
     return f"{100 * share:.1f}%" if share >= 0.00995 else f"{100 * share:.2f}%"
 
 

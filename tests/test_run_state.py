@@ -41,6 +41,7 @@ DATA = {"seq_length": 33, "loss_mean": "token"}
 BILEVEL = {
     "alpha": 3.0, "alpha_growth": 1.5, "outer_rounds": 4, "mixture_optimizer": "adamw",
     "lr_lambda": 0.07, "lr_lambda_decay_style": "cosine", "resync_interval": 6, "floor_share": 0.4,
+    "memory_growth": 0.7,
 }  # fmt: skip
 JUDGING: dict[str, Any] = {
     "average_fraction": 0.3, "confidence": 0.9, "tolerance": 0.2, "early_stop": True,

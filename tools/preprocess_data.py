@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 from megatron_scalebio.commands.prepare import run_config
-from megatron_scalebio.data.prepare import PrepareConfig, parse_input
+from megatron_scalebio.data.formats import ALL_FIELDS
+from megatron_scalebio.data.inputs import parse_input
+from megatron_scalebio.data.prepare import PrepareConfig
 from megatron_scalebio.data.tokenizer import HUGGING_FACE, SENTENCE_PIECE, load_tokenizer
 from megatron_scalebio.errors import EXIT_USER_ERROR, UserError
 
@@ -45,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
                 sources=(parse_input(f"{prefix.name}={args.input}"),),
                 tokenizer=args.tokenizer_model,
                 text_key=args.json_keys,
+                ignore_fields=(ALL_FIELDS,),  # as Megatron-LM's
                 seq_length=args.seq_length,
                 append_eod=args.append_eod,
                 workers=args.workers,

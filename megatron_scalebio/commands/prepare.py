@@ -14,19 +14,24 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from megatron_scalebio import launcher
-from megatron_scalebio.data.formats import FORMATS
+from megatron_scalebio.data.formats import ALL_FIELDS, FORMATS, parse_columns
+from megatron_scalebio.data.inputs import parse_input
 from megatron_scalebio.data.prepare import (
+    BAD_RECORDS,
     TOO_LONG,
     PrepareConfig,
     Progress,
-    parse_input,
+    cores,
     prepare,
 )
+from megatron_scalebio.data.source_writer import LEFT_OUT_FILE
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, sigterm_interrupts
 
 _LINE_EVERY_S = 10.0
+_MANY = 0.05  # of the examples, above which truncation is warned of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="[NAME=]PATH[,PATH...]",
-        help="a source: JSON/JSONL files, or a directory (its *.json and *.jsonl in sorted "
-        "order); repeat for more sources; the name defaults to the file's stem",
+        help="a source: files (JSON, JSONL, Parquet, Arrow, CSV, TSV; also .gz, .zst, .xz, .bz2), "
+        "folders of them, globs, @FILE with a path a line, or - for standard input; repeat for "
+        "more sources; the name defaults to the file's stem",
     )
     add("--out", required=True, metavar="DIR", help="receives one directory a source")
     add("--tokenizer", default="", metavar="PATH", help="Hugging Face directory or tokenizer.json,"
@@ -48,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-download", action="store_true", help="let --tokenizer name a model on the Hub")
     add("--chat-template", metavar="plain|FILE", help="built-in template, or a Jinja file "
         "(default: the tokenizer's own if it has one, else the built-in)")  # fmt: skip
-    add("--format", default="auto", metavar="NAME", help=f"auto, {', '.join(FORMATS)}")
-    add("--text-key", default="text", metavar="FIELD", help="field of the text (format text)")
+    add_record_options(parser)
     add("--seq-length", type=int, default=2048, metavar="TOKENS")
     add("--too-long", metavar="HOW", help=f"{', '.join(TOO_LONG)} (default: split for text, "
         "truncate for dialogues)")  # fmt: skip
@@ -57,6 +62,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-examples", type=int, metavar="N", help="read the first N records of each source")
     add("--workers", type=int, default=0, metavar="N", help="default: by the size of the input")
     add("--overwrite", action="store_true", help="replace prepared sources of the same name")
+
+
+def add_record_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how records are read, for ``prepare`` and ``sample``."""
+    add = parser.add_argument
+    add("--format", default="auto", metavar="NAME", help=f"auto, {', '.join(FORMATS)}")
+    add("--text-key", default="text", metavar="FIELD", help="field of the text (format text)")
+    add("--map", action="append", default=[], metavar="FIELD=COLUMN[,...]", help="what a field is "
+        "called in the files, as in prompt=question,answer=output")  # fmt: skip
+    add("--ignore-fields", nargs="*", metavar="FIELD", help="leave these fields out, and count "
+        "them; without a name, all that are not known (they are refused else)")  # fmt: skip
+    add("--bad-records", default="stop", metavar="HOW", help=f"{', '.join(BAD_RECORDS)}: end at "
+        "the first record at fault, or leave such out, count and list them")  # fmt: skip
+
+
+def record_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ``PrepareConfig`` and ``SampleConfig`` behind those options."""
+    named = args.ignore_fields
+    fields = [name for value in named or () for name in value.split(",") if name]
+    return {
+        "format": args.format,
+        "text_key": args.text_key,
+        "columns": parse_columns(args.map),
+        "ignore_fields": tuple(fields) if fields or named is None else (ALL_FIELDS,),
+        "bad_records": args.bad_records,
+    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,8 +101,7 @@ def run(args: argparse.Namespace) -> int:
         sources=tuple(parse_input(value) for value in args.input),
         tokenizer=args.tokenizer,
         train_sentencepiece=args.train_sentencepiece,
-        format=args.format,
-        text_key=args.text_key,
+        **record_options(args),
         seq_length=args.seq_length,
         too_long=args.too_long,
         train_on_prompt=args.train_on_prompt,
@@ -94,18 +124,23 @@ def run_config(config: PrepareConfig) -> int:
     except KeyboardInterrupt:
         console.print("prepare: stopped; nothing was written")
         return EXIT_SIGNALLED
-    Console(quiet=quiet).print(report_table(reports, config.out))
+    output = Console(quiet=quiet)
+    output.print(report_table(reports, config.out))
+    for line in remarks(reports, config):
+        output.print(line, highlight=False, soft_wrap=True, markup=False)
     return EXIT_OK
 
 
 def report_table(reports: Sequence[dict[str, Any]], out: Path) -> Table:
     """One row a source: examples, tokens, targets, mean length, dropped and truncated records."""
-    table = Table(title=f"prepared in {out}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=Text(f"prepared in {out}"), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("source", overflow="fold")
     for heading in ("examples", "tokens", "targets", "mean length", "dropped", "truncated"):
         table.add_column(heading, justify="right", no_wrap=True)
     for report in reports:
-        dropped = [f"{count:,} {reason}" for reason, count in report["dropped"].items() if count]
+        dropped = [f"{n:,} {why}" for why, n in report["dropped"].items() if n]
+        bad = sum(report.get("skipped", {}).values())
+        dropped += [f"{bad:,} bad"] if bad else []
         table.add_row(
             report["name"],
             f"{report['examples']:,}",
@@ -116,6 +151,41 @@ def report_table(reports: Sequence[dict[str, Any]], out: Path) -> Table:
             f"{report['truncated']:,}",
         )
     return table
+
+
+def remarks(reports: Sequence[dict[str, Any]], config: PrepareConfig) -> list[str]:
+    """What the table does not say: what was left out or cut, and what to do about it."""
+    lines = []
+    if config.workers > cores():
+        lines.append(f"--workers {config.workers}: {cores()} ran, as many as there are cores")
+    for source, report in zip(config.sources, reports, strict=True):
+        name, dropped = report["name"], report["dropped"]
+        if source.unread:
+            names = ", ".join(str(path) for path in source.unread[:3])
+            more = f" and {len(source.unread) - 3:,} more" if len(source.unread) > 3 else ""
+            lines.append(f"{name}: not read, being of no known kind: {names}{more}")
+        if report["ignored_fields"]:
+            fields = [f"{field} ({n:,})" for field, n in sorted(report["ignored_fields"].items())]
+            lines.append(f"{name}: fields not used: {', '.join(fields)}")
+        if report["skipped"]:
+            place = config.out / name / LEFT_OUT_FILE
+            lines.append(f"{name}: {counted(report['skipped'])} left out, listed in {place}")
+        if dropped["prompt_too_long"]:
+            lines.append(
+                f"{name}: {dropped['prompt_too_long']:,} prompt_too_long: the prompt alone fills "
+                f"--seq-length {config.seq_length}"
+            )
+        if report["truncated"] > _MANY * report["examples"]:
+            lines.append(
+                f"warning: {name}: {report['truncated']:,} of {report['examples']:,} examples lost "
+                f"the end of their answer; --seq-length {report['longest'] - 1} would hold the "
+                "longest"
+            )
+    return lines
+
+
+def counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
 
 class _Lines:
@@ -135,6 +205,7 @@ class _Lines:
             f"prepare: {progress.source} {percent:.0f} %, {progress.examples:,} examples",
             highlight=False,
             soft_wrap=True,
+            markup=False,
         )
 
 

@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from megatron_scalebio import launcher
+from megatron_scalebio.commands.prepare import add_record_options, record_options
 from megatron_scalebio.config.checks import require_name
-from megatron_scalebio.data.formats import FORMATS
+from megatron_scalebio.data.inputs import exists
 from megatron_scalebio.data.prepare import TOO_LONG, Progress
 from megatron_scalebio.data.source_writer import MANIFEST_FILE
 from megatron_scalebio.data.weights_file import (
@@ -29,6 +31,7 @@ from megatron_scalebio.data.weights_file import (
     stopped_at,
 )
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
+from megatron_scalebio.formatting import printable, shorten
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.inputs import locate, parse_weights, validation_of_run
 from megatron_scalebio.sample.stage import OnProgress, sample
@@ -64,8 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " so where a source has token ids alone); there is no sample.jsonl then")  # fmt: skip
     add("--tokenizer", metavar="PATH", help="default: that of the prepared sources")
     add("--seq-length", type=int, metavar="TOKENS", help="default: that of the prepared sources")
-    add("--format", default="auto", metavar="NAME", help=f"auto, {', '.join(FORMATS)}")
-    add("--text-key", default="text", metavar="FIELD", help="field of the text (format text)")
+    add_record_options(parser)
     add("--too-long", metavar="HOW", help=f"{', '.join(TOO_LONG)}, as in prepare")
     add("--train-on-prompt", action="store_true", help="as in prepare")
     add("--chat-template", metavar="plain|FILE", help="as in prepare")
@@ -93,8 +95,7 @@ def run(args: argparse.Namespace) -> int:
         from_tokens=args.from_tokens or any(s.selected is not None for s in sources),
         tokenizer=args.tokenizer,
         seq_length=args.seq_length,
-        format=args.format,
-        text_key=args.text_key,
+        **record_options(args),
         too_long=args.too_long,
         train_on_prompt=args.train_on_prompt,
         chat_template=args.chat_template,
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     output = Console(quiet=quiet)
     output.print(sample_table(manifests, config))
     for line in remarks(manifests, config):
-        output.print(line, highlight=False, soft_wrap=True)
+        output.print(line, highlight=False, soft_wrap=True, markup=False)
     return EXIT_OK
 
 
@@ -156,14 +157,16 @@ def _sources(
 def _named(value: str) -> tuple[str, str]:
     """``[NAME=]PATH`` to (name, path); the name defaults to the path's stem."""
     name, separator, path = value.partition("=")
-    if not separator or Path(value).exists():
+    if not separator or exists(Path(value)):
         name, path = Path(value.split(",")[0]).stem, value
     return name, path
 
 
 def sample_table(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> Table:
     """One row a source: weight, rows asked and given, epochs, what was left out and why."""
-    table = Table(title=f"sampled into {config.out}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=Text(f"sampled into {config.out}"), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("source", overflow="fold")
     headings = ("weight", "rows", "usable", "asked", "given", "epochs", "left out")
     for heading in headings:
@@ -205,15 +208,17 @@ def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[s
             f"{moved:,} rows above {config.max_epochs} epochs of {', '.join(capped)} were asked of "
             "the other sources instead"
         )
+    unseen = sum(entry.get("unencoded", 0) for entry in entries)
+    if unseen:
+        lines.append(
+            f"usable: {unseen:,} of those rows were not encoded, as they were not drawn; some may "
+            "be too long, empty or bad"
+        )
     short = [m["asked"] - m["given"] for m in manifests if m["given"] < m["asked"]]
     if short:
         cap = f", {config.max_epochs} times each" if config.num_samples is not None else ""
         lines.append(f"{sum(short):,} rows fewer than asked: the sources have no more{cap}")
-    against = [entry["name"] for entry in manifests[0]["contamination"]["against"]]
-    lines.append(
-        f"compared with {', '.join(against)}" if against
-        else "compared with no validation or test set: name them by --exclude"
-    )  # fmt: skip
+    lines += _compared(manifests)
     for source in config.sources:
         folder = locate(source.name, source.path).folder
         if folder is not None and (folder / MANIFEST_FILE).is_file():
@@ -224,6 +229,36 @@ def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[s
         lines.append("drawn from token ids, so there is no sample.jsonl")
     if manifests[0]["tokenizer"] is None:
         lines.append(f"a plain Megatron prefix: {config.out}/tokens")
+    return lines
+
+
+_MEANING = {
+    "exact": "is an example of an excluded set",
+    "prompt": "asks what one asks",
+    "ngram": "shares {ngram} {ngram_of} in a row with one",
+    "prompt_too_long": "its prompt alone fills --seq-length",
+    "bad_record": "could not be read as an example",
+}
+
+
+def _compared(manifests: Sequence[dict[str, Any]]) -> list[str]:
+    """What the reasons in the table mean, what was compared, and what was ignored in it."""
+    about = manifests[0]["contamination"]
+    entries = [entry for manifest in manifests for entry in manifest["sources"]]
+    found = {reason for entry in entries for reason, count in _left_out(entry).items() if count}
+    meanings = [f"{k}: {text.format(**about)}" for k, text in _MEANING.items() if k in found]
+    against = [entry["name"] for entry in about["against"]]
+    if not against:
+        return ["compared with no validation or test set: name them by --exclude", *meanings]
+    lines = [f"compared with {', '.join(against)}", *meanings]
+    if about["ignored_ngrams"]:
+        lines.append(
+            f"not compared: {about['ignored_ngrams']:,} runs of {about['ngram']} "
+            f"{about['ngram_of']} that many of their examples share"
+        )
+    for phrase in about["ignored_phrases"]:
+        text = printable(shorten(phrase["words"], 100))
+        lines.append(f'  in {phrase["examples"]:,} of them: "{text}"')
     return lines
 
 
@@ -263,7 +298,7 @@ class _Lines:
         self._next = time.monotonic() + _LINE_EVERY_S
         percent = 100 * progress.bytes_done / max(1, progress.bytes_total)
         text = f"sample: {what} {progress.source} {percent:.0f} %, {progress.examples:,} rows"
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager

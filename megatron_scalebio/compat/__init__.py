@@ -1,8 +1,10 @@
 """All that patches Megatron-Core or torch for a run, and all that needs a private name of Megatron.
 
-    cpu          Megatron without CUDA
-    megatron     a fault fixed, and private names that have no public equal
-    megatron_lm  `megatron.training` from a wheel, and without CUDA; for who uses it
+    cpu                 Megatron without CUDA
+    megatron            a fault fixed, and private names that have no public equal
+    transformer_engine  the same of Transformer Engine
+    fp8_state           what its modules pickle, read as data
+    megatron_lm         `megatron.training` from a wheel, and without CUDA; for who uses it
 
 Nothing here acts on import. What is patched or borrowed is looked up when a run begins, so that
 another Megatron is refused in one line instead of failing in the middle. (`plan` puts stand-ins in

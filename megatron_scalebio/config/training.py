@@ -18,7 +18,9 @@ class OptimizerConfig:
     lr: float = option(3e-4, "peak learning rate of w")
     lr_u: float | None = option(None, "peak learning rate of u [lr]")
     min_lr: float | None = option(None, "floor of lr [lr / 10]; lr_u has one in proportion")
-    lr_decay_style: Literal["cosine", "linear", "constant"] = option("cosine", "decay of lr, lr_u")
+    lr_decay_style: Literal["cosine", "linear", "constant"] | None = option(
+        None, "decay of lr, lr_u [constant in reweight, cosine elsewhere]"
+    )
     lr_warmup_fraction: float = option(0.03, "share of the steps spent warming up")
     weight_decay: float = option(0.0, "decoupled weight decay of w and u")
     adam_beta1: float = option(0.9, "first moment")
@@ -59,6 +61,10 @@ class BilevelConfig:
         BilevelOptions.resync_interval,
         "steps between resets of u to w; with LISA every new draw resets (null: never)",
     )
+    memory_growth: float = option(
+        BilevelOptions.memory_growth,
+        "growth of the memory of u's departure from w, a share of the steps (0: resets are whole)",
+    )
     floor_share: float = option(
         0.25, "share of each batch dealt equally to all sources; the rest follows the mixture"
     )
@@ -84,6 +90,10 @@ class BilevelConfig:
                 raise UserError(
                     f"{name}: {getattr(self, name)!r} is outside (0, 1] (choose within)"
                 )
+        if not 0 <= self.memory_growth <= 1:
+            raise UserError(
+                f"memory_growth: {self.memory_growth!r} is outside [0, 1] (choose within)"
+            )
         if not 0 <= self.blend_floor < 0.5:
             raise UserError(
                 f"blend_floor: {self.blend_floor!r} is outside [0, 0.5) (choose within)"
@@ -103,6 +113,7 @@ class BilevelConfig:
             mixture_optimizer=self.mixture_optimizer,
             lr_lambda=self.lr_lambda,
             resync_interval=self.resync_interval,
+            memory_growth=self.memory_growth,
             loss_mean=loss_mean,
             average_fraction=self.average_fraction,
             confidence=self.confidence,

@@ -61,11 +61,17 @@ class MicroBatch:
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
         """The arguments of Megatron's GPTModel, whose output is then the loss of each label."""
         return {
-            "input_ids": self.tokens_BS.to(device, non_blocking=True),
-            "position_ids": self.positions_BS.to(device, non_blocking=True),
+            "input_ids": _sent(self.tokens_BS, device),
+            "position_ids": _sent(self.positions_BS, device),
             "attention_mask": None,
-            "labels": self.labels_BS.to(device, non_blocking=True),
+            "labels": _sent(self.labels_BS, device),
         }
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """From pinned memory: a copy from other memory may wait for all that is queued before it."""
+    here = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+    return here.to(device, non_blocking=True)
 
 
 def gpt_losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:

@@ -10,6 +10,11 @@ A step moves p a Fisher distance of about lr, whatever α, the loss or the model
 is one number for all sources: unlike Adam's, it does not blow the vanishing gradient of a small
 source up to full-size moves, and noise around the answer stays noise.
 
+Once u remembers longer (`BilevelOptions.memory_growth`), g sees further, and sees λ's own moves
+later. Then λ goes by where g is heading, and slower the longer the memory m (in resets):
+
+    λ_i −= lr · 0.2 / √m · (g_i + 5 (g_i − ḡ_i)) / √(v / (1 − βᵗ)),   ḡ: mean of about 10 steps
+
 `adamw` reproduces the published setting, AdamW on λ with gradient Jᵀ g. It does blow it up, so the
 schedule and not convergence decides where it ends.
 """
@@ -29,6 +34,10 @@ LEAST_SHARE = 1e-4
 SIZE_DECAY = 0.99  # β: the hypergradient's size is known from about its last 100 steps
 LARGEST_STEP = 6.0  # in units of that size; noise almost never gets there
 SIZE_WARMUP = 30  # steps before anything is cut
+# Once u's memory grows: the rate, as a share, and the weight of the hypergradient's recent change.
+DAMPED = 0.2
+LEAD = 5.0
+LEAD_STEPS = 10  # over which that change is seen
 
 
 class Mixture:
@@ -46,6 +55,7 @@ class Mixture:
         self.trajectory = TrajectoryBlocks(len(initial_S))
         self.steps = 0
         self.mean_square = 0.0  # v
+        self.recent_S = torch.zeros_like(self.initial_S)  # g over about its last LEAD_STEPS
         self._adamw = None
         if optimizer == "adamw":
             self.logits_S.requires_grad_()
@@ -55,13 +65,18 @@ class Mixture:
     def probs_S(self) -> torch.Tensor:
         return mixture_probs(self.logits_S.detach())
 
-    def step(self, hypergradient_S: torch.Tensor, lr: float) -> float:
-        """Moves λ by one hypergradient and returns the norm of Jᵀ g."""
+    def step(self, hypergradient_S: torch.Tensor, lr: float, memory: float = 1.0) -> float:
+        """Moves λ by one hypergradient and returns the norm of Jᵀ g.
+
+        Args:
+            memory: as of `Training`; where it is above 1, g tells more of what λ leads to, and
+                later: eg goes slower, and ahead.
+        """
         gradient_S = logits_gradient(hypergradient_S, self.probs_S)
         with torch.no_grad():
             self.steps += 1
             if self._adamw is None:
-                self.logits_S -= lr * self._in_usual_sizes(hypergradient_S)
+                self.logits_S -= self._eg_step(hypergradient_S, lr, memory)
                 least = LEAST_SHARE / len(self.logits_S)
                 self.logits_S.copy_(self.probs_S.clamp_min(least).log())
             else:
@@ -71,8 +86,17 @@ class Mixture:
         self.trajectory.append(self.probs_S)
         return float(gradient_S.norm())
 
-    def _in_usual_sizes(self, hypergradient_S: torch.Tensor) -> torch.Tensor:
-        """g / √v, cut to LARGEST_STEP, with v the running mean of Σ_i p_i g_i² (cut alike).
+    def _eg_step(self, hypergradient_S: torch.Tensor, lr: float, memory: float) -> torch.Tensor:
+        cut_S = self._cut(hypergradient_S)
+        self.recent_S += (cut_S - self.recent_S) / min(LEAD_STEPS, self.steps)
+        if memory > 1.0:
+            cut_S = cut_S + LEAD * (cut_S - self.recent_S)
+            lr *= DAMPED / math.sqrt(memory)
+        # Zero while u is still equal to w: then the hypergradient is zero too.
+        return lr * cut_S / (math.sqrt(self._usual_square(self.steps)) or 1.0)
+
+    def _cut(self, hypergradient_S: torch.Tensor) -> torch.Tensor:
+        """g, cut to LARGEST_STEP times √v, with v the running mean of Σ_i p_i g_i² (cut alike).
 
         Uncut, one spike of the models' gradients would throw the mixture, and then hold it still
         for as long as v remembers it, which would look like convergence.
@@ -83,8 +107,7 @@ class Mixture:
             hypergradient_S = hypergradient_S * (LARGEST_STEP * math.sqrt(usual / square))
             square = LARGEST_STEP**2 * usual
         self.mean_square = SIZE_DECAY * self.mean_square + (1 - SIZE_DECAY) * square
-        # Zero while u is still equal to w: then the hypergradient is zero too.
-        return hypergradient_S / (math.sqrt(self._usual_square(self.steps)) or 1.0)
+        return hypergradient_S
 
     def _usual_square(self, steps: int) -> float:
         return self.mean_square / (1 - SIZE_DECAY**steps) if steps else 0.0
@@ -95,6 +118,7 @@ class Mixture:
             "initial": self.initial_S,
             "steps": self.steps,
             "mean_square": self.mean_square,
+            "recent": self.recent_S.clone(),
             "trajectory": self.trajectory.state_dict(),
             "adamw": self._adamw.state_dict()["state"] if self._adamw else {},
         }
@@ -104,6 +128,7 @@ class Mixture:
             self.logits_S.copy_(state["logits"])
         self.initial_S = state["initial"]
         self.steps, self.mean_square = state["steps"], state["mean_square"]
+        self.recent_S = state["recent"] if "recent" in state else torch.zeros_like(self.initial_S)
         self.trajectory.load_state_dict(state["trajectory"])
         if self._adamw and state["adamw"]:
             groups = self._adamw.state_dict()["param_groups"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 CONFIDENCE_LEVELS = (0.80, 0.90, 0.95, 0.98)
+WHOLE_RESETS = 10  # before memory grows
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class BilevelOptions:
         lr_lambda: learning rate of the mixture [0.1 for eg, 0.01 for adamw].
         resync_interval: steps between resets of u to w, at least 2; under LISA every new draw of
             layers resets u instead. None: never.
+        memory_growth: after WHOLE_RESETS a reset takes u only part of the way, so that its
+            departure from w is remembered for resync_interval steps and this share of those since.
+            0: every reset is whole.
         loss_mean: a source's loss is the mean over its examples of their means over target tokens
             ("sample"), or the mean over all its target tokens ("token").
         average_fraction: last share of the steps that the reported weights average over.
@@ -33,6 +37,7 @@ class BilevelOptions:
     mixture_optimizer: Literal["eg", "adamw"] = "eg"
     lr_lambda: float | None = None
     resync_interval: int | None = 10
+    memory_growth: float = 0.25
     loss_mean: Literal["sample", "token"] = "sample"
     average_fraction: float = 0.5
     confidence: float = 0.95
@@ -50,6 +55,8 @@ class BilevelOptions:
             interval is None or (interval >= 2 and interval == int(interval)),
             "resync_interval", interval, "2 or more (at 1, u has no step to depart from w) or None",
         )  # fmt: skip
+        growth = self.memory_growth
+        _require(0 <= growth <= 1, "memory_growth", growth, "in [0, 1]")
         _require(
             self.loss_mean in ("sample", "token"), "loss_mean", self.loss_mean, "sample or token"
         )

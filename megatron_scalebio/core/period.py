@@ -107,13 +107,18 @@ class Period:
                 of_w.grad_data.add_(of_u.grad_data, alpha=scale)
 
     @torch.no_grad()
-    def resync(self) -> None:
-        """Makes u equal to w again: weights, buffers, fp32 masters and Adam state."""
+    def resync(self, share: float = 1.0) -> None:
+        """Moves u towards w, by a share of what parts them; 1 makes them equal.
+
+        Weights, fp32 masters and Adam state; buffers become w's.
+        """
         w, u = self._models["w"], self._models["u"]
         copy_buffers(w, u)
+        moved = set()
         for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
             if p_u.data_ptr() != p_w.data_ptr():
-                p_u.data.copy_(p_w.data)
+                _move(p_u.data, p_w.data, share)
+                moved.add(_storage(p_u))
         parts = zip(
             self.optimizers["w"].chained_optimizers,
             self.optimizers["u"].chained_optimizers,
@@ -121,7 +126,7 @@ class Period:
         )
         for part_w, part_u in parts:
             if not part_w.is_stub_optimizer:
-                _copy_adam(part_w.optimizer, part_u.optimizer)
+                _move_adam(part_w.optimizer, part_u.optimizer, share, moved)
         for twin in self.twins:
             twin.weights_have_moved()
 
@@ -173,16 +178,33 @@ def masters(
             yield parameter, getattr(parameter, "main_param", None), next(starts, 0)
 
 
-def _copy_adam(source: torch.optim.Optimizer, target: torch.optim.Optimizer) -> None:
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _move(target: torch.Tensor, source: torch.Tensor, share: float) -> None:
+    if share == 1.0:
+        target.copy_(source)
+    else:
+        target.lerp_(source, share)
+
+
+def _move_adam(
+    source: torch.optim.Optimizer,
+    target: torch.optim.Optimizer,
+    share: float = 1.0,
+    moved: Collection[int] = (),
+) -> None:
     for group_s, group_t in zip(source.param_groups, target.param_groups, strict=True):
         if "step" in group_s:  # Transformer Engine's and Apex's Adam
             group_t["step"] = group_s["step"]
         for p_s, p_t in zip(group_s["params"], group_t["params"], strict=True):
-            p_t.data.copy_(p_s.data)
+            if _storage(p_t) not in moved:  # an fp32 master, not the weight itself or a part of it
+                _move(p_t.data, p_s.data, share)
             for key, value in source.state.get(p_s, {}).items():
                 held = target.state[p_t].get(key)
                 if isinstance(held, torch.Tensor) and isinstance(value, torch.Tensor):
-                    held.copy_(value)
+                    _move(held, value, share)
                 else:
                     target.state[p_t][key] = copy.deepcopy(value)
 

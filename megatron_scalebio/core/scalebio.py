@@ -106,7 +106,8 @@ class ScaleBiO(Training):
         _require_shares("validation", list(validation.values()))
         super().__init__(
             model_provider, ddp, optimizer,
-            with_u=True, resync_interval=options.resync_interval, **training,
+            with_u=True, resync_interval=options.resync_interval,
+            memory_growth=options.memory_growth, **training,
         )  # fmt: skip
         self.options, self.sources = options, list(sources)
         shares_V = torch.tensor(list(validation.values()), dtype=torch.float64)
@@ -185,7 +186,7 @@ class ScaleBiO(Training):
             nonlocal norm_lambda
             excess_S = losses.w_S - losses.u_S
             gradient_S = hypergradient(excess_S, probs_S, inclusion_S, alpha)
-            norm_lambda = self.mixture.step(gradient_S, lr_lambda)
+            norm_lambda = self.mixture.step(gradient_S, lr_lambda, self.memory)
 
         with self.observe("update"):
             update = self.update(losses, watched, rates, self.mixture.logits_S, learn)
@@ -217,15 +218,22 @@ class ScaleBiO(Training):
         on_train = passes_of(scales, train, weight_S, mean, groups)
         return on_train + passes_of(on_validation, validation, weight_V, mean, groups)
 
-    def intervals(self) -> WeightIntervals:
-        """The learned weights, averaged over the last steps, and how sure they are."""
-        return weight_intervals(self._tail(), self.options.confidence)
+    def intervals(self, validation_examples: float | None = None) -> WeightIntervals:
+        """The learned weights, averaged over the last steps, and how sure they are.
 
-    def verdict(self, constant_rate: bool = True) -> Verdict:
+        Args:
+            validation_examples: in the validation set, whose own draw then counts.
+        """
+        return weight_intervals(self._tail(), self.options.confidence, validation_examples)
+
+    def verdict(
+        self, constant_rate: bool = True, validation_examples: float | None = None
+    ) -> Verdict:
         """Whether the weights have converged by now, and why.
 
         Args:
             constant_rate: lr_lambda was the same over the averaged steps.
+            validation_examples: as of `intervals`.
         """
         return judge_convergence(
             self._tail(),
@@ -234,6 +242,7 @@ class ScaleBiO(Training):
             tolerance=self.options.tolerance,
             confidence=self.options.confidence,
             constant_rate=constant_rate,
+            validation_examples=validation_examples,
         )
 
     def _tail(self) -> torch.Tensor:

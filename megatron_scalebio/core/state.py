@@ -19,10 +19,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.utils import unwrap_model
 
+from megatron_scalebio.compat import fp8_state
 from megatron_scalebio.compat.megatron import allocate_state, make_fit
-from megatron_scalebio.core import fp8_state, low_bits
+from megatron_scalebio.compat.transformer_engine import fp8_state_allowed
+from megatron_scalebio.core import low_bits
 from megatron_scalebio.core.period import Period, take_configured_adam
-from megatron_scalebio.core.twin import named_parameters
+from megatron_scalebio.core.twin import forget_weight_copies, named_parameters
 
 Chunks = Sequence[torch.nn.Module]
 
@@ -83,10 +85,11 @@ def load_models(
             fp8_state.refuse_code(loaded[key])
         else:
             fp8_state.drop(loaded[key])
-        with fp8_state.looked_through():
+        with fp8_state_allowed():
             result = unwrap_model(chunk).load_state_dict(loaded[key], strict=False)
         lacking = [name for name in result.missing_keys if not fp8_state.is_fp8_state(name)]
         assert not (strict and lacking) and not result.unexpected_keys, (lacking, result)
+    forget_weight_copies(chunks)
 
 
 def state_of_u(w: Chunks, u: Chunks) -> dict[str, Any]:

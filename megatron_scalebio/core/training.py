@@ -32,7 +32,7 @@ from megatron_scalebio.core import state as states
 from megatron_scalebio.core.batch import gpt_losses
 from megatron_scalebio.core.collectives import of_first_rank
 from megatron_scalebio.core.flush import Losses, Observer, Pass, flush, reduce_losses, unobserved
-from megatron_scalebio.core.options import LisaOptions
+from megatron_scalebio.core.options import WHOLE_RESETS, LisaOptions
 from megatron_scalebio.core.period import Period, prepare_gradients, step_with
 from megatron_scalebio.core.spikes import SpikeGuard
 from megatron_scalebio.core.twin import (
@@ -68,7 +68,7 @@ class Training:
         ddp, optimizer: Megatron's configurations, of w and u alike; no `check_for_nan_in_grad`.
         with_u: u trains beside w.
         lisa: layers are drawn for each period; None: all train always.
-        resync_interval: as of `BilevelOptions`.
+        resync_interval, memory_growth: as of `BilevelOptions`.
         seed: of LISA's draws.
         losses: the forward pass of a batch, on the last stage the loss of each label [B, S].
         set_trainable: sets requires_grad for a period, as `lisa.set_trainable` for a GPTModel does.
@@ -97,6 +97,7 @@ class Training:
         with_u: bool = False,
         lisa: LisaOptions | None = None,
         resync_interval: int | None = None,
+        memory_growth: float = 0.0,
         seed: int = 1234,
         losses: Callable[[torch.nn.Module, Any], torch.Tensor] = gpt_losses,
         set_trainable: Callable[..., None] = lisa_layers.set_trainable,
@@ -106,6 +107,7 @@ class Training:
         self._ddp, self._optimizer, self._pg_collection = ddp, optimizer, pg_collection
         self.groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.lisa, self._resync_interval, self._seed = lisa, resync_interval, seed
+        self._memory_growth = memory_growth
         self._losses, self._set_trainable, self.observe = losses, set_trainable, observe
         self.u: list[torch.nn.Module] | None = None
         if with_u:
@@ -155,8 +157,8 @@ class Training:
             )
             self.period_number = number
         elif self._resync_is_due():
-            self.period.resync()
-            self.u_is_w = True
+            self.period.resync(1.0 / self.memory)
+            self.u_is_w = self.memory == 1.0
         return self.period
 
     def _resync_is_due(self) -> bool:
@@ -165,6 +167,14 @@ class Training:
         if self.u is None or interval is None or self.lisa is not None:
             return False
         return self.steps % interval == 0
+
+    @property
+    def memory(self) -> float:
+        """For how long u's departure from w is remembered now, in `resync_interval`s."""
+        interval = self._resync_interval
+        if interval is None or self.lisa is not None:
+            return 1.0
+        return 1.0 + self._memory_growth * max(0.0, self.steps / interval - WHOLE_RESETS)
 
     def leave_period(self) -> None:
         """Frees what lasts no longer than a period: gradient buffers, masters, Adam's moments.

@@ -26,7 +26,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from megatron_scalebio.core import fp8_state, low_bits
+from megatron_scalebio.compat import fp8_state
+from megatron_scalebio.compat.transformer_engine import share_copies
+from megatron_scalebio.core import low_bits
 from megatron_scalebio.core.batch import Batch, gpt_losses
 from megatron_scalebio.core.collectives import device
 
@@ -123,6 +125,8 @@ class TwinModel(torch.nn.Module):
         self._input: torch.Tensor | None = None
         self._period = object()  # a twin lives as long
         self._moved = True
+        self._one_copy: list[tuple[Any, Any]] | None = None  # modules of w and of u
+        self._unclaimed = False
 
     def set_input_tensor(self, tensor: Any) -> None:
         self._input = tensor
@@ -135,7 +139,10 @@ class TwinModel(torch.nn.Module):
         """
         if self.config.fp8 is None:
             return
-        wanted = 2 if self.config.fp8_recipe == "delayed" else 1
+        delayed = self.config.fp8_recipe == "delayed"
+        if self._one_copy is None:
+            self._one_copy = [] if delayed else self._share_copies()
+        wanted = 2 if delayed else 1
         for ddp in {id(ddp): ddp for ddp in (self.w, self.u)}.values():
             gpt: Any = unwrap_model(ddp)
             period, made = getattr(gpt, _COPIES_OF, (None, 0))
@@ -146,6 +153,27 @@ class TwinModel(torch.nn.Module):
                     module.is_first_microbatch |= moved or made < wanted
             setattr(gpt, _COPIES_OF, (self._period, made + 1))
         self._moved = False
+        self._unclaimed = bool(self._one_copy)
+
+    def _share_copies(self) -> list[tuple[Any, Any]]:
+        """Has frozen layers whose storage u shares with w share their copies; their modules."""
+        shared: list[tuple[Any, Any]] = []
+        if self.u is self.w:
+            return shared
+        for of_w, of_u in zip(self.w.modules(), self.u.modules(), strict=True):
+            pairs = zip(of_w.parameters(), of_u.parameters(), strict=True)
+            equal = all(p_u.data_ptr() == p_w.data_ptr() for p_w, p_u in pairs)
+            if hasattr(of_w, "is_first_microbatch") and share_copies(of_w, of_u, equal):
+                shared.append((of_w, of_u))
+        return shared
+
+    def _claim_copies(self, on_u: bool) -> None:
+        """The model that runs first in a flush makes the copies that both share."""
+        for pair in self._one_copy or ():
+            other, mine = pair if on_u else pair[::-1]
+            mine.is_first_microbatch |= other.is_first_microbatch
+            other.is_first_microbatch = False
+        self._unclaimed = False
 
     def weights_have_moved(self) -> None:
         """A step has been made: flushes before the next one share their copies."""
@@ -163,6 +191,8 @@ class TwinModel(torch.nn.Module):
             last: the model's last one in this flush. Where reduction overlaps the backward pass,
                 the gradients are reduced as this pass completes them.
         """
+        if self._unclaimed:
+            self._claim_copies(on_u)
         ddp = self.u if on_u else self.w
         gpt: Any = unwrap_model(ddp)
         gpt.set_input_tensor(self._input)
@@ -185,7 +215,11 @@ _COPIES_OF = "_fp8_copies_of"
 
 
 def forget_weight_copies(chunks: Iterable[torch.nn.Module]) -> None:
-    """For after a pass outside the twin: the FP8 copies it made lack what a backward pass needs."""
+    """Has the next flush make all FP8 copies anew.
+
+    For after a pass outside the twin, whose copies lack what a backward pass needs, and after a
+    load of other weights.
+    """
     for chunk in chunks:
         setattr(unwrap_model(chunk), _COPIES_OF, (None, 0))
 

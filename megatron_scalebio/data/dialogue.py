@@ -1,9 +1,13 @@
 """Text and dialogues to token ids and a loss mask that is exact at every turn border.
 
-An example is first cut into segments, each wholly a target or wholly not, and each segment is
-tokenized alone. No token can then reach across a border, and the prompt has exactly the tokens
-it has at inference, where the answer does not exist yet. A target segment is an assistant turn
-with what ends it: the chat template's end-of-turn marker, or EOD in the built-in template.
+A dialogue with a chat template has the tokens of ``apply_chat_template``: it is rendered and
+tokenized whole, and `data.targets` says which characters are an answer's. Where a token would reach
+over the border of an answer, the text is cut there, so that a prompt has the tokens it has at
+inference, where the answer does not exist yet. (A template that marks its targets itself is taken
+as transformers takes it: such a token is the answer's.)
+
+With the built-in template, and for plain text, an example is cut into segments, each wholly a
+target or wholly not, and each segment is tokenized alone.
 """
 
 from __future__ import annotations
@@ -11,8 +15,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_scalebio.data.formats import Dialogue, Text
-from megatron_scalebio.data.tokenizer import ChatTemplateError, Tokenizer
+from megatron_scalebio.data.examples import (
+    AS_ITS_ROLE,
+    NEVER,
+    REASONING_FIELDS,
+    Dialogue,
+    RecordError,
+    Text,
+    Turn,
+)
+from megatron_scalebio.data.targets import ChatTemplateError, Render, Span, answer_spans
+from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
 
 _PLAIN_HEADERS = {
@@ -21,7 +34,7 @@ _PLAIN_HEADERS = {
     "assistant": "Response",
     "tool": "Tool",
 }
-_PROBE = "scalebioprobe"
+_TEMPLATE_FIX = "fix the record, leave it out by --bad-records skip, or use --chat-template with plain or a Jinja file"  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class ExampleEncoder:
     Args:
         tokenizer: its chat template, if it has one, renders dialogues.
         train_on_prompt: makes every token of a dialogue a target, not only assistant turns.
-        append_eod: closes a plain text with EOD. Dialogues always end with their end of turn.
+        append_eod: closes a plain text with EOD. A dialogue always ends with its end of turn.
     """
 
     def __init__(
@@ -48,121 +61,157 @@ class ExampleEncoder:
         self.tokenizer = tokenizer
         self.train_on_prompt = train_on_prompt
         self.append_eod = append_eod
-        self._turn_end: str | None = None
 
     def encode(self, example: Text | Dialogue, where: str = "") -> tuple[list[int], list[int]]:
         """Token ids and mask, of equal length; 1 marks a token that is to be predicted.
 
         The first token is never a target, since nothing precedes it. Tokens behind the last
         target are left out: in a causal model they cannot change the loss.
+
+        Raises:
+            RecordError: the chat template does not render the dialogue, or not so that its targets
+                could be told.
         """
-        templated = False
+        where = where or self.tokenizer.model
         if isinstance(example, Text):
-            segments = [Segment(example.text, True, self.append_eod)]
-        elif self.tokenizer.chat_template is None:
-            segments = plain_segments(example.messages)
+            ids, mask = self._segments([Segment(example.text, True, self.append_eod)])
         else:
-            templated = True  # and so has its own BOS
-            try:
-                segments = self._chat_segments(example.messages)
-            except ChatTemplateError as error:
-                raise UserError(
-                    f"the chat template {error}",
-                    where=where or self.tokenizer.model,
-                    fix="fix the record, or use --chat-template with plain or a Jinja file",
-                ) from error
-        if not self.train_on_prompt and not any(segment.target for segment in segments):
-            return [], []
-        ids: list[int] = []
-        if self.tokenizer.adds_bos and not templated and self.tokenizer.bos_id is not None:
-            ids.append(self.tokenizer.bos_id)
-        mask = [0] * len(ids)
-        for number, segment in enumerate(segments):
-            encode = self.tokenizer.encode_continuation if number else self.tokenizer.encode
-            new = encode(segment.text) + [self.tokenizer.eod_id] * segment.closed
-            ids += new
-            mask += [int(segment.target or self.train_on_prompt)] * len(new)
+            if self.tokenizer.template_problem:
+                raise UserError(self.tokenizer.template_problem)
+            template = self.tokenizer.template_for("tools" in example.context)
+            _check_fields(example, template, where)
+            if template is None:
+                ids, mask = self._segments(plain_segments(example.turns, self.train_on_prompt))
+            else:
+                try:
+                    ids, mask = self._chat(example)
+                except ChatTemplateError as error:
+                    raise RecordError(
+                        f"the chat template {error}",
+                        reason="chat template",
+                        where=where,
+                        fix=_TEMPLATE_FIX,
+                    ) from error
         if mask:
             mask[0] = 0
         end = len(mask) - mask[::-1].index(1) if 1 in mask else 0
         return ids[:end], mask[:end]
 
-    def _chat_segments(self, messages: Sequence[tuple[str, str]]) -> list[Segment]:
-        full = self.tokenizer.render_chat(messages, False)
+    def _segments(self, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+        if not any(segment.target for segment in segments):
+            return [], []
+        ids: list[int] = []
+        if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None:
+            ids.append(self.tokenizer.bos_id)
+        mask = [0] * len(ids)
+        for number, segment in enumerate(segments):
+            encode = self.tokenizer.encode_continuation if number else self.tokenizer.encode_long
+            new = encode(segment.text) + [self.tokenizer.eod_id] * segment.closed
+            ids += new
+            mask += [int(segment.target)] * len(new)
+        return ids, mask
+
+    def _chat(self, dialogue: Dialogue) -> tuple[list[int], list[int]]:
+        """Ids and mask of the rendered dialogue, closed by EOD if its last target has no end."""
+
+        def render(turns: Sequence[Turn], generate: bool) -> str:
+            messages = [turn.message() for turn in turns]
+            return self.tokenizer.render_chat(messages, generate, **dialogue.context)
+
+        turns = dialogue.turns
+        if not self.train_on_prompt and not any(_trains(turn) for turn in turns):
+            return [], []
+        full = render(turns, False)
         if self.train_on_prompt:
-            return [Segment(full, True, closed=not self._end_of_turn())]
-        segments: list[Segment] = []
-        at = 0
-        for start, end in self._assistant_spans(messages, full):
-            if start > at:
-                segments.append(Segment(full[at:start], False))
-            segments.append(Segment(full[start:end], True, closed=not self._end_of_turn()))
-            at = end
-        return segments
+            spans = self._spans_with_prompts(turns, full, render)
+        else:
+            found = self._answers(dialogue, full, render)
+            spans = [span for span, turn in found if turn is None or _trains(turn)]
+        if not spans:
+            return [], []
+        last = spans[-1]
+        text = full if last.marked else full[: last.end]
+        by_mark = self.tokenizer.marks_targets("tools" in dialogue.context)
+        cut = self.train_on_prompt or not by_mark
+        ids, mask = self.tokenizer.encode_spans(text, [(s.start, s.end) for s in spans], cut)
+        if not last.marked:
+            ids, mask = [*ids, self.tokenizer.eod_id], [*mask, 1]
+        return ids, mask
 
-    def _assistant_spans(
-        self, messages: Sequence[tuple[str, str]], full: str
-    ) -> list[tuple[int, int]]:
-        """Character spans [start, end) of the assistant turns in the rendered dialogue.
+    def _answers(
+        self, dialogue: Dialogue, full: str, render: Render
+    ) -> list[tuple[Span, Turn | None]]:
+        """The spans of all answers with their turns: as the template marks them, or by difference.
 
-        A turn starts where the generation prompt ends (what the model is given at inference)
-        and ends with the end-of-turn marker.
+        The turn is None where none has to be told from the others.
         """
-        turns = [
-            k
-            for k, (role, content) in enumerate(messages)
-            if role == "assistant" and content.strip()
-        ]
-        starts = [self._turn_start(messages[:k], full) for k in turns]
-        limits = [*(low for _, low in starts), len(full)][1:]
-        spans = []
-        for k, (start, low), limit in zip(turns, starts, limits, strict=True):
-            found = self._find_content(messages[k][1], full, low, limit)
-            if found is None:
-                raise ChatTemplateError(
-                    f"changes the text of assistant turn {k}, so its targets would not be exact"
-                )
-            spans.append((found[0] if start is None else start, found[1]))
-        return spans
+        turns, tokenizer = dialogue.turns, self.tokenizer
 
-    def _turn_start(self, before: Sequence[tuple[str, str]], full: str) -> tuple[int | None, int]:
-        """Where the turn starts (None: at its content), and where to look for its content."""
-        if not before:
-            return None, 0
-        prompt = self.tokenizer.render_chat(before, True)
-        if full.startswith(prompt):
-            return len(prompt), len(prompt)
-        # Some generation prompts open a thinking block that a finished turn does not have.
-        base = self.tokenizer.render_chat(before, False)
-        if not full.startswith(base):
-            raise ChatTemplateError(
-                "renders the beginning of a dialogue otherwise once it goes on, so response-only "
-                "targets would not be exact"
+        def marked(turns: Sequence[Turn]) -> list[tuple[int, int]] | None:
+            messages = [turn.message() for turn in turns]
+            return tokenizer.marked_spans(messages, **dialogue.context)
+
+        found = marked(turns)
+        if found is None:
+            spans = answer_spans(turns, full, render, tokenizer.split_special)
+            return list(zip(spans, (turn for turn in turns if turn.is_answer), strict=True))
+        try:
+            by_difference = answer_spans(turns, full, render, tokenizer.split_special)
+            has_mark = not by_difference or by_difference[-1].marked
+        except ChatTemplateError:
+            has_mark = True  # it says by itself what the model is to write
+        spans = [Span(start, end, has_mark) for start, end in found]
+        if all(turn.trains == AS_ITS_ROLE for turn in turns):
+            return [(span, None) for span in spans]
+        told: list[tuple[Span, Turn | None]] = []
+        for k, turn in enumerate(turns):
+            until = len(marked(turns[: k + 1]) or ())
+            told += [(span, turn) for span in spans[len(told) : until]]
+        return told
+
+    def _spans_with_prompts(self, turns: Sequence[Turn], full: str, render: Render) -> list[Span]:
+        """All of the dialogue but the answers that are never to be trained."""
+        whole = Span(0, len(full), self._is_closed(full))
+        if all(turn.trains != NEVER for turn in turns):
+            return [whole]
+        spans, at = [], 0
+        answers = answer_spans(turns, full, render, self.tokenizer.split_special)
+        for span, turn in zip(answers, (t for t in turns if t.is_answer), strict=True):
+            if turn.trains == NEVER:
+                spans.append(Span(at, span.start, True))
+                at = span.end
+        return [*spans, whole._replace(start=at)] if full[at:].strip() else spans
+
+    def _is_closed(self, text: str) -> bool:
+        """Whether a text ends with a special token, trailing white space aside."""
+        piece = self.tokenizer.split_special(text.rstrip())[-1:]
+        return bool(piece) and piece[0] != text.rstrip() and self._is_special(piece[0])
+
+    def _is_special(self, piece: str) -> bool:
+        return len(self.tokenizer.split_special(f"a{piece}a")) == 3
+
+
+def _trains(turn: Turn) -> bool:
+    return turn.is_answer and turn.trains == AS_ITS_ROLE
+
+
+def _check_fields(dialogue: Dialogue, template: str | None, where: str) -> None:
+    """Refuses what the template has no place for: it would be lost without a word."""
+    names = [*dialogue.context, *(name for turn in dialogue.turns for name in turn.fields)]
+    for name in dict.fromkeys(names):
+        aliases = REASONING_FIELDS if name in REASONING_FIELDS else (name,)
+        telling = name in ("tools", "documents", "tool_calls", *REASONING_FIELDS)
+        if telling and not any(alias in (template or "") for alias in aliases):
+            whose = "the chat template" if template else "the built-in template"
+            raise RecordError(
+                f"{whose} has no place for {name!r}",
+                reason=f"no place for {name}",
+                where=where,
+                fix=f"use --chat-template with a file that has, or --ignore-fields {name}",
             )
-        return None, len(base)
-
-    def _find_content(
-        self, content: str, full: str, low: int, limit: int
-    ) -> tuple[int, int] | None:
-        """[start, end) of the content with its end-of-turn marker, at or after ``low``."""
-        marker = self._end_of_turn()
-        for text in (content, content.strip(), content.lstrip(), content.rstrip()):
-            at = full.find(text + marker, low, limit)
-            if at >= 0:
-                return at, at + len(text) + len(marker)
-        return None
-
-    def _end_of_turn(self) -> str:
-        """What the chat template writes behind an assistant turn, without trailing white space."""
-        if self._turn_end is None:
-            probe = self.tokenizer.render_chat([("user", "question"), ("assistant", _PROBE)], False)
-            if _PROBE not in probe:
-                raise ChatTemplateError("leaves out or changes assistant turns")
-            self._turn_end = probe[probe.index(_PROBE) + len(_PROBE) :].rstrip()
-        return self._turn_end
 
 
-def plain_segments(messages: Sequence[tuple[str, str]]) -> list[Segment]:
+def plain_segments(turns: Sequence[Turn], train_on_prompt: bool = False) -> list[Segment]:
     """The built-in template: Alpaca's headings, and EOD behind each assistant turn.
 
     ::
@@ -175,11 +224,13 @@ def plain_segments(messages: Sequence[tuple[str, str]]) -> list[Segment]:
     """
     segments = []
     prompt = ""
-    for number, (role, content) in enumerate(messages):
-        prompt += "\n\n" * (number > 0) + f"### {_PLAIN_HEADERS[role]}:\n"
-        if role == "assistant" and content.strip():
-            segments += [Segment(prompt, False), Segment(content, True, closed=True)]
+    for number, turn in enumerate(turns):
+        prompt += "\n\n" * (number > 0) + f"### {_PLAIN_HEADERS[turn.role]}:\n"
+        if turn.is_answer:
+            trains = turn.trains != NEVER if train_on_prompt else turn.trains == AS_ITS_ROLE
+            answer = Segment(turn.content or "", trains, closed=True)
+            segments += [Segment(prompt, train_on_prompt), answer]
             prompt = ""
         else:
-            prompt += content
-    return [*segments, Segment(prompt, False)] if prompt else segments
+            prompt += turn.content or ""
+    return [*segments, Segment(prompt, train_on_prompt)] if prompt else segments

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
-from megatron_scalebio.data.formats import Dialogue, Text, parse_record
+from megatron_scalebio.data.examples import Dialogue, RecordError, Text
+from megatron_scalebio.data.formats import PLAIN_OPTIONS, RecordOptions, parse_record
 from megatron_scalebio.data.records import Record
 from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_scalebio.errors import UserError
@@ -35,6 +36,7 @@ class EncodeSettings:
     """What a worker needs; the fields are those of ``PrepareConfig``.
 
     ``max_tokens`` is the longest example in tokens (``seq_length`` + 1), or None for no limit.
+    ``skip_bad`` leaves records at fault out; ``date`` is what chat templates call today.
     """
 
     tokenizer: str
@@ -43,37 +45,55 @@ class EncodeSettings:
     append_eod: bool = True
     max_tokens: int | None = None
     too_long: str | None = None
-    text_key: str = "text"
+    options: RecordOptions = PLAIN_OPTIONS
+    skip_bad: bool = False
+    date: str = ""
+
+
+class LeftOut(NamedTuple):
+    """A record that became no example: its line, why in a word, and what is wrong if it is bad."""
+
+    line: int
+    reason: str
+    message: str = ""
 
 
 class Batch(NamedTuple):
-    """Records of one file; ``bytes_done`` of the source had been read behind the last one."""
+    """Records of one file; ``bytes_done`` of the source had been read behind the last one.
+
+    bad: what stands among them and could not be read.
+    """
 
     path: str
     format: str
     records: list[Record]
     bytes_done: int
+    bad: tuple[LeftOut, ...] = ()
 
 
 class EncodedBatch(NamedTuple):
     """Examples laid end to end.
 
     tokens: int32 [sum(lengths)]; mask: uint8 of the same shape, 1 = to be predicted;
-    dropped: records by reason; truncated: records that lost their tail.
+    lines: of the record that each example is of; ignored: records by a field that is not used;
+    truncated: records that lost their tail; longest: tokens of the longest record before that.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     lengths: list[int]
-    dropped: dict[str, int]
+    lines: list[int]
+    left_out: list[LeftOut]
+    ignored: dict[str, int]
     truncated: int
+    longest: int
 
 
 class EncodePool:
     """Encodes batches with ``workers`` processes; with one, in this process."""
 
     def __init__(self, settings: EncodeSettings, tokenizer: Tokenizer, workers: int) -> None:
-        self._settings = settings
+        self.settings, self.tokenizer = settings, tokenizer
         self._workers = workers
         self._encoder = _encoder(settings, tokenizer)
         self._pool: ProcessPoolExecutor | None = None
@@ -84,7 +104,7 @@ class EncodePool:
                 self._workers,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_worker,
-                initargs=(self._settings,),
+                initargs=(self.settings,),
             )
         return self
 
@@ -103,7 +123,7 @@ class EncodePool:
         """Each batch with its encoding, in order."""
         if self._pool is None:
             for batch in batches:
-                yield batch, encode_batch(batch, self._encoder, self._settings)
+                yield batch, encode_batch(batch, self._encoder, self.settings)
             return
         under_way: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
         try:
@@ -122,37 +142,52 @@ class EncodePool:
 
 
 def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings) -> EncodedBatch:
-    """Parses, tokenizes and cuts the records of a batch."""
+    """Parses, tokenizes and cuts the records of a batch.
+
+    Raises:
+        RecordError: a record is at fault, and such are not to be left out.
+    """
     tokens: list[np.ndarray] = []
     masks: list[np.ndarray] = []
-    dropped: Counter[str] = Counter()
-    truncated = 0
+    lines: list[int] = []
+    left_out: list[LeftOut] = []
+    ignored: Counter[str] = Counter()
+    truncated = longest = 0
     for line, value in batch.records:
         where = f"{batch.path}:{line}"
-        example = parse_record(value, batch.format, where, settings.text_key)
-        if _is_empty(example):
-            dropped["empty"] += 1
+        try:
+            example = parse_record(value, batch.format, where, settings.options)
+            ids, mask = ([], []) if _is_empty(example) else encoder.encode(example, where)
+        except RecordError as error:
+            if not settings.skip_bad:
+                raise
+            left_out.append(LeftOut(line, error.reason, str(error)))
             continue
-        ids, mask = encoder.encode(example, where)
+        ignored.update(example.ignored)
         if not ids:
-            dropped["no_target"] += 1
+            left_out.append(LeftOut(line, "empty" if _is_empty(example) else "no_target"))
             continue
         how = settings.too_long or ("split" if isinstance(example, Text) else "truncate")
         pieces = cut(
             np.asarray(ids, np.int32), np.asarray(mask, np.uint8), settings.max_tokens, how
         )
+        longest = max(longest, len(ids))
         if not pieces:
-            dropped["too_long"] += 1
+            left_out.append(LeftOut(line, "too_long" if how == "drop" else "prompt_too_long"))
             continue
         truncated += how == "truncate" and len(pieces[0][0]) < len(ids)
         tokens += [piece for piece, _ in pieces]
         masks += [piece for _, piece in pieces]
+        lines += [line] * len(pieces)
     return EncodedBatch(
         np.concatenate([np.empty(0, np.int32), *tokens]),
         np.concatenate([np.empty(0, np.uint8), *masks]),
         [len(piece) for piece in tokens],
-        dict(dropped),
+        lines,
+        left_out,
+        dict(ignored),
         truncated,
+        longest,
     )
 
 
@@ -185,7 +220,7 @@ def cut(
 def _is_empty(example: Text | Dialogue) -> bool:
     if isinstance(example, Text):
         return not example.text.strip()
-    return not any(content.strip() for _, content in example.messages)
+    return not any((turn.content or "").strip() or turn.is_answer for turn in example.turns)
 
 
 def _encoder(settings: EncodeSettings, tokenizer: Tokenizer) -> ExampleEncoder:
@@ -205,7 +240,9 @@ def _start_worker(settings: EncodeSettings) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
-    tokenizer = load_tokenizer(settings.tokenizer, chat_template=settings.chat_template)
+    tokenizer = load_tokenizer(
+        settings.tokenizer, chat_template=settings.chat_template, date=settings.date
+    )
     _worker = (_encoder(settings, tokenizer), settings)
 
 

@@ -1,25 +1,42 @@
 """The record formats: a JSON object becomes a :class:`Text` or a :class:`Dialogue`.
 
 text      {"text": "..."}
-alpaca    {"instruction": "...", "input": "...", "output": "..."}
-pairs     {"prompt": "...", "completion": "..."} | {"question": "...", "answer": "..."}
+alpaca    {"instruction": "...", "input": "...", "output": "...", "history": [["...", "..."]]}
+pairs     {"prompt" | "question": "...", "completion" | "answer" | "response": "..."}
+          or, as in TRL, two lists of messages
 sharegpt  {"items" | "conversations": [{"from": "human" | "gpt" | ..., "value": "..."}]}
 messages  {"messages": [{"role": "user" | "assistant" | ..., "content": "..."}]}
           content may be a list of parts, {"type": "text", "text": "..."}
+
+Dialogues may bring "system", "tools", "documents" and "chat_template_kwargs", their turns
+"tool_calls", "reasoning_content" and "weight", "train" or "loss". Any other field is refused, or
+left out and counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_scalebio.data.examples import (
+    AS_ITS_ROLE,
+    AS_PROMPT,
+    NEVER,
+    REASONING_FIELDS,
+    Dialogue,
+    RecordError,
+    Text,
+    Turn,
+)
 from megatron_scalebio.data.records import RecordReader
 from megatron_scalebio.errors import UserError
 
 FORMATS = ("text", "alpaca", "pairs", "sharegpt", "messages")
-PAIRS = (("prompt", "completion"), ("question", "answer"))
+PROMPTS = ("prompt", "question")
+ANSWERS = ("completion", "answer", "response")
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -34,29 +51,99 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+# They say where a record is from, and nothing that a model could learn: left out and counted.
+METADATA = frozenset(
+    {"_id", "id", "idx", "index", "uid", "uuid", "row_id", "question_id", "prompt_id",
+     "conversation_id", "chat_id", "source", "dataset", "dataset_name", "data_source",
+     "sampled_from", "origin", "url", "timestamp", "date", "created", "created_at", "meta",
+     "metadata", "lang", "language", "license", "category", "subset", "split", "model", "author"}
+)  # fmt: skip
+ALL_FIELDS = "*"
+_SYSTEM = ("system", "system_prompt")
+_TRAIN_FLAGS = ("weight", "train", "loss")
+_TURN_FIELDS = ("tool_calls", "tool_call_id", "name", *REASONING_FIELDS)
+_KNOWN = {
+    "text": (),
+    "alpaca": ("instruction", "input", "output", "history"),
+    "pairs": (),
+    "sharegpt": ("items", "conversations"),
+    "messages": ("messages", "conversations"),
+}
+_BESIDE = (*_SYSTEM, "tools", "documents", "chat_template_kwargs")  # of every dialogue
 
 
 @dataclass(frozen=True)
-class Text:
-    """Plain text, every token of which is to be predicted."""
+class RecordOptions:
+    """How records are read.
 
-    text: str
+    Attributes:
+        format: one of ``FORMATS``, or ``auto``: each file goes by its first record.
+        text_key: the field that holds the text, for the format ``text``.
+        columns: (field, column): what a field is called in the files, where that is another name.
+        ignore_fields: fields that are left out; ``*`` stands for all that are not known.
+    """
+
+    format: str = "auto"
+    text_key: str = "text"
+    columns: tuple[tuple[str, str], ...] = ()
+    ignore_fields: tuple[str, ...] = ()
+
+    def ignores(self, name: str) -> bool:
+        return name in self.ignore_fields or ALL_FIELDS in self.ignore_fields
+
+    def renamed(self, value: dict[str, Any], where: str) -> dict[str, Any]:
+        """The record with the fields' own names."""
+        if not self.columns:
+            return value
+        taken = {column for _, column in self.columns}
+        renamed = {name: item for name, item in value.items() if name not in taken}
+        for name, column in self.columns:
+            if name in renamed and not self.ignores(name):
+                raise RecordError(
+                    f"--map {name}={column} would replace the column {name!r}",
+                    reason=f"unknown field {name}",
+                    where=where,
+                    fix=f"--ignore-fields {name} leaves that one out",
+                )
+            if column in value:
+                renamed[name] = value[column]
+        return renamed
 
 
-@dataclass(frozen=True)
-class Dialogue:
-    """Turns in order, each (role, content); role is system, user, assistant or tool."""
-
-    messages: tuple[tuple[str, str], ...]
+PLAIN_OPTIONS = RecordOptions()
 
 
-def detect_format(value: dict[str, Any], where: str, text_key: str = "text") -> str:
+def parse_columns(values: list[str]) -> tuple[tuple[str, str], ...]:
+    """``FIELD=COLUMN[,FIELD=COLUMN...]`` to pairs."""
+    pairs = []
+    known = {name for names in _KNOWN.values() for name in names}
+    known |= {"text", *PROMPTS, *ANSWERS, *_BESIDE}
+    for value in (part for text in values for part in text.split(",")):
+        name, separator, column = value.partition("=")
+        if not separator or not column or name not in known:
+            raise UserError(
+                f"--map: {value!r} is no FIELD=COLUMN (FIELD is one of {', '.join(sorted(known))})"
+            )
+        pairs.append((name, column))
+    return tuple(pairs)
+
+
+def detect_format(value: dict[str, Any], where: str, options: RecordOptions = PLAIN_OPTIONS) -> str:
     """Names the format of a record by its fields, or raises :class:`UserError`.
 
     Alpaca comes before text: some Alpaca files repeat the whole prompt in a ``text`` field.
     """
-    if text_key != "text" and text_key in value:
+    value = options.renamed(value, where)
+    if options.text_key != "text" and options.text_key in value:
         return "text"
+    if "chosen" in value and "rejected" in value:
+        raise RecordError(
+            "'chosen' and 'rejected' make a preference pair, which is not trained on",
+            reason="preference pair",
+            where=where,
+            fix="train on the chosen answers alone: --map messages=chosen where they are whole "
+            "dialogues, else --map answer=chosen; both with --ignore-fields",
+        )
     turns = value.get("messages", value.get("conversations", value.get("items")))
     if isinstance(turns, list):
         first = turns[0] if turns and isinstance(turns[0], dict) else {}
@@ -65,31 +152,33 @@ def detect_format(value: dict[str, Any], where: str, text_key: str = "text") -> 
         return "sharegpt"
     if "instruction" in value and "output" in value:
         return "alpaca"
-    if any(prompt in value and answer in value for prompt, answer in PAIRS):
+    if any(name in value for name in PROMPTS) and any(name in value for name in ANSWERS):
         return "pairs"
     if "text" in value:
         return "text"
     fields = ", ".join(sorted(map(str, value))[:8]) or "none"
-    raise UserError(
-        f"{where}: unknown record format; its fields are: {fields} (expecting text, or instruction "
-        "and output, or prompt and completion, or question and answer, or items/conversations, or "
-        f"messages; --format names one of {', '.join(FORMATS)})"
+    raise RecordError(
+        f"unknown record format; its fields are: {fields}",
+        reason="unknown format",
+        where=where,
+        fix="expecting text, or instruction and output, or prompt and completion, or question and "
+        "answer, or items/conversations, or messages; --map names columns, --format names one of "
+        + ", ".join(FORMATS),
     )
 
 
-def read_examples(
-    path: Path, format_name: str = "auto", text_key: str = "text"
-) -> Iterator[Text | Dialogue]:
+def read_examples(path: Path, options: RecordOptions = PLAIN_OPTIONS) -> Iterator[Text | Dialogue]:
     """Streams a file's records as text or dialogues; ``auto`` goes by the first record."""
+    format_name = options.format
     for line, value in RecordReader(path):
         where = f"{path}:{line}"
         if format_name == "auto":
-            format_name = detect_format(value, where, text_key)
-        yield parse_record(value, format_name, where, text_key)
+            format_name = detect_format(value, where, options)
+        yield parse_record(value, format_name, where, options)
 
 
 def parse_record(
-    value: dict[str, Any], format_name: str, where: str, text_key: str = "text"
+    value: dict[str, Any], format_name: str, where: str, options: RecordOptions = PLAIN_OPTIONS
 ) -> Text | Dialogue:
     """Turns a record into text or a dialogue.
 
@@ -97,92 +186,243 @@ def parse_record(
         value: the JSON object.
         format_name: one of ``FORMATS``.
         where: file and line, for error messages.
-        text_key: the field that holds the text, for the format ``text``.
 
     Raises:
-        UserError: a field is missing or of the wrong type, or a role is unknown.
+        RecordError: a field is missing, of the wrong type or not known, or a role is unknown.
     """
-    if format_name == "text":
-        return Text(_string(value, text_key, where, format_name))
-    if format_name == "alpaca":
-        prompt = _string(value, "instruction", where, format_name)
-        if value.get("input"):
-            prompt = f"{prompt}\n\n{_string(value, 'input', where, format_name)}"
-        answer = _string(value, "output", where, format_name)
-        return Dialogue((("user", prompt), ("assistant", answer)))
-    if format_name == "pairs":
-        keys = next((pair for pair in PAIRS if pair[0] in value), PAIRS[0])
-        prompt, answer = (_string(value, key, where, format_name) for key in keys)
-        return Dialogue((("user", prompt), ("assistant", answer)))
-    if format_name == "sharegpt":
-        return _dialogue(value, ("items", "conversations"), "from", "value", where, format_name)
-    if format_name == "messages":
-        return _dialogue(
-            value, ("messages", "conversations"), "role", "content", where, format_name
+    if format_name not in FORMATS:
+        raise UserError(f"--format: unknown format {format_name!r} (one of {', '.join(FORMATS)})")
+    record = _Record(options.renamed(value, where), format_name, where, options)
+    return record.parse()
+
+
+class _Record:
+    """One record while it is parsed."""
+
+    def __init__(
+        self, value: dict[str, Any], format_name: str, where: str, options: RecordOptions
+    ) -> None:
+        self.format, self.where, self.options = format_name, where, options
+        self.ignored: dict[str, None] = {}
+        self.value = self._used(value, where)
+
+    def parse(self) -> Text | Dialogue:
+        if self.format == "text":
+            text = self._string(self.value, self.options.text_key, self.where)
+            self._check_known((self.options.text_key,))
+            return Text(text, tuple(self.ignored))
+        read: dict[str, Callable[[], tuple[list[Turn], tuple[str, ...]]]] = {
+            "alpaca": self._alpaca,
+            "pairs": self._pairs,
+            "sharegpt": lambda: self._listed(("items", "conversations"), "from", "value"),
+            "messages": lambda: self._listed(("messages", "conversations"), "role", "content"),
+        }
+        turns, own = read[self.format]()
+        self._check_known((*own, *_KNOWN[self.format], *_BESIDE))
+        turns = [*self._system(turns), *turns]
+        return Dialogue(tuple(turns), self._context(), tuple(self.ignored))
+
+    def _used(self, value: dict[str, Any], where: str) -> dict[str, Any]:
+        """The fields that are there and are not left out; null is no value."""
+        used = {}
+        for name, item in value.items():
+            if name in self.options.ignore_fields:
+                self.ignored[name] = None
+            else:
+                used[name] = item
+        return used
+
+    def _check_known(self, known: tuple[str, ...], turn: dict[str, Any] | None = None,
+                     where: str = "") -> None:  # fmt: skip
+        for name, item in (self.value if turn is None else turn).items():
+            if name in known or item is None or item in ("", [], {}):
+                continue
+            if name in METADATA or self.options.ignores(name):
+                self.ignored[name] = None
+                continue
+            raise RecordError(
+                f"field {name!r} is not known in format {self.format}, and would be lost",
+                reason=f"unknown field {name}",
+                where=where or self.where,
+                fix=f"--ignore-fields {name} leaves it out, --map reads it as another",
+            )
+
+    def _alpaca(self) -> tuple[list[Turn], tuple[str, ...]]:
+        prompt = self._string(self.value, "instruction", self.where)
+        extra = self.value.get("input")
+        if isinstance(extra, int | float) and not isinstance(extra, bool):
+            extra = json.dumps(extra)
+        if extra is not None and extra != "":
+            prompt = f"{prompt}\n\n{self._string({'input': extra}, 'input', self.where)}"
+        answer = self._string(self.value, "output", self.where)
+        text = self.value.get("text")
+        repeated = ("text",) if isinstance(text, str) and answer.strip() in text else ()
+        return [*self._history(), Turn("user", prompt), Turn("assistant", answer)], repeated
+
+    def _history(self) -> list[Turn]:
+        """Earlier turns of an Alpaca record, which train where prompts do."""
+        turns = []
+        history = self.value.get("history") or []
+        for number, pair in enumerate(history if isinstance(history, list) else [None]):
+            where = f"{self.where}: history[{number}]"
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise self._error("is no pair [question, answer]", "history", where)
+            question, answer = (self._string({"text": text}, "text", where) for text in pair)
+            turns += [Turn("user", question), Turn("assistant", answer, AS_PROMPT)]
+        return turns
+
+    def _pairs(self) -> tuple[list[Turn], tuple[str, ...]]:
+        keys = tuple(
+            next((name for name in names if name in self.value), names[0])
+            for names in (PROMPTS, ANSWERS)
         )
-    raise UserError(f"--format: unknown format {format_name!r} (one of {', '.join(FORMATS)})")
+        if all(isinstance(self.value.get(key), list) for key in keys):
+            prompt, answer = (self._turns(key, "role", "content") for key in keys)
+            prompt = [
+                turn._replace(trains=AS_PROMPT) if turn.trains == AS_ITS_ROLE else turn
+                for turn in prompt
+            ]
+            return [*prompt, *answer], keys
+        question, reply = (self._string(self.value, key, self.where) for key in keys)
+        return [Turn("user", question), Turn("assistant", reply)], keys
 
+    def _listed(
+        self, list_keys: tuple[str, ...], role_key: str, content_key: str
+    ) -> tuple[list[Turn], tuple[str, ...]]:
+        key = next((k for k in list_keys if k in self.value), None)
+        if key is None:
+            raise self._missing(" or ".join(list_keys), self.where)
+        return self._turns(key, role_key, content_key), ()
 
-def _dialogue(
-    value: dict[str, Any],
-    list_keys: tuple[str, ...],
-    role_key: str,
-    content_key: str,
-    where: str,
-    format_name: str,
-) -> Dialogue:
-    key = next((k for k in list_keys if k in value), None)
-    if key is None:
-        raise _missing(" or ".join(list_keys), where, format_name)
-    if not isinstance(value[key], list):
-        raise UserError(f"{where}: field {key!r} is not a list")
-    messages = []
-    for number, turn in enumerate(value[key]):
-        at = f"{where}: {key}[{number}]"
+    def _turns(self, key: str, role_key: str, content_key: str) -> list[Turn]:
+        if not isinstance(self.value[key], list):
+            raise self._error(f"field {key!r} is not a list", key, self.where)
+        return [
+            self._turn(turn, f"{self.where}: {key}[{number}]", role_key, content_key)
+            for number, turn in enumerate(self.value[key])
+        ]
+
+    def _turn(self, turn: Any, at: str, role_key: str, content_key: str) -> Turn:
         if not isinstance(turn, dict):
-            raise UserError(f"{at}: turn is not an object")
-        role = _string(turn, role_key, at, format_name)
-        if role.lower() not in ROLES:
-            known = ", ".join(ROLES)
-            raise UserError(f"{at}: unknown role {role!r} (known roles: {known})")
+            raise self._error("turn is not an object", "turn", at)
+        turn = self._used(turn, at)
+        named = self._string(turn, role_key, at)
+        role = ROLES.get(named.lower())
+        if role is None:
+            raise RecordError(
+                f"unknown role {named!r}",
+                reason="unknown role",
+                where=at,
+                fix=f"known roles: {', '.join(ROLES)}",
+            )
+        self._check_known((role_key, content_key, *_TURN_FIELDS, *_TRAIN_FLAGS), turn, at)
+        fields = {
+            name: _whole_letters(turn[name])
+            for name in _TURN_FIELDS
+            if turn.get(name) not in (None, "", [], {})
+        }
         content = turn.get(content_key)
         if isinstance(content, list):
-            turn = {content_key: _joined(content, at)}
-        messages.append((ROLES[role.lower()], _string(turn, content_key, at, format_name)))
-    return Dialogue(tuple(messages))
+            content = self._joined(content, at)
+        if content is not None or not ("tool_calls" in fields or set(fields) & {*REASONING_FIELDS}):
+            content = self._string({**turn, content_key: content} if content_key in turn else turn,
+                                   content_key, at)  # fmt: skip
+        return Turn(role, content, self._trains(turn, role, at), fields)
 
+    def _trains(self, turn: dict[str, Any], role: str, at: str) -> str:
+        told = {name: turn[name] for name in _TRAIN_FLAGS if turn.get(name) is not None}
+        for name, value in told.items():
+            if value not in (0, 1) or isinstance(value, str):
+                raise self._error(f"{name!r} is {value!r}, not 0, 1, true or false", name, at)
+        if len({bool(value) for value in told.values()}) > 1:
+            raise self._error(f"{' and '.join(map(repr, told))} contradict each other", "flags", at)
+        if role != "assistant":
+            if told.get("train") or told.get("loss"):
+                raise self._error(f"a {role} turn is to train, and only answers do", "flags", at)
+            return AS_ITS_ROLE
+        return AS_ITS_ROLE if all(told.values()) else NEVER
 
-def _joined(parts: list[Any], where: str) -> str:
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise UserError(
-                f"{where}: a part of the content is of type {kind!r} (keep text parts alone, or "
-                "leave the record out)"
+    def _system(self, turns: list[Turn]) -> list[Turn]:
+        told = [name for name in _SYSTEM if self.value.get(name)]
+        if not told:
+            return []
+        text = self._string(self.value, told[0], self.where)
+        if len(told) > 1 or (turns and turns[0].role == "system" and turns[0].content != text):
+            raise self._error("tells two system prompts", "system", self.where)
+        return [] if turns and turns[0].role == "system" else [Turn("system", text)]
+
+    def _context(self) -> dict[str, Any]:
+        """What the chat template is given beside the turns."""
+        context: dict[str, Any] = {}
+        for name, kind in (("tools", list), ("documents", list), ("chat_template_kwargs", dict)):
+            value = self.value.get(name)
+            if isinstance(value, str) and value.strip():
+                try:
+                    value = json.loads(value)
+                except (ValueError, RecursionError):
+                    raise self._error(f"field {name!r} is not JSON", name, self.where) from None
+            if not value or (isinstance(value, str) and not value.strip()):
+                continue
+            if not isinstance(value, kind) or (
+                kind is list and not all(isinstance(item, dict) for item in value)
+            ):
+                what = "an object" if kind is dict else "a list of objects"
+                raise self._error(f"field {name!r} is not {what}", name, self.where)
+            context |= value if kind is dict else {name: value}
+        return _whole_letters(context)
+
+    def _joined(self, parts: list[Any], where: str) -> str:
+        for part in parts:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise RecordError(
+                    f"a part of the content is of type {kind!r}",
+                    reason="content that is no text",
+                    where=where,
+                    fix="keep text parts alone, or leave the record out",
+                )
+        return "".join(part["text"] for part in parts)
+
+    def _string(self, value: dict[str, Any], key: str, where: str) -> str:
+        if key not in value:
+            raise self._missing(key, where)
+        text = value[key]
+        if not isinstance(text, str):
+            kind = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
+            raise RecordError(
+                f"field {key!r} is {kind.get(type(text), 'a number')}, not a string",
+                reason=f"field {key} is no text",
+                where=where,
+                fix="write it as text, or leave the record out by --bad-records skip",
             )
-    return "".join(part["text"] for part in parts)
+        return _whole_letters(text)
 
-
-def _string(value: dict[str, Any], key: str, where: str, format_name: str) -> str:
-    if key not in value:
-        raise _missing(key, where, format_name)
-    text = value[key]
-    if not isinstance(text, str):
-        kind = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
-        raise UserError(
-            f"{where}: field {key!r} is {kind.get(type(text), 'a number')}, not a string (write it "
-            "as text, or leave the record out)"
+    def _missing(self, field: str, where: str) -> RecordError:
+        return RecordError(
+            f"missing field {field!r} of format {self.format}",
+            reason="missing field",
+            where=where,
+            fix="add the field, name its column by --map, or name another --format",
         )
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        # A lone surrogate escape (e.g. a cut emoji, "\ud83d") is legal JSON but not text.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+
+    def _error(self, message: str, field: str, where: str) -> RecordError:
+        return RecordError(
+            message,
+            reason=f"bad {field}",
+            where=where,
+            fix="mend the record, or leave it out by --bad-records skip",
+        )
 
 
-def _missing(field: str, where: str, format_name: str) -> UserError:
-    return UserError(
-        f"{where}: missing field {field!r} of format {format_name} (add the field, or name another "
-        "--format)"
-    )
+def _whole_letters(value: Any) -> Any:
+    """The value without halves of letters: "\\ud83d", a cut emoji, is legal JSON but no text."""
+    if isinstance(value, dict):
+        return {_whole_letters(key): _whole_letters(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_letters(item) for item in value]
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value

@@ -1,4 +1,4 @@
-"""JSON and JSONL files to prepared sources: read, tokenize in parallel, cut, write.
+"""Files of records to prepared sources: read, tokenize in parallel, cut, write.
 
 The parent reads records and writes examples; workers tokenize. Batches come back in the order in
 which they were read, and cutting looks at one record alone, so the bytes written do not depend
@@ -7,38 +7,41 @@ on the number of workers. Only a few batches are in memory at any time.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_scalebio.config.checks import require_at_least, require_name, require_one_of
-from megatron_scalebio.data.encode_pool import Batch, EncodePool, EncodeSettings
-from megatron_scalebio.data.formats import FORMATS, detect_format
-from megatron_scalebio.data.records import Record, RecordReader
-from megatron_scalebio.data.source_writer import SourceWriter, Staging, staging_error
+from megatron_scalebio.config.checks import require_at_least, require_one_of
+from megatron_scalebio.data.encode_pool import (
+    Batch,
+    EncodedBatch,
+    EncodePool,
+    EncodeSettings,
+    LeftOut,
+)
+from megatron_scalebio.data.examples import RecordError
+from megatron_scalebio.data.formats import FORMATS, RecordOptions, detect_format
+from megatron_scalebio.data.inputs import SourceInput, local_copies, open_records
+from megatron_scalebio.data.records import Record
+from megatron_scalebio.data.source_writer import SOURCE_FILE, SourceWriter, Staging, staging_error
 from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_scalebio.data.train_tokenizer import train_sentencepiece
 from megatron_scalebio.errors import UserError
 
-_SUFFIXES = (".json", ".jsonl")
 TOO_LONG = ("truncate", "drop", "split")
+BAD_RECORDS = ("stop", "skip")
+DROPPED = ("no_target", "empty", "too_long", "prompt_too_long")
 TOKENIZER_FILE = "tokenizer.model"
 _BATCH_BYTES = 1 << 18
 _BATCH_RECORDS = 1024
 _BYTES_A_WORKER = 16 << 20  # below this, starting a worker takes longer than it saves
-
-
-@dataclass(frozen=True)
-class SourceInput:
-    """A source's name and its files, in the order in which they are read."""
-
-    name: str
-    files: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,11 @@ class PrepareConfig:
         append_eod: closes a plain text with the end-of-document token.
         chat_template: None for the tokenizer's own, ``plain`` for the built-in one, or a file.
         max_examples: reads at most this many records of each source.
-        workers: processes that tokenize; 0 chooses by the size of the input.
+        columns: (field, column) pairs: what a field is called in the files.
+        ignore_fields: fields that are left out; ``*`` for all that are not known.
+        bad_records: ``stop`` at the first record at fault, or ``skip`` and list them.
+        workers: processes that tokenize, as many as there are cores at most; 0 chooses by the size
+            of the input.
         overwrite: replaces prepared sources of the same name.
         allow_download: lets ``tokenizer`` name a model on the Hugging Face Hub.
     """
@@ -78,6 +85,9 @@ class PrepareConfig:
     append_eod: bool = True
     chat_template: str | None = None
     max_examples: int | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+    ignore_fields: tuple[str, ...] = ()
+    bad_records: str = "stop"
     workers: int = 0
     overwrite: bool = False
     allow_download: bool = False
@@ -85,6 +95,7 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         require_one_of("--format", self.format, ("auto", *FORMATS))
         require_one_of("--too-long", self.too_long, TOO_LONG)
+        require_one_of("--bad-records", self.bad_records, BAD_RECORDS)
         require_at_least("--seq-length", self.seq_length, 1)
         require_at_least("--max-examples", self.max_examples, 1)
         require_at_least("--train-sentencepiece", self.train_sentencepiece, 1)
@@ -98,6 +109,10 @@ class PrepareConfig:
         repeated = [n for n, k in Counter(s.name for s in self.sources).items() if k > 1]
         if repeated:
             raise UserError(f"--input: source {repeated[0]!r} is given twice")
+
+    @property
+    def options(self) -> RecordOptions:
+        return RecordOptions(self.format, self.text_key, self.columns, self.ignore_fields)
 
 
 class Progress(NamedTuple):
@@ -120,13 +135,16 @@ def prepare(
     Raises:
         UserError: an input, the tokenizer or the configuration is at fault, or the disk is full.
     """
-    sizes = {file: _file_size(file) for source in config.sources for file in source.files}
     names = [source.name for source in config.sources]
     trains = config.train_sentencepiece is not None
     staged = [*names, TOKENIZER_FILE] if trains else names
     try:
         with Staging(config.out, staged, overwrite=config.overwrite) as staging:
-            tokenizer, described = _tokenizer(config, staging)
+            copies = local_copies(config.sources, staging.directory)
+            sizes = {file: _file_size(copies[file]) for source in config.sources
+                     for file in source.files}  # fmt: skip
+            date = _date(config)
+            tokenizer, described = _tokenizer(config, staging, copies, date)
             settings = EncodeSettings(
                 tokenizer=tokenizer.model,
                 chat_template=config.chat_template,
@@ -134,12 +152,16 @@ def prepare(
                 append_eod=config.append_eod,
                 max_tokens=None if config.seq_length is None else config.seq_length + 1,
                 too_long=config.too_long,
-                text_key=config.text_key,
+                options=config.options,
+                skip_bad=config.bad_records == "skip",
+                date=date,
             )
             workers = _workers(config, sum(sizes.values()))
             with EncodePool(settings, tokenizer, workers) as pool:
                 reports = [
-                    _prepare_source(source, config, sizes, described, pool, staging, on_progress)
+                    _Source(source, config, copies, sizes).prepare(
+                        described, pool, staging, on_progress
+                    )
                     for source in config.sources
                 ]
             staging.commit()
@@ -148,111 +170,179 @@ def prepare(
         raise staging_error(error, config.out) from error
 
 
-def _prepare_source(
-    source: SourceInput,
-    config: PrepareConfig,
-    sizes: dict[Path, int],
-    tokenizer: dict[str, Any],
-    pool: EncodePool,
-    staging: Staging,
-    on_progress: Callable[[Progress], None],
-) -> dict[str, Any]:
-    writer = SourceWriter(staging.path(source.name), tokenizer["vocab_size"])
-    dropped = {"no_target": 0, "empty": 0, "too_long": 0}
-    truncated = 0
-    formats: dict[str, None] = {}
-    total = sum(sizes[file] for file in source.files)
-    on_progress(Progress(source.name, 0, total, 0))
-    try:
-        for batch, encoded in pool.map(_batches(source, config)):
-            formats[batch.format] = None
-            writer.add(encoded.tokens, encoded.mask, encoded.lengths)
-            truncated += encoded.truncated
-            for reason, count in encoded.dropped.items():
-                dropped[reason] += count
-            on_progress(Progress(source.name, batch.bytes_done, total, writer.examples))
-        if not writer.examples:
-            raise _nothing_left(source, dropped)
-        report = writer.finish(
-            {
-                "name": source.name,
-                "dropped": dropped,
-                "truncated": truncated,
-                "seq_length": config.seq_length,
-                "format": ",".join(formats),
-                "inputs": [describe_file(file) for file in source.files],
-                "tokenizer": tokenizer,
-            }
-        )
-    finally:
-        writer.abandon()
-    on_progress(Progress(source.name, total, total, writer.examples, finished=True))
-    return report
+@dataclass
+class _Source:
+    """One source while it is being prepared."""
 
+    source: SourceInput
+    config: PrepareConfig
+    copies: dict[Path, Path]
+    sizes: dict[Path, int]
+    left_out: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
 
-def _batches(source: SourceInput, config: PrepareConfig) -> Iterator[Batch]:
-    """The source's records in batches; a batch never spans two files."""
-    left = config.max_examples
-    bytes_before = 0
-    for file in source.files:
-        reader = RecordReader(file)
-        format_name = config.format
-        found = False
-        records: list[Record] = []
-        size = 0
-        for record in islice(reader, left):
-            if format_name == "auto":
-                where = f"{file}:{record.line}"
-                format_name = detect_format(record.value, where, config.text_key)
-            found = True
-            records.append(record)
-            size += sum(len(v) if isinstance(v, str) else 200 for v in record.value.values())
-            if size >= _BATCH_BYTES or len(records) == _BATCH_RECORDS:
-                yield Batch(str(file), format_name, records, bytes_before + reader.bytes_read)
+    def prepare(
+        self,
+        tokenizer: dict[str, Any],
+        pool: EncodePool,
+        staging: Staging,
+        on_progress: Callable[[Progress], None],
+    ) -> dict[str, Any]:
+        name, config = self.source.name, self.config
+        writer = SourceWriter(staging.path(name), tokenizer["vocab_size"])
+        truncated = longest = 0
+        formats: dict[str, None] = {}
+        total = sum(self.sizes[file] for file in self.source.files)
+        on_progress(Progress(name, 0, total, 0))
+        try:
+            for batch, encoded in pool.map(self._batches()):
+                formats[batch.format] = None
+                self._add(writer, batch, encoded)
+                truncated += encoded.truncated
+                longest = max(longest, encoded.longest)
+                on_progress(Progress(name, batch.bytes_done, total, writer.examples))
+            if not writer.examples:
+                raise self._nothing_left()
+            report = writer.finish(
+                {
+                    "name": name,
+                    "dropped": {reason: self.left_out.get(reason, 0) for reason in DROPPED},
+                    "skipped": {k: n for k, n in self.left_out.items() if k not in DROPPED},
+                    "ignored_fields": dict(self.ignored),
+                    "truncated": truncated,
+                    "longest": longest,
+                    "seq_length": config.seq_length,
+                    "date": self._date_written(pool),
+                    "format": ",".join(formats),
+                    "inputs": [self._describe(file) for file in self.source.files],
+                    "tokenizer": tokenizer,
+                }
+            )
+        finally:
+            writer.abandon()
+        on_progress(Progress(name, total, total, writer.examples, finished=True))
+        return report
+
+    def _add(self, writer: SourceWriter, batch: Batch, encoded: EncodedBatch) -> None:
+        number = self.source.files.index(Path(batch.path))
+        rows = [(number, line) for line in encoded.lines]
+        writer.add(encoded.tokens, encoded.mask, encoded.lengths, rows)
+        self.ignored.update(encoded.ignored)
+        for left in sorted([*encoded.left_out, *batch.bad]):
+            self.left_out[left.reason] += 1
+            writer.leave_out(batch.path, left)
+
+    def _batches(self) -> Iterator[Batch]:
+        """The source's records in batches; a batch never spans two files."""
+        config, left = self.config, self.config.max_examples
+        bad: list[LeftOut] = []
+
+        def note(line: int, error: RecordError) -> None:
+            bad.append(LeftOut(line, error.reason, str(error)))
+
+        on_bad = note if config.bad_records == "skip" else None
+        bytes_before = 0
+        for file in self.source.files:
+            reader = open_records(self.copies[file], on_bad)
+            format_name = config.format
+            found = False
+            bad.clear()
+            records: list[Record] = []
+            size = 0
+            for record in islice(reader, left):
+                found = True
+                if format_name == "auto":
+                    try:
+                        where = f"{file}:{record.line}"
+                        format_name = detect_format(record.value, where, config.options)
+                    except RecordError as error:
+                        if on_bad is None:
+                            raise
+                        on_bad(record.line, error)
+                        continue
+                records.append(record)
+                size += sum(len(v) if isinstance(v, str) else 200 for v in record.value.values())
+                if size >= _BATCH_BYTES or len(records) == _BATCH_RECORDS:
+                    done = bytes_before + reader.bytes_read
+                    yield Batch(str(file), format_name, records, done, tuple(bad))
+                    left = None if left is None else left - len(records)
+                    records, size = [], 0
+                    bad.clear()
+            if not found and left != 0 and not bad:
+                raise UserError(f"{file}: holds no record (leave the file out)")
+            bytes_before += self.sizes[file]
+            if records or bad:
+                yield Batch(str(file), format_name, records, bytes_before, tuple(bad))
                 left = None if left is None else left - len(records)
-                records, size = [], 0
-        if records:
-            yield Batch(str(file), format_name, records, bytes_before + reader.bytes_read)
-            left = None if left is None else left - len(records)
-        if not found and left != 0:
-            raise UserError(f"{file}: holds no record (leave the file out)")
-        bytes_before += reader.bytes_read
+
+    def _describe(self, file: Path) -> dict[str, Any]:
+        return {**describe_file(self.copies[file]), "path": os.path.abspath(file)}
+
+    def _date_written(self, pool: EncodePool) -> str | None:
+        """The date in the examples, where the chat template writes one."""
+        template = (pool.tokenizer.chat_template or "") + (pool.tokenizer.tool_template or "")
+        return pool.settings.date if "strftime_now" in template else None
+
+    def _nothing_left(self) -> UserError:
+        left_out = self.left_out
+        reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items() if count)
+        fix = "records need an assistant turn with text, or --train-on-prompt"
+        if left_out["prompt_too_long"] or left_out["too_long"]:
+            fix = "raise --seq-length, or --too-long split"
+        if set(left_out) - set(DROPPED):
+            fix = "without --bad-records skip the first of them is shown"
+        return UserError(
+            f"source {self.source.name}: {self.source.files[0]}: no example with a target token is "
+            f"left (dropped: {reasons}) ({fix})"
+        )
 
 
-def _tokenizer(config: PrepareConfig, staging: Staging) -> tuple[Tokenizer, dict[str, Any]]:
+def _date(config: PrepareConfig) -> str:
+    """What chat templates are to call today: the day of the sources already in the folder.
+
+    Sources prepared on different days, or one prepared again, would else differ by their dates.
+    """
+    for path in sorted(config.out.glob(f"*/{SOURCE_FILE}")):
+        try:
+            date = json.loads(path.read_text(encoding="utf-8")).get("date")
+            return datetime.date.fromisoformat(date).isoformat()
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue  # it has none; that it may be damaged is no concern of this run
+    return datetime.date.today().isoformat()
+
+
+def _tokenizer(
+    config: PrepareConfig, staging: Staging, copies: dict[Path, Path], date: str
+) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer, and how ``source.json`` describes it."""
     if config.train_sentencepiece is None:
         tokenizer = load_tokenizer(
             config.tokenizer,
             chat_template=config.chat_template,
+            date=date,
             allow_download=config.allow_download,
         )
         return tokenizer, {**tokenizer.describe(), "model": os.path.abspath(tokenizer.model)}
     path = staging.path(TOKENIZER_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = [file for source in config.sources for file in source.files]
-    train_sentencepiece(
-        files, path, config.train_sentencepiece, format_name=config.format, text_key=config.text_key
-    )
+    files = [copies[file] for source in config.sources for file in source.files]
+    train_sentencepiece(files, path, config.train_sentencepiece, options=config.options)
     tokenizer = load_tokenizer(path, chat_template=config.chat_template)
     final = os.path.abspath(config.out / TOKENIZER_FILE)
     return tokenizer, {**tokenizer.describe(), "model": final}
 
 
 def _workers(config: PrepareConfig, input_bytes: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return config.workers or max(1, min(cores or 1, input_bytes // _BYTES_A_WORKER))
+    if config.workers:
+        return min(config.workers, cores())
+    return max(1, min(cores(), input_bytes // _BYTES_A_WORKER))
 
 
-def _nothing_left(source: SourceInput, dropped: dict[str, int]) -> UserError:
-    reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items() if count)
-    fix = "records need an assistant turn with text, or --train-on-prompt"
-    if dropped["too_long"] and not dropped["no_target"]:
-        fix = "raise --seq-length, or --too-long split"
-    return UserError(
-        f"source {source.name}: {source.files[0]}: no example with a target token is left "
-        f"(dropped: {reasons}) ({fix})"
-    )
+def cores() -> int:
+    """The cores that this process may use: more processes than that slow each other down."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _file_size(path: Path) -> int:
@@ -275,37 +365,3 @@ def describe_file(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "sha256": digest.hexdigest(),
     }
-
-
-def parse_input(value: str) -> SourceInput:
-    """``[name=]path[,path...]`` to a source; a directory stands for its JSON/JSONL files.
-
-    Raises:
-        UserError: a path does not exist, a directory holds no such file, or the name is no name.
-    """
-    name, separator, paths = value.partition("=")
-    if not separator or Path(value).exists():
-        name, paths = "", value
-    whole = [paths] if paths and Path(paths).exists() else []
-    entries = whole or [path for path in paths.split(",") if path]
-    if not entries:
-        raise UserError(f"--input: no path in {value!r} (--input name=file.jsonl)")
-    name = name or Path(entries[0]).stem
-    require_name("--input", name)
-    files = [file for entry in entries for file in _files(Path(entry))]
-    return SourceInput(name, tuple(files))
-
-
-def _files(path: Path) -> Sequence[Path]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory (check --input)")
-    if not path.is_dir():
-        return [path]
-    files = sorted(
-        file
-        for file in path.iterdir()
-        if file.suffix in _SUFFIXES and not file.name.startswith(".")
-    )
-    if not files:
-        raise UserError(f"{path}: the directory holds no *.json or *.jsonl")
-    return files

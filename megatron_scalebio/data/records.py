@@ -1,13 +1,22 @@
-"""Streams the records of a JSON array file or of JSONL (one object a line) in constant memory."""
+"""Streams the records of a JSON array file or of JSONL (one object a line) in constant memory.
+
+`data.tables` does the same for Parquet, Arrow, CSV and TSV; `data.inputs.open_records` chooses.
+"""
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
 import json
-from collections.abc import Iterator
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
+from megatron_scalebio.data.examples import RecordError
 from megatron_scalebio.errors import UserError
 
 _READ_CHARS = 1 << 20
@@ -23,86 +32,188 @@ class Record(NamedTuple):
     value: dict[str, Any]
 
 
-class RecordReader:
-    """Iterates over the records of one JSON or JSONL file in constant memory.
+OnBad = Callable[[int, RecordError], None]
 
-    ``bytes_read`` follows the iteration, for progress. Malformed content raises
-    :class:`UserError` with file and line.
+
+class Records(Protocol):
+    """The records of a file, one after the other; ``bytes_read`` follows, for progress."""
+
+    bytes_read: int
+
+    def __iter__(self) -> Iterator[Record]: ...
+
+
+class RecordReader:
+    """The records of one JSON or JSONL file, which may be compressed, in constant memory.
+
+    Malformed content raises :class:`UserError` with file and line. In JSONL each line is a record
+    of its own, so that a bad one may be left out (``on_bad``).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_bad: OnBad | None = None) -> None:
         self.path = path
         self.bytes_read = 0
+        self._on_bad = on_bad
 
     def __iter__(self) -> Iterator[Record]:
+        with readable(self.path) as (file, position):
+            head = _first_bytes(file)
+            if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+                yield from self._array(file, head, position)
+            elif head:
+                yield from self._lines(file, head, position)
+
+    def _lines(self, file: BinaryIO, head: bytes, position: Callable[[], int]) -> Iterator[Record]:
+        for line, raw in enumerate(_rejoined(head, file), start=1):
+            self.bytes_read = position()
+            try:
+                yield Record(line, self._parsed(line, raw))
+            except _NoRecord:
+                continue
+            except RecordError as error:
+                if self._on_bad is None:
+                    raise
+                self._on_bad(line, error)
+
+    def _parsed(self, line: int, raw: bytes) -> dict[str, Any]:
         try:
-            first = self._first_character()
-            if first == b"[":
-                yield from self._array()
-            elif first:
-                yield from self._lines()
-        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-            raise UserError(f"{self.path}: cannot read the file: {error.strerror}") from error
+            text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+            if not text.strip():
+                raise _NoRecord
+            value = json.loads(text)
+        except UnicodeDecodeError as error:
+            raise self._error(line, f"not UTF-8 ({error.reason})") from error
+        except json.JSONDecodeError as error:
+            raise self._error(line, f"malformed JSON ({error.msg})") from error
+        except RecursionError as error:
+            raise self._error(line, "malformed JSON (nested too deeply)") from error
+        except ValueError as error:
+            raise self._error(line, _TOO_MANY_DIGITS) from error
+        if not isinstance(value, dict):
+            raise self._error(line, "not a JSON object")
+        return value
 
-    def _first_character(self) -> bytes:
-        with open(self.path, "rb") as file:
-            head = file.read(len(codecs.BOM_UTF8))
-            head = b"" if head == codecs.BOM_UTF8 else head
-            while True:
-                if head.lstrip():
-                    return head.lstrip()[:1]
-                head = file.read(4096)
-                if not head:
-                    return b""
+    def _array(self, file: BinaryIO, head: bytes, position: Callable[[], int]) -> Iterator[Record]:
+        buffer = _ArrayBuffer(self, file, head, position)
+        buffer.expect("[", "expecting '['")
+        separated = False
+        while separated or buffer.peek() != "]":
+            yield buffer.next_object()
+            separated = buffer.peek() == ","
+            if separated:
+                buffer.expect(",", "expecting ','")
+            elif buffer.peek() != "]":
+                buffer.expect("]", "expecting ',' or ']' after an object")
+        buffer.expect("]", "expecting ']'")
+        if buffer.peek():
+            raise self._error(buffer.line, "malformed JSON (text after the end of the array)")
 
-    def _lines(self) -> Iterator[Record]:
-        with open(self.path, "rb") as file:
-            for line, raw in enumerate(file, start=1):
-                self.bytes_read += len(raw)
-                try:
-                    text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                    if not text.strip():
-                        continue
-                    value = json.loads(text)
-                except UnicodeDecodeError as error:
-                    raise self._error(line, f"not UTF-8 ({error.reason})") from error
-                except json.JSONDecodeError as error:
-                    raise self._error(line, f"malformed JSON ({error.msg})") from error
-                except RecursionError as error:
-                    raise self._error(line, "malformed JSON (nested too deeply)") from error
-                if not isinstance(value, dict):
-                    raise self._error(line, "not a JSON object")
-                yield Record(line, value)
-
-    def _array(self) -> Iterator[Record]:
-        with open(self.path, "rb") as file:
-            buffer = _ArrayBuffer(self, file)
-            buffer.expect("[", "expecting '['")
-            separated = False
-            while separated or buffer.peek() != "]":
-                yield buffer.next_object()
-                separated = buffer.peek() == ","
-                if separated:
-                    buffer.expect(",", "expecting ','")
-                elif buffer.peek() != "]":
-                    buffer.expect("]", "expecting ',' or ']' after an object")
-            buffer.expect("]", "expecting ']'")
-            if buffer.peek():
-                raise self._error(buffer.line, "malformed JSON (text after the end of the array)")
-
-    def _error(self, line: int, message: str) -> UserError:
-        return UserError(
-            f"{self.path}:{line}: {message} (a file is one JSON array of objects, or JSONL: one "
-            "object a line)"
+    def _error(self, line: int, message: str) -> RecordError:
+        return RecordError(
+            message,
+            reason="malformed",
+            where=f"{self.path}:{line}",
+            fix="a file is one JSON array of objects, or JSONL: one object a line",
         )
+
+
+class _NoRecord(Exception):
+    """A line without a record."""
+
+
+_TOO_MANY_DIGITS = "a number has more digits than Python reads (write it as text)"
+_READERS: dict[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"BZh": bz2.open,
+}
+_ZSTD = b"\x28\xb5\x2f\xfd"
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """A file's bytes, decompressed where they are compressed, and how far it has been read.
+
+    Raises:
+        UserError: it cannot be opened, or is compressed and damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            magic = file.peek(6)[:6]
+            start = next((start for start in _READERS if magic.startswith(start)), None)
+            if start is not None:
+                with _READERS[start](file) as plain:
+                    yield plain, file.tell
+            elif magic.startswith(_ZSTD):
+                import pyarrow
+
+                with pyarrow.CompressedInputStream(file, "zstd") as plain:
+                    yield cast(BinaryIO, _Zstd(plain)), file.tell
+            else:
+                yield file, file.tell
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: cannot read the file: {error.strerror}") from error
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{path}: the compressed file is damaged: {error} (get a whole one)"
+        ) from error
+
+
+class _Zstd:
+    """pyarrow's decompressed stream, which knows no lines."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._left = b""
+
+    def read(self, count: int) -> bytes:
+        try:
+            block, self._left = self._left, b""
+            return block or self._stream.read(count)
+        except OSError as error:
+            raise EOFError(str(error)) from error
+
+    def __iter__(self) -> Iterator[bytes]:
+        parts: list[bytes] = []
+        while block := self.read(1 << 20):
+            *lines, rest = block.split(b"\n")
+            for line in lines:
+                yield b"".join([*parts, line, b"\n"])
+                parts = []
+            parts += [rest] if rest else []
+        if parts:
+            yield b"".join(parts)
+
+
+def _first_bytes(file: BinaryIO) -> bytes:
+    """The file's first bytes, up to one that is not white space; nothing if there is none."""
+    head = b""
+    while block := file.read(4096):
+        head += block
+        if head.removeprefix(codecs.BOM_UTF8).lstrip():
+            return head
+    return b""
+
+
+def _rejoined(head: bytes, file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file of which ``head`` has been read."""
+    *whole, cut = head.split(b"\n")
+    yield from (line + b"\n" for line in whole)
+    for line in file:
+        yield cut + line
+        cut = b""
+    if cut:
+        yield cut
 
 
 class _ArrayBuffer:
     """The unread part of a JSON array file: a window that grows only to hold one object."""
 
-    def __init__(self, reader: RecordReader, file: BinaryIO) -> None:
+    def __init__(
+        self, reader: RecordReader, file: BinaryIO, head: bytes, position: Callable[[], int]
+    ) -> None:
         self._reader = reader
-        self._file = file
+        self._file, self._head, self._position = file, head, position
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._scan = json.JSONDecoder().raw_decode
         self._text = ""
@@ -143,11 +254,13 @@ class _ArrayBuffer:
             except RecursionError as error:
                 message = "malformed JSON (nested too deeply)"
                 raise self._reader._error(self.line, message) from error
+            except ValueError as error:
+                raise self._reader._error(self.line, _TOO_MANY_DIGITS) from error
         record = Record(self.line, value)
         self.line += self._text.count("\n", self._at, end)
         self._at = end
         # Exact for ASCII, near enough for a progress bar otherwise.
-        self._reader.bytes_read = max(0, self._file.tell() - (len(self._text) - end))
+        self._reader.bytes_read = max(0, self._position() - (len(self._text) - end))
         return record
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
@@ -160,7 +273,7 @@ class _ArrayBuffer:
         """Drops what was consumed and appends about ``wanted`` bytes; false at the end."""
         if self._ended:
             return False
-        raw = self._file.read(wanted)
+        raw, self._head = self._head or self._file.read(wanted), b""
         self._ended = not raw
         self._text = self._text[self._at :]
         self._at = 0

@@ -5,14 +5,20 @@ Nothing is downloaded unless asked for, and no code that comes with a tokenizer 
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_scalebio.compat.transformers import fix_date
+from megatron_scalebio.data.targets import ChatTemplateError
 from megatron_scalebio.errors import UserError
 
 # The names are those of Megatron-LM's --tokenizer-type.
@@ -21,9 +27,14 @@ SENTENCE_PIECE = "SentencePieceTokenizer"
 
 # End-of-document tokens tried, in this order, when a tokenizer does not name its own.
 _EOD_CANDIDATES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+# Where a template says by itself what the model is to write, for transformers' assistant masks.
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Characters that few merges touch; the first that does not merge with a text goes before it, to
 # take the leading space that some tokenizers put there, and is removed again.
 _LEADS = ("\n", "\ue000")
+# Characters above which a text is tokenized in parts, those looked at around a cut, and tries.
+_LONG, _AROUND, _CUTS_TRIED = 1 << 19, 400, 50
+_LINE_FEED = re.compile(r"(?<=\S)\n(?=\S)")  # in a run of them one merge leads to another
 # The files that decide how text becomes ids; the first set that is present is the fingerprint.
 _CONTENT_FILES = (
     ("tokenizer.json",),
@@ -32,10 +43,6 @@ _CONTENT_FILES = (
     ("vocab.json", "merges.txt", "added_tokens.json"),
     ("vocab.txt", "added_tokens.json"),
 )
-
-
-class ChatTemplateError(Exception):
-    """What a chat template does not do; the message completes "the chat template ..."."""
 
 
 class Tokenizer(ABC):
@@ -49,6 +56,8 @@ class Tokenizer(ABC):
         bos_id: the token that begins a document, or None.
         adds_bos: whether the tokenizer itself begins every document with ``bos_id``.
         chat_template: the Jinja template that renders a dialogue, or None.
+        tool_template: the one for dialogues with tools, where they have one of their own.
+        template_problem: why there is none although the tokenizer brings some; else empty.
         fingerprint: sha256 of the files that define the tokenizer (not of its chat template).
     """
 
@@ -59,6 +68,8 @@ class Tokenizer(ABC):
     bos_id: int | None
     adds_bos: bool
     chat_template: str | None
+    tool_template: str | None = None
+    template_problem: str = ""
     fingerprint: str
     _leads: list[tuple[str, list[int]]]
 
@@ -76,19 +87,112 @@ class Tokenizer(ABC):
         Differs from :meth:`encode` for the tokenizers that put a space before a document's
         first word: behind other text that would be a space which nobody wrote.
         """
-        for lead, lead_ids in self._leads:
-            ids = self.encode(lead + text)
-            if ids[: len(lead_ids)] == lead_ids:
-                return ids[len(lead_ids) :]
-        return self.encode(text)
+        lead, lead_ids = self._lead_of(text)
+        return self.encode(lead + text)[len(lead_ids) :]
 
-    def render_chat(self, messages: Sequence[tuple[str, str]], generate: bool) -> str:
+    def encode_long(self, text: str) -> list[int]:
+        """As :meth:`encode`, for a text of any length: tokenizers take 100 bytes a token and more.
+
+        The text is cut behind line feeds where no token reaches over, by what stands around.
+        """
+        ids: list[int] = []
+        start = 0
+        while len(text) - start > _LONG:
+            end = self._cut_behind(text, start + _LONG)
+            if end is None:
+                break
+            ids += (self.encode_continuation if start else self.encode)(text[start:end])
+            start = end
+        return ids + (self.encode_continuation if start else self.encode)(text[start:])
+
+    def _cut_behind(self, text: str, at: int) -> int | None:
+        """The first good place for a cut at or behind ``at``; None if there is none nearby."""
+        for found in islice(_LINE_FEED.finditer(text, at, at + _LONG), _CUTS_TRIED):
+            at = found.end()
+            before, behind = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
+            lead, _ = self._lead_of(before)
+            left = self.encode(lead + before)
+            if left + self.encode_continuation(behind) == self.encode(lead + before + behind):
+                return at
+        return None
+
+    def _lead_of(self, text: str) -> tuple[str, list[int]]:
+        """What is to stand before a text so that it is tokenized as if behind other text."""
+        for lead, lead_ids in self._leads:
+            if self.encode(lead + text)[: len(lead_ids)] == lead_ids:
+                return lead, lead_ids
+        return "", []
+
+    def encode_spans(
+        self, text: str, spans: Sequence[tuple[int, int]], cut: bool
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of a text, and 1 for each token of the character spans [start, end).
+
+        Args:
+            cut: cuts the text where a token would reach over a border of a span, so that what
+                stands before it has the tokens that it has alone; else such a token is the span's,
+                as in transformers' masks.
+        """
+        ids, reach = self.encode_reach(text)
+        between = {0, len(text), *(at for token in reach for at in token)}
+        crossed = sorted({at for span in spans for at in span} - between) if cut else []
+        if not crossed:
+            return ids, _mask(reach, spans)
+        ids, mask = [], []
+        for start, end in pairwise([0, *crossed, len(text)]):
+            inside = [(max(low, start) - start, min(high, end) - start) for low, high in spans]
+            inside = [(low, high) for low, high in inside if low < high]
+            lead, lead_ids = self._lead_of(text[start:end]) if start else ("", [])
+            more, reach = self.encode_reach(lead + text[start:end])
+            reach = [(low - len(lead), high - len(lead)) for low, high in reach[len(lead_ids) :]]
+            ids += more[len(lead_ids) :]
+            mask += _mask(reach, inside)
+        return ids, mask
+
+    def encode_reach(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text, and from which to which character each token reaches.
+
+        Here for tokenizers that do not tell: by where the beginning of the text has other tokens.
+        """
+        ids = self.encode(text)
+        at, ends = 0, []
+        for count in range(1, len(ids) + 1):
+            while at < len(text) and self.encode(text[:at])[:count] != ids[:count]:
+                at += 1
+            ends.append(at)
+        return ids, list(pairwise([0, *ends]))
+
+    def template_for(self, tools: bool) -> str | None:
+        """The chat template for dialogues with tools, or without."""
+        return self.tool_template if tools and self.tool_template else self.chat_template
+
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], generate: bool, **context: Any
+    ) -> str:
         """The chat template's text; ``generate`` appends the header of an assistant turn.
+
+        Args:
+            messages: as transformers takes them.
+            context: ``tools``, ``documents`` and what else the template reads.
 
         Raises:
             ChatTemplateError: the template refuses the dialogue, or there is none.
         """
         raise ChatTemplateError("does not exist for this tokenizer")
+
+    def marked_spans(
+        self, messages: Sequence[dict[str, Any]], **context: Any
+    ) -> list[tuple[int, int]] | None:
+        """The spans that the template puts into ``{% generation %}``; None where it has none."""
+        return None
+
+    def marks_targets(self, tools: bool) -> bool:
+        """Whether the template for dialogues with tools, or without, says what is a target."""
+        return bool(_GENERATION.search(self.template_for(tools) or ""))
+
+    def split_special(self, text: str) -> list[str]:
+        """The special tokens that a text holds and what stands between them, in order."""
+        return [text] if text else []
 
     def describe(self) -> dict[str, Any]:
         """What ``source.json`` records of a tokenizer."""
@@ -165,7 +269,17 @@ class HuggingFaceTokenizer(Tokenizer):
         first = self._tokenizer("a")["input_ids"][:1]
         self.adds_bos = self.bos_id is not None and first == [self.bos_id]
         template = self._tokenizer.chat_template
-        self.chat_template = template.get("default") if isinstance(template, dict) else template
+        self.chat_templates = template if isinstance(template, dict) else {}
+        self.chat_template = template
+        if self.chat_templates:
+            self.chat_template = template.get("default")
+            self.tool_template = template.get("tool_use")
+            if self.chat_template is None:
+                self.template_problem = (
+                    f"{path}: its chat templates are {', '.join(sorted(template))}, none is "
+                    "the default (name one by --chat-template)"
+                )
+        self._special: re.Pattern[str] | None = None
         self.fingerprint = _hash_files(_content_files(path))
         self._leads = self._find_leads()
 
@@ -179,20 +293,53 @@ class HuggingFaceTokenizer(Tokenizer):
             [int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
-    def render_chat(self, messages: Sequence[tuple[str, str]], generate: bool) -> str:
-        import jinja2
+    def encode_reach(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if self._backend is None:
+            return super().encode_reach(text)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
-        turns = [{"role": role, "content": content} for role, content in messages]
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], generate: bool, **context: Any
+    ) -> str:
+        return self._render(messages, context, add_generation_prompt=generate)[0]
+
+    def marked_spans(
+        self, messages: Sequence[dict[str, Any]], **context: Any
+    ) -> list[tuple[int, int]] | None:
+        if not self.marks_targets("tools" in context):
+            return None
+        return self._render(messages, context, return_assistant_tokens_mask=True)[1]
+
+    def _render(
+        self, messages: Sequence[dict[str, Any]], context: dict[str, Any], **how: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """What ``apply_chat_template`` does to one dialogue before it tokenizes."""
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        # As `apply_chat_template`: a key without a value is no key.
+        messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        template = self.template_for("tools" in context)
         try:
-            return self._tokenizer.apply_chat_template(
-                turns,
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=generate,
+            texts, spans = render_jinja_template(
+                [messages],
+                chat_template=template,
+                **{**self._tokenizer.special_tokens_map, **context},
+                **how,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
+                TypeError, ValueError) as error:  # fmt: skip
             # Templates raise this themselves, e.g. for a system turn that the model never had.
             raise ChatTemplateError(f"refuses the dialogue: {error}") from error
+        return texts[0], spans[0] if spans else []
+
+    def split_special(self, text: str) -> list[str]:
+        if self._special is None:
+            tokens = {*self._tokenizer.all_special_tokens, *self._tokenizer.added_tokens_encoder}
+            listed = sorted(map(re.escape, tokens), key=len, reverse=True)
+            self._special = re.compile(f"({'|'.join(listed) or '(?!)'})")
+        return [piece for piece in self._special.split(text) if piece]
 
     def _find_eod(self, vocabulary: dict[str, int]) -> int:
         if self._tokenizer.eos_token_id is not None:
@@ -206,8 +353,26 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
 
+def _mask(reach: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each token that has a character in a span; those of no character go with the next."""
+    mask = [0] * len(reach)
+    spans = sorted(spans)
+    at = 0
+    for number, (low, high) in enumerate(reach):
+        while at < len(spans) and spans[at][1] <= low:
+            at += 1
+        if at < len(spans):
+            start, end = spans[at]
+            mask[number] = int(low < end and (high > start or (low == high == start)))
+    return mask
+
+
 def load_tokenizer(
-    model: str | Path, *, chat_template: str | None = None, allow_download: bool = False
+    model: str | Path,
+    *,
+    chat_template: str | None = None,
+    date: str = "",
+    allow_download: bool = False,
 ) -> Tokenizer:
     """Loads a tokenizer and never runs code that came with it.
 
@@ -216,7 +381,8 @@ def load_tokenizer(
             with other Hugging Face tokenizer files; with ``allow_download`` also the name of a
             model on the Hugging Face Hub.
         chat_template: None for the tokenizer's own template if it has one, ``"plain"`` for the
-            built-in one, or the path of a Jinja file.
+            built-in one, the name of one of several that it has, or the path of a Jinja file.
+        date: what a template that writes today's date is to write (YYYY-MM-DD); empty: today's.
 
     Raises:
         UserError: there is no such tokenizer, it cannot be read, or it has no end token.
@@ -230,11 +396,16 @@ def load_tokenizer(
             "or a directory that holds one)"
         )
     tokenizer = _open(path)
+    if chat_template is not None:
+        tokenizer.template_problem, tokenizer.tool_template = "", None
     if chat_template == "plain":
         tokenizer.chat_template = None
     elif chat_template is not None:
         if not isinstance(tokenizer, HuggingFaceTokenizer):
             raise UserError("--chat-template: a chat template needs a Hugging Face tokenizer")
+        if chat_template in tokenizer.chat_templates:
+            tokenizer.chat_template = tokenizer.chat_templates[chat_template]
+            return _dated(tokenizer, date)
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except OSError as error:
@@ -243,6 +414,16 @@ def load_tokenizer(
                 "file, or plain)"
             ) from error
         _try_template(tokenizer, chat_template)
+    return _dated(tokenizer, date)
+
+
+def _dated(tokenizer: Tokenizer, date: str) -> Tokenizer:
+    import jinja2
+
+    for template in (tokenizer.chat_template, tokenizer.tool_template):
+        if date and template:
+            with contextlib.suppress(jinja2.TemplateError):  # its dialogues are refused by name
+                fix_date(template, datetime.date.fromisoformat(date))
     return tokenizer
 
 
@@ -252,7 +433,7 @@ def _try_template(tokenizer: HuggingFaceTokenizer, where: str) -> None:
 
     problem = "" if (tokenizer.chat_template or "").strip() else "it is empty"
     try:
-        tokenizer.render_chat([("user", "?")], generate=False)
+        tokenizer.render_chat([{"role": "user", "content": "?"}], generate=False)
     except ChatTemplateError as error:
         if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
             problem = f"line {error.__cause__.lineno}: {error.__cause__.message}"

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_scalebio.data.dialogue import plain_segments
-from megatron_scalebio.data.formats import Text, read_examples
+from megatron_scalebio.data.examples import Text
+from megatron_scalebio.data.formats import PLAIN_OPTIONS, RecordOptions, read_examples
 from megatron_scalebio.errors import UserError
 
 # SentencePiece holds its training text in memory, several times over.
@@ -24,8 +25,7 @@ def train_sentencepiece(
     model_path: Path,
     vocab_size: int,
     *,
-    format_name: str = "auto",
-    text_key: str = "text",
+    options: RecordOptions = PLAIN_OPTIONS,
     max_text_bytes: int = MAX_TEXT_BYTES,
 ) -> None:
     """Trains on the texts of JSON/JSONL files and writes a ``.model`` file.
@@ -43,7 +43,7 @@ def train_sentencepiece(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(files, stride, format_name, text_key),
+            sentence_iterator=_sentences(files, stride, options),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -70,18 +70,16 @@ def train_sentencepiece(
     model_path.write_bytes(model.getvalue())
 
 
-def _sentences(
-    files: Iterable[Path], stride: int, format_name: str, text_key: str
-) -> Iterator[str]:
+def _sentences(files: Iterable[Path], stride: int, options: RecordOptions) -> Iterator[str]:
     for file in files:
-        for number, example in enumerate(read_examples(file, format_name, text_key)):
+        for number, example in enumerate(read_examples(file, options)):
             if number % stride:
                 continue
             # Dialogues with the built-in template's headings: they come in every example.
             text = (
                 example.text
                 if isinstance(example, Text)
-                else "".join(segment.text for segment in plain_segments(example.messages))
+                else "".join(segment.text for segment in plain_segments(example.turns))
             )
             for start in range(0, len(text), _SENTENCE_CHARS):
                 yield text[start : start + _SENTENCE_CHARS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import shlex
 import sys
@@ -20,7 +21,7 @@ from megatron.core.utils import unwrap_model
 
 import megatron_scalebio
 from megatron_scalebio import runtime
-from megatron_scalebio.config import Config
+from megatron_scalebio.config import Config, ValidationConfig
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.data.weights_file import drawn_from
@@ -185,7 +186,7 @@ def write_memory(folder: Path) -> None:
 
 def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list[str]:
     """Writes weights.json, blend.txt (Megatron's --data-path, quoted as a shell needs it) and
-    blend.json (per split).
+    blend.json (per split). Their paths are absolute: a job may start in another folder.
 
     Returns:
         Names of the sources below the floor, which the blend leaves out: Megatron-LM's
@@ -198,15 +199,26 @@ def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list
     whole = sum(entry["weight"] for entry in kept)
     words: list[str] = []
     for entry in kept:
-        words += [f"{entry['weight'] / whole:.6f}", entry["path"]]
+        words += [f"{entry['weight'] / whole:.6f}", os.path.abspath(entry["path"])]
     write_text(folder / "blend.txt", shlex.join(words) + "\n")
-    validation: list[str] = []
-    for entry in config.data.validation:
+    splits: dict[str, list[str] | None] = {
+        "train": words,
+        "valid": _weighted(config.data.validation),
+    }
+    # Megatron-LM wants the name, and takes null for no test set.
+    splits["test"] = _weighted(config.data.test) or None
+    write_json(folder / "blend.json", splits)
+    return [e["name"] for e in content["sources"] if e["weight"] < floor]
+
+
+def _weighted(sets: Sequence[ValidationConfig]) -> list[str]:
+    """Weights and prefixes of validation or test sets, as a blend has them."""
+    words = []
+    for entry in sets:
         prefix = Path(entry.path) / "tokens"
         is_folder = prefix.with_suffix(".idx").is_file()
-        validation += [f"{entry.weight:.6f}", str(prefix if is_folder else entry.path)]
-    write_json(folder / "blend.json", {"train": words, "valid": validation, "test": validation})
-    return [e["name"] for e in content["sources"] if e["weight"] < floor]
+        words += [f"{entry.weight:.6f}", os.path.abspath(prefix if is_folder else entry.path)]
+    return words
 
 
 def blend_floor(config: Config) -> float:

@@ -19,12 +19,12 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.batch import MicroBatch
 from megatron_scalebio.core.sampler import BlendSampler, Picks
-from megatron_scalebio.core.schedule import Schedule
 from megatron_scalebio.core.training import Training
 from megatron_scalebio.data.batch import BatchLayout, micro_batches
 from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
 from megatron_scalebio.data.weights_file import read_weights
 from megatron_scalebio.engine.clock import StepClock
+from megatron_scalebio.engine.schedule import Schedule
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.init import initialize_weights, seed_generators
 from megatron_scalebio.model.provider import model_provider
@@ -68,6 +68,9 @@ class Data:
             source.vocab_size = self.vocab_size
         weights = np.array([entry.weight for entry in config.data.validation])
         self.shares_V = weights / weights.sum() if len(weights) else weights
+        # As many as would weigh the same where each weighs alike.
+        spread = sum(s**2 / len(v) for s, v in zip(self.shares_V, self.validation, strict=True))
+        self.validation_examples = 1 / spread if spread else None
         train, seed = config.train, config.train.seed
         assert train.validation_batch_size is not None
         self.sampler = BlendSampler(
@@ -152,7 +155,7 @@ class RunState:
         self.clock = StepClock()
         self.data = Data(config, cache)
         config.train.resolve_epochs(sum(len(source) for source in self.data.sources))
-        self.schedule = schedule_of(config)
+        self.schedule = schedule_of(config, stage)
         self.megatron = transformer_config(config)
         seed_generators(config.train.seed)
         self.training = self._training()
@@ -238,7 +241,7 @@ class RunState:
         self.data.validation_sampler.load_state_dict(state["validation_sampler"])
 
 
-def schedule_of(config: Config) -> Schedule:
+def schedule_of(config: Config, stage: str) -> Schedule:
     rates, bilevel = config.optimizer, config.bilevel
     assert rates.min_lr is not None and bilevel.lr_lambda is not None
     return Schedule(
@@ -247,7 +250,7 @@ def schedule_of(config: Config) -> Schedule:
         min_lr=rates.min_lr,
         lr_u=rates.lr_u,
         warmup_fraction=rates.lr_warmup_fraction,
-        decay_style=rates.lr_decay_style,
+        decay_style=rates.lr_decay_style or ("constant" if stage == "reweight" else "cosine"),
         lr_lambda=bilevel.lr_lambda,
         lambda_decay_style=bilevel.lr_lambda_decay_style,
         alpha=bilevel.alpha,

@@ -21,7 +21,6 @@ _AGAINST = (
     "assistant is wrong."
 )
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
-_BARE_RATING = re.compile(r"\[\s*(\d+(?:\.\d+)?)\s*\]")
 
 
 def judge_messages(question: Question, answers: list[str], turn: int) -> list[dict[str, str]]:
@@ -50,9 +49,9 @@ def _block(title: str, text: str) -> str:
 
 
 def parse_rating(verdict: str) -> float | None:
-    """The last rating from 1 to 10 in the judge's verdict, or None."""
-    for pattern in (_RATING, _BARE_RATING):
-        found = [float(number) for number in pattern.findall(verdict)]
-        if found:
-            return found[-1] if 1 <= found[-1] <= 10 else None
-    return None
+    """The last ``[[rating]]`` from 1 to 10 in the judge's verdict, or None.
+
+    A number in single brackets is no rating: judges cite references as [1].
+    """
+    found = [float(number) for number in _RATING.findall(verdict)]
+    return found[-1] if found and 1 <= found[-1] <= 10 else None

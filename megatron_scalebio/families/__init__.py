@@ -46,7 +46,9 @@ def _read_config(hf: Path) -> HfConfig:
     where = hf if gguf else folder / "config.json"
     try:
         if not gguf:
-            json.loads(where.read_text())
+            given = json.loads(where.read_text())
+            if not isinstance(given, dict):
+                raise ValueError("not an object")
         elif not hf.is_file():
             raise FileNotFoundError(2, "No such file", str(hf))
     except OSError as error:
@@ -55,6 +57,7 @@ def _read_config(hf: Path) -> HfConfig:
         ) from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error} (fetch it again)") from None
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig  # takes a second
 
     try:
@@ -62,13 +65,17 @@ def _read_config(hf: Path) -> HfConfig:
             folder, gguf_file=gguf, local_files_only=True, trust_remote_code=False
         )
     # transformers' own classes raise whatever a value that they do not expect leads to.
-    except (ValueError, KeyError, OSError, TypeError, ImportError, AttributeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RecursionError,
+            StrictDataclassError, TypeError, ValueError) as error:  # fmt: skip
+        line = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"{where}: transformers can't read it: {line} (supported: "
             f"{', '.join(sorted(FAMILIES))})"
         ) from None
     values = config.to_dict()
+    if not gguf:
+        # transformers makes other values of some, such as a list of an object's keys.
+        values["architectures"] = given.get("architectures")
     if gguf and not values.get("architectures"):
         values["architectures"] = [_ARCHITECTURE_OF.get(values["model_type"], "unknown")]
     return HfConfig(values, type(config)().to_dict(), str(where))

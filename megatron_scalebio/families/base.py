@@ -6,9 +6,10 @@ tensor names ──TensorMap────▶ names in a Megatron checkpoint, by a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_scalebio.errors import UserError
 
@@ -21,6 +22,45 @@ _HARMLESS = {
     "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder",
     "attention_dropout", "hidden_dropout", "classifier_dropout", "resid_pdrop", "embd_pdrop",
     "attn_pdrop", "is_decoder", "reorder_and_upcast_attn", "cache_implementation",
+}  # fmt: skip
+
+
+class _Kind(NamedTuple):
+    """What a value has to be, and in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**40
+
+
+_KIND_OF = {
+    key: kind
+    for keys, kind in (
+        ("num_hidden_layers hidden_size num_attention_heads intermediate_size vocab_size n_embd "
+         "max_position_embeddings n_layer n_head n_positions", _Kind(_whole, "a whole number")),
+        ("head_dim num_key_value_heads n_inner sliding_window original_max_position_embeddings",
+         _Kind(lambda value: value is None or _whole(value), "a whole number or null")),
+        ("rms_norm_eps layer_norm_epsilon layer_norm_eps query_pre_attn_scalar",
+         _Kind(lambda value: is_number(value) and value > 0, "a number above 0")),
+        ("attn_logit_softcapping final_logit_softcapping",
+         _Kind(lambda value: value is None or (is_number(value) and value > 0),
+               "a number above 0 or null")),
+        ("tie_word_embeddings use_parallel_residual",
+         _Kind(lambda value: isinstance(value, bool), "true or false")),
+        ("rope_parameters", _Kind(lambda value: isinstance(value, dict), "an object")),
+        ("architectures layer_types",
+         _Kind(lambda value: value is None or (isinstance(value, list)
+                                               and all(isinstance(v, str) for v in value)),
+               "a list of names or null")),
+    )
+    for key in keys.split()
 }  # fmt: skip
 
 
@@ -40,8 +80,13 @@ class HfConfig:
     understood: set[str] = field(default_factory=set)
 
     def take(self, key: str) -> Any:
+        """The value of a key, of the type that every family expects of it."""
         self.understood.add(key)
-        return self.values.get(key)
+        value = self.values.get(key)
+        kind = _KIND_OF.get(key)
+        if kind is not None and not kind.holds(value):
+            raise self.refuse(key, f"{kind.words} is expected; mend it, or fetch the file again")
+        return value
 
     def refuse(self, key: str, known: str) -> UserError:
         return UserError(
@@ -120,8 +165,10 @@ def rope(config: HfConfig) -> dict[str, Any]:
     values = {k: v for k, v in given.items() if v is not None or k == "truncate"}
     kind = values.pop("rope_type", "default")
     values.pop("type", None)  # what `rope_type` was called
-    theta = values.pop("rope_theta")
-    if theta != int(theta):
+    for name, value in values.items():
+        _check_rope(config, name, value)
+    theta = values.pop("rope_theta", None)
+    if theta is None or theta != int(theta) or theta <= 0:
         raise config.refuse("rope_parameters", "rope_theta must be a whole number")
     fields: dict[str, Any] = {
         "rotary_base": int(theta),
@@ -134,10 +181,30 @@ def rope(config: HfConfig) -> dict[str, Any]:
     if kind in ("llama3", "yarn", "longrope"):
         # Beside rope's options it goes before the same among them, as in transformers.
         original = config.take("original_max_position_embeddings")
-        original = original or values["original_max_position_embeddings"]
+        original = original or values.get("original_max_position_embeddings")
+        if not _whole(original):
+            raise config.refuse(
+                "rope_parameters", "original_max_position_embeddings must be a whole number"
+            )
         values["original_max_position_embeddings"] = original
         values.setdefault("factor", config.take("max_position_embeddings") / original)
     return {**fields, "rope_scaling": {"rope_type": kind, **values}}
+
+
+def _check_rope(config: HfConfig, name: str, value: Any) -> None:
+    """Refuses an option of rope of another type than all kinds of rope expect."""
+    if name == "truncate":
+        good = value is None or isinstance(value, bool)
+    elif name in ("short_factor", "long_factor"):
+        good = isinstance(value, list) and all(is_number(factor) for factor in value)
+    else:
+        least = 0 if name in ("factor", "rope_theta") else -math.inf
+        good = is_number(value) and least < value < 2**53
+    if not good:
+        raise config.refuse(
+            "rope_parameters",
+            f"{name} can't be {value!r}; mend it, or fetch the file again",
+        )
 
 
 def sliding_window(config: HfConfig) -> dict[str, Any]:

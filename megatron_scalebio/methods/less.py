@@ -42,8 +42,8 @@ from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.sampler import Floats, Ints
-from megatron_scalebio.core.schedule import Schedule
 from megatron_scalebio.data.sources import Source
+from megatron_scalebio.engine.schedule import Schedule
 from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Data, TokenCost
 from megatron_scalebio.errors import UserError

@@ -63,6 +63,11 @@ def _finish(config: Config, found: Found, folder: Path) -> None:
     lines = [SourceLine(s.name, len(s), s.tokens, share, p) for s, share, p in shares]
     console = RunConsole(lines, config.train.train_iters, config.logging.log_interval)
     console.result(content, places, config.data.known_weights)
+    if any(source.tokenizer for source in found.sources):  # prepared, with loss masks
+        console.note(
+            "Megatron-LM reads blend.txt packed and without loss masks, so that prompts train too; "
+            "`megatron-scalebio train` trains on what the weights were learned for"
+        )
     if left_out:
         floor = outputs.blend_floor(config)
         console.warn(f"below {floor:g}, left out of the blend: {', '.join(left_out)}")

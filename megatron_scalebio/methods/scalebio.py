@@ -39,7 +39,7 @@ def find(config: Config, job: Job) -> Found:
         lambda: RunLog(state, job.folder, parameters, initial_S, warnings, _facts(config))
     )
     finished = logged_steps(state, job, log, job.save_to)
-    intervals = state.training.intervals()
+    intervals = state.training.intervals(state.data.validation_examples)
     return Found(
         sources=state.data.sources,
         weight_S=intervals.weight_S.tolist(),
@@ -139,7 +139,7 @@ def step_record(state: TrainState, report: StepReport) -> Record:
 def verdict(state: TrainState) -> Verdict:
     """Whether the weights have converged by now, and why."""
     constant = state.config.bilevel.lr_lambda_decay_style == "constant"
-    return state.training.verdict(constant_rate=constant)
+    return state.training.verdict(constant, state.data.validation_examples)
 
 
 def _facts(config: Config) -> dict[str, object]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -89,6 +90,8 @@ class SdpaAttention(MegatronModule):
         mask: torch.Tensor | None = None
         if self.window is not None and self.window < keys:
             mask = _visible_SS(queries, keys, self.window, query.device)
+            # No fused kernel takes a matrix and groups: torch's own would build all scores.
+            key, value = _for_each_query(query, key, value)
         elif queries < keys:
             mask = causal_lower_right(queries, keys)  # not a matrix: flash attention takes it
         return F.scaled_dot_product_attention(
@@ -106,8 +109,7 @@ class SdpaAttention(MegatronModule):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float
     ) -> torch.Tensor:
         assert self.softcap is not None
-        repeats = query.size(1) // key.size(1)
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        key, value = _for_each_query(query, key, value)
         scale = self.softmax_scale or 1 / math.sqrt(query.size(-1))
         scores = query @ key.transpose(2, 3) * scale
         scores = self.softcap * torch.tanh(scores / self.softcap)
@@ -117,6 +119,13 @@ class SdpaAttention(MegatronModule):
         return F.dropout(weights, dropout) @ value
 
 
+def _for_each_query(query: torch.Tensor, *of_groups: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Keys or values repeated for every query head of their group, B × N × S × D."""
+    repeats = query.size(1) // of_groups[0].size(1)
+    return (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in of_groups)
+
+
+_MOST_KEPT = 2**28  # bytes: of sequences of 16,384
 # The largest mask so far of each window and device: that of a shorter sequence is its lower right.
 _largest_SS: dict[tuple[int | None, torch.device], torch.Tensor] = {}
 
@@ -129,5 +138,6 @@ def _visible_SS(queries: int, keys: int, window: int | None, device: torch.devic
         before = columns - rows
         past = torch.ones(rows, columns, dtype=torch.bool, device=device).tril(before)
         kept = past if window is None else past.triu(before + 1 - window)
-        _largest_SS[window, device] = kept
+        if kept.numel() <= _MOST_KEPT:
+            _largest_SS[window, device] = kept
     return kept[rows - queries :, columns - keys :]

@@ -45,18 +45,21 @@ def holdings(
     return sizes, [tensor for of_kind in tensors.values() for tensor in of_kind]
 
 
-def fp8_copies(models: Iterable[list[torch.nn.Module]]) -> int:
+def fp8_copies(models: Iterable[list[torch.nn.Module]], recipe: str) -> int:
     """Bytes of the FP8 casts that Transformer Engine keeps of the layers' matrices.
 
-    Each module keeps its own, as stored and transposed, one byte an element: u's layers too where
-    they share w's weights. (An assumption, on the safe side; not measured.)
+    As stored and transposed, one byte an element. u and w share those of frozen layers that u has
+    no weights of its own of, except under delayed scaling, where each has its own scales.
     """
-    return sum(
-        2 * parameter.numel()
-        for model in models
-        for name, parameter in named_parameters(model)
-        if ".decoder.layers." in name and parameter.ndim == 2
-    )
+    total, cast = 0, set()
+    for model in models:
+        for name, parameter in named_parameters(model):
+            if ".decoder.layers." in name and parameter.ndim == 2:
+                storage = parameter.untyped_storage()._cdata
+                if storage not in cast or recipe == "delayed":
+                    total += 2 * parameter.numel()
+                cast.add(storage)
+    return total
 
 
 def stepped(optimizer: MegatronOptimizer) -> list[torch.Tensor]:

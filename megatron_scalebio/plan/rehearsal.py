@@ -96,7 +96,7 @@ def rehearse(config: Config, layout: Layout, stage: int, active: list[int] | Non
     ):
         memory, models = _rehearse(plain, layout, stage, active, ledgers)
         if config.parallel.fp8_format:
-            memory.held_bytes[FP8_COPIES] = fp8_copies(models)
+            memory.held_bytes[FP8_COPIES] = fp8_copies(models, config.parallel.fp8_recipe)
     return memory
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from dataclasses import dataclass
 from datetime import datetime
@@ -65,7 +66,10 @@ def source_rows(run: Run) -> list[SourceRow]:
                     number_or_none(known.get(source.name, 0.0)) if isinstance(known, dict) else None
                 ),
                 excess=excess[i], loss=loss[i], examples=source.examples,
-                in_blend=source.path in blend_paths if blend_paths and source.path else None,
+                in_blend=(
+                    {source.path, os.path.abspath(source.path)} & blend_paths != set()
+                    if blend_paths and source.path else None
+                ),
             )
         )  # fmt: skip
     return sorted(rows, key=lambda row: -row.weight)
@@ -214,7 +218,7 @@ class Cost:
     tokens: int
     step_seconds: float  # sum of the steps' times
     wall_seconds: float | None  # from start to end, saving and start-up included
-    tokens_per_second: float | None  # median
+    tokens_per_second: float | None  # tokens over step_seconds
     ranks: int
     layout: str
     device: str
@@ -243,14 +247,15 @@ def cost(run: Run) -> Cost:
     if chunks > 1:
         layout_words += f" × VPP {chunks}"
     step_seconds = float(np.nansum(scalars["step_time_s"]))
+    tokens = int(np.nansum(scalars["tokens"]))
     wall_seconds = _seconds_between(run.info.get("started"), run.info.get("ended"))
     if wall_seconds is not None and wall_seconds < step_seconds:
         wall_seconds = None  # the clock of the last start only, of a run that was resumed
     return Cost(
-        tokens=int(np.nansum(scalars["tokens"])),
+        tokens=tokens,
         step_seconds=step_seconds,
         wall_seconds=wall_seconds,
-        tokens_per_second=_finite(np.nanmedian, scalars["tokens_per_second"]),
+        tokens_per_second=tokens / step_seconds if step_seconds else None,
         ranks=math.prod(layout.values()),
         layout=layout_words,
         device=str(run.info.get("device") or "device"),

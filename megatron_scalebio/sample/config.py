@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_scalebio.config.checks import require_at_least, require_one_of
-from megatron_scalebio.data.formats import FORMATS
-from megatron_scalebio.data.prepare import TOO_LONG
+from megatron_scalebio.data.formats import FORMATS, RecordOptions
+from megatron_scalebio.data.prepare import BAD_RECORDS, TOO_LONG
 from megatron_scalebio.errors import UserError
 
 
@@ -38,7 +38,8 @@ class SampleConfig:
         ngram: words (tokens, where sources are token ids) in a row that make a row a repetition.
         from_tokens: draws prepared examples where raw records could be drawn too.
         tokenizer, seq_length: None for those with which the sources were prepared.
-        format, text_key, too_long, train_on_prompt, chat_template: as in ``PrepareConfig``.
+        format, text_key, columns, ignore_fields, bad_records, too_long, train_on_prompt,
+            chat_template: as in ``PrepareConfig``.
     """
 
     out: Path
@@ -54,6 +55,9 @@ class SampleConfig:
     seq_length: int | None = None
     format: str = "auto"
     text_key: str = "text"
+    columns: tuple[tuple[str, str], ...] = ()
+    ignore_fields: tuple[str, ...] = ()
+    bad_records: str = "stop"
     too_long: str | None = None
     train_on_prompt: bool = False
     chat_template: str | None = None
@@ -63,6 +67,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         require_one_of("--format", self.format, ("auto", *FORMATS))
         require_one_of("--too-long", self.too_long, TOO_LONG)
+        require_one_of("--bad-records", self.bad_records, BAD_RECORDS)
         require_at_least("--num-samples", self.num_samples, 1)
         require_at_least("--per-source", self.per_source, 1)
         require_at_least("--max-epochs", self.max_epochs, 1)
@@ -74,6 +79,10 @@ class SampleConfig:
             raise UserError(f"--seed: {self.seed} does not fit 32 bits")
         if (self.num_samples is None) == (self.per_source is None):
             raise UserError("--num-samples: give exactly one of --num-samples and --per-source")
+
+    @property
+    def options(self) -> RecordOptions:
+        return RecordOptions(self.format, self.text_key, self.columns, self.ignore_fields)
 
     @property
     def folders(self) -> tuple[Path, list[str]]:

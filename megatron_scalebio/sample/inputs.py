@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.data.prepare import describe_file, parse_input
+from megatron_scalebio.data.inputs import exists, parse_input
+from megatron_scalebio.data.prepare import describe_file
 from megatron_scalebio.data.source_writer import SOURCE_FILE, TOKENS
 from megatron_scalebio.data.sources import read_description
 from megatron_scalebio.data.weights_file import check_weights
@@ -80,7 +81,7 @@ def locate(name: str, path: str) -> Located:
             return _locate_folder(name, folder)
     if Path(path + ".idx").is_file():
         return Located(name, prefix=path)
-    if not any(Path(part).exists() for part in path.split(",")):
+    if not any(exists(Path(part)) or "*" in part for part in path.split(",")):
         raise UserError(
             f"{path}: source {name!r} is not there (run where its path is valid, or --input "
             f"{name}=PATH)"

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_scalebio.sample.config import SampleConfig
 from megatron_scalebio.sample.contamination import KINDS
 from megatron_scalebio.sample.plan import Ints
-from megatron_scalebio.sample.rows import STATUSES, RawRows
+from megatron_scalebio.sample.rows import NO_EXAMPLE, STATUSES, RawRows
 from megatron_scalebio.sample.setup import OpenSource, Setup
 from megatron_scalebio.sample.writer import Written
 
@@ -23,7 +23,8 @@ class Drawn(NamedTuple):
     """What was drawn of a source.
 
     asked: rows its weight asks for; examples_per_row: by which the weight was divided to get there;
-    rows: those taken, ascending, repeated where taken again; examples: what they became.
+    rows: those taken, ascending, repeated where taken again; examples: what they became;
+    unencoded: usable rows of which it isn't known whether they become an example.
     """
 
     source: OpenSource
@@ -31,6 +32,7 @@ class Drawn(NamedTuple):
     examples_per_row: float
     rows: Ints
     examples: int
+    unencoded: int
 
 
 def manifest(
@@ -51,6 +53,11 @@ def manifest(
             "ngram": config.ngram,
             "ngram_of": "words" if setup.tokenizer else "tokens",
             "ignored_ngrams": setup.index.ignored_ngrams,
+            "ignored_phrases": [
+                {"words": setup.words.spelled(phrase.ids), "examples": phrase.examples}
+                for phrase in setup.index.phrases
+                if setup.tokenizer
+            ],
             "against": setup.evaluation,
         },
         "tokenizer": setup.described,
@@ -71,6 +78,7 @@ def _source_entry(drawn: Drawn) -> dict[str, Any]:
         "examples_per_row": round(drawn.examples_per_row, 6),
         "rows": len(source.statuses),
         "usable": counts["usable"],
+        "unencoded": drawn.unencoded,
         "asked": drawn.asked,
         "given": given,
         "surplus": max(0, drawn.asked - given),
@@ -78,7 +86,7 @@ def _source_entry(drawn: Drawn) -> dict[str, Any]:
         "epochs": round(given / max(1, counts["usable"]), 6),
         "examples": drawn.examples,
         "contaminated": {kind: counts[kind] for kind in KINDS},
-        "no_example": {kind: counts[kind] for kind in ("empty", "no_target", "too_long")},
+        "no_example": {kind: counts[kind] for kind in NO_EXAMPLE},
         "not_selected": counts["not_selected"],
         "inputs": _inputs(source, drawn.rows),
     }

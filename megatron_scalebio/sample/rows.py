@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +20,18 @@ import numpy.typing as npt
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_pool import Batch, EncodePool
-from megatron_scalebio.data.formats import detect_format, parse_record
-from megatron_scalebio.data.prepare import Progress
-from megatron_scalebio.data.records import Record, RecordReader
+from megatron_scalebio.data.examples import RecordError
+from megatron_scalebio.data.formats import (
+    ALL_FIELDS,
+    FORMATS,
+    RecordOptions,
+    detect_format,
+    parse_record,
+)
+from megatron_scalebio.data.inputs import open_records
+from megatron_scalebio.data.prepare import DROPPED, Progress
+from megatron_scalebio.data.records import OnBad, Record, Records
 from megatron_scalebio.data.tokenizer import Tokenizer
-from megatron_scalebio.errors import UserError
 from megatron_scalebio.sample.contamination import (
     KINDS,
     EvaluationIndex,
@@ -38,7 +46,8 @@ Statuses = npt.NDArray[np.uint8]
 OnProgress = Callable[[Progress], None]
 
 # What a row is: usable, or why not. Rows that give no example are only found when encoded.
-STATUSES = ("usable", *KINDS, "empty", "no_target", "too_long", "not_selected")
+NO_EXAMPLE = (*DROPPED, "bad_record")
+STATUSES = ("usable", *KINDS, *NO_EXAMPLE, "not_selected")
 CODES = {reason: code for code, reason in enumerate(STATUSES)}
 REPORT_ROWS = 4096
 
@@ -58,12 +67,15 @@ class Row(NamedTuple):
     lengths: list[int]
     status: int
     truncated: int
+    line: int = 0
 
 
 class RawRows:
-    """The records of JSON and JSONL files, numbered from 0 over all files.
+    """The records of files, numbered from 0 over all files.
 
     Args:
+        options: how records are read.
+        skip_bad: marks records at fault, where the first would end the reading.
         pool: encodes what is fetched; None: nothing will be.
         encoder: that of sources which are token ids: an evaluation set is compared as it would read
             decoded too, with the words of the chat template.
@@ -73,16 +85,16 @@ class RawRows:
         self,
         name: str,
         files: tuple[Path, ...],
-        format: str,
-        text_key: str,
+        options: RecordOptions,
         pool: EncodePool | None,
         encoder: ExampleEncoder | None = None,
+        skip_bad: bool = False,
     ) -> None:
         self.name, self.files = name, files
         self.rows_in_file: list[int] = []
         self.formats: dict[str, None] = {}
-        self._format, self._text_key, self._pool = format, text_key, pool
-        self._encoder = encoder
+        self._options, self._pool = options, pool
+        self._encoder, self._skip_bad = encoder, skip_bad
 
     def scan(self, index: EvaluationIndex, words: WordIds, on_progress: OnProgress) -> Statuses:
         """Counts the rows of every file and marks those that repeat an evaluation example."""
@@ -90,25 +102,34 @@ class RawRows:
         total = sum(file.stat().st_size for file in self.files)
         before = 0
         for file in self.files:
-            rows_before, reader = len(statuses), RecordReader(file)
-            for format_name, record in self._records(reader):
-                kind = None
-                if index.examples:
-                    kind = index.kind(*words.of(*self._texts(file, format_name, record)))
-                statuses.append(CODES[kind] if kind else 0)
+            rows_before, reader = len(statuses), self._reader(file)
+            for format_name, record in self._records(file, reader):
+                statuses.append(self._status(file, format_name, record, index, words))
                 if len(statuses) % REPORT_ROWS == 0:
                     done = before + reader.bytes_read
                     on_progress(Progress(self.name, done, total, len(statuses)))
-            before += reader.bytes_read
+            before += file.stat().st_size
             self.rows_in_file.append(len(statuses) - rows_before)
         on_progress(Progress(self.name, total, total, len(statuses), finished=True))
         return np.frombuffer(statuses, np.uint8).copy()
+
+    def _status(
+        self, file: Path, format_name: str, record: Record, index: EvaluationIndex, words: WordIds
+    ) -> int:
+        try:
+            texts = self._texts(file, format_name, record, self._options)
+        except RecordError:
+            if not self._skip_bad:
+                raise
+            return CODES["bad_record"]
+        kind = index.kind(*words.of(*texts)) if index.examples else None
+        return CODES[kind] if kind else 0
 
     def index_all(self, index: EvaluationIndex, words: WordIds) -> None:
         """Adds every row to the index: this is an evaluation set."""
         for file in self.files:
             count = 0
-            for record in RecordReader(file):
+            for record in open_records(file):
                 texts, *decoded = self._evaluation_forms(file, record)
                 index.add(*words.learn(*texts))
                 for form in decoded:
@@ -122,17 +143,20 @@ class RawRows:
 
     def head(self, count: int) -> Iterator[Row]:
         """Encodes the first rows of the first file; needs no scan."""
-        reader = RecordReader(self.files[0])
+        file = self.files[0]
+        records = self._records(file, self._reader(file))
         return self._encode(
-            (number, Batch(str(reader.path), format_name, [record], 0))
-            for number, (format_name, record) in enumerate(islice(self._records(reader), count))
+            (number, Batch(str(file), format_name, [record], 0))
+            for number, (format_name, record) in enumerate(islice(records, count))
         )
 
     def _wanted(self, wanted: Ints) -> Iterator[tuple[int, Batch]]:
         first = 0
         for file, count in zip(self.files, self.rows_in_file, strict=True):
             inside = wanted[(wanted >= first) & (wanted < first + count)] - first
-            for number, (format_name, record) in _pick(self._records(RecordReader(file)), inside):
+            for number, (format_name, record) in _pick(
+                self._records(file, self._reader(file)), inside
+            ):
                 yield first + number, Batch(str(file), format_name, [record], 0)
             first += count
 
@@ -147,7 +171,7 @@ class RawRows:
 
         for batch, encoded in self._pool.map(batches()):
             self.formats[batch.format] = None
-            reasons = [CODES[reason] for reason, count in encoded.dropped.items() if count]
+            reasons = [CODES.get(left.reason, CODES["bad_record"]) for left in encoded.left_out]
             yield Row(
                 under_way.popleft(),
                 batch.records[0].value,
@@ -161,35 +185,48 @@ class RawRows:
     def examples_per_row(self) -> float | None:
         return None  # not known before some are encoded
 
-    def _records(self, reader: RecordReader) -> Iterator[tuple[str, Record]]:
+    def _reader(self, file: Path) -> Records:
+        skip: OnBad | None = (lambda line, error: None) if self._skip_bad else None
+        return open_records(file, skip)
+
+    def _records(self, file: Path, reader: Records) -> Iterator[tuple[str, Record]]:
         """The records of a file with their format; ``auto`` goes by the first, as in prepare."""
-        format_name = self._format
+        format_name = self._options.format
         for record in reader:
             if format_name == "auto":
-                where = f"{reader.path}:{record.line}"
-                format_name = detect_format(record.value, where, self._text_key)
+                try:
+                    where = f"{file}:{record.line}"
+                    format_name = detect_format(record.value, where, self._options)
+                except RecordError:
+                    if not self._skip_bad:
+                        raise
+                    yield FORMATS[0], record  # which will be found at fault
+                    continue
             yield format_name, record
 
     def _evaluation_forms(self, file: Path, record: Record) -> list[tuple[str, str]]:
         """The texts of a record, which may be in a format of a benchmark's own; also decoded."""
+        options = replace(self._options, ignore_fields=(ALL_FIELDS,))
+        where = f"{file}:{record.line}"
         try:
-            format_name = detect_format(record.value, "", self._text_key)
-        except UserError:
+            format_name = detect_format(record.value, where, options)
+            example = parse_record(record.value, format_name, where, options)
+        except RecordError:
             return [any_texts(record.value)]
-        forms = [self._texts(file, format_name, record)]
+        forms = [(whole_text(example), prompt_text(example))]
         if self._encoder is not None:
-            where = f"{file}:{record.line}"
-            example = parse_record(record.value, format_name, where, self._text_key)
             try:
                 ids, mask = self._encoder.encode(example, where)
-            except UserError:
+            except RecordError:
                 return forms  # of what the chat template refuses there are no prepared rows
             forms.append(decoded_texts(np.array(ids), np.array(mask), self._encoder.tokenizer))
         return forms
 
-    def _texts(self, file: Path, format_name: str, record: Record) -> tuple[str, str]:
-        where = f"{file}:{record.line}"
-        example = parse_record(record.value, format_name, where, self._text_key)
+    @staticmethod
+    def _texts(
+        file: Path, format_name: str, record: Record, options: RecordOptions
+    ) -> tuple[str, str]:
+        example = parse_record(record.value, format_name, f"{file}:{record.line}", options)
         return whole_text(example), prompt_text(example)
 
 

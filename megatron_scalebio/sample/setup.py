@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_pool import EncodePool, EncodeSettings
+from megatron_scalebio.data.prepare import cores
 from megatron_scalebio.data.sources import ExampleSource
 from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_scalebio.errors import UserError
@@ -55,6 +57,7 @@ class Setup:
         described: what ``source.json`` is to say of it.
         seq_length: longest example, in tokens of model input; None for no limit.
         evaluation: the excluded sets, as the manifest describes them.
+        date: which the chat template writes, where it writes one.
         dtype: widest type of the sources' token ids.
     """
 
@@ -64,6 +67,7 @@ class Setup:
     seq_length: int | None
     pool: EncodePool | None
     index: EvaluationIndex
+    date: str | None
     words: WordIds = field(default_factory=WordIds)
     sources: list[OpenSource] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
@@ -111,7 +115,12 @@ def _set_up(config: SampleConfig, located: list[Located], stack: ExitStack) -> S
     model = config.tokenizer or (shared["model"] if shared else None)
     if model is None and not from_tokens:
         raise UserError("--tokenizer: is needed for raw files (as for prepare)")
-    tokenizer = load_tokenizer(model, chat_template=config.chat_template) if model else None
+    # Templates that write today's date write the one with which the sources were prepared.
+    dates = [entry["date"] for entry in descriptions if entry.get("date")]
+    date = dates[0] if dates else datetime.date.today().isoformat()
+    tokenizer = None
+    if model:
+        tokenizer = load_tokenizer(model, chat_template=config.chat_template, date=date)
     if from_tokens and tokenizer and shared and tokenizer.fingerprint != shared["fingerprint"]:
         raise UserError(
             f"{tokenizer.model}: is not the tokenizer that the sources were prepared with (name "
@@ -126,14 +135,18 @@ def _set_up(config: SampleConfig, located: list[Located], stack: ExitStack) -> S
             train_on_prompt=config.train_on_prompt,
             max_tokens=None if seq_length is None else seq_length + 1,
             too_long=config.too_long,
-            text_key=config.text_key,
+            options=config.options,
+            skip_bad=config.bad_records == "skip",
+            date=date,
         )
-        pool = stack.enter_context(EncodePool(settings, tokenizer, config.workers))
+        pool = stack.enter_context(EncodePool(settings, tokenizer, min(config.workers, cores())))
     described = None
     if tokenizer:
         described = {**tokenizer.describe(), "model": os.path.abspath(tokenizer.model)}
     index = EvaluationIndex(config.ngram)
-    return Setup(from_tokens, tokenizer, described, seq_length, pool, index)
+    writes_date = tokenizer is not None and "strftime_now" in (tokenizer.chat_template or "")
+    kept = date if writes_date else None
+    return Setup(from_tokens, tokenizer, described, seq_length, pool, index, kept)
 
 
 def _open_rows(
@@ -144,7 +157,8 @@ def _open_rows(
         encoder = None
         if setup.from_tokens and setup.tokenizer:
             encoder = ExampleEncoder(setup.tokenizer, train_on_prompt=config.train_on_prompt)
-        raw = RawRows(entry.name, entry.files, config.format, config.text_key, setup.pool, encoder)
+        skip = config.bad_records == "skip"
+        raw = RawRows(entry.name, entry.files, config.options, setup.pool, encoder, skip)
         return raw, entry.describe_raw()
     if not entry.prefix:
         raise UserError(

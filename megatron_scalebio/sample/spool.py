@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ class Spool:
         self._start, self._line_bytes = array("q"), array("q")
         self._tokens, self._pieces = array("q"), array("q")
         self._end = 0
+        self.rows: Counter[int] = Counter()  # of each source
 
     def close(self) -> None:
         self._file.close()
@@ -46,6 +48,7 @@ class Spool:
         """Keeps a row of a source, under (source, row number)."""
         line = b"" if row.record is None else json_line({**row.record, SOURCE_FIELD: name})
         self._entry[source, row.number] = len(self._start)
+        self.rows[source] += 1
         for column, value in (
             (self._start, self._end),
             (self._line_bytes, len(line)),
@@ -77,8 +80,11 @@ class Spool:
 
 
 def json_line(record: dict[str, Any]) -> bytes:
-    """A JSONL line; a record with half a surrogate pair, which UTF-8 cannot hold, is escaped."""
+    """A JSONL line; a record with half a surrogate pair, which UTF-8 cannot hold, is escaped.
+
+    What JSON does not know (a date of a Parquet file) is written as text.
+    """
     try:
-        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
     except UnicodeEncodeError:
-        return (json.dumps(record) + "\n").encode()
+        return (json.dumps(record, default=str) + "\n").encode()

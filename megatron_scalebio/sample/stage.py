@@ -103,7 +103,14 @@ def _draw(
         if all(good):
             break
     return [
-        Drawn(source, int(asked), float(per_row), rows, _examples(spool, k, rows))
+        Drawn(
+            source,
+            int(asked),
+            float(per_row),
+            rows,
+            _examples(spool, k, rows),
+            source.usable - spool.rows[k] if isinstance(source.rows, RawRows) else 0,
+        )
         for k, (source, asked, per_row, rows) in enumerate(
             zip(sources, asked_S, per_row_S, rows_S, strict=True)
         )
@@ -170,4 +177,12 @@ def _facts(name: str, setup: Setup, group: list[Drawn]) -> Facts:
     for drawn in group:
         formats |= drawn.source.rows.formats if isinstance(drawn.source.rows, RawRows) else {}
     truncated = sum(drawn.source.truncated for drawn in group)
-    return Facts(name, ",".join(formats), setup.seq_length, setup.described, setup.dtype, truncated)
+    return Facts(
+        name,
+        ",".join(formats),
+        setup.seq_length,
+        setup.described,
+        setup.dtype,
+        truncated,
+        setup.date,
+    )

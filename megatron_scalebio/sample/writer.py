@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_scalebio.data.prepare import DROPPED
 from megatron_scalebio.data.source_writer import MANIFEST_FILE, TOKENS, SourceWriter
 from megatron_scalebio.sample.plan import shuffled
 from megatron_scalebio.sample.spool import Spool
@@ -30,7 +31,13 @@ SAMPLE_FILE = "sample.jsonl"
 class Writer(Protocol):
     examples: int
 
-    def add(self, tokens: np.ndarray, mask: np.ndarray, lengths: list[int]) -> None: ...
+    def add(
+        self,
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        lengths: list[int],
+        rows: list[tuple[int, int]],
+    ) -> None: ...
     def finish(self, facts: dict[str, Any]) -> dict[str, Any]: ...
     def abandon(self) -> None: ...
 
@@ -46,7 +53,13 @@ class PrefixWriter:
         self._digest = hashlib.sha256()
         self.examples = 0
 
-    def add(self, tokens: np.ndarray, mask: np.ndarray, lengths: list[int]) -> None:
+    def add(
+        self,
+        tokens: np.ndarray,
+        mask: np.ndarray,
+        lengths: list[int],
+        rows: list[tuple[int, int]],
+    ) -> None:
         self._builder.add_document(tokens, lengths)
         self._digest.update(tokens.astype(self._dtype).tobytes())
         self._digest.update(np.asarray(lengths, np.int32).tobytes())
@@ -70,6 +83,7 @@ class Facts(NamedTuple):
     tokenizer: dict[str, Any] | None  # None: a plain Megatron prefix is written
     dtype: type[np.number]  # of that prefix
     truncated: int  # rows
+    date: str | None  # which the chat template writes
 
 
 class Written(NamedTuple):
@@ -105,12 +119,15 @@ def write_sample(
     line_bytes = 0
     try:
         with open(directory / SAMPLE_FILE, "wb") as file:
-            for at in shuffled(np.arange(len(row)), len(row), "order of the sample", seed).tolist():
+            order = shuffled(np.arange(len(row)), len(row), "order of the sample", seed)
+            for line, at in enumerate(order.tolist(), start=1):
                 stored = spool.get(int(source[at]), int(row[at]))
                 file.write(stored.line)
                 lines.update(stored.line)
                 line_bytes += len(stored.line)
-                writer.add(stored.tokens, stored.mask, stored.lengths)
+                writer.add(
+                    stored.tokens, stored.mask, stored.lengths, [(0, line)] * len(stored.lengths)
+                )
         inputs = []
         if line_bytes:
             path = os.path.abspath(final / SAMPLE_FILE)
@@ -122,7 +139,8 @@ def write_sample(
                 "name": facts.name,
                 "seq_length": facts.seq_length,
                 "format": facts.format,
-                "dropped": {"no_target": 0, "empty": 0, "too_long": 0},
+                "dropped": dict.fromkeys(DROPPED, 0),
+                "date": facts.date,
                 "truncated": facts.truncated,
                 "inputs": inputs,
                 "tokenizer": facts.tokenizer,

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_scalebio.core import fp8_state
+from megatron_scalebio.compat import fp8_state
 from megatron_scalebio.core.state import load_models
 from megatron_scalebio.errors import UserError
 from tests.commands import command, metrics, note, noted, write_config
@@ -183,8 +183,10 @@ def test_a_model_lacks_no_state_but_fp8_state() -> None:
     """Layers of another implementation keep it in modules of their own."""
     layer = Careful(2, 2)
     weights = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    layer._fp8_copies_of = (object(), 3)  # type: ignore[assignment]
     load_models([layer], {"model": dict(weights)})
     assert layer.taken is None and layer.weight.sum() == 4
+    assert layer._fp8_copies_of == (None, 0), "copies are of the weights of before"
     with pytest.raises(AssertionError, match="bias"):
         load_models([layer], {"model": {"weight": weights["weight"]}})
 

@@ -20,7 +20,7 @@ def loaded(parallel: dict) -> Any:
 
 def test_all_of_adam_is_copied_and_nothing_is_shared() -> None:
     """`step` is in the group in Transformer Engine's Adam, in the state in torch's."""
-    from megatron_scalebio.core.period import _copy_adam
+    from megatron_scalebio.core.period import _move_adam
 
     def adam(value: float, step: int, held: bool) -> Any:
         first, second, third = (torch.full((2,), value + n) for n in range(3))
@@ -34,7 +34,7 @@ def test_all_of_adam_is_copied_and_nothing_is_shared() -> None:
 
     source, target = adam(1.0, 5, held=True), adam(7.0, 9, held=False)
     kept = target.state[target.param_groups[0]["params"][0]]["exp_avg"]
-    _copy_adam(source, target)
+    _move_adam(source, target)
     assert [group.get("step") for group in target.param_groups] == [5, None]
     for of_source, of_target in zip(source.param_groups, target.param_groups, strict=True):
         for p_s, p_t in zip(of_source["params"], of_target["params"], strict=True):

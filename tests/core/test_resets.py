@@ -74,6 +74,7 @@ def on_rank(folder_name: str) -> None:
     folder = Path(folder_name)
     for numerics in NUMERICS:
         a_reset_copies_all(folder, numerics)
+        a_reset_goes_a_part_of_the_way(folder, numerics)
         a_draw_resets(folder, numerics)
         a_draw_leaves_u_alone(folder, numerics)
     without_resets_u_goes_its_own_way(folder)
@@ -102,6 +103,23 @@ def a_reset_copies_all(folder: Path, numerics: tuple[bool, bool]) -> None:
     assert not state.training.u_is_w
     assert not differing(side(state, "u"), u), "no reset is due"
     assert go_to(state, 3 * RESYNC + 1) == [2 * RESYNC, 3 * RESYNC]
+    state.training.leave_period()
+
+
+def a_reset_goes_a_part_of_the_way(folder: Path, numerics: tuple[bool, bool]) -> None:
+    state = begin(folder, numerics, RESYNC, lisa=False)
+    go_to(state, RESYNC)
+    w, u = (of_weights(side(state, name)) for name in ("w", "u"))
+    state.training.period.resync(0.25)
+    assert not differing(of_weights(side(state, "w")), w), "w stays as it was"
+    after = of_weights(side(state, "u"))
+    whole = {key: value for key, value in u.items() if value.dtype != torch.bfloat16}
+    assert len(differing({key: after[key] for key in whole}, whole)) >= 0.9 * len(whole)
+    for key, value in after.items():
+        wanted = u[key].double() + 0.25 * (w[key].double() - u[key].double())
+        # In the format's own precision: weights under bf16 are rounded.
+        close = 2**-8 if value.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(value.double(), wanted, rtol=close, atol=1e-9)
     state.training.leave_period()
 
 
@@ -168,7 +186,7 @@ def test_u_is_made_equal_to_w_whole_and_when_it_is_due(tmp_path: Path) -> None:
 
 def test_the_steps_of_fused_adam_are_copied_with_its_groups() -> None:
     """Transformer Engine's and Apex's count them there, once for all parameters of a group."""
-    from megatron_scalebio.core.period import _copy_adam
+    from megatron_scalebio.core.period import _move_adam
 
     def fused(value: float, step: int) -> torch.optim.Optimizer:
         parameters = [torch.nn.Parameter(torch.full((2,), value)) for _ in range(2)]
@@ -180,7 +198,7 @@ def test_the_steps_of_fused_adam_are_copied_with_its_groups() -> None:
 
     source, target = fused(7.0, 5), fused(1.0, 1)
     held = [target.state[group["params"][0]]["exp_avg"] for group in target.param_groups]
-    _copy_adam(source, target)
+    _move_adam(source, target)
     assert [group["step"] for group in target.param_groups] == [5, 6]
     for number, group in enumerate(target.param_groups):
         [parameter] = group["params"]
@@ -192,7 +210,7 @@ def test_the_steps_of_fused_adam_are_copied_with_its_groups() -> None:
     # What the target has not allocated yet is made its own.
     target = fused(1.0, 1)
     target.state.clear()
-    _copy_adam(source, target)
+    _move_adam(source, target)
     [p], [q] = (adam.param_groups[1]["params"] for adam in (source, target))
     assert torch.equal(target.state[q]["exp_avg"], source.state[p]["exp_avg"])
     assert target.state[q]["exp_avg"].data_ptr() != source.state[p]["exp_avg"].data_ptr()

@@ -234,6 +234,36 @@ def test_under_delayed_scaling_a_period_begins_with_two_casts() -> None:
     assert remade(TwinModel(w, u)) == [True, True, True, True], "another period"  # type: ignore[arg-type]
 
 
+def test_the_first_to_run_makes_the_copies_that_both_share() -> None:
+    w, u = ToyChunk("hybrid"), ToyChunk("hybrid")
+    for gpt in (w, u):
+        gpt.first.requires_grad_(False)
+        for layer in (gpt.first, gpt.second):
+            layer._fp8_workspaces = {}  # type: ignore[assignment]
+    share_storage([w], [u])
+    unshare_storage([w], [u])
+
+    def made(on_u: bool) -> list[bool]:
+        both = TwinModel(w, u, lambda model, batch: None)  # type: ignore[arg-type, return-value]
+        both.set_is_first_microbatch()
+        both(on_u, None)
+        both(not on_u, None)
+        marks = [bool(layer.is_first_microbatch) for g in (w, u) for layer in (g.first, g.second)]
+        for layer in (w.first, w.second, u.first, u.second):
+            layer.is_first_microbatch = False
+        return marks
+
+    assert made(on_u=True) == [False, True, True, True]
+    assert made(on_u=False) == [True, True, False, True]
+    assert u.first._fp8_workspaces is w.first._fp8_workspaces
+    assert u.second._fp8_workspaces is not w.second._fp8_workspaces
+    for gpt in (w, u):
+        gpt.first.requires_grad_(True)
+    unshare_storage([w], [u])
+    assert made(on_u=True) == [True] * 4
+    assert u.first._fp8_workspaces is not w.first._fp8_workspaces
+
+
 def test_u_is_given_the_delayed_scales_of_w() -> None:
     def scaled(value: float, **others: Any) -> ToyChunk:
         chunk = ToyChunk()

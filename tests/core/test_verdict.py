@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.core.confidence import weight_intervals
 from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.methods.scalebio import verdict
@@ -25,7 +26,8 @@ def run(options: dict) -> SimpleNamespace:
     config, bio = load_config(None, {"bilevel": options}), ScaleBiO.__new__(ScaleBiO)
     bio.options, bio.mixture = config.bilevel.options("sample"), mixture
     bio.sources = ["code", "math", "web"]
-    return SimpleNamespace(config=config, training=bio)
+    data = SimpleNamespace(validation_examples=10**6)
+    return SimpleNamespace(config=config, training=bio, data=data)
 
 
 @pytest.mark.parametrize(
@@ -48,5 +50,5 @@ def test_verdict_goes_by_the_configuration(options: dict, converged: bool, words
 def test_verdict_names_the_source() -> None:
     state = run({"tolerance": 1e-6})
     blocks_BS = state.training.mixture.trajectory.tail(0.5)
-    widest = int((blocks_BS - blocks_BS.mean(0)).cumsum(0).square().sum(0).argmax())
+    widest = int(weight_intervals(blocks_BS, 0.95, 10**6).half_width_S.argmax())
     assert f"weight of {state.training.sources[widest]} is known" in verdict(state).reason

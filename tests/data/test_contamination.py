@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 
-from megatron_scalebio.data.formats import Dialogue, Text
+from megatron_scalebio.data.examples import Dialogue, Text
+from megatron_scalebio.errors import UserError
 from megatron_scalebio.sample.contamination import (
     EXACT,
     NGRAM,
@@ -81,3 +84,55 @@ def test_phrases_of_the_format_convict_nobody() -> None:
 @pytest.mark.parametrize("text", ["", "?!"])
 def test_examples_without_words(text: str) -> None:
     assert kinds([Text(text)], [Text(text), Text("word")]) == [None, None]
+
+
+OWN = [f"{letter}word" for letter in "abcdefghijklmn"]
+
+
+def question(number: int, length: int = 14) -> str:
+    """Words of one question alone."""
+    return " ".join(f"{word}{number}" for word in (OWN * 5)[:length])
+
+
+@pytest.mark.parametrize("times", [1, 11, 16, 100])
+def test_an_example_that_stands_often_is_one_example(times: int) -> None:
+    questions = [question(k) for k in range(30)]
+    evaluation = [Text(text) for text in questions for _ in range(times)]
+    assert kinds(evaluation, [Text(f"Think. {text} So?") for text in questions]) == [NGRAM] * 30
+    # As in a file of several answers to each question.
+    several = [dialogue(text, f"answer {k}") for text in questions for k in range(times)]
+    assert kinds(several, [Text(f"Think. {text} So?") for text in questions]) == [NGRAM] * 30
+
+
+def test_a_passage_of_many_questions_is_no_phrase() -> None:
+    passage = question(999, 40)
+    evaluation = [dialogue(f"{passage}\nWhat is {k}?", "x") for k in range(12)]
+    evaluation += [dialogue(question(k), "y") for k in range(12)]
+    assert kinds(evaluation, [Text(f"It says: {passage}")]) == [NGRAM]
+
+
+def test_a_set_of_which_most_would_be_ignored_is_refused() -> None:
+    phrase = question(999, 20)
+    evaluation = [Text(f"{phrase} and {k}") for k in range(12)]
+    with pytest.raises(UserError, match=r"--exclude: 12 of 12 examples say little"):
+        kinds(evaluation, [])
+    index = EvaluationIndex(13)
+    ids = WordIds()
+    for example in [*evaluation, *(Text(question(k)) for k in range(13))]:
+        index.add(*ids.learn(whole_text(example), ""))
+    index.close()
+    assert [(ids.spelled(p.ids), p.examples) for p in index.phrases] == [(f"{phrase} and", 12)]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])
+def test_words_do_not_depend_on_how_letters_are_written(form: str) -> None:
+    text = "L'été dernier, Zoé a déjeuné à ½ prix: ﬁn STRASSE straße, Ａ１ na\u00adïve"
+    assert words(unicodedata.normalize(form, text)) == words(text)
+    assert words("STRASSE") == words("straße") and words("ﬁn Ａ１") == ["fin", "a1"]
+
+
+def test_marks_do_not_split_words() -> None:
+    assert words("निम्नलिखित प्रश्न का उत्तर") == ["निम्नलिखित", "प्रश्न", "का", "उत्तर"]
+    assert words("தமிழ் மொழி") == ["தமிழ்", "மொழி"] and words("مُحَمَّد") == ["مُحَمَّد"]
+    assert words("ที่นี่") == ["ที่", "นี่"]
+    assert words("می\u200cخواهم") == words("میخواهم")

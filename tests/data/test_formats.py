@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_scalebio.data import records
+from megatron_scalebio.data.examples import Dialogue, Text
 from megatron_scalebio.data.formats import (
-    Dialogue,
-    Text,
+    RecordOptions,
     detect_format,
     parse_record,
     read_examples,
@@ -123,7 +123,7 @@ DIALOGUE_OF_TWO = Dialogue((("user", "u"), ("assistant", "a")))
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("text", {"text": "t", "instruction": "no output"}, Text("t")),
+        ("text", {"text": "t", "url": "no text"}, Text("t")),
         (
             "alpaca",
             {"instruction": "i", "input": "", "output": "o", "text": "i o"},
@@ -160,7 +160,11 @@ DIALOGUE_OF_TWO = Dialogue((("user", "u"), ("assistant", "a")))
         *[
             (
                 "messages",
-                {key: [{"role": r, "content": c} for r, c in DIALOGUE.messages]},
+                {
+                    key: [
+                        {"role": r, "content": c} for r, c in [turn[:2] for turn in DIALOGUE.turns]
+                    ]
+                },
                 DIALOGUE,
             )
             for key in ("messages", "conversations")
@@ -210,5 +214,5 @@ def test_unknown_format_lists_the_fields() -> None:
 
 def test_text_key_and_lone_surrogates(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"body": "cut \\ud83d emoji", "text": "no"}\n')
-    (example,) = read_examples(path, text_key="body")
+    (example,) = read_examples(path, RecordOptions(text_key="body", ignore_fields=("text",)))
     assert example == Text("cut \ufffd emoji")

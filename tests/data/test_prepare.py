@@ -18,11 +18,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_scalebio.commands import prepare as prepare_cli
 from megatron_scalebio.data.encode_pool import cut
+from megatron_scalebio.data.inputs import parse_input
 from megatron_scalebio.data.prepare import (
     PrepareConfig,
     Progress,
     SourceInput,
-    parse_input,
     prepare,
 )
 from megatron_scalebio.data.tokenizer import load_tokenizer
@@ -73,7 +73,9 @@ def test_what_is_written_and_counted(tmp_path: Path, sentence_piece: Path) -> No
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["src"]
     found = examples(folder)
     assert report["examples"] == len(found) == 3
-    assert report["dropped"] == {"no_target": 1, "empty": 1, "too_long": 1}
+    assert report["dropped"] == {
+        "no_target": 1, "empty": 1, "too_long": 0, "prompt_too_long": 1,
+    }  # fmt: skip
     assert report["truncated"] == 1
     assert report["tokens"] == sum(len(ids) for ids, _ in found)
     assert report["target_tokens"] == sum(int(mask.sum()) for _, mask in found)
@@ -263,8 +265,11 @@ def test_directory_and_several_files_in_sorted_order(tmp_path: Path, sentence_pi
     tokenizer = load_tokenizer(sentence_piece)
     texts = [tokenizer.decode(ids) for ids, _ in examples(tmp_path / "out" / "src")]
     assert texts == ["10.jsonl", "a.json", "b.jsonl"]
-    two = parse_input(f"x={folder / 'b.jsonl'},{folder}")
-    assert [file.name for file in two.files] == ["b.jsonl", "10.jsonl", "a.json", "b.jsonl"]
+    assert [file.name for file in source.unread] == ["notes.txt"]
+    two = parse_input(f"x={folder / 'b.jsonl'},{folder / '10.jsonl'}")
+    assert [file.name for file in two.files] == ["b.jsonl", "10.jsonl"]
+    with pytest.raises(UserError, match=r"b\.jsonl stands twice in a source"):
+        parse_input(f"x={folder / 'b.jsonl'},{folder}")
     assert parse_input(str(folder / "b.jsonl")).name == "b"
 
 
@@ -272,7 +277,7 @@ def test_directory_and_several_files_in_sorted_order(tmp_path: Path, sentence_pi
     ("value", "words"),
     [
         ("x={tmp}/none.jsonl", "none.jsonl: no such file"),
-        ("x={tmp}", "holds no *.json"),
+        ("x={tmp}", "holds no .json"),
         ("x=", "no path"),
         ("a/b={tmp}/empty.jsonl", "cannot name a source"),
     ],

@@ -16,6 +16,7 @@ from rich.console import Console
 from megatron_scalebio.commands import prepare as prepare_cli
 from megatron_scalebio.data import prepare as prepare_module
 from megatron_scalebio.data import train_tokenizer
+from megatron_scalebio.data.formats import RecordOptions
 from megatron_scalebio.data.prepare import PrepareConfig, Progress, SourceInput, prepare
 from megatron_scalebio.data.tokenizer import load_tokenizer
 
@@ -64,7 +65,8 @@ def test_counts_are_over_all_batches_and_files(
     report = prepared(tmp_path / "out", sentence_piece, raw)
     assert report["examples"] == len(GOOD) + len(CUT) and report["truncated"] == len(CUT)
     assert report["dropped"] == {
-        "no_target": len(SILENT), "empty": len(BLANK), "too_long": len(LOST),
+        "no_target": len(SILENT), "empty": len(BLANK), "too_long": 0,
+        "prompt_too_long": len(LOST),
     }  # fmt: skip
     # The built-in template, each turn tokenized alone, the answer and the end behind it to learn.
     tokenizer = load_tokenizer(sentence_piece)
@@ -195,7 +197,11 @@ def test_a_tokenizer_is_trained_on_every_nth_record_of_much_text(
         files[-1].write_text("".join(json.dumps(record) + "\n" for record in records))
     total = sum(path.stat().st_size for path in files)
     train_tokenizer.train_sentencepiece(
-        files, tmp_path / "m.model", 321, text_key="body", max_text_bytes=int(total / 3.2)
+        files,
+        tmp_path / "m.model",
+        321,
+        options=RecordOptions(text_key="body"),
+        max_text_bytes=int(total / 3.2),
     )
     starts = [s.split(" ")[0] for s in given["sentences"] if not s.startswith("x")]
     assert starts == ["a0", "a4", "a8", "b0", "b4", "b8"]

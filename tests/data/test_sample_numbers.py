@@ -188,7 +188,9 @@ def shown(folders: dict[str, str], sources: list[dict[str, Any]], **options: Any
     manifest = {
         "sources": sources, "redistributed": sum(e["surplus"] for e in sources),
         "asked": sum(e["asked"] for e in sources), "given": sum(e["given"] for e in sources),
-        "contamination": {"against": [{"name": "goal"}, {"name": "test"}]}, "sample_sha256": "x",
+        "contamination": {"against": [{"name": "goal"}, {"name": "test"}], "ngram": 13,
+                          "ngram_of": "words", "ignored_ngrams": 0, "ignored_phrases": []},
+        "sample_sha256": "x",
         "tokenizer": {},
     }  # fmt: skip
     return [manifest], config
@@ -221,7 +223,7 @@ def test_remarks_tell_what_was_moved_and_what_is_missing(folders: dict[str, str]
         "about --num-samples 6,000 keeps them, or more --max-epochs"
     )  # 3 epochs of 500 rows are a quarter of 6,000
     assert lines[1].startswith("1,000 rows above 3 epochs of math were asked of the other sources")
-    assert lines[2] == "compared with goal, test" and len(lines) == 3
+    assert lines[2] == "compared with goal, test" and len(lines) == 5
     near = [entry("web", 3.0, 8000, 6000, 7600), entry("math", 1.0, 500, 3000, 2400)]
     lines = command.remarks(*shown(folders, near, num_samples=9000))
     assert not lines[0].startswith("warning"), "within two per cent of the whole"

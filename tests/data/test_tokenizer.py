@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_scalebio.data.dialogue import ExampleEncoder, plain_segments
-from megatron_scalebio.data.formats import Dialogue, Text
+from megatron_scalebio.data.examples import Dialogue, Text, Turn
 from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_scalebio.errors import UserError
 
@@ -37,7 +37,7 @@ TEMPLATES = {
     "no end of turn": (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}",
-        ("", "<|endoftext|>"),
+        ("", ""),  # but for the last, which EOD closes: inference shows none between turns
     ),
     "thinking in the prompt alone": (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -82,6 +82,22 @@ def test_text_comes_back(tokenizer: Tokenizer) -> None:
         assert tokenizer.eod_id not in ids
 
 
+def test_a_long_text_has_the_tokens_it_has_whole(
+    tokenizer: Tokenizer, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_scalebio.data.tokenizer._LONG", 2000)
+    sizes = []
+    encode = type(tokenizer).encode
+    monkeypatch.setattr(
+        type(tokenizer), "encode", lambda self, text: sizes.append(len(text)) or encode(self, text)
+    )
+    for text in ("\n".join(corpus)[:60_000], "### Response:\nHello" * 900, "\n" * 9000, "x" * 9000):
+        sizes.clear()
+        assert tokenizer.encode_long(text) == encode(tokenizer, text)
+    tokenizer.encode_long("\n".join(corpus)[:60_000])
+    assert max(sizes[1:]) < 9000, "it is cut"
+
+
 def test_only_a_dummy_prefix_needs_a_lead(tokenizer: Tokenizer) -> None:
     behind = tokenizer.encode("x") + tokenizer.encode_continuation("Hello")
     assert tokenizer.decode(behind) == "xHello"
@@ -92,7 +108,7 @@ def test_only_a_dummy_prefix_needs_a_lead(tokenizer: Tokenizer) -> None:
 def test_border_tokenizer_does_merge_across_the_border(border_merging: Path) -> None:
     """Else the tests below would show nothing."""
     tokenizer = load_tokenizer(border_merging)
-    prompt, answer = (segment.text for segment in plain_segments([("assistant", "Hello")]))
+    prompt, answer = (segment.text for segment in plain_segments([Turn("assistant", "Hello")]))
     assert tokenizer.encode(prompt + answer) != tokenizer.encode(prompt) + tokenizer.encode(answer)
 
 
@@ -119,7 +135,10 @@ def test_plain_template_targets_are_exactly_the_answers(
     assert target_runs(tokenizer, ids, mask) == [answer + end for answer in answers]
     assert sum(m and i == tokenizer.eod_id for i, m in zip(ids, mask, strict=True)) == len(answers)
     assert not answers or (ids[-1] == tokenizer.eod_id and mask[-1] == 1)
-    full = "".join(segment.text + end * segment.closed for segment in plain_segments(messages))
+    full = "".join(
+        segment.text + end * segment.closed
+        for segment in plain_segments([Turn(*m) for m in messages])
+    )
     assert not answers or full.startswith(tokenizer.decode(ids))
 
 
@@ -133,7 +152,7 @@ def test_chat_template_targets_are_exactly_the_answers(
     answers = [content for role, content in messages if role == "assistant"]
     assert target_runs(tokenizer, ids, mask) == [answer + "<|im_end|>" for answer in answers]
     if answers:
-        rendered = tokenizer.render_chat(messages, False)
+        rendered = tokenizer.render_chat([Turn(*m).message() for m in messages], False)
         assert rendered.startswith(tokenizer.decode(ids))
 
 
@@ -164,6 +183,7 @@ def test_kinds_of_chat_templates(byte_level: Path, tmp_path: Path, name: str) ->
     ids, mask = ExampleEncoder(tokenizer).encode(Dialogue((*messages, ("user", "Yes"))))
     if around is not None:
         expected = [around[0] + answer + around[1] for answer in answers]
+        expected[-1] += "" if around[1] else "<|endoftext|>"
         assert target_runs(tokenizer, ids, mask) == expected
     ids, mask = ExampleEncoder(tokenizer).encode(Dialogue(tuple(messages)))
     expected = [
@@ -193,7 +213,15 @@ def test_assistant_speaks_first(byte_level: Path) -> None:
             "{{ messages | length }}{% for m in messages %}{{ m['content'] }};{% endfor %}",
             "otherwise",
         ),
-        ("{% for m in messages %}{{ m['content'] | replace('Y', 'y') }};{% endfor %}", "turn 1"),
+        (
+            "{% for m in messages %}{{ m['content'] }}{{ m['content'] }};{% endfor %}",
+            "leaves out or changes assistant turn 1",
+        ),
+        (
+            "{% for m in messages %}{{ m['content'] }};{% endfor %}"
+            "{{ messages[-1]['content'] | length }}",
+            "renders what follows assistant turn 1 by what the turn says",
+        ),
         ("{% for %}", "refuses"),
     ],
 )

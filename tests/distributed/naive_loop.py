@@ -59,11 +59,17 @@ class Model:
         eps = self.options.get("adam_eps", 1e-8)
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=eps)
 
-    def take_over(self, other: Model) -> None:
-        """Weights and AdamW's state of another."""
+    def take_over(self, other: Model, share: float = 1.0) -> None:
+        """Weights and AdamW's state of another, or mine + share (theirs − mine)."""
+        old = copy.deepcopy(self.adamw.state_dict()["state"])
+        new = copy.deepcopy(other.adamw.state_dict())
         for mine, theirs in zip(self.weights.values(), other.weights.values(), strict=True):
-            mine.data.copy_(theirs.data)
-        self.adamw.load_state_dict(copy.deepcopy(other.adamw.state_dict()))
+            mine.data += share * (theirs.data - mine.data)
+        for number, state in new["state"].items():
+            for name, value in state.items():
+                if share < 1 and name != "step":
+                    value.copy_(old[number][name] + share * (value - old[number][name]))
+        self.adamw.load_state_dict(new)
 
     def step(self, gradients: Weights, lr: float, trains: Weights) -> float:
         """One step where `trains` is true; the norm of the gradient there, before clipping."""
@@ -85,8 +91,10 @@ class Model:
 class Mixture:
     """λ under exponentiated gradient, λ_i −= lr g_i / √(v / (1 − βᵗ)), or under AdamW.
 
-    v ← β v + (1 − β) Σ_i p_i g_i² with β = 0.99. No weight falls below 1e-4 / S. From the 31st step
-    on a g of more than 6 times its usual size √(v / (1 − βᵗ)) is cut to that.
+    v ← β v + (1 − β) Σ_i p_i g_i² with β = 0.99. No weight falls below 1e-4 / S. From the 31st
+    step on a g of more than 6 times its usual size √(v / (1 − βᵗ)) is cut to that. Where u's memory
+    is m > 1 resets long, λ_i −= lr · 0.2 / √m · (g_i + 5 (g_i − ḡ_i)) / √(v / (1 − βᵗ)), with ḡ the
+    mean of the cut g, this one included: ḡ += (g − ḡ) / min(10, t).
     """
 
     def __init__(self, initial: list[float], kind: str) -> None:
@@ -94,9 +102,10 @@ class Mixture:
         self.p = weights / weights.sum()
         self.logits = torch.tensor(np.log(self.p)).requires_grad_()
         self.v, self.t = 0.0, 0
+        self.mean = np.zeros(len(weights))
         self.adamw = torch.optim.AdamW([self.logits], weight_decay=0.0) if kind == "adamw" else None
 
-    def step(self, g: np.ndarray, lr: float) -> float:
+    def step(self, g: np.ndarray, lr: float, memory: float = 1.0) -> float:
         """Moves λ and p; the norm of Jᵀ g, J = diag(p) − p pᵀ."""
         gradient = (np.diag(self.p) - np.outer(self.p, self.p)) @ g
         self.t += 1
@@ -113,6 +122,9 @@ class Mixture:
                 g, size = g * (6 * usual / size), 6 * usual
             self.v = 0.99 * self.v + 0.01 * size**2
             usual = math.sqrt(self.v / (1 - 0.99**self.t))
+            self.mean = self.mean + (g - self.mean) / min(10, self.t)
+            if memory > 1:
+                g, lr = 6 * g - 5 * self.mean, 0.2 * lr / math.sqrt(memory)
             moved = self.p * np.exp(-lr * (g / usual if usual else g))
             moved = np.maximum(moved / moved.sum(), 1e-4 / len(g))
             self.p = moved / moved.sum()
@@ -156,6 +168,8 @@ class Reweighting:
         initial, shares: weights of the sources at the start, and of the validation sets.
     """
 
+    usual_style = "constant"
+
     def __init__(
         self, tree: dict, weights: Weights, shape: dict, initial: list[float], shares: list[float]
     ) -> None:
@@ -170,7 +184,7 @@ class Reweighting:
         steps = self.tree["train"]["train_iters"]
         rounds, tau = bilevel.get("outer_rounds", 1), bilevel.get("alpha_growth", 1.0)
         warmup = optimizer.get("lr_warmup_fraction", 0.03)
-        style = optimizer.get("lr_decay_style", "cosine")
+        style = optimizer.get("lr_decay_style", self.usual_style)
         of_w = optimizer["lr"]
         floor = optimizer.get("min_lr", of_w / 10)
         of_u = optimizer.get("lr_u", of_w)
@@ -201,6 +215,7 @@ class Reweighting:
         alpha = rates["alpha"]
         of_sources, of_sets = self._chances()
         shared = self._begin()
+        memory = self.memory()
         of_w, of_u, of_logits, losses = naive.bilevel_gradients(
             self.w.weights, self.u.weights, torch.tensor(np.log(p)), train, valid,
             self.shares.tolist(), alpha, self.shape, self._mean(), (of_sources, of_sets),
@@ -229,11 +244,15 @@ class Reweighting:
             "tokens": tokens,
             "grad_norm_w": self.w.step(of_w, rates["lr_w"], trains),
             "grad_norm_u": self.u.step(of_u, rates["lr_u"], trains),
-            "grad_norm_lambda": self.mixture.step(g, rates["lr_lambda"]),
+            "grad_norm_lambda": self.mixture.step(g, rates["lr_lambda"], memory),
         }
 
     def _begin(self) -> bool:
-        """Resets u every k steps, or with LISA's periods, in which AdamW starts anew; whether."""
+        """Resets u every k steps, or with LISA's periods, in which AdamW starts anew.
+
+        Returns:
+            Whether u is w now: after ten resets one goes only a part of the way, 1 / memory.
+        """
         every = self.tree["bilevel"].get("resync_interval", 10)
         interval = self.tree.get("lisa", {}).get("lisa_interval")
         if interval and self.at % interval == 0:
@@ -241,8 +260,16 @@ class Reweighting:
                 model.restart()
         resets = every is not None and self.at % (interval or every) == 0
         if resets:
-            self.u.take_over(self.w)
-        return resets
+            self.u.take_over(self.w, 1 / self.memory())
+        return resets and self.memory() == 1
+
+    def memory(self) -> float:
+        """Of u's departure from w, in resets."""
+        bilevel = self.tree["bilevel"]
+        every = bilevel.get("resync_interval", 10)
+        if every is None or self.tree.get("lisa", {}).get("lisa_interval"):
+            return 1.0
+        return 1.0 + bilevel.get("memory_growth", 0.25) * max(0.0, self.at / every - 10)
 
     def _trained(self, layers: list[int] | None) -> Weights:
         trains = everywhere(self.w.weights)
@@ -272,6 +299,8 @@ class Reweighting:
 
 class Training(Reweighting):
     """`train`: w alone, on a mixture that stays as it is."""
+
+    usual_style = "cosine"
 
     def step(self, train: Groups, valid: Groups, layers: list[int] | None) -> dict:
         p = self.mixture.p

@@ -64,6 +64,11 @@ REWEIGHT: dict[str, dict] = {
         "data": {"loss_mean": "token"}, "optimizer": PLAIN, "bilevel": {"alpha": 2.0},
         "train": {**NARROW, "train_iters": 4},
     },
+    "longer memory": {
+        "optimizer": {**PLAIN, "weight_decay": 0.1},
+        "bilevel": {"resync_interval": 2, "memory_growth": 0.6},
+        "train": {**ROOMY, "train_iters": 27},
+    },
     "lisa": {
         "weights": [1.0, 0.7, 1e-7],  # the last below what a source may fall to
         "optimizer": PLAIN, "lisa": {"lisa_layers": 1, "lisa_interval": 3}, "train": BATCH,
@@ -144,7 +149,7 @@ def weights_and_epochs(folder: Path) -> list:
     for stage in ("reweight", "train"):
         state = begun(folder, stage, train=train, data=data)
         probs_S = state.probs_S if stage == "train" else state.training.mixture.probs_S
-        last = state.schedule.at(state.config.train.train_iters - 1).lr_w
+        last = state.schedule.at(state.config.train.train_iters - 1).lr_w  # which reweight keeps
         result.append([probs_S.tolist(), state.config.train.train_iters, last])
         ended(state)
     return result
@@ -304,7 +309,9 @@ def test_a_reset_takes_over_masters_and_moments_too(ran: tuple[Path, dict]) -> N
 
 
 def test_a_run_takes_over_learned_weights_and_counts_epochs(ran: tuple[Path, dict]) -> None:
-    for weights, steps, last_rate in json.loads((ran[0] / "learned.json").read_text()):
+    rates = PLAIN["lr"], PLAIN["lr"] / 10
+    learned = json.loads((ran[0] / "learned.json").read_text())
+    for (weights, steps, last_rate), wanted in zip(learned, rates, strict=True):
         assert weights == pytest.approx([0.5, 0.3, 0.2])
         assert steps == 6, "27 examples, once and a half, eight a step"
-        assert last_rate == pytest.approx(PLAIN["lr"] / 10)
+        assert last_rate == pytest.approx(wanted)

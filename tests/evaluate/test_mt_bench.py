@@ -43,7 +43,9 @@ def evaluate(hf_folder: Path, output: Path, *words: object) -> int:
     [
         ("Fine. Rating: [[7]]", 7),
         ("[[3]] at first, but then: [[ 8.5 ]]", 8.5),
-        ("Rating: [6]", 6),
+        ("Rating: [6]", None),
+        ("Per [1] and [2] it is right. Rating: 9", None),
+        ("Per [1] it is right. Rating: [[9]]", 9),
         ("Rating: [[11]]", None),
         ("Rating: [[0]]", None),
         ("Rating: 7", None),

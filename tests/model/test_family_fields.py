@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_scalebio.errors import UserError
 from megatron_scalebio.families import read_family
 
 # What these families call their sizes, and what the sizes are here.
@@ -95,3 +96,36 @@ def test_sizes_that_are_left_out_follow_from_the_others(tmp_path: Path) -> None:
         config = {"architectures": [architecture], "model_type": kind, **values}
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert read_family(tmp_path)[1][name] == size
+
+
+WHOLE = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+    "intermediate_size": 96, "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0,
+                        "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                        "original_max_position_embeddings": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["1e6", "x", 0, -1, [], {}, [None], True, 10**30, 1e400])
+@pytest.mark.parametrize(
+    "key",
+    ["architectures", "hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
+     "num_key_value_heads", "vocab_size", "intermediate_size", "max_position_embeddings",
+     "tie_word_embeddings", "rope_parameters", "rope_theta", "factor",
+     "original_max_position_embeddings", "hidden_act"],
+)  # fmt: skip
+def test_values_of_another_type_are_refused_in_one_line(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    config = json.loads(json.dumps(WHOLE))
+    (config["rope_parameters"] if key in config["rope_parameters"] else config)[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    try:
+        read_family(tmp_path)
+    except UserError as error:
+        assert str(error).startswith(f"{tmp_path / 'config.json'}: ")
+        assert ("\n" not in str(error) and key in str(error)) or "transformers" in str(error)
+    else:  # what transformers takes for another: true for tie_word_embeddings, 0 for false
+        assert (key, value) in [("tie_word_embeddings", True), ("rope_parameters", {})]

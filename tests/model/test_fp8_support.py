@@ -1,4 +1,4 @@
-"""FP8 on a GPU that can't is refused before the model is built."""
+"""FP8 is refused where the GPU can't, and what never trains has no delayed scales."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ def test_a_gpu_that_cannot_is_named(recipe: Any, monkeypatch: pytest.MonkeyPatch
         settings.uses_transformer_engine(config)
     config.parallel.fp8_format = None
     assert settings.uses_transformer_engine(config)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "blockwise"])
+def test_a_model_that_only_scores_has_no_delayed_scales(recipe: str) -> None:
+    trained: Any = types.SimpleNamespace(fp8_recipe=recipe, hidden_size=64)
+    scoring = settings.scoring_config(trained)
+    assert scoring.fp8_recipe == ("tensorwise" if recipe == "delayed" else recipe)
+    assert scoring.hidden_size == 64 and trained.fp8_recipe == recipe

@@ -288,7 +288,9 @@ def try_faults(folder: str) -> None:
         for p in (whole, plan_of_half)
     ]
     config.parallel.fp8_format = "hybrid"
-    found["fp8"] = [s.held_bytes["FP8 copies"] for s in make_plan(config, layout, 0.4).stages]
+    for config.parallel.fp8_recipe in ("tensorwise", "delayed"):
+        stages = make_plan(config, layout, 0.4).stages
+        found[config.parallel.fp8_recipe] = [s.held_bytes["FP8 copies"] for s in stages]
     (Path(folder) / "found.json").write_text(json.dumps(found))
 
 
@@ -308,7 +310,8 @@ def test_a_dry_run_finds_faults(tmp_path: Path) -> None:
     in_period, at_worst = found["u"]
     assert all(a < b for a, b in zip(in_period, at_worst, strict=True))
     assert at_worst == found["w"]
-    # Of 4 layers on a stage and half of each: QKV and projection, a gated MLP of 192; for w and u,
-    # as stored and transposed.
+    # Of 4 layers on a stage and half of each: QKV and projection, a gated MLP of 192; as stored and
+    # transposed. u has its own of the two that train, with delayed scales of all.
     matrices = 4 * (64 * 192 + 64 * 64 + 3 * 64 * 192) // 2
-    assert found["fp8"] == [4 * matrices] * 2
+    assert found["delayed"] == [4 * matrices] * 2
+    assert found["tensorwise"] == [3 * matrices] * 2

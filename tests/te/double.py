@@ -27,8 +27,8 @@ from tests.te.kernels import KERNELS
 
 WHEEL = Path(sys.prefix) / "te"  # apart: on the usual path Megatron would find it in every test
 needs_transformer_engine = pytest.mark.skipif(
-    not (WHEEL / "transformer_engine").is_dir(),
-    reason="no wheel of transformer-engine in the environment (make test puts it there)",
+    not (WHEEL / "transformer_engine").is_dir() or torch.cuda.is_available(),
+    reason="for machines without CUDA, with the wheel of transformer-engine that make test gets",
 )
 
 # Members in the order of the extension's: tensors of a module are indexed by them.
@@ -188,14 +188,19 @@ class _Pretending(types.ModuleType):
 def _adapt_package() -> None:
     """Transformer Engine and the package's choice of layers believe in a GPU; nothing else does."""
     from megatron_scalebio import compat
+    from megatron_scalebio.compat import cpu
 
+    cpu._adapt_optimizers = lambda: None  # Transformer Engine's, as on a GPU
     compat.adapt()
     import transformer_engine.pytorch.distributed as distributed
     import transformer_engine.pytorch.module.base as base
+    from megatron.core import optimizer
     from megatron.core.transformer.enums import AttnBackend
+    from transformer_engine.pytorch.optimizers import FusedAdam
 
     from megatron_scalebio.model import settings
 
+    assert optimizer.Adam is FusedAdam
     fake: Any = torch.Tensor
     fake.is_cuda = property(lambda tensor: True)
     base.torch = _Pretending(torch, cuda=_Pretending(torch.cuda, is_available=lambda: True))

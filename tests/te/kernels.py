@@ -33,6 +33,9 @@ def largest(tag: Any) -> float:
 def create_empty_quantized_tensor(
     quantizer: Any, shape: Any, dtype: torch.dtype, device: Any, pin_memory: bool
 ) -> Any:
+    if not hasattr(quantizer, "block_len"):
+        data = torch.zeros(tuple(shape), dtype=torch.uint8)
+        return _of_one_scale(data, torch.ones(1), dtype, quantizer)
     made = quantizer.storage_metadata(dtype)
     tensors = {
         name.lstrip("_"): torch.zeros(size, dtype=kind)
@@ -65,27 +68,31 @@ def _quantize_whole(x: torch.Tensor, quantizer: Any, output: Any) -> Any:
             torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, group)
         scale = _scale(amax, quantizer, 0.0)
     data = _cast(x.float() * scale, quantizer.dtype)
-    turned = data.movedim(-1, 0).contiguous()
-    assert quantizer.rowwise_usage or quantizer.columnwise_usage
     if output is None:
-        from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
-        from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import (
-            Float8TensorStorage,
-        )
-
-        kind = Float8TensorStorage if quantizer.internal else Float8Tensor
-        shaped = {} if quantizer.internal else {"shape": x.shape, "dtype": x.dtype}
-        return kind(
-            data=data if quantizer.rowwise_usage else None, fp8_scale_inv=1 / scale,
-            data_transpose=turned if quantizer.columnwise_usage else None,
-            fp8_dtype=quantizer.dtype, quantizer=quantizer, **shaped,
-        )  # fmt: skip
+        return _of_one_scale(data, scale, x.dtype, quantizer)
+    turned = data.movedim(-1, 0).contiguous()
     output._data = _into(output._data, data) if quantizer.rowwise_usage else None
     output._transpose = _into(output._transpose, turned) if quantizer.columnwise_usage else None
     output._transpose_invalid = not quantizer.columnwise_usage
     output._fp8_dtype = quantizer.dtype
     output._scale_inv.copy_((1 / scale).reshape(output._scale_inv.shape))
     return output
+
+
+def _of_one_scale(
+    data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, quantizer: Any
+) -> Any:
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+
+    assert quantizer.rowwise_usage or quantizer.columnwise_usage
+    kind = Float8TensorStorage if quantizer.internal else Float8Tensor
+    shaped = {} if quantizer.internal else {"shape": data.shape, "dtype": dtype}
+    return kind(
+        data=data if quantizer.rowwise_usage else None, fp8_scale_inv=1 / scale,
+        data_transpose=data.movedim(-1, 0).contiguous() if quantizer.columnwise_usage else None,
+        fp8_dtype=quantizer.dtype, quantizer=quantizer, **shaped,
+    )  # fmt: skip
 
 
 def _quantize_blocks(x: torch.Tensor, quantizer: Any, output: Any) -> Any:

@@ -9,11 +9,9 @@ something harmless.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +28,6 @@ _CLASSES = {
         "Format", "_FormatHelper", "MMParams", "QParams",
     )
 } | {("megatron.core.extensions.transformer_engine", "TEDelayedScaling")}  # fmt: skip
-# Transformer Engine 2.20 takes such state where this is "1" alone: it can't tell what it holds.
-_ALLOW = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def is_fp8_state(key: str) -> bool:
@@ -74,20 +70,6 @@ def drop(model: dict[str, Any]) -> None:
     for key in model:
         if is_fp8_state(key):
             model[key] = None
-
-
-@contextmanager
-def looked_through() -> Iterator[None]:
-    """A block in which Transformer Engine takes FP8 state, which `refuse_code` has let pass."""
-    before = os.environ.get(_ALLOW)
-    os.environ[_ALLOW] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_ALLOW]
-        else:
-            os.environ[_ALLOW] = before
 
 
 def _read(key: str, value: Any) -> None:

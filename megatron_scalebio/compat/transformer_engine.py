@@ -1,0 +1,46 @@
+"""What of Transformer Engine has no public name: FP8 copies of weights, leave to load FP8 state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_COPIES = "_fp8_workspaces"
+_ALLOW = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
+
+def share_copies(source: torch.nn.Module, target: torch.nn.Module, equal: bool) -> bool:
+    """Has two modules keep their copies together where their weights are equal, else each its own.
+
+    Returns:
+        Whether they share them now.
+    """
+    theirs: Any = getattr(source, _COPIES, None)
+    if theirs is None:
+        return False
+    if equal:
+        setattr(target, _COPIES, theirs)
+    elif getattr(target, _COPIES) is theirs:
+        setattr(target, _COPIES, {})
+    return equal
+
+
+@contextmanager
+def fp8_state_allowed() -> Iterator[None]:
+    """A block in which modules take pickled FP8 state, which has been looked through by then.
+
+    Transformer Engine 2.20 can't tell what such state holds, and else refuses it.
+    """
+    before = os.environ.get(_ALLOW)
+    os.environ[_ALLOW] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ALLOW]
+        else:
+            os.environ[_ALLOW] = before

@@ -1,0 +1,92 @@
+"""What a record becomes before it is tokenized: a plain text, or a dialogue of turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from megatron_scalebio.errors import UserError
+
+AS_ITS_ROLE, AS_PROMPT, NEVER = "as its role", "as prompt", "never"
+# Fields of a turn that say something besides its content; transformers knows all three names.
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+
+
+class RecordError(UserError):
+    """One record is at fault, so that it can be left out.
+
+    Args:
+        reason: what is wrong, in the same words for every record of the kind.
+    """
+
+    def __init__(self, message: str, *, reason: str, where: str = "", fix: str = "") -> None:
+        self.reason = reason
+        super().__init__(message, where=where, fix=fix)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker's comes to the parent pickled
+        return partial(RecordError, reason=self.reason), (str(self),)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text, every token of which is to be predicted.
+
+    Attributes:
+        ignored: fields of the record that are not used.
+    """
+
+    text: str
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+
+class Turn(NamedTuple):
+    """One turn of a dialogue.
+
+    role: system, user, assistant or tool.
+    content: its text; None where there is none beside `fields`.
+    trains: AS_ITS_ROLE (an answer trains), AS_PROMPT (an answer of the history: it trains where
+        prompts do) or NEVER.
+    fields: what else a chat template may read, such as `tool_calls`.
+    """
+
+    role: str
+    content: str | None
+    trains: str = AS_ITS_ROLE
+    fields: dict[str, Any] = {}  # noqa: RUF012  never written to
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether it is an assistant turn that says something."""
+        said = (self.content or "").strip() or any(self.fields.get(f) for f in REASONING_FIELDS)
+        return self.role == "assistant" and bool(said or self.fields.get("tool_calls"))
+
+    def message(self, content: str | None = None) -> dict[str, Any]:
+        """The turn as a chat template takes it, with other content where some is given."""
+        content = self.content if content is None else content
+        return {"role": self.role, "content": content, **self.fields}
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Turns in order.
+
+    Attributes:
+        turns: (role, content) pairs are made into turns.
+        context: what the chat template is given besides: `tools`, `documents`, and more by name.
+        ignored: fields of the record and its turns that are not used.
+    """
+
+    turns: tuple[Turn, ...]
+    context: dict[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+
+    def __init__(
+        self,
+        turns: tuple[Any, ...],
+        context: dict[str, Any] | None = None,
+        ignored: tuple[str, ...] = (),
+    ) -> None:
+        object.__setattr__(self, "turns", tuple(Turn(*turn) for turn in turns))
+        object.__setattr__(self, "context", context or {})
+        object.__setattr__(self, "ignored", ignored)

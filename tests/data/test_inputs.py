@@ -1,0 +1,261 @@
+"""What --input names, and every kind of file that is read, with the same examples from each."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+
+from megatron_scalebio.data.inputs import open_records, parse_input
+from megatron_scalebio.data.prepare import PrepareConfig, SourceInput, prepare
+from megatron_scalebio.data.prepared import PreparedFolder
+from megatron_scalebio.data.source_writer import Staging
+from megatron_scalebio.errors import UserError
+
+PAIRS = [
+    {"question": f'What, "{k}"?\nOr not?', "answer": f"é中 {k}", "system": None if k % 2 else "Hi"}
+    for k in range(2500)
+]
+CHATS = [
+    {"messages": [{"role": "user", "content": f"q{k}"},
+                  {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+                  if k % 2 else {"role": "assistant", "content": f"a{k}"}]}
+    for k in range(1500)
+]  # fmt: skip
+
+
+def _lines(records: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def _zstd(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def _arrow(path: Path, records: list[dict[str, Any]]) -> None:
+    table = pyarrow.Table.from_pylist(records)
+    with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=700)
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    """Records as a file of the kind that its name tells."""
+    kind = path.name.partition(".")[2]
+    plain = json.dumps(records).encode() if kind == "json" else _lines(records)
+    compress = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": _zstd}
+    if kind in ("csv", "tsv"):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            delimiter = "\t" if kind == "tsv" else ","
+            writer = csv.DictWriter(file, list(records[0]), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(records)
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=600)
+    elif kind == "arrow":
+        _arrow(path, records)
+    else:
+        path.write_bytes(compress.get(kind.split(".")[-1], bytes)(plain))
+    return path
+
+
+def without_nulls(record: Any) -> Any:
+    if isinstance(record, dict):
+        return {k: without_nulls(v) for k, v in record.items() if v not in (None, "")}
+    return [without_nulls(item) for item in record] if isinstance(record, list) else record
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.json", "a.jsonl", "a.JSONL", "a.ndjson", "a.jsonl.gz", "a.jsonl.zst", "a.json.xz",
+     "a.jsonl.bz2", "a.parquet", "a.arrow", "a.csv", "a.tsv"],
+)  # fmt: skip
+def test_every_kind_of_file_has_the_same_records(tmp_path: Path, name: str) -> None:
+    sets = [PAIRS] if name.endswith("sv") else [PAIRS, CHATS]
+    for records in sets:
+        reader = open_records(write(tmp_path / name, records))
+        found = [record.value for record in reader]
+        assert without_nulls(found) == without_nulls(records)
+        assert 0 < reader.bytes_read <= (tmp_path / name).stat().st_size
+
+
+def config(out: Path, tokenizer: Path, *files: Path, **options: Any) -> PrepareConfig:
+    return PrepareConfig(out, (SourceInput("s", files),), str(tokenizer), **options)
+
+
+def test_examples_do_not_depend_on_the_kind_of_file(tmp_path: Path, byte_level: Path) -> None:
+    found = set()
+    for name in ("a.jsonl.gz", "a.parquet", "a.csv"):
+        path = write(tmp_path / name, PAIRS[:300])
+        found.add(prepare(config(tmp_path / name[2:], byte_level, path))[0]["fingerprint"])
+    assert len(found) == 1
+
+
+def test_folders_globs_lists_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tmp_path / "raw"
+    (raw / "deep" / "er").mkdir(parents=True)
+    names = ["a.jsonl.gz", "b.JSONL", "c.ndjson", "d.parquet", "deep/e.csv", "deep/er/f.json.zst"]
+    for name in names:
+        write(raw / name, PAIRS[:2])
+    (raw / "README.md").write_text("x")
+    (raw / ".cache").mkdir()
+    write(raw / ".cache" / "g.jsonl", PAIRS[:1])
+    source = parse_input(str(raw))
+    assert [str(file.relative_to(raw)) for file in source.files] == names
+    assert (source.name, source.unread) == ("raw", (raw / "README.md",))
+    assert [file.name for file in parse_input(f"x={raw}/*.j*").files] == ["a.jsonl.gz"]
+    assert len(parse_input(f"x={raw}/**/*.*n*").files) == 3
+    (tmp_path / "list.txt").write_text("# two\nraw/c.ndjson\n\nraw/deep\n")
+    listed = parse_input(f"@{tmp_path / 'list.txt'}")
+    assert [file.name for file in listed.files] == ["c.ndjson", "e.csv", "f.json.zst"]
+    assert listed.name == "list" and parse_input(str(raw / "a.jsonl.gz")).name == "a"
+    many = ",".join(str(write(raw / f"shard-{k:03}.jsonl", PAIRS[:1])) for k in range(40))
+    assert len(parse_input(many).files) == len(parse_input(f"x={many}").files) == 40
+    monkeypatch.chdir(raw)
+    (raw / "ünï.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"can't be one .*--input NAME=ünï\.jsonl"):
+        parse_input("ünï.jsonl")
+    for value, words in ((f"x={raw}/*.txt", "no file matches"), (f"x={'y' * 300}", "no such file"),
+                         (f"x={raw}/a.jsonl.gz,{raw}/./a.jsonl.gz", "stands twice")):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            parse_input(value)
+
+
+def test_a_saved_data_set_is_read_in_its_order(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.Dataset.from_list(PAIRS)
+    whole.save_to_disk(tmp_path / "one", num_shards=3)
+    datasets.DatasetDict({"train": whole, "test": whole}).save_to_disk(tmp_path / "two")
+    found = [
+        record.value for file in parse_input(f"x={tmp_path / 'one'}").files
+        for record in open_records(file)
+    ]  # fmt: skip
+    assert without_nulls(found) == without_nulls(PAIRS)
+    with pytest.raises(UserError, match=r"holds the splits test, train \(name one of them"):
+        parse_input(f"x={tmp_path / 'two'}")
+    assert len(parse_input(f"x={tmp_path / 'two' / 'train'}").files) == 1
+    whole.select([5, 2]).save_to_disk(tmp_path / "some")
+    rows = [r.value["answer"] for f in parse_input(f"x={tmp_path / 'some'}").files
+            for r in open_records(f)]  # fmt: skip
+    assert rows == [PAIRS[5]["answer"], PAIRS[2]["answer"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "a.jsonl:1: a number has more digits"),
+        ("a.json", b'[{"a": ' + b"9" * 5000 + b"}]", "a.json:1: a number has more digits"),
+        ("a.jsonl.gz", gzip.compress(_lines(PAIRS))[:-90], "a.jsonl.gz: the compressed file is"),
+        ("a.jsonl.xz", lzma.compress(_lines(PAIRS))[:-90], "a.jsonl.xz: the compressed file is"),
+        ("a.jsonl.zst", _zstd(_lines(PAIRS))[:-90], "a.jsonl.zst"),
+        ("a.parquet", b"PAR1 is what it is not", "a.parquet: is damaged, or of another kind"),
+        ("a.arrow", b"nor is this", "a.arrow: is damaged, or of another kind"),
+        ("a.csv", b"question,answer\nx,y\nx\n", "a.csv:3: has another number of cells"),
+        ("a.csv", b"question,answer\nx,\xff\n", "a.csv:2: not UTF-8"),
+        ("a.csv", b'question,answer\nx,"y\n', "a.csv:2: is not CSV"),
+    ],
+)
+def test_damaged_files_are_named_in_one_line(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(open_records(tmp_path / name))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+BAD = [*PAIRS[:3], {"question": "q", "answer": "a", "context": "c"}, {"question": "q"}]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_records_end_the_run_or_are_left_out(
+    tmp_path: Path, byte_level: Path, workers: int
+) -> None:
+    files = []
+    for name in ("a", "b"):
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_bytes(_lines(BAD) + b"{broken\n" + _lines(PAIRS[:1]))
+    with pytest.raises(UserError, match=r"a\.jsonl:"):
+        prepare(config(tmp_path / "out", byte_level, *files, workers=workers))
+    assert not (tmp_path / "out").exists()
+    options = {"bad_records": "skip", "workers": workers}
+    (report,) = prepare(config(tmp_path / "out", byte_level, *files, **options))
+    assert report["examples"] == 8
+    assert report["skipped"] == {"unknown field context": 2, "missing field": 2, "malformed": 2}
+    listed, counts = PreparedFolder(tmp_path / "out" / "s").left_out(100)
+    assert [(Path(e["file"]).name, e["line"]) for e in listed] == [
+        (name, line) for name in ("a.jsonl", "b.jsonl") for line in (4, 5, 6)
+    ]
+    assert sum(counts.values()) == 6 and all(e["message"].startswith(e["file"]) for e in listed)
+
+
+def test_examples_know_the_lines_they_are_from(tmp_path: Path, byte_level: Path) -> None:
+    from megatron_scalebio.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(byte_level)
+    paths = []
+    for name in ("a", "b"):
+        paths.append(tmp_path / f"{name}.jsonl")
+        texts = [f"{name}{line} " + "word " * line for line in range(1, 40)]
+        paths[-1].write_bytes(b"\n" + _lines([{"text": text} for text in texts]))
+    prepare(config(tmp_path / "out", byte_level, *paths, seq_length=16))
+    seen = {}
+    for shown in PreparedFolder(tmp_path / "out" / "s").examples(0, 10**6, tokenizer):
+        assert shown.targets == shown.tokens - 1
+        seen.setdefault((shown.file, shown.line), "".join(piece.text for piece in shown.pieces))
+    assert len(seen) == 78
+    for (file, line), text in seen.items():
+        assert text.startswith(f"{Path(file).stem}{line - 1} ")
+
+
+def test_two_runs_that_write_one_name_leave_the_first(tmp_path: Path) -> None:
+    stagings = [Staging(tmp_path / "out", ["a", "b", "file"], overwrite=False) for _ in range(2)]
+    with stagings[0] as first, pytest.raises(UserError, match="by another run"), stagings[1] as two:
+        for staging, text in ((first, "first"), (two, "second")):
+            for name in ("a", "b"):
+                staging.path(name).mkdir(parents=True)
+                (staging.path(name) / "x").write_text(text)
+            staging.path("file").write_text(text)
+        first.commit()
+        (tmp_path / "out" / "a" / "x").unlink()
+        (tmp_path / "out" / "a").rmdir()  # so that the second fails at its second name
+        two.commit()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b", "file"]
+    assert (tmp_path / "out" / "b" / "x").read_text() == "first"
+
+
+def test_what_a_killed_run_left_goes_away_and_a_running_one_stays(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, time; from pathlib import Path\n"
+        "from megatron_scalebio.data.source_writer import Staging\n"
+        "with Staging(Path(sys.argv[1]), ['a'], overwrite=False):\n"
+        "    print('ready', flush=True); time.sleep(100)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        (running,) = tmp_path.iterdir()
+        with Staging(tmp_path, ["b"], overwrite=False):
+            assert running.exists()
+    finally:
+        child.kill()
+        child.wait()
+    assert running.exists()
+    with Staging(tmp_path, ["b"], overwrite=False):
+        assert not running.exists()
+    assert list(tmp_path.iterdir()) == []
