@@ -167,7 +167,8 @@ def row(name: str, of: Outcome, fp32: Outcome) -> list[str]:
     noise = (seen - weights).square().mean().sqrt()
     return [
         name, f"{kept:.3f}", f"{error:.3f}", f"{true.square().mean().sqrt():.2e}",
-        f"{slopes[1]:.2f}", f"{signs[1]:.2f}", f"{noise:.1e}", f"{slopes[0]:.2f}", f"{signs[0]:.2f}",
+        f"{slopes[1]:.2f}", f"{signs[1]:.2f}", f"{noise:.1e}", f"{slopes[0]:.2f}",
+        f"{signs[0]:.2f}",
     ]  # fmt: skip
 
 
