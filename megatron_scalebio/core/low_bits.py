@@ -10,6 +10,9 @@ A bf16 number is the upper half of an fp32 number's bits. To the nearest it is w
 the master, so that their difference, in units of the master's last bit, takes 2^16 + 1 values: both
 ends are ties. Rounding to even keeps both ends. Ties are rounded away from zero here, which is as
 near; it leaves one end, and 16 bits tell all.
+
+A weight that trains for the first time has no master yet, and starts from a random one among those
+that round to it (`dither`).
 """
 
 from __future__ import annotations
@@ -92,6 +95,22 @@ def keep_part(
     size = bits.numel()
     start, stop = size * rank // ranks, size * (rank + 1) // ranks
     setattr(parameter, _KEPT, LowBits(start, bits.flatten()[start:stop].cpu().clone()))
+
+
+def dither(parameter: torch.nn.Parameter, seed: int, group: dist.ProcessGroup | None) -> None:
+    """Gives a weight that has no master yet random low bits: passes are the same with any.
+
+    From bits of zero, w and u would move for hundreds of steps at a learning rate of 1e-6 before
+    bf16 passes see a difference. From random ones some weights change with every step, and passes
+    see on average what the masters do. A function of seed and place alone, so that w and u, and
+    tied weights on two pipeline stages, start alike.
+    """
+    if kept(parameter) is None:
+        generator = torch.Generator().manual_seed(seed)
+        bits = torch.empty(parameter.shape, dtype=torch.int16)
+        bits.random_(-(2**15), 2**15, generator=generator)
+        bits[parameter.detach().cpu() == 0] = 0  # and stays zero: its lower half step is beyond it
+        keep_part(parameter, bits, group)
 
 
 def whole(parameter: torch.nn.Parameter, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -40,6 +40,7 @@ from megatron_scalebio.core.twin import (
     build_chunks,
     build_twins,
     copy_buffers,
+    named_parameters,
     share_storage,
 )
 
@@ -149,6 +150,8 @@ class Training:
             elif self.u and self.steps == 0:  # w may have been loaded since both were built
                 copy_buffers(self.w, self.u)
             self._freeze(number)
+            if self.u and not resuming:
+                self._dither()
             self.period = Period(
                 self._ddp, self._optimizer, self.w, self.u, self._losses, self._pg_collection
             )
@@ -195,6 +198,13 @@ class Training:
         )
         for chunks in self.models.values():
             self._set_trainable(chunks, self.active_layers, self.lisa)
+
+    def _dither(self) -> None:
+        """Before w and u part: a difference below a bf16 step has to show in their losses."""
+        for chunks in self.models.values():
+            for _, parameter in named_parameters(chunks):
+                if parameter.requires_grad and parameter.dtype is torch.bfloat16:
+                    low_bits.dither(parameter, self._seed, self.sharing_group)
 
     def flush_takes(self, passes: int) -> bool:
         """Whether one flush may have so many micro-batches: interleaved pipelines are choosy."""

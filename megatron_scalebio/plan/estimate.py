@@ -19,7 +19,7 @@ from megatron_scalebio.plan.cost import step_cost
 from megatron_scalebio.plan.holdings import ADAM, GRADIENTS, KINDS, MASTERS, WEIGHTS_U
 from megatron_scalebio.plan.layout import Layout, draws, stage_layers, worst_draw
 from megatron_scalebio.plan.ledger import LOGITS
-from megatron_scalebio.plan.planner import Plan
+from megatron_scalebio.plan.planner import Plan, low_bits_bytes
 from megatron_scalebio.plan.rehearsal import StageMemory, rehearse
 
 _PERIODS = 32  # enough to see the largest share of active layers that a stage gets
@@ -76,7 +76,8 @@ class Estimator:
             stages.append(_stage(config, layout, stage, sorted(here), sorted(active), parts))
         cost = step_cost(config, layout, stages, self.mfu)
         u_worst = tuple(stage.held_bytes[WEIGHTS_U] for stage in stages)
-        return Estimate(config, Plan(layout, tuple(stages), u_worst, cost))
+        low_bits = tuple(low_bits_bytes(config, layout, stage, drawn) for stage in stages)
+        return Estimate(config, Plan(layout, tuple(stages), u_worst, low_bits, cost))
 
 
 def _rehearse_parts(config: Config, layout: Layout) -> _Parts:

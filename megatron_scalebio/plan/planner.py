@@ -30,11 +30,13 @@ class Plan:
         stages: each stage in the LISA period that costs it most.
         u_worst_bytes: u's own weights at worst, by stage. More than a period's only where u is
             never reset to w (`resync_interval: null`), since it then keeps every layer it trained.
+        low_bits_bytes: in host memory, at most, by stage (`core/low_bits.py`).
     """
 
     layout: Layout
     stages: tuple[StageMemory, ...]
     u_worst_bytes: tuple[int, ...]
+    low_bits_bytes: tuple[int, ...]
     cost: StepCost
 
     def total_bytes(self, stage: int) -> int:
@@ -68,6 +70,7 @@ class Plan:
             del entry["messages"]
             entry["weights_u_first_bytes"] = 0  # until the first period
             entry["weights_u_worst_bytes"] = self.u_worst_bytes[memory.stage]
+            entry["low_bits_host_bytes"] = self.low_bits_bytes[memory.stage]
             entry["reserved_bytes"] = layout.gpu.reserved_bytes
             entry["total_bytes"] = self.total_bytes(memory.stage)
             stages.append(entry)
@@ -110,13 +113,27 @@ def make_plan(
             "tokenizer's)"
         )
     drawn = draws(config, layout)
-    stages, u_worst = [], []
+    stages, u_worst, low_bits = [], [], []
     for stage in range(layout.pp):
         on_stage(stage)
         memory = rehearse(config, layout, stage, worst_draw(config, layout, stage, drawn))
         stages.append(memory)
         u_worst.append(_u_at_worst(config, memory, drawn, stage_layers(config, layout, stage)))
-    return Plan(layout, tuple(stages), tuple(u_worst), step_cost(config, layout, stages, mfu))
+        low_bits.append(low_bits_bytes(config, layout, memory, drawn))
+    cost = step_cost(config, layout, stages, mfu)
+    return Plan(layout, tuple(stages), tuple(u_worst), tuple(low_bits), cost)
+
+
+def low_bits_bytes(
+    config: Config, layout: Layout, memory: StageMemory, drawn: list[list[int] | None]
+) -> int:
+    """16 bits of each bf16 weight that LISA trains, of w, and of u where it is never reset."""
+    if not config.parallel.bf16 or config.lisa.lisa_layers is None:
+        return 0
+    more = len(ever_active(set(memory.layers), drawn)) - len(memory.active_layers)
+    weights = memory.trainable + more * memory.layer_parameters
+    ranks = layout.dp * layout.cp if config.parallel.use_distributed_optimizer else 1
+    return 2 * weights * (2 if config.bilevel.resync_interval is None else 1) // ranks
 
 
 def _u_at_worst(

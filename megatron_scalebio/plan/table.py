@@ -77,6 +77,8 @@ def _memory(plan: Plan, stages: range) -> Table:
     row("reserved (CUDA, NCCL)", [plan.layout.gpu.reserved_bytes] * len(memories))
     table.add_section()
     row("total", [plan.total_bytes(stage) for stage in stages])
+    table.add_section()
+    row("host: low bits of bf16", [plan.low_bits_bytes[stage] for stage in stages])
     return table
 
 

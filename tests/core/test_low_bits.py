@@ -53,6 +53,22 @@ def test_the_weight_is_megatrons_but_at_ties_where_it_is_as_near() -> None:
     assert weight[ties].double().abs().gt(master[ties].double().abs()).all()
 
 
+def test_a_dithered_master_rounds_to_its_weight_and_lies_anywhere_about_it() -> None:
+    weight = torch.cat([0.02 * torch.randn(30_000), torch.zeros(100), -torch.zeros(100)])
+    parameter, other = (torch.nn.Parameter(weight.to(torch.bfloat16)) for _ in range(2))
+    for each, seed in ((parameter, 5), (other, 5)):
+        low_bits.dither(each, seed, None)
+    held, same = low_bits.kept(parameter), low_bits.kept(other)
+    assert held and same and torch.equal(held.bits, same.bits), "w and u start alike"
+    master = join(parameter.detach(), held.bits)
+    assert torch.equal(split(master)[0], parameter)
+    assert torch.equal(master[-200:], parameter.detach()[-200:].float()), "zero stays zero"
+    bits = held.bits[:-200].double() / 2**15
+    assert bits.mean().abs() < 0.02 and (bits.std() - 3**-0.5).abs() < 0.02
+    low_bits.dither(parameter, 6, None)
+    assert low_bits.kept(parameter) is held, "what has trained has a master"
+
+
 class Group:
     """Ranks that hold a parameter's masters in stretches, one process for all of them."""
 

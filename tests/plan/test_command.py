@@ -213,7 +213,7 @@ def test_the_verdict_tells_a_narrow_fit(left: float, words: str) -> None:
     stage = SimpleNamespace(stage=0, total_bytes=used, held_bytes={"weights u": 0})
     gpu = SimpleNamespace(memory_bytes=10**9, reserved_bytes=0, name="x")
     layout = SimpleNamespace(gpu=gpu, world=1)
-    plan = planner.Plan(layout, (stage,), (0,), None)  # type: ignore[arg-type]
+    plan = planner.Plan(layout, (stage,), (0,), (0,), None)  # type: ignore[arg-type]
     assert words in table.verdict(plan).replace("[/]", "")
 
 

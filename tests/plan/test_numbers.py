@@ -19,7 +19,7 @@ from megatron_scalebio.plan.cost import StepCost, step_cost
 from megatron_scalebio.plan.estimate import _data_parallel_bytes, _in_flight
 from megatron_scalebio.plan.hardware import GPUS, Gpu, gpu_named
 from megatron_scalebio.plan.layout import Layout, draws, ever_active, stage_layers, worst_draw
-from megatron_scalebio.plan.planner import Plan, _u_at_worst
+from megatron_scalebio.plan.planner import Plan, _u_at_worst, low_bits_bytes
 from megatron_scalebio.plan.rehearsal import StageMemory
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
@@ -96,6 +96,25 @@ def test_shortest_flush_fills_the_pipeline() -> None:
     for pp, virtual, expected in ((1, 1, (1, 1)), (2, 1, (1, 1)), (4, 1, (2, 1)), (4, 2, (3, 2))):
         assert Layout(1, pp, virtual, 1, gpu=GPU, **long).shortest_flush() == expected
     assert Layout(1, 4, 1, 1, 2, 1, GPU).shortest_flush() == (2, 1)
+
+
+def test_low_bits_are_those_of_all_that_lisa_ever_trains() -> None:
+    """16 bits: of 75 million weights of three layers (and ends), and 25 million of the fourth."""
+    bf16 = {"bf16": True}
+    lisa, dist = (
+        {"lisa_layers": 3, "lisa_interval": 20},
+        {**bf16, "use_distributed_optimizer": True},
+    )
+    drawn: list[list[int] | None] = [[0, 1, 2], [1, 2, 3]]
+
+    def size(parallel: dict, lisa: dict, **sections: dict) -> int:
+        of_run = config(parallel=parallel, lisa=lisa, **sections)
+        return low_bits_bytes(of_run, Layout.of(of_run, 24, GPU), stage(0), drawn)
+
+    assert size(bf16, lisa) == 200_000_000
+    assert size(bf16, lisa, bilevel={"resync_interval": None}) == 400_000_000, "u's own, too"
+    assert size(dist, lisa) == 200_000_000 // 6, "DP 2 x CP 3"
+    assert size({}, lisa) == size(bf16, {}) == 0
 
 
 def test_a_stage_keeps_as_many_micro_batches_as_are_under_way() -> None:
@@ -195,7 +214,7 @@ def a_plan(gpu: Gpu = GPU) -> Plan:
     layout = Layout.of(config(parallel={"bf16": True}), 24, gpu)
     stages = (stage(0, workspace_bytes=90_000_000), stage(1))
     cost = step_cost(config(parallel={"bf16": True}), layout, list(stages), 0.5)
-    return Plan(layout, stages, (200_000_000, 500_000_000), cost)
+    return Plan(layout, stages, (200_000_000, 500_000_000), (30_000_000, 0), cost)
 
 
 def test_bytes_and_headroom_of_a_plan() -> None:
@@ -224,6 +243,7 @@ def test_a_plan_as_json() -> None:
     assert (found["gpus"], found["gpu"]["memory_bytes"]) == (24, 7_000_000_000)
     assert [s["total_bytes"] for s in found["stages"]] == [4_710_000_000, 4_990_000_000]
     assert [s["weights_u_worst_bytes"] for s in found["stages"]] == [200_000_000, 500_000_000]
+    assert [s["low_bits_host_bytes"] for s in found["stages"]] == [30_000_000, 0]
     assert [s["weights_u_first_bytes"] for s in found["stages"]] == [0, 0]
     assert found["stages"][1]["held_bytes"]["gradients"] == 300_000_000
     for name in ("step_s", "run_s", "tokens_per_s", "flops", "bubble"):
@@ -262,6 +282,7 @@ def test_the_tables_show_gigabytes_and_seconds() -> None:
         "communication buffers": ["0.003", "0.003"],
         "reserved (CUDA, NCCL)": ["2.50", "2.50"],
         "total": ["4.71", "4.99"],
+        "host: low bits of bf16": ["0.030", "0.00"],
         # 2 · 4e12 a pass of both stages, 14 passes on 12 ranks of each
         "arithmetic": ["1.12", "1.3 PFLOP; 14 micro-batches a rank: 6 u, 6 w, 2 validation"],
         "TP traffic": ["0.28", "112.00 GB a rank"],
