@@ -43,17 +43,18 @@ class Records(Protocol):
     def __iter__(self) -> Iterator[Record]: ...
 
 
-def open_records(path: Path, on_bad: OnBad | None = None) -> Records:
+def open_records(path: Path, on_bad: OnBad | None = None, shown: Path | None = None) -> Records:
     """The records of a file of any kind that is read.
 
     Args:
         on_bad: is told of each record that cannot be read, with its line; None: the first ends the
             reading with a :class:`UserError`.
+        shown: what messages call the file, where it is a copy.
     """
     from megatron_scalebio.data.tables import TABLES, table_kind
 
     kind = table_kind(path)
-    return TABLES[kind](path, on_bad) if kind else RecordReader(path, on_bad)
+    return (TABLES[kind] if kind else RecordReader)(path, on_bad, shown)
 
 
 class RecordReader:
@@ -63,13 +64,13 @@ class RecordReader:
     of its own, so that a bad one may be left out (``on_bad``).
     """
 
-    def __init__(self, path: Path, on_bad: OnBad | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, on_bad: OnBad | None = None, shown: Path | None = None) -> None:
+        self.path, self.shown = path, shown or path
         self.bytes_read = 0
         self._on_bad = on_bad
 
     def __iter__(self) -> Iterator[Record]:
-        with readable(self.path) as (file, position):
+        with readable(self.path, self.shown) as (file, position):
             head = _first_bytes(file)
             if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
                 yield from self._array(file, head, position)
@@ -125,7 +126,7 @@ class RecordReader:
         return RecordError(
             message,
             reason="malformed",
-            where=f"{self.path}:{line}",
+            where=f"{self.shown}:{line}",
             fix="a file is one JSON array of objects, or JSONL: one object a line",
         )
 
@@ -144,7 +145,7 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+def readable(path: Path, shown: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """A file's bytes, decompressed where they are compressed, and how far it has been read.
 
     Raises:
@@ -165,10 +166,10 @@ def readable(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
             else:
                 yield file, file.tell
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path}: cannot read the file: {error.strerror}") from error
+        raise UserError(f"{shown}: cannot read the file: {error.strerror}") from error
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
-            f"{path}: the compressed file is damaged: {error} (get a whole one)"
+            f"{shown}: the compressed file is damaged: {error} (get a whole one)"
         ) from error
 
 
