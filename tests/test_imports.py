@@ -58,6 +58,7 @@ _PRIVATE = {
     "_exit", "_current_frames", "_actions", "_record_memory_history", "_dump_snapshot", "_cdata",
     "_schema", "_overloadpacket", "_C", "_current_graph_task_id", "_get_default_store",
     "_StorageInfo",
+    "_replace",  # of a named tuple, for everybody
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward",
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention_for_cpu_backward",

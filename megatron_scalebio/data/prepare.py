@@ -27,9 +27,10 @@ from megatron_scalebio.data.encode_pool import (
     LeftOut,
 )
 from megatron_scalebio.data.examples import RecordError
+from megatron_scalebio.data.files import open_records
 from megatron_scalebio.data.formats import FORMATS, RecordOptions, detect_format
 from megatron_scalebio.data.inputs import STANDARD_INPUT, SourceInput, local_copies
-from megatron_scalebio.data.records import Record, open_records
+from megatron_scalebio.data.records import Record
 from megatron_scalebio.data.source_writer import SOURCE_FILE, SourceWriter, Staging, staging_error
 from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_scalebio.data.train_tokenizer import train_sentencepiece

@@ -1,6 +1,6 @@
 """Streams the records of a JSON array file or of JSONL (one object a line) in constant memory.
 
-`data.tables` does the same for Parquet, Arrow, CSV and TSV; :func:`open_records` chooses.
+`data.tables` does the same for Parquet, Arrow, CSV and TSV; `data.files` chooses.
 """
 
 from __future__ import annotations
@@ -41,20 +41,6 @@ class Records(Protocol):
     bytes_read: int
 
     def __iter__(self) -> Iterator[Record]: ...
-
-
-def open_records(path: Path, on_bad: OnBad | None = None, shown: Path | None = None) -> Records:
-    """The records of a file of any kind that is read.
-
-    Args:
-        on_bad: is told of each record that cannot be read, with its line; None: the first ends the
-            reading with a :class:`UserError`.
-        shown: what messages call the file, where it is a copy.
-    """
-    from megatron_scalebio.data.tables import TABLES, table_kind
-
-    kind = table_kind(path)
-    return (TABLES[kind] if kind else RecordReader)(path, on_bad, shown)
 
 
 class RecordReader:

@@ -7,13 +7,11 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from megatron_scalebio.data.examples import RecordError
+from megatron_scalebio.data.records import OnBad, Record, Records, readable
 from megatron_scalebio.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_scalebio.data.records import OnBad, Record, Records
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -29,12 +27,6 @@ def bare_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def table_kind(path: Path) -> str:
-    """The key of a file in ``TABLES``, or "" for JSON and JSONL, whatever they are called."""
-    suffix = bare_suffix(path)
-    return suffix if suffix in TABLE_SUFFIXES else ""
-
-
 class ArrowRows:
     """The rows of a Parquet file, or of an Arrow file as `datasets` saves them."""
 
@@ -44,8 +36,6 @@ class ArrowRows:
 
     def __iter__(self) -> Iterator[Record]:
         import pyarrow
-
-        from megatron_scalebio.data.records import Record
 
         size, number = self.path.stat().st_size, 0
         try:
@@ -110,8 +100,6 @@ class DelimitedRows:
         self._on_bad = on_bad
 
     def __iter__(self) -> Iterator[Record]:
-        from megatron_scalebio.data.records import Record, readable
-
         csv.field_size_limit(sys.maxsize)
         with readable(self.path, self.shown) as (file, position):
             text = io.TextIOWrapper(cast(BinaryIO, _Raw(file)), "utf-8-sig", newline="")

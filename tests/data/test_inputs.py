@@ -18,10 +18,10 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
+from megatron_scalebio.data.files import open_records
 from megatron_scalebio.data.inputs import parse_input
 from megatron_scalebio.data.prepare import PrepareConfig, SourceInput, prepare
 from megatron_scalebio.data.prepared import PreparedFolder
-from megatron_scalebio.data.records import open_records
 from megatron_scalebio.data.source_writer import Staging
 from megatron_scalebio.errors import UserError
 
