@@ -11,7 +11,8 @@ is one number for all sources: unlike Adam's, it does not blow the vanishing gra
 source up to full-size moves, and noise around the answer stays noise.
 
 Once u remembers longer (`BilevelOptions.memory_growth`), g sees further, and sees λ's own moves
-later. Then λ goes by where g is heading, and slower the longer the memory m (in resets):
+later. Then λ goes by where g is heading, and slower the longer the memory m (in resets), from the
+average of the second half of the way so far:
 
     λ_i −= lr · 0.2 / √m · (g_i + 5 (g_i − ḡ_i)) / √(v / (1 − βᵗ)),   ḡ: mean of about 10 steps
 
@@ -56,6 +57,7 @@ class Mixture:
         self.steps = 0
         self.mean_square = 0.0  # v
         self.recent_S = torch.zeros_like(self.initial_S)  # g over about its last LEAD_STEPS
+        self.is_slow = False
         self._adamw = None
         if optimizer == "adamw":
             self.logits_S.requires_grad_()
@@ -76,6 +78,11 @@ class Mixture:
         with torch.no_grad():
             self.steps += 1
             if self._adamw is None:
+                if memory > 1.0 and not self.is_slow:
+                    # The fast steps leave λ somewhere around the answer, and slow ones would take
+                    # long from there.
+                    self.is_slow = True
+                    self.logits_S.copy_(self.trajectory.tail().mean(0).log())
                 self.logits_S -= self._eg_step(hypergradient_S, lr, memory)
                 least = LEAST_SHARE / len(self.logits_S)
                 self.logits_S.copy_(self.probs_S.clamp_min(least).log())
@@ -119,6 +126,7 @@ class Mixture:
             "steps": self.steps,
             "mean_square": self.mean_square,
             "recent": self.recent_S.clone(),
+            "is_slow": self.is_slow,
             "trajectory": self.trajectory.state_dict(),
             "adamw": self._adamw.state_dict()["state"] if self._adamw else {},
         }
@@ -129,6 +137,7 @@ class Mixture:
         self.initial_S = state["initial"]
         self.steps, self.mean_square = state["steps"], state["mean_square"]
         self.recent_S = state["recent"] if "recent" in state else torch.zeros_like(self.initial_S)
+        self.is_slow = state.get("is_slow", False)
         self.trajectory.load_state_dict(state["trajectory"])
         if self._adamw and state["adamw"]:
             groups = self._adamw.state_dict()["param_groups"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 CONFIDENCE_LEVELS = (0.80, 0.90, 0.95, 0.98)
-WHOLE_RESETS = 10  # before memory grows
+WHOLE_RESETS = 40  # before memory grows
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class Mixture:
     v ← β v + (1 − β) Σ_i p_i g_i² with β = 0.99. No weight falls below 1e-4 / S. From the 31st
     step on a g of more than 6 times its usual size √(v / (1 − βᵗ)) is cut to that. Where u's memory
     is m > 1 resets long, λ_i −= lr · 0.2 / √m · (g_i + 5 (g_i − ḡ_i)) / √(v / (1 − βᵗ)), with ḡ the
-    mean of the cut g, this one included: ḡ += (g − ḡ) / min(10, t).
+    mean of the cut g, this one included: ḡ += (g − ḡ) / min(10, t); before the first such step p
+    becomes the mean of the second half of those so far.
     """
 
     def __init__(self, initial: list[float], kind: str) -> None:
@@ -103,6 +104,8 @@ class Mixture:
         self.logits = torch.tensor(np.log(self.p)).requires_grad_()
         self.v, self.t = 0.0, 0
         self.mean = np.zeros(len(weights))
+        self.past: list[np.ndarray] = []
+        self.is_slow = False
         self.adamw = torch.optim.AdamW([self.logits], weight_decay=0.0) if kind == "adamw" else None
 
     def step(self, g: np.ndarray, lr: float, memory: float = 1.0) -> float:
@@ -123,11 +126,15 @@ class Mixture:
             self.v = 0.99 * self.v + 0.01 * size**2
             usual = math.sqrt(self.v / (1 - 0.99**self.t))
             self.mean = self.mean + (g - self.mean) / min(10, self.t)
+            if memory > 1 and not self.is_slow:
+                self.is_slow = True
+                self.p = np.mean(self.past[-(len(self.past) // 2) :], axis=0)
             if memory > 1:
                 g, lr = 6 * g - 5 * self.mean, 0.2 * lr / math.sqrt(memory)
             moved = self.p * np.exp(-lr * (g / usual if usual else g))
             moved = np.maximum(moved / moved.sum(), 1e-4 / len(g))
             self.p = moved / moved.sum()
+        self.past.append(self.p)
         return float(np.linalg.norm(gradient))
 
 
@@ -251,7 +258,7 @@ class Reweighting:
         """Resets u every k steps, or with LISA's periods, in which AdamW starts anew.
 
         Returns:
-            Whether u is w now: after ten resets one goes only a part of the way, 1 / memory.
+            Whether u is w now: after forty resets one goes only a part of the way, 1 / memory.
         """
         every = self.tree["bilevel"].get("resync_interval", 10)
         interval = self.tree.get("lisa", {}).get("lisa_interval")
@@ -269,7 +276,7 @@ class Reweighting:
         every = bilevel.get("resync_interval", 10)
         if every is None or self.tree.get("lisa", {}).get("lisa_interval"):
             return 1.0
-        return 1.0 + bilevel.get("memory_growth", 0.25) * max(0.0, self.at / every - 10)
+        return 1.0 + bilevel.get("memory_growth", 0.25) * max(0.0, self.at / every - 40)
 
     def _trained(self, layers: list[int] | None) -> Weights:
         trains = everywhere(self.w.weights)

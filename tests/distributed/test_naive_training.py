@@ -67,7 +67,7 @@ REWEIGHT: dict[str, dict] = {
     "longer memory": {
         "optimizer": {**PLAIN, "weight_decay": 0.1},
         "bilevel": {"resync_interval": 2, "memory_growth": 0.6},
-        "train": {**ROOMY, "train_iters": 27},
+        "train": {**ROOMY, "train_iters": 86},
     },
     "lisa": {
         "weights": [1.0, 0.7, 1e-7],  # the last below what a source may fall to
