@@ -210,8 +210,9 @@ def entries(folder: Path, problem: Problem, draw: np.random.Generator, examples:
         masks = [np.array([0, 1])] * number
         return {"name": name, "path": write_source(folder, name, pairs, masks, vocab_size=V)}
 
-    sources = [write(f"s{i}", joint, examples) for i, joint in enumerate(problem.joint_SVV)]
-    return sources, [write("validation", problem.validation_VV, 4 * examples)]
+    each = examples // len(problem.joint_SVV)
+    sources = [write(f"s{i}", joint, each) for i, joint in enumerate(problem.joint_SVV)]
+    return sources, [write("validation", problem.validation_VV, examples)]
 
 
 def one_run(name: str, rule: str, alpha: float, steps: int, seed: int, args: Any) -> dict[str, Any]:
@@ -266,7 +267,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--problem", type=int, default=0, help="seed of the problems themselves")
-    parser.add_argument("--examples", type=int, default=10000, help="of each source")
+    parser.add_argument(
+        "--examples", type=int, default=200_000, help="of all sources together, and of validation"
+    )
     parser.add_argument("--json", type=Path, help="write the runs here")
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []

@@ -132,7 +132,7 @@ def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
             fix="keep one of them" if isinstance(error, _TwiceError) else "check its indentation",
         ) from None
     if tree is None:
-        return {}
+        raise UserError(f"{path}: is empty (write the sections, or leave --config out)")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must be a mapping of sections ({', '.join(known)})")
     return tree

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("methods", "seeds", "output")}
     config = load(args.config, {k: v for k, v in given.items() if v is not None})
     plan = Plan(config)
-    console = Console(highlight=False, width=max(NARROWEST, Console().width))
+    console = Console(highlight=False, markup=False, width=max(NARROWEST, Console().width))
     whole = _joined_with_earlier(config, plan)
     if args.dry_run:
         todo = [stage for stage in plan if not stage.done]
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         with sigterm_interrupts():
             for number, stage in enumerate(stages, 1):
                 if not stage.done:
-                    console.print(f"[{number}/{len(stages)}] {stage.title} ...", markup=False)
+                    console.print(f"[{number}/{len(stages)}] {stage.title} ...")
                     seconds = run_stage(stage, plan.command(stage), plan.environment(stage))
                     console.print(f"    {duration(round(seconds))}")
                 _drop_training_state(stage)

@@ -74,11 +74,13 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.print("convert: stopped; nothing was written")
         return EXIT_SIGNALLED
-    console.print(f"convert: {args.save} in {time.monotonic() - begin:.0f} s", highlight=False)
+    console.print(
+        f"convert: {args.save} in {time.monotonic() - begin:.0f} s", highlight=False, markup=False
+    )
     if args.direction == "export" and not has_tokenizer(Path(args.save)):
         console.print(
             f"convert: warning: {args.hf_reference} holds no tokenizer, so {args.save} has none: "
-            "add its files to use the model", highlight=False,
+            "add its files to use the model", highlight=False, markup=False,
         )  # fmt: skip
     if args.verify:
         _verify(args, console)

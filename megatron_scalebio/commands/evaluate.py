@@ -129,7 +129,9 @@ def _on_hf_folder(args: argparse.Namespace, hf: str | None, output: Path) -> Non
     if questions:
         _mt_bench(args, folder, questions, client, opened, output, console)
     if benchmarks is not None or client is not None:
-        console.print(f"written to {output / RESULTS_FILE}", highlight=False, soft_wrap=True)
+        console.print(
+            f"written to {output / RESULTS_FILE}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _benchmark_config(args: argparse.Namespace) -> BenchmarkConfig:
@@ -197,7 +199,7 @@ def _mt_bench(
         )
     if client is None:
         said = f"answers in {answers.path}; --judge-url grades them"
-        console.print(said, highlight=False, soft_wrap=True)
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
         return
     judgments = RecordsLog(output / "mt_bench" / "judgments.jsonl")
     wanted = [(q.id, turn + 1, client.model) for q in questions for turn in range(len(q.turns))]

@@ -34,7 +34,10 @@ _PLAIN_HEADERS = {
     "assistant": "Response",
     "tool": "Tool",
 }
-_TEMPLATE_FIX = "fix the record, leave it out by --bad-records skip, or use --chat-template with plain or a Jinja file"  # noqa: E501
+_TEMPLATE_FIX = (
+    "fix the record, leave it out by --bad-records skip, or use --chat-template with plain or a "
+    "Jinja file"
+)
 
 
 @dataclass(frozen=True)

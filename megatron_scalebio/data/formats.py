@@ -31,7 +31,7 @@ from megatron_scalebio.data.examples import (
     Text,
     Turn,
 )
-from megatron_scalebio.data.records import RecordReader
+from megatron_scalebio.data.files import open_records
 from megatron_scalebio.errors import UserError
 
 FORMATS = ("text", "alpaca", "pairs", "sharegpt", "messages")
@@ -170,7 +170,7 @@ def detect_format(value: dict[str, Any], where: str, options: RecordOptions = PL
 def read_examples(path: Path, options: RecordOptions = PLAIN_OPTIONS) -> Iterator[Text | Dialogue]:
     """Streams a file's records as text or dialogues; ``auto`` goes by the first record."""
     format_name = options.format
-    for line, value in RecordReader(path):
+    for line, value in open_records(path):
         where = f"{path}:{line}"
         if format_name == "auto":
             format_name = detect_format(value, where, options)

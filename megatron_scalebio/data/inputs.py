@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_scalebio.config.checks import NAME, require_name
-from megatron_scalebio.data.records import OnBad, RecordReader, Records
 from megatron_scalebio.data.tables import (
     COMPRESSED,
     JSON_SUFFIXES,
     TABLE_SUFFIXES,
-    TABLES,
     bare_suffix,
-    table_kind,
 )
 from megatron_scalebio.errors import UserError
 
@@ -185,14 +182,3 @@ def local_copies(sources: Sequence[SourceInput], folder: Path) -> dict[Path, Pat
         except FileNotFoundError as error:
             raise UserError(f"{file}: {error.strerror} (check --input)") from error
     return copies
-
-
-def open_records(path: Path, on_bad: OnBad | None = None) -> Records:
-    """The records of a file of any kind that is read.
-
-    Args:
-        on_bad: is told of each record that cannot be read, with its line; None: the first ends the
-            reading with a :class:`UserError`.
-    """
-    kind = table_kind(path)
-    return TABLES[kind](path, on_bad) if kind else RecordReader(path, on_bad)

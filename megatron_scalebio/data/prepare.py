@@ -27,8 +27,9 @@ from megatron_scalebio.data.encode_pool import (
     LeftOut,
 )
 from megatron_scalebio.data.examples import RecordError
+from megatron_scalebio.data.files import open_records
 from megatron_scalebio.data.formats import FORMATS, RecordOptions, detect_format
-from megatron_scalebio.data.inputs import SourceInput, local_copies, open_records
+from megatron_scalebio.data.inputs import STANDARD_INPUT, SourceInput, local_copies
 from megatron_scalebio.data.records import Record
 from megatron_scalebio.data.source_writer import SOURCE_FILE, SourceWriter, Staging, staging_error
 from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
@@ -243,7 +244,7 @@ class _Source:
         on_bad = note if config.bad_records == "skip" else None
         bytes_before = 0
         for file in self.source.files:
-            reader = open_records(self.copies[file], on_bad)
+            reader = open_records(self.copies[file], on_bad, file)
             format_name = config.format
             found = False
             bad.clear()
@@ -276,7 +277,8 @@ class _Source:
                 left = None if left is None else left - len(records)
 
     def _describe(self, file: Path) -> dict[str, Any]:
-        return {**describe_file(self.copies[file]), "path": os.path.abspath(file)}
+        path = str(file) if file == STANDARD_INPUT else os.path.abspath(file)
+        return {**describe_file(self.copies[file]), "path": path}
 
     def _date_written(self, pool: EncodePool) -> str | None:
         """The date in the examples, where the chat template writes one."""

@@ -1,6 +1,6 @@
 """Streams the records of a JSON array file or of JSONL (one object a line) in constant memory.
 
-`data.tables` does the same for Parquet, Arrow, CSV and TSV; `data.inputs.open_records` chooses.
+`data.tables` does the same for Parquet, Arrow, CSV and TSV; `data.files` chooses.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class RecordReader:
     of its own, so that a bad one may be left out (``on_bad``).
     """
 
-    def __init__(self, path: Path, on_bad: OnBad | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, on_bad: OnBad | None = None, shown: Path | None = None) -> None:
+        self.path, self.shown = path, shown or path
         self.bytes_read = 0
         self._on_bad = on_bad
 
     def __iter__(self) -> Iterator[Record]:
-        with readable(self.path) as (file, position):
+        with readable(self.path, self.shown) as (file, position):
             head = _first_bytes(file)
             if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
                 yield from self._array(file, head, position)
@@ -112,7 +112,7 @@ class RecordReader:
         return RecordError(
             message,
             reason="malformed",
-            where=f"{self.path}:{line}",
+            where=f"{self.shown}:{line}",
             fix="a file is one JSON array of objects, or JSONL: one object a line",
         )
 
@@ -131,7 +131,7 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+def readable(path: Path, shown: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """A file's bytes, decompressed where they are compressed, and how far it has been read.
 
     Raises:
@@ -152,10 +152,10 @@ def readable(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
             else:
                 yield file, file.tell
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path}: cannot read the file: {error.strerror}") from error
+        raise UserError(f"{shown}: cannot read the file: {error.strerror}") from error
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
-            f"{path}: the compressed file is damaged: {error} (get a whole one)"
+            f"{shown}: the compressed file is damaged: {error} (get a whole one)"
         ) from error
 
 

@@ -27,17 +27,11 @@ def bare_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def table_kind(path: Path) -> str:
-    """The key of a file in ``TABLES``, or "" for JSON and JSONL, whatever they are called."""
-    suffix = bare_suffix(path)
-    return suffix if suffix in TABLE_SUFFIXES else ""
-
-
 class ArrowRows:
     """The rows of a Parquet file, or of an Arrow file as `datasets` saves them."""
 
-    def __init__(self, path: Path, on_bad: OnBad | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, on_bad: OnBad | None = None, shown: Path | None = None) -> None:
+        self.path, self.shown = path, shown or path
         self.bytes_read = 0
 
     def __iter__(self) -> Iterator[Record]:
@@ -55,7 +49,7 @@ class ArrowRows:
                 problem = error.strerror or "cannot be read"
             else:
                 problem = f"is damaged, or of another kind than its name says: {error}"
-            raise UserError(f"{self.path}: {problem} (get the file again)") from error
+            raise UserError(f"{self.shown}: {problem} (get the file again)") from error
         self.bytes_read = size
 
     def _batches(self) -> Iterator[tuple[Any, float]]:
@@ -100,14 +94,14 @@ def _without_nulls(value: Any) -> Any:
 class DelimitedRows:
     """The rows of a CSV or TSV file whose first line names the columns; every value is text."""
 
-    def __init__(self, path: Path, on_bad: OnBad | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, on_bad: OnBad | None = None, shown: Path | None = None) -> None:
+        self.path, self.shown = path, shown or path
         self.bytes_read = 0
         self._on_bad = on_bad
 
     def __iter__(self) -> Iterator[Record]:
         csv.field_size_limit(sys.maxsize)
-        with readable(self.path) as (file, position):
+        with readable(self.path, self.shown) as (file, position):
             text = io.TextIOWrapper(cast(BinaryIO, _Raw(file)), "utf-8-sig", newline="")
             delimiter = "\t" if bare_suffix(self.path) == ".tsv" else ","
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
@@ -130,7 +124,7 @@ class DelimitedRows:
 
     def _error(self, line: int, message: str) -> RecordError:
         return RecordError(
-            message, reason="malformed", where=f"{self.path}:{line}", fix="mend the line"
+            message, reason="malformed", where=f"{self.shown}:{line}", fix="mend the line"
         )
 
 
@@ -150,7 +144,7 @@ class _Raw(io.RawIOBase):
         return self.read(count)
 
 
-TABLES: dict[str, Callable[[Path, Any], Records]] = {
+TABLES: dict[str, Callable[[Path, Any, Path | None], Records]] = {
     ".parquet": ArrowRows,
     ".arrow": ArrowRows,
     ".csv": DelimitedRows,

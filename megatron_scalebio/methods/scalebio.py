@@ -6,9 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.confidence import Verdict
+from megatron_scalebio.core.confidence import RESOLUTION, Verdict
 from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.loop import logged_steps
@@ -18,6 +20,7 @@ from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import with_names
 from megatron_scalebio.methods.found import Found
 
+MANY_PASSES = 10  # over a source or a validation set, from which on weights are no longer trusted
 # Options of the bilevel section that judge or write what was learned.
 _JUDGING = {
     "preset", "average_fraction", "confidence", "tolerance", "early_stop", "blend_floor",
@@ -139,7 +142,29 @@ def step_record(state: TrainState, report: StepReport) -> Record:
 def verdict(state: TrainState) -> Verdict:
     """Whether the weights have converged by now, and why."""
     constant = state.config.bilevel.lr_lambda_decay_style == "constant"
-    return state.training.verdict(constant, state.data.validation_examples)
+    judged = state.training.verdict(constant, state.data.validation_examples)
+    worn = _seen_too_often(state) if judged.converged else ""
+    return Verdict(False, worn) if worn else judged
+
+
+def _seen_too_often(state: TrainState) -> str:
+    """What models may have learned by heart, "" if nothing.
+
+    Then the excess loss measures memory: weights that were right drift away from what validation
+    wants, for ever slower, which looks like convergence.
+    """
+    data = state.data
+    train, valid = data.sampler, data.validation_sampler
+    used_S = state.training.weights >= RESOLUTION
+    passes = [*(train.drawn_S / train.sizes_S * used_S), *(valid.drawn_S / valid.sizes_S)]
+    most = int(np.argmax(passes))
+    if passes[most] <= MANY_PASSES:
+        return ""
+    name = [*data.sources, *data.validation][most].name
+    return (
+        f"{name} has been gone through {passes[most]:.0f} times: models may know it by heart, "
+        "and its loss then tells of that (more data, or fewer steps)"
+    )
 
 
 def _facts(config: Config) -> dict[str, object]:

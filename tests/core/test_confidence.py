@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -363,7 +364,12 @@ def verdict_of(validation_examples: int = 10**6, **options: object) -> Verdict:
     bio: Any = ScaleBiO.__new__(ScaleBiO)
     bio.mixture, bio.sources = SimpleNamespace(trajectory=trajectory), ["web", "math"]
     bio.options = config.bilevel.options("sample")
-    data = SimpleNamespace(validation_examples=validation_examples)
+    bio.mixture.probs_S = torch.tensor([0.6, 0.4])
+    sampler = SimpleNamespace(drawn_S=np.zeros(2), sizes_S=np.ones(2))
+    data = SimpleNamespace(
+        validation_examples=validation_examples, sampler=sampler, validation_sampler=sampler,
+        sources=["web", "math"], validation=["a", "b"],
+    )  # fmt: skip
     return verdict(SimpleNamespace(config=config, training=bio, data=data))  # type: ignore[arg-type]
 
 

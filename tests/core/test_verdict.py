@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,19 @@ def run(options: dict) -> SimpleNamespace:
     config, bio = load_config(None, {"bilevel": options}), ScaleBiO.__new__(ScaleBiO)
     bio.options, bio.mixture = config.bilevel.options("sample"), mixture
     bio.sources = ["code", "math", "web"]
-    data = SimpleNamespace(validation_examples=10**6)
-    return SimpleNamespace(config=config, training=bio, data=data)
+    bio.mixture.logits_S = torch.tensor([0.5, 0.495, 0.005]).log()
+    return SimpleNamespace(config=config, training=bio, data=data_of(10**6))
+
+
+def data_of(examples: int, drawn: tuple[int, ...] = (0, 0, 0), drawn_valid: int = 0) -> Any:
+    sources = [SimpleNamespace(name=name) for name in ("code", "math", "web")]
+    return SimpleNamespace(
+        validation_examples=examples, sources=sources, validation=[SimpleNamespace(name="valid")],
+        sampler=SimpleNamespace(drawn_S=np.array(drawn), sizes_S=np.array([100] * 3)),
+        validation_sampler=SimpleNamespace(
+            drawn_S=np.array([drawn_valid]), sizes_S=np.array([100])
+        ),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -52,3 +64,15 @@ def test_verdict_names_the_source() -> None:
     blocks_BS = state.training.mixture.trajectory.tail(0.5)
     widest = int(weight_intervals(blocks_BS, 0.95, 10**6).half_width_S.argmax())
     assert f"weight of {state.training.sources[widest]} is known" in verdict(state).reason
+
+
+def test_data_that_were_gone_through_too_often_are_named() -> None:
+    state = run({})
+    for drawn, drawn_valid, culprit in (
+        ((1000, 900, 3000), 1000, ""),  # ten times; web has no weight to speak of
+        ((1000, 1010, 0), 0, "math has been gone through 10 times"),
+        ((0, 0, 0), 1300, "valid has been gone through 13 times"),
+    ):
+        state.data = data_of(10**6, drawn, drawn_valid)
+        said = verdict(state)
+        assert said.converged == (not culprit) and culprit in said.reason, said

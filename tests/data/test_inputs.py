@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from megatron_scalebio.data.inputs import open_records, parse_input
+from megatron_scalebio.data.files import open_records
+from megatron_scalebio.data.inputs import parse_input
 from megatron_scalebio.data.prepare import PrepareConfig, SourceInput, prepare
 from megatron_scalebio.data.prepared import PreparedFolder
 from megatron_scalebio.data.source_writer import Staging
@@ -259,3 +261,37 @@ def test_what_a_killed_run_left_goes_away_and_a_running_one_stays(tmp_path: Path
     with Staging(tmp_path, ["b"], overwrite=False):
         assert not running.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["pipe", "standard input"])
+def test_pipes_and_standard_input_are_read(tmp_path: Path, byte_level: Path, how: str) -> None:
+    def run(content: bytes, *words: str) -> subprocess.CompletedProcess[str]:
+        place, given = "-", content
+        if how == "pipe":
+            read, write_end = os.pipe()
+            os.write(write_end, content)
+            os.close(write_end)
+            place, given = f"/dev/fd/{read}", b""
+        command = [sys.executable, "-m", "megatron_scalebio", "prepare", "--tokenizer"]
+        command += [
+            str(byte_level),
+            "--out",
+            str(tmp_path / "out"),
+            "--input",
+            f"s={place}",
+            *words,
+        ]
+        done = subprocess.run(
+            command, input=given, capture_output=True, check=False,
+            pass_fds=[read] if how == "pipe" else [],
+        )  # fmt: skip
+        return subprocess.CompletedProcess(
+            command, done.returncode, done.stdout.decode(), done.stderr.decode()
+        )
+
+    done = run(_lines(PAIRS[:20]))
+    assert done.returncode == 0, done.stderr
+    assert len(PreparedFolder(tmp_path / "out" / "s")) == 20
+    done = run(_lines(PAIRS[:2]) + b"{broken", "--overwrite")
+    assert done.returncode == 2 and ".prepare-" not in done.stderr
+    assert ("-:3: " if how == "standard input" else ":3: malformed JSON") in done.stderr
