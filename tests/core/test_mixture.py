@@ -232,7 +232,7 @@ def test_a_saved_state_does_not_change_with_later_steps(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_those_of_the_definition(kind: str) -> None:
-    """Over spikes within the first 30 steps, which are not cut, and after them; then with memory."""
+    """Over spikes within the first 30 steps, which are not cut, and after; then with memory."""
     mixture, naive = Mixture([1.0, 2.0, 7.0], kind), naive_loop.Mixture([1.0, 2.0, 7.0], kind)
     for number, g_S in enumerate(noise(90, 3)):
         g_S = centred(g_S * {20: 9.0, 29: 30.0, 30: 80.0, 60: 15.0}.get(number, 1.0), mixture)
