@@ -240,6 +240,11 @@ def test_what_is_left_of_a_drift_is_seen_from_its_course(power: float) -> None:
     assert off == pytest.approx(said, rel=1e-3) if power == 1.0 else 0.6 * said < off < said
 
 
+def test_of_an_odd_number_of_blocks_the_middle_one_counts_as_late() -> None:
+    column = [0.1, 0.2, 0.6, 0.3, 0.2]
+    assert float(weight_intervals(path_of(column)).drift_S[0]) == pytest.approx(left(column))
+
+
 def test_untabulated_confidence_is_refused() -> None:
     with pytest.raises(ValueError, match="confidence"):
         weight_intervals(torch.rand(10, 2), confidence=0.93)
@@ -264,8 +269,10 @@ def test_wide_intervals_are_not_converged() -> None:
 
 
 def test_drift_is_not_converged() -> None:
-    verdict = judge_convergence(mixture_path(0.001, drift=0.04), ["web", "code"])
-    assert not verdict.converged and "drifting" in verdict.reason
+    path = mixture_path(0.001, drift=0.04)
+    verdict = judge_convergence(path, ["web", "code"])
+    apart = float(path[200:, 0].mean() - path[:200, 0].mean())
+    assert not verdict.converged and f"still drifting, by {apart:.3f} between" in verdict.reason
     assert not judge_convergence(mixture_path(0.001, drift=0.3)).converged
 
 

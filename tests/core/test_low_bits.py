@@ -135,3 +135,14 @@ def test_u_goes_on_from_ws_masters_and_keeps_its_own() -> None:
     low_bits.keep(u, torch.tensor([0.3, 0.4]), 0)
     of_w = low_bits.kept(w)
     assert of_w and torch.equal(join(w.detach(), of_w.bits), torch.tensor([0.1, 0.2]))
+
+
+def test_masters_are_shared_within_an_instance_of_the_distributed_optimizer() -> None:
+    groups: Any = SimpleNamespace(dp="dp", dp_cp="dp_cp", intra_dp_cp="intra_dp_cp")
+    for sharded, instances, expected in (
+        (False, 1, None), (True, 1, "dp_cp"), (True, 2, "intra_dp_cp"),
+    ):  # fmt: skip
+        ddp: Any = SimpleNamespace(
+            use_distributed_optimizer=sharded, num_distributed_optimizer_instances=instances
+        )
+        assert low_bits.sharing_group(ddp, groups) == expected

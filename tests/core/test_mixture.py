@@ -208,16 +208,16 @@ def test_adamw_is_torch_adamw_on_the_logits() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_state_does_not_change_with_later_steps(kind: str) -> None:
-    path = noise(40, 3)
+    path, memory = noise(40, 3), 2.5  # above 1 the last ten or so hypergradients count as well
     mixture = Mixture([1.0, 2.0, 3.0], kind)
     for g_S in path[:20]:
-        mixture.step(g_S, 0.05)
+        mixture.step(g_S, 0.05, memory)
     state, loaded = mixture.state_dict(), Mixture([1.0] * 3, kind)
     expected = mixture.probs_S
     assert not state["logits"].requires_grad
     loaded.load_state_dict(state)
     for g_S in path[20:]:
-        mixture.step(g_S, 0.05)
+        mixture.step(g_S, 0.05, memory)
     again = Mixture([1.0] * 3, kind)
     again.load_state_dict(state)
     for restored in (loaded, again):
@@ -225,20 +225,21 @@ def test_a_saved_state_does_not_change_with_later_steps(kind: str) -> None:
         assert restored.steps == restored.trajectory.steps == 20
     if kind == "eg":
         for g_S in path[20:]:
-            loaded.step(g_S, 0.05)
+            loaded.step(g_S, 0.05, memory)
         assert torch.equal(loaded.probs_S, mixture.probs_S)
         assert loaded.mean_square == mixture.mean_square
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_those_of_the_definition(kind: str) -> None:
-    """Over spikes within the first 30 steps, which are not cut, and after them."""
+    """Over spikes within the first 30 steps, which are not cut, and after; then with memory."""
     mixture, naive = Mixture([1.0, 2.0, 7.0], kind), naive_loop.Mixture([1.0, 2.0, 7.0], kind)
     for number, g_S in enumerate(noise(90, 3)):
         g_S = centred(g_S * {20: 9.0, 29: 30.0, 30: 80.0, 60: 15.0}.get(number, 1.0), mixture)
         lr = 0.3 / (1 + number % 3)
-        norm = mixture.step(g_S, lr)
-        assert norm == pytest.approx(naive.step(g_S.numpy(), lr))
+        memory = max(1.0, number / 20)
+        norm = mixture.step(g_S, lr, memory)
+        assert norm == pytest.approx(naive.step(g_S.numpy(), lr, memory))
         assert mixture.probs_S.tolist() == pytest.approx(naive.p.tolist(), rel=1e-9)
 
 
@@ -255,9 +256,9 @@ def test_resume_is_exact(kind: str, cut: int) -> None:
             torch.save(whole.state_dict(), file)
             file.seek(0)
             resumed.load_state_dict(torch.load(file, weights_only=True))
-        whole.step(g_S, 0.05)
+        whole.step(g_S, 0.05, memory=2.5)
         if number >= cut:
-            resumed.step(g_S, 0.05)
+            resumed.step(g_S, 0.05, memory=2.5)
     assert torch.equal(whole.probs_S, resumed.probs_S)
     assert torch.equal(whole.initial_S, resumed.initial_S)
     assert torch.equal(whole.trajectory.tail(1.0), resumed.trajectory.tail(1.0))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_scalebio.core import training as module
+from megatron_scalebio.core.options import LisaOptions
 from megatron_scalebio.core.training import Training
 
 
@@ -80,3 +81,34 @@ def test_rank_0_decides(
     assert len(calls) == applied
     want = [1.25, 2.25] if rank else [1.5, 2.5] if ours else [1.0, 2.0]
     assert learned.tolist() == want
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "lisa", "memory"),
+    [
+        (0, 4, None, 1.0), (40, 4, None, 1.0),  # ten whole resets
+        (42, 4, None, 1.15), (60, 4, None, 2.5),  # from then on for .3 of the steps
+        (60, None, None, 1.0), (60, 4, LisaOptions(1), 1.0),
+    ],
+)  # fmt: skip
+def test_memory_grows_after_ten_resets(
+    steps: int, interval: int | None, lisa: LisaOptions | None, memory: float
+) -> None:
+    class Bare(Training):
+        def __init__(self) -> None:
+            self.steps, self._resync_interval, self.lisa = steps, interval, lisa
+            self._memory_growth = 0.3
+
+    assert Bare().memory == pytest.approx(memory)
+
+
+@pytest.mark.parametrize(("memory", "part"), [(1.0, 1.0), (2.5, 0.4)])
+def test_u_is_w_after_a_reset_that_goes_all_the_way(memory: float, part: float) -> None:
+    bare: Any = SimpleNamespace(steps=60, lisa=None, period_number=0, memory=memory)
+    bare.period, bare._resync_is_due = (
+        SimpleNamespace(resync=lambda x: parts.append(x)),
+        lambda: True,
+    )
+    parts: list[float] = []
+    Training.enter_period(bare)
+    assert parts == [part] and bare.u_is_w == (memory == 1.0)

@@ -118,10 +118,38 @@ def test_a_set_of_which_most_would_be_ignored_is_refused() -> None:
         kinds(evaluation, [])
     index = EvaluationIndex(13)
     ids = WordIds()
-    for example in [*evaluation, *(Text(question(k)) for k in range(13))]:
+    for example in [*evaluation, *(Text(question(k)) for k in range(12))]:  # one half
         index.add(*ids.learn(whole_text(example), ""))
     index.close()
     assert [(ids.spelled(p.ids), p.examples) for p in index.phrases] == [(f"{phrase} and", 12)]
+
+
+@pytest.mark.parametrize(("length", "found"), [(26, None), (27, NGRAM)])
+def test_a_passage_is_longer_than_two_ngrams(length: int, found: str | None) -> None:
+    passage = question(999, length)
+    evaluation = [Text(f"{passage} {question(k)}") for k in range(12)]
+    evaluation += [Text(question(k)) for k in range(100, 112)]
+    assert kinds(evaluation, [Text(f"It says: {passage}")]) == [found]
+
+
+def test_ngrams_right_beside_a_phrase_are_the_examples_own() -> None:
+    phrase, others = question(999, 13), [Text(question(k)) for k in range(100, 113)]
+    own = [question(k, 13) for k in range(12)]
+    for texts in ([f"{phrase} {text}" for text in own], [f"{text} {phrase}" for text in own]):
+        evaluation = [*map(Text, texts), *others]
+        assert kinds(evaluation, [Text(f"So: {own[3]}")]) == [NGRAM]
+
+
+def test_the_three_phrases_that_most_examples_hold_are_told() -> None:
+    phrases = [question(900 + j, 13) for j in range(4)]
+    ids, index = WordIds(), EvaluationIndex(13)
+    for n in range(30):
+        held = [f"{question(100 * j + n)} {phrase}" if n < 11 + j else ""
+                for j, phrase in enumerate(phrases)]  # fmt: skip
+        index.add(*ids.learn(" ".join([question(500 + n), *held]), ""))
+    index.close()
+    told = [(ids.spelled(phrase.ids), phrase.examples) for phrase in index.phrases]
+    assert told == [(phrases[3], 14), (phrases[2], 13), (phrases[1], 12)]
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC", "NFKD"])

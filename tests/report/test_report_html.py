@@ -229,16 +229,33 @@ def test_change_is_sure_only_beyond_the_interval(make_run: MakeRun) -> None:
             assert changes[row.name] == (not row.low <= row.initial <= row.high)
 
 
+def moved(count: int, move: float) -> list[summary.SourceRow]:
+    """Sources of equal weights, but for the first, which moved."""
+    rest: dict = dict.fromkeys(
+        ("low", "high", "natural", "known", "excess", "loss", "examples", "in_blend")
+    )
+    rows = [summary.SourceRow(f"s{i}", 1 / count, initial=1 / count, **rest) for i in range(count)]
+    rows[0].weight += move
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("move", "words"),
+    [
+        (0.035, "up from 25.0% to 28.5%"),
+        (0.04, "up from 25.0% to 29.0%, 1.2 times its initial share"),
+        (-0.2, "down from 25.0% to 5.0%"),
+    ],
+)
+def test_how_many_times_the_initial_share_is_said_where_it_tells(move: float, words: str) -> None:
+    assert [change.words for change in summary.biggest_changes(moved(4, move))] == [words]
+
+
 def test_of_many_sources_a_uniform_share_is_a_notable_change() -> None:
     """Below 2 % of the mixture, or below a uniform share of more than fifty, it isn't told."""
 
     def told(count: int, move: float) -> bool:
-        rest = {"low": None, "high": None, "natural": None, "known": None, "excess": None,
-                "loss": None, "examples": None, "in_blend": None}  # fmt: skip
-        rows = [summary.SourceRow(f"s{i}", 1 / count, initial=1 / count, **rest)  # type: ignore
-                for i in range(count)]  # fmt: skip
-        rows[0].weight += move
-        return [change.name for change in summary.biggest_changes(rows)] == ["s0"]
+        return [change.name for change in summary.biggest_changes(moved(count, move))] == ["s0"]
 
     assert [told(10, move) for move in (0.019, 0.021)] == [False, True]
     assert [told(200, move) for move in (0.0049, 0.0051)] == [False, True]
