@@ -82,7 +82,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "lr": (3e-4, 1e-3),
         "lr_u": (None, 2e-3),
         "min_lr": (3e-4 / 10, 1e-6),
-        "lr_decay_style": (None, "linear"),
+        "lr_decay_style": ("cosine", "linear"),
         "lr_warmup_fraction": (0.03, 0.2),
         "weight_decay": (0.0, 0.1),
         "adam_beta1": (0.9, 0.8),
@@ -174,7 +174,7 @@ DECIDES: dict[str, dict[str, Any]] = {
     "preset": {
         "bilevel.alpha": 100.0, "bilevel.mixture_optimizer": "adamw", "bilevel.lr_lambda": 0.01,
         "bilevel.lr_lambda_decay_style": "cosine", "bilevel.resync_interval": None,
-        "bilevel.floor_share": 1.0, "optimizer.lr_decay_style": "cosine", "lisa.lisa_layers": 4,
+        "bilevel.floor_share": 1.0, "lisa.lisa_layers": 4,
         "train.train_epochs": 1.0,
     },
 }  # fmt: skip

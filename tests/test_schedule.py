@@ -11,15 +11,8 @@ from megatron_scalebio.engine.schedule import Schedule
 from megatron_scalebio.engine.state import schedule_of
 
 
-def schedule_with(iters: int = 100, stage: str = "train", **sections: dict) -> Schedule:
-    return schedule_of(load_config(None, {"train": {"train_iters": iters}, **sections}), stage)
-
-
-def test_reweight_keeps_its_rates_unless_told() -> None:
-    kept = schedule_with(stage="reweight", optimizer={"lr": 1e-3})
-    assert kept.at(99).lr_w == kept.at(99).lr_u == pytest.approx(1e-3)
-    told = schedule_with(stage="reweight", optimizer={"lr": 1e-3, "lr_decay_style": "cosine"})
-    assert told.at(99).lr_w == pytest.approx(1e-4)
+def schedule_with(iters: int = 100, **sections: dict) -> Schedule:
+    return schedule_of(load_config(None, {"train": {"train_iters": iters}, **sections}))
 
 
 def test_warm_up_and_cosine_end_at_the_floor() -> None:

@@ -18,9 +18,7 @@ class OptimizerConfig:
     lr: float = option(3e-4, "peak learning rate of w")
     lr_u: float | None = option(None, "peak learning rate of u [lr]")
     min_lr: float | None = option(None, "floor of lr [lr / 10]; lr_u has one in proportion")
-    lr_decay_style: Literal["cosine", "linear", "constant"] | None = option(
-        None, "decay of lr, lr_u [constant in reweight, cosine elsewhere]"
-    )
+    lr_decay_style: Literal["cosine", "linear", "constant"] = option("cosine", "decay of lr, lr_u")
     lr_warmup_fraction: float = option(0.03, "share of the steps spent warming up")
     weight_decay: float = option(0.0, "decoupled weight decay of w and u")
     adam_beta1: float = option(0.9, "first moment")

@@ -78,12 +78,14 @@ class Mixture:
         with torch.no_grad():
             self.steps += 1
             if self._adamw is None:
+                step_S = self._eg_step(hypergradient_S, lr, memory)
                 if memory > 1.0 and not self.is_slow:
                     # The fast steps leave λ somewhere around the answer, and slow ones would take
                     # long from there.
                     self.is_slow = True
-                    self.logits_S.copy_(self.trajectory.tail().mean(0).log())
-                self.logits_S -= self._eg_step(hypergradient_S, lr, memory)
+                    if self.trajectory.num_blocks:
+                        self.logits_S.copy_(self.trajectory.tail().mean(0).log())
+                self.logits_S -= step_S
                 least = LEAST_SHARE / len(self.logits_S)
                 self.logits_S.copy_(self.probs_S.clamp_min(least).log())
             else:

@@ -155,7 +155,7 @@ class RunState:
         self.clock = StepClock()
         self.data = Data(config, cache)
         config.train.resolve_epochs(sum(len(source) for source in self.data.sources))
-        self.schedule = schedule_of(config, stage)
+        self.schedule = schedule_of(config)
         self.megatron = transformer_config(config)
         seed_generators(config.train.seed)
         self.training = self._training()
@@ -241,7 +241,7 @@ class RunState:
         self.data.validation_sampler.load_state_dict(state["validation_sampler"])
 
 
-def schedule_of(config: Config, stage: str) -> Schedule:
+def schedule_of(config: Config) -> Schedule:
     rates, bilevel = config.optimizer, config.bilevel
     assert rates.min_lr is not None and bilevel.lr_lambda is not None
     return Schedule(
@@ -250,7 +250,7 @@ def schedule_of(config: Config, stage: str) -> Schedule:
         min_lr=rates.min_lr,
         lr_u=rates.lr_u,
         warmup_fraction=rates.lr_warmup_fraction,
-        decay_style=rates.lr_decay_style or ("constant" if stage == "reweight" else "cosine"),
+        decay_style=rates.lr_decay_style,
         lr_lambda=bilevel.lr_lambda,
         lambda_decay_style=bilevel.lr_lambda_decay_style,
         alpha=bilevel.alpha,

@@ -86,12 +86,12 @@ def test_rank_0_decides(
 @pytest.mark.parametrize(
     ("steps", "interval", "lisa", "memory"),
     [
-        (0, 4, None, 1.0), (40, 4, None, 1.0),  # ten whole resets
-        (42, 4, None, 1.15), (60, 4, None, 2.5),  # from then on for .3 of the steps
-        (60, None, None, 1.0), (60, 4, LisaOptions(1), 1.0),
+        (0, 4, None, 1.0), (160, 4, None, 1.0),  # forty whole resets
+        (162, 4, None, 1.15), (180, 4, None, 2.5),  # from then on for .3 of the steps
+        (180, None, None, 1.0), (180, 4, LisaOptions(1), 1.0),
     ],
 )  # fmt: skip
-def test_memory_grows_after_ten_resets(
+def test_memory_grows_after_forty_resets(
     steps: int, interval: int | None, lisa: LisaOptions | None, memory: float
 ) -> None:
     class Bare(Training):

@@ -128,7 +128,8 @@ class Mixture:
             self.mean = self.mean + (g - self.mean) / min(10, self.t)
             if memory > 1 and not self.is_slow:
                 self.is_slow = True
-                self.p = np.mean(self.past[-(len(self.past) // 2) :], axis=0)
+                if self.past:
+                    self.p = np.mean(self.past[-(len(self.past) // 2) :], axis=0)
             if memory > 1:
                 g, lr = 6 * g - 5 * self.mean, 0.2 * lr / math.sqrt(memory)
             moved = self.p * np.exp(-lr * (g / usual if usual else g))
@@ -175,8 +176,6 @@ class Reweighting:
         initial, shares: weights of the sources at the start, and of the validation sets.
     """
 
-    usual_style = "constant"
-
     def __init__(
         self, tree: dict, weights: Weights, shape: dict, initial: list[float], shares: list[float]
     ) -> None:
@@ -191,7 +190,7 @@ class Reweighting:
         steps = self.tree["train"]["train_iters"]
         rounds, tau = bilevel.get("outer_rounds", 1), bilevel.get("alpha_growth", 1.0)
         warmup = optimizer.get("lr_warmup_fraction", 0.03)
-        style = optimizer.get("lr_decay_style", self.usual_style)
+        style = optimizer.get("lr_decay_style", "cosine")
         of_w = optimizer["lr"]
         floor = optimizer.get("min_lr", of_w / 10)
         of_u = optimizer.get("lr_u", of_w)
@@ -306,8 +305,6 @@ class Reweighting:
 
 class Training(Reweighting):
     """`train`: w alone, on a mixture that stays as it is."""
-
-    usual_style = "cosine"
 
     def step(self, train: Groups, valid: Groups, layers: list[int] | None) -> dict:
         p = self.mixture.p
