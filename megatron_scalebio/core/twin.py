@@ -244,7 +244,6 @@ def share_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
     """Makes u equal to w at no memory: its parameters view w's storage, buffers are copied."""
     for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
         p_u.data = p_w.data
-        low_bits.share(p_w, p_u)
     copy_buffers(w, u)
 
 
