@@ -121,6 +121,7 @@ def test_a_stage_keeps_as_many_micro_batches_as_are_under_way() -> None:
     """Those ahead of it and its own, of a flush that has so many; in chunks where interleaved."""
     for virtual, train, kept in (
         (1, 4, [4, 3, 2, 1]), (1, 1, [3, 3, 2, 1]), (2, 1, [3, 3, 3, 2.5]),
+        (2, 4, [5.5, 4.5, 3.5, 2.5]),
     ):  # fmt: skip
         layout = Layout(1, 4, virtual, 1, train, 1, GPU)
         assert [_in_flight(layout, number) for number in range(4)] == kept

@@ -36,6 +36,20 @@ def test_a_search_proposes_the_first_that_has_the_headroom_when_rehearsed(
     assert found.best_config is estimates[2].config and found.fewest == 3
 
 
+@pytest.mark.parametrize(("estimated", "rehearsed"), [(0.51, ["a", "b"]), (0.49, ["a"])])
+def test_a_search_rehearses_what_may_have_the_headroom_after_all(
+    monkeypatch: pytest.MonkeyPatch, estimated: float, rehearsed: list[str]
+) -> None:
+    shares = {"a": 1.0, "b": estimated}
+    estimates = [an_estimate(name, config(), x * MIN_HEADROOM) for name, x in shares.items()]
+    monkeypatch.setattr(search, "_estimates", lambda *args: estimates)
+    monkeypatch.setattr(search, "_fewest", lambda *args: None)
+    monkeypatch.setattr(search, "make_plan", lambda *args: SimpleNamespace(headroom=0.0))
+    heard: list[str] = []
+    assert search.search(config(), 8, GPU, 0.4, heard.append).best is None
+    assert heard == [f"{name}, whole" for name in rehearsed]
+
+
 def test_a_search_trains_as_many_layers_at_a_time_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     def estimates(of_run: Any, *rest: Any) -> list[Any]:
         fits = of_run.lisa.lisa_layers is not None and of_run.lisa.lisa_layers <= 4
@@ -68,6 +82,9 @@ def test_a_dry_run_finds_ranks_that_do_not_fit_together() -> None:
     ]
     assert told(2, shards={("weight of stage 1", (0, 0)): 14}) == [
         "the shards of weight of stage 1 have 29 elements, (6, 5) has 30"
+    ]
+    assert told(3, shards={("weight of stage 1", (3, 0)): 16}) == [
+        "the shards of weight of stage 1 have 31 elements, (6, 5) has 30"
     ]
     assert told(0, layers=(0, 1, 2, 3, 4)) == [
         "stage 0 holds layers (0, 1, 2, 3, 4), not (0, 1, 2, 3)",
