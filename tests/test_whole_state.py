@@ -121,6 +121,8 @@ def disturb(state: Any) -> None:
     if state.stage == "reweight":
         state.training.mixture.initial_S = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
         state.training.mixture.mean_square += 0.25
+        state.training.mixture.recent_S += 0.125
+        state.training.mixture.is_slow = True
         trajectory = state.training.mixture.trajectory
         while trajectory.block_length == 1 or not trajectory.steps % 2:
             trajectory.append(state.training.mixture.probs_S)

@@ -176,6 +176,8 @@ class Reweighting:
         initial, shares: weights of the sources at the start, and of the validation sets.
     """
 
+    whole_resets = 40
+
     def __init__(
         self, tree: dict, weights: Weights, shape: dict, initial: list[float], shares: list[float]
     ) -> None:
@@ -275,7 +277,8 @@ class Reweighting:
         every = bilevel.get("resync_interval", 10)
         if every is None or self.tree.get("lisa", {}).get("lisa_interval"):
             return 1.0
-        return 1.0 + bilevel.get("memory_growth", 0.25) * max(0.0, self.at / every - 40)
+        grown = max(0.0, self.at / every - self.whole_resets)
+        return 1.0 + bilevel.get("memory_growth", 0.25) * grown
 
     def _trained(self, layers: list[int] | None) -> Weights:
         trains = everywhere(self.w.weights)
