@@ -21,6 +21,7 @@ from megatron_scalebio.data.prepare import PrepareConfig, SourceInput, prepare
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.stage import sample
+from megatron_scalebio.sample.writer import PrefixWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -268,10 +269,12 @@ def test_only_selected_examples_are_drawn(world: World, capsys: pytest.CaptureFi
         command(world, "--weights", str(run), "--num-samples", "10", "--overwrite")
 
 
-def megatron_prefix(path: Path, lengths: list[int]) -> str:
-    builder = IndexedDatasetBuilder(f"{path}.bin", dtype=np.uint16)
+def megatron_prefix(
+    path: Path, lengths: list[int], first: int = 0, dtype: type[np.number] = np.uint16
+) -> str:
+    builder = IndexedDatasetBuilder(f"{path}.bin", dtype=dtype)
     for number, length in enumerate(lengths):
-        builder.add_document(np.arange(length) + 10 * number, [length])
+        builder.add_document(np.arange(length) + first + 10 * number, [length])
     builder.finalize(f"{path}.idx")
     return str(path)
 
@@ -307,6 +310,37 @@ def test_megatron_prefixes(world: World) -> None:
     assert manifest["examples"] == len(found) > 10 == manifest["given"]
     assert [e["examples_per_row"] for e in manifest["sources"]] == [100 / 64, 1.0]
     assert [e["asked"] for e in manifest["sources"]] == [4, 6]  # 64 and 100 of 164
+
+
+def test_token_0_is_a_token_and_the_first_is_no_prompt(tmp_path: Path) -> None:
+    goal = megatron_prefix(tmp_path / "goal", [6])
+    # Tokens 0 to 2 stand in the set's 0 to 5; 10 to 12 don't, and 0 and 1 are no three.
+    source = WeightedSource("web", megatron_prefix(tmp_path / "web", [3, 3]), 1.0)
+    few = WeightedSource("few", megatron_prefix(tmp_path / "few", [2, 2]), 1.0)
+    config = SampleConfig(
+        tmp_path / "out", (source, few), per_source=9, exclude=(("goal", goal),), ngram=3
+    )
+    found = [manifest["sources"][0] for manifest in sample(config)]
+    assert [entry["contaminated"]["ngram"] for entry in found] == [1, 0]
+    assert [entry["contaminated"]["prompt"] for entry in found] == [0, 0]
+
+
+def test_a_sample_of_prefixes_is_as_wide_as_the_widest_and_knows_its_documents(
+    tmp_path: Path,
+) -> None:
+    wide = megatron_prefix(tmp_path / "wide", [4] * 3, 70_000, np.int32)
+    narrow = megatron_prefix(tmp_path / "narrow", [4] * 3)
+    sources = tuple(WeightedSource(Path(p).name, p, 1.0) for p in (wide, narrow))
+    sample(SampleConfig(tmp_path / "out", sources, num_samples=6))
+    found = IndexedDataset(str(tmp_path / "out/tokens"))
+    assert sorted(found[n][0] for n in range(6)) == [0, 10, 20, 70_000, 70_010, 70_020]
+    # Equal tokens in other documents are another sample.
+    prints = []
+    for lengths in ([2, 4], [3, 3]):
+        writer = PrefixWriter(tmp_path / str(lengths), np.uint16)
+        writer.add(np.arange(6), np.ones(6), lengths, [(0, 1)] * 2)
+        prints.append(writer.finish({})["fingerprint"])
+    assert prints[0] != prints[1]
 
 
 def test_refusals(world: World, sentence_piece: Path) -> None:

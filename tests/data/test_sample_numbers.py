@@ -88,6 +88,7 @@ def test_weights_are_shares_of_examples_and_rows_are_dealt_accordingly(
     assert long["epochs"] == pytest.approx(long["given"] / 40, abs=1e-6)
     assert small["epochs"] == pytest.approx(small["given"] / 10, abs=1e-6)
     assert long["examples"] == 3 * long["given"]
+    assert long["unencoded"] == small["unencoded"] == 0, "all were, to count their examples"
     assert manifest["examples"] == long["examples"] + small["examples"]
     assert (manifest["seed"], manifest["max_epochs"], manifest["seq_length"]) == (7, 2, SEQ)
     assert manifest["contamination"]["ngram"] == 5
@@ -139,6 +140,8 @@ def test_excluded_sets_are_counted_and_not_drawn(tmp_path: Path, folders: dict[s
     [small] = second["sources"]
     assert (small["rows"], small["usable"], small["given"], small["asked"]) == (10, 6, 6, 8)
     assert small["contaminated"] == {"exact": 4, "prompt": 0, "ngram": 0}
+    assert small["epochs"] == 1.0, "of those that may be drawn"
+    assert (first["sources"][0]["unencoded"], small["unencoded"]) == (32, 0)
     assert (first["given"], second["max_epochs"], second["redistributed"]) == (8, 1, 0)
     [against] = second["contamination"]["against"]
     assert (against["name"], against["examples"]) == ("goal", 4)
