@@ -49,7 +49,7 @@ class Page:
             record["tokens"], record["memory_bytes"] = 20_000 + n, 2**30 + 2**22 * n
             # Skewed, so that mean and median are far apart.
             record["time_s"] = {k: s * (1 + (n / STEPS) ** 3) for k, s in record["time_s"].items()}
-            record["step_time_s"] = sum(record["time_s"].values()) + 0.05
+            record["step_time_s"] = sum(record["time_s"].values()) + 0.025
             record["tokens_per_second"] = 40_000 + n * n // 3
             record["skipped"] = "w: gradient norm is nan" if n in SKIPPED else None
         lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -193,7 +193,7 @@ def test_phases_are_medians_and_the_rest(page: Page) -> None:
     }
     step = float(np.median(page.series("step_time_s")))
     medians["other"] = step - sum(medians.values())
-    assert 0.03 < medians["other"] < 0.07
+    assert 0.015 < medians["other"] < 0.045, "less than a tenth"
     for phase, seconds in medians.items():
         words = f"{phase} {1000 * seconds:.3g} {percent(seconds / step)}"
         assert words in page.text, words
