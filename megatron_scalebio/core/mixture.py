@@ -138,7 +138,8 @@ class Mixture:
             self.logits_S.copy_(state["logits"])
         self.initial_S = state["initial"]
         self.steps, self.mean_square = state["steps"], state["mean_square"]
-        self.recent_S = state["recent"] if "recent" in state else torch.zeros_like(self.initial_S)
+        recent_S = state.get("recent")
+        self.recent_S = torch.zeros_like(self.initial_S) if recent_S is None else recent_S.clone()
         self.is_slow = state.get("is_slow", False)
         self.trajectory.load_state_dict(state["trajectory"])
         if self._adamw and state["adamw"]:

@@ -155,6 +155,11 @@ def pair(megatron: str, hf: str, **keywords: Any) -> tuple[TensorMap, TensorMap]
     )
 
 
+_ROPE_NUMBERS = {
+    "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings",
+    "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    "attention_factor",
+}  # fmt: skip
 _SCALINGS = ("linear", "llama3", "yarn", "longrope", "dynamic")
 
 
@@ -197,6 +202,8 @@ def _check_rope(config: HfConfig, name: str, value: Any) -> None:
         good = value is None or isinstance(value, bool)
     elif name in ("short_factor", "long_factor"):
         good = isinstance(value, list) and all(is_number(factor) for factor in value)
+    elif name not in _ROPE_NUMBERS:
+        return  # refused as unknown later
     else:
         least = 0 if name in ("factor", "rope_theta") else -math.inf
         good = is_number(value) and least < value < 2**53

@@ -342,15 +342,24 @@ def test_the_banner_says_what_a_step_takes(ran: tuple[Path, dict]) -> None:
 
 
 def test_weights_average_the_last_share_of_the_steps(ran: tuple[Path, dict]) -> None:
-    """p̄ = (1/n) Σ p_k of the last n, and ± 3.875 √(Σ_r (Σ_{k≤r} (p_k − p̄))² / n³) at 80 %."""
+    """p̄ = (1/n) Σ p_k of the last n, ± 3.875 √(Σ_r (Σ_{k≤r} (p_k − p̄))² / n³) at 80 %.
+
+    With them, as squares: 2.94 times what parts the halves, and 1.28 √(p̄ (1 − p̄) / examples).
+    """
     folder, _ = ran
     every = json.loads((folder / "mixtures.json").read_text())
     last = torch.tensor(every[1:3], dtype=torch.float64)  # of three steps, 67 %
     content = json.loads((folder / "stops early" / "weights.json").read_text())
     mean = last.mean(0)
-    half = 3.875 * ((last - mean).cumsum(0).square().sum(0) / 8).sqrt()
+    wandering = 3.875 * ((last - mean).cumsum(0).square().sum(0) / 8).sqrt()
+    drift = 2.942474596 * (last[1] - last[0]).abs()
+    examples = 25 / (9 / 8 + 1 / 5 + 1 / 6)  # sets of 8, 5 and 6 that weigh 3, 1 and 1
+    sampling = 1.281551566 * (mean * (1 - mean) / examples).sqrt()
+    half = (wandering**2 + drift**2 + sampling**2).sqrt()
     for number, entry in enumerate(content["sources"]):
         assert entry["weight"] == pytest.approx(float(mean[number]), rel=1e-6)
-        assert entry["ci_low"] == pytest.approx(float(mean[number] - half[number]), rel=1e-5)
-        assert entry["ci_high"] == pytest.approx(float(mean[number] + half[number]), rel=1e-5)
+        low = max(0.0, float(mean[number] - half[number]))
+        assert entry["ci_low"] == pytest.approx(low, rel=1e-5, abs=1e-9)
+        high = min(1.0, float(mean[number] + half[number]))
+        assert entry["ci_high"] == pytest.approx(high, rel=1e-5)
     assert float(half.min()) > 1e-3 and content["confidence"] == 0.8
