@@ -305,7 +305,7 @@ class Training:
                 raise ValueError(f"the checkpoint is of {name} {common.get(name)}, not {ours}")
         self.leave_period()  # left later, it would write into what is loaded
         self.load_common_state(common)
-        wanted = states.model_state_to_load(self.w, common["w"])
+        wanted = states.model_state_to_load(self.w, common.get("w", ()))
         if self.u is not None:
             wanted["u"] = states.state_of_u_to_load(self.u, common["u"])
         wanted |= states.low_bits_to_load(self.models, common.get("low_bits", ()))
