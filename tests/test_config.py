@@ -183,8 +183,10 @@ def test_malformed_files_are_refused(tmp_path: Path, text: str, words: str) -> N
     assert "\n" not in str(refusal.value)
 
 
-def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
-    assert load_config(written(tmp_path, "")) == Config()
+def test_empty_file_is_called_empty(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is empty"):
+        load_config(written(tmp_path, ""))
+    assert load_config(None) == Config()
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_it_finds_a_known_mixture(tmp_path: Path) -> None:
     for name, (weight, low, high) in found.items():
         assert abs(weight - truth[name]) < 0.1, found
         assert low - 1e-3 < weight < high + 1e-3  # ends have three digits
-        assert high - low < 0.4
+        assert high - low < 0.6  # 160 steps, of which the last 80 still drift
     assert found["s2"][0] < 1e-3
     *blend, end = (tmp_path / "blend.txt").read_text().split(" ")
     data = tmp_path / "data"

@@ -93,7 +93,14 @@ def steps_are_adams(state: Any, bf16: bool) -> None:
     from megatron_scalebio.core.period import prepare_gradients, step_with
 
     period = state.training.enter_period()
-    adams = {side: AdamW(weights(state.training.models[side])) for side in state.training.models}
+    # Under bf16 from the fp32 masters, of which the weights are the nearest.
+    adams = {
+        side: AdamW({
+            name: getattr(p, "main_param", p).detach().float().view_as(p).clone()
+            for name, p in parameters(chunks).items()
+        })
+        for side, chunks in state.training.models.items()
+    }  # fmt: skip
     for number, norm in enumerate(NORMS):
         period.zero_grad()
         for side, chunks in state.training.models.items():
