@@ -37,11 +37,20 @@ from megatron_scalebio import runtime
 from megatron_scalebio.compat import cpu, megatron, megatron_lm
 from megatron_scalebio.methods import scalebio
 assert patched() == before, "acts on import"
+# As where Transformer Engine is installed, whose kernels need a GPU.
+from megatron.core import optimizer
+from megatron.core.optimizer import clip_grads, optimizer as parts
+optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = "of a GPU", False
+clip_grads.l2_norm_impl = clip_grads.multi_tensor_applier = "of a GPU"
+parts.multi_tensor_applier = "of a GPU"
 for _ in range(2):
     cpu.adapt()
     megatron.adapt()
     megatron_lm.adapt()
     once = patched() if _ == 0 else once
+assert optimizer.Adam is torch.optim.AdamW and optimizer.USING_PYTORCH_OPTIMIZER
+assert callable(clip_grads.l2_norm_impl) and callable(clip_grads.multi_tensor_applier)
+assert parts.multi_tensor_applier is clip_grads.multi_tensor_applier
 assert all(a is not b for a, b in zip(patched(), before)), "does not act"
 assert patched() == once, "acts twice"
 del DistributedOptimizer._get_model_param_range_map

@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 from megatron_scalebio.commands.prepare import run_config
-from megatron_scalebio.data.formats import ALL_FIELDS
 from megatron_scalebio.data.inputs import parse_input
+from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from megatron_scalebio.data.prepare import PrepareConfig
-from megatron_scalebio.data.tokenizer import HUGGING_FACE, SENTENCE_PIECE, load_tokenizer
+from megatron_scalebio.data.record_fields import ALL_FIELDS
+from megatron_scalebio.data.tokenizer import HUGGING_FACE, SENTENCE_PIECE
 from megatron_scalebio.errors import EXIT_USER_ERROR, UserError
 
 

@@ -12,17 +12,16 @@ leaves the last good one. No two attempts share a name: what writes for a killed
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import re
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_scalebio.checkpoint import integrity
+from megatron_scalebio.compat import switched_on
 from megatron_scalebio.errors import UserError, disk_errors_named
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -201,19 +200,9 @@ def _damage_of_common(path: Path) -> str:
     return f"{path}: {broken} is damaged" if broken else ""
 
 
-@contextlib.contextmanager
-def data_alone() -> Iterator[None]:
+def data_alone() -> contextlib.AbstractContextManager[None]:
     """A block in which torch reads the pickled objects of a checkpoint as data alone."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    return switched_on("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
 
 
 def find_checkpoint(load: Path) -> Path:

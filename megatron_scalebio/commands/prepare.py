@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_scalebio import launcher
-from megatron_scalebio.data.formats import ALL_FIELDS, FORMATS, parse_columns
 from megatron_scalebio.data.inputs import parse_input
 from megatron_scalebio.data.prepare import (
     BAD_RECORDS,
@@ -27,6 +26,7 @@ from megatron_scalebio.data.prepare import (
     cores,
     prepare,
 )
+from megatron_scalebio.data.record_fields import ALL_FIELDS, FORMATS, parse_columns
 from megatron_scalebio.data.source_writer import LEFT_OUT_FILE
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, sigterm_interrupts
 

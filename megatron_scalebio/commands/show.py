@@ -12,8 +12,8 @@ from rich.text import Text
 
 from megatron_scalebio import launcher
 from megatron_scalebio.config.checks import require_at_least
+from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from megatron_scalebio.data.prepared import PreparedFolder, Shown
-from megatron_scalebio.data.tokenizer import load_tokenizer
 from megatron_scalebio.errors import EXIT_OK
 
 MARKS = ("⟦", "⟧")

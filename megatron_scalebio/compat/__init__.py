@@ -13,11 +13,28 @@ Megatron's place while it rehearses, and takes them out again: plan/fake_rank.py
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_scalebio.errors import UserError
 
 WRITTEN_FOR = "0.19.2"  # of megatron-core
+
+
+@contextmanager
+def switched_on(variable: str) -> Iterator[None]:
+    """A block in which an environment variable is 1."""
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def adapt() -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from megatron_scalebio.compat import switched_on
+
 _COPIES = "_fp8_workspaces"
-_ALLOW = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def share_copies(source: torch.nn.Module, target: torch.nn.Module, equal: bool) -> bool:
@@ -29,18 +28,9 @@ def share_copies(source: torch.nn.Module, target: torch.nn.Module, equal: bool) 
     return equal
 
 
-@contextmanager
-def fp8_state_allowed() -> Iterator[None]:
+def fp8_state_allowed() -> AbstractContextManager[None]:
     """A block in which modules take pickled FP8 state, which has been looked through by then.
 
     Transformer Engine 2.20 can't tell what such state holds, and else refuses it.
     """
-    before = os.environ.get(_ALLOW)
-    os.environ[_ALLOW] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_ALLOW]
-        else:
-            os.environ[_ALLOW] = before
+    return switched_on("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE")

@@ -24,7 +24,7 @@ validation sets are known no better.
 What an interval does not hold: the bias of a finite α; what u's memory still leaves out where the
 weights no longer move (under LISA it is as short as a period); a final training much shorter than
 the search; and it says nothing if the mixture's learning rate decayed to zero. Measured in
-docs/experiments.md, "Off the span".
+docs/experiments.md, "Right where validation is not made of the sources".
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 TAIL_FRACTION = 0.5  # share of the steps, from the end, that the reported weights average over
-MIN_TAIL_STEPS = 200  # a shorter tail cannot show convergence (see the table above)
+MIN_TAIL_STEPS = 200  # a shorter tail cannot show convergence
 # Of an error b / t, t from T/2 to T: its mean, in units of what it loses from half to half of that.
 LEFT_OF_DRIFT = 2 * math.log(2) / (4 * math.log(9 / 8))
 MANY_SOURCES = 20  # with more, the tolerance is that share of an equal weight
@@ -291,7 +291,7 @@ def judge_convergence(
     return Verdict(
         True,
         f"every weight is known to ±{half_width:.3f} or better "
-        f"({confidence:.0%} confidence, tolerance ±{tolerance:g}) and none drifts",
+        f"({confidence:.0%} confidence, tolerance ±{tolerance:g}), with what it still drifts",
     )
 
 

@@ -23,9 +23,11 @@ import numpy as np
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.examples import Dialogue, RecordError, Text
-from megatron_scalebio.data.formats import PLAIN_OPTIONS, RecordOptions, parse_record
+from megatron_scalebio.data.formats import parse_record
+from megatron_scalebio.data.load_tokenizer import load_tokenizer
+from megatron_scalebio.data.record_fields import PLAIN_OPTIONS, RecordOptions
 from megatron_scalebio.data.records import Record
-from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
 
 _BATCHES_A_WORKER = 3

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,100 +31,21 @@ from megatron_scalebio.data.examples import (
     Turn,
 )
 from megatron_scalebio.data.files import open_records
+from megatron_scalebio.data.record_fields import (
+    ANSWERS,
+    BESIDE,
+    FORMATS,
+    KNOWN,
+    METADATA,
+    PLAIN_OPTIONS,
+    PROMPTS,
+    ROLES,
+    SYSTEM,
+    TRAIN_FLAGS,
+    TURN_FIELDS,
+    RecordOptions,
+)
 from megatron_scalebio.errors import UserError
-
-FORMATS = ("text", "alpaca", "pairs", "sharegpt", "messages")
-PROMPTS = ("prompt", "question")
-ANSWERS = ("completion", "answer", "response")
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-# They say where a record is from, and nothing that a model could learn: left out and counted.
-METADATA = frozenset(
-    {"_id", "id", "idx", "index", "uid", "uuid", "row_id", "question_id", "prompt_id",
-     "conversation_id", "chat_id", "source", "dataset", "dataset_name", "data_source",
-     "sampled_from", "origin", "url", "timestamp", "date", "created", "created_at", "meta",
-     "metadata", "lang", "language", "license", "category", "subset", "split", "model", "author"}
-)  # fmt: skip
-ALL_FIELDS = "*"
-_SYSTEM = ("system", "system_prompt")
-_TRAIN_FLAGS = ("weight", "train", "loss")
-_TURN_FIELDS = ("tool_calls", "tool_call_id", "name", *REASONING_FIELDS)
-_KNOWN = {
-    "text": (),
-    "alpaca": ("instruction", "input", "output", "history"),
-    "pairs": (),
-    "sharegpt": ("items", "conversations"),
-    "messages": ("messages", "conversations"),
-}
-_BESIDE = (*_SYSTEM, "tools", "documents", "chat_template_kwargs")  # of every dialogue
-
-
-@dataclass(frozen=True)
-class RecordOptions:
-    """How records are read.
-
-    Attributes:
-        format: one of ``FORMATS``, or ``auto``: each file goes by its first record.
-        text_key: the field that holds the text, for the format ``text``.
-        columns: (field, column): what a field is called in the files, where that is another name.
-        ignore_fields: fields that are left out; ``*`` stands for all that are not known.
-    """
-
-    format: str = "auto"
-    text_key: str = "text"
-    columns: tuple[tuple[str, str], ...] = ()
-    ignore_fields: tuple[str, ...] = ()
-
-    def ignores(self, name: str) -> bool:
-        return name in self.ignore_fields or ALL_FIELDS in self.ignore_fields
-
-    def renamed(self, value: dict[str, Any], where: str) -> dict[str, Any]:
-        """The record with the fields' own names."""
-        if not self.columns:
-            return value
-        taken = {column for _, column in self.columns}
-        renamed = {name: item for name, item in value.items() if name not in taken}
-        for name, column in self.columns:
-            if name in renamed and not self.ignores(name):
-                raise RecordError(
-                    f"--map {name}={column} would replace the column {name!r}",
-                    reason=f"unknown field {name}",
-                    where=where,
-                    fix=f"--ignore-fields {name} leaves that one out",
-                )
-            if column in value:
-                renamed[name] = value[column]
-        return renamed
-
-
-PLAIN_OPTIONS = RecordOptions()
-
-
-def parse_columns(values: list[str]) -> tuple[tuple[str, str], ...]:
-    """``FIELD=COLUMN[,FIELD=COLUMN...]`` to pairs."""
-    pairs = []
-    known = {name for names in _KNOWN.values() for name in names}
-    known |= {"text", *PROMPTS, *ANSWERS, *_BESIDE}
-    for value in (part for text in values for part in text.split(",")):
-        name, separator, column = value.partition("=")
-        if not separator or not column or name not in known:
-            raise UserError(
-                f"--map: {value!r} is no FIELD=COLUMN (FIELD is one of {', '.join(sorted(known))})"
-            )
-        pairs.append((name, column))
-    return tuple(pairs)
 
 
 def detect_format(value: dict[str, Any], where: str, options: RecordOptions = PLAIN_OPTIONS) -> str:
@@ -218,7 +138,7 @@ class _Record:
             "messages": lambda: self._listed(("messages", "conversations"), "role", "content"),
         }
         turns, own = read[self.format]()
-        self._check_known((*own, *_KNOWN[self.format], *_BESIDE))
+        self._check_known((*own, *KNOWN[self.format], *BESIDE))
         turns = [*self._system(turns), *turns]
         return Dialogue(tuple(turns), self._context(), tuple(self.ignored))
 
@@ -315,10 +235,10 @@ class _Record:
                 where=at,
                 fix=f"known roles: {', '.join(ROLES)}",
             )
-        self._check_known((role_key, content_key, *_TURN_FIELDS, *_TRAIN_FLAGS), turn, at)
+        self._check_known((role_key, content_key, *TURN_FIELDS, *TRAIN_FLAGS), turn, at)
         fields = {
             name: _whole_letters(turn[name])
-            for name in _TURN_FIELDS
+            for name in TURN_FIELDS
             if turn.get(name) not in (None, "", [], {})
         }
         content = turn.get(content_key)
@@ -330,7 +250,7 @@ class _Record:
         return Turn(role, content, self._trains(turn, role, at), fields)
 
     def _trains(self, turn: dict[str, Any], role: str, at: str) -> str:
-        told = {name: turn[name] for name in _TRAIN_FLAGS if turn.get(name) is not None}
+        told = {name: turn[name] for name in TRAIN_FLAGS if turn.get(name) is not None}
         for name, value in told.items():
             if value not in (0, 1) or isinstance(value, str):
                 raise self._error(f"{name!r} is {value!r}, not 0, 1, true or false", name, at)
@@ -343,7 +263,7 @@ class _Record:
         return AS_ITS_ROLE if all(told.values()) else NEVER
 
     def _system(self, turns: list[Turn]) -> list[Turn]:
-        told = [name for name in _SYSTEM if self.value.get(name)]
+        told = [name for name in SYSTEM if self.value.get(name)]
         if not told:
             return []
         text = self._string(self.value, told[0], self.where)

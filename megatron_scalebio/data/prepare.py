@@ -28,11 +28,13 @@ from megatron_scalebio.data.encode_pool import (
 )
 from megatron_scalebio.data.examples import RecordError
 from megatron_scalebio.data.files import open_records
-from megatron_scalebio.data.formats import FORMATS, RecordOptions, detect_format
+from megatron_scalebio.data.formats import detect_format
 from megatron_scalebio.data.inputs import STANDARD_INPUT, SourceInput, local_copies
+from megatron_scalebio.data.load_tokenizer import load_tokenizer
+from megatron_scalebio.data.record_fields import FORMATS, RecordOptions
 from megatron_scalebio.data.records import Record
 from megatron_scalebio.data.source_writer import SOURCE_FILE, SourceWriter, Staging, staging_error
-from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.data.train_tokenizer import train_sentencepiece
 from megatron_scalebio.errors import UserError
 

@@ -5,11 +5,6 @@ Nothing is downloaded unless asked for, and no code that comes with a tokenizer 
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import hashlib
-import json
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,8 +12,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.compat.transformers import fix_date
 from megatron_scalebio.data.targets import ChatTemplateError
+from megatron_scalebio.data.tokenizer_files import content_files, hash_files, load_hugging_face
 from megatron_scalebio.errors import UserError
 
 # The names are those of Megatron-LM's --tokenizer-type.
@@ -35,14 +30,6 @@ _LEADS = ("\n", "\ue000")
 # Characters above which a text is tokenized in parts, those looked at around a cut, and tries.
 _LONG, _AROUND, _CUTS_TRIED = 1 << 19, 400, 50
 _LINE_FEED = re.compile(r"(?<=\S)\n(?=\S)")  # in a run of them one merge leads to another
-# The files that decide how text becomes ids; the first set that is present is the fingerprint.
-_CONTENT_FILES = (
-    ("tokenizer.json",),
-    ("tokenizer.model",),
-    ("spiece.model",),
-    ("vocab.json", "merges.txt", "added_tokens.json"),
-    ("vocab.txt", "added_tokens.json"),
-)
 
 
 class Tokenizer(ABC):
@@ -239,7 +226,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = bos_id if bos_id >= 0 else None
         self.adds_bos = False
         self.chat_template = None
-        self.fingerprint = _hash_files([path])
+        self.fingerprint = hash_files([path])
         self._leads = self._find_leads()
 
     def encode(self, text: str) -> list[int]:
@@ -256,7 +243,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         self.model = str(path)
-        self._tokenizer = _load_hugging_face(path)
+        self._tokenizer = load_hugging_face(path)
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             # tokenizer.json may carry the settings of whoever saved it.
@@ -280,7 +267,7 @@ class HuggingFaceTokenizer(Tokenizer):
                     "the default (name one by --chat-template)"
                 )
         self._special: re.Pattern[str] | None = None
-        self.fingerprint = _hash_files(_content_files(path))
+        self.fingerprint = hash_files(content_files(path))
         self._leads = self._find_leads()
 
     def encode(self, text: str) -> list[int]:
@@ -365,144 +352,3 @@ def _mask(reach: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) ->
             start, end = spans[at]
             mask[number] = int(low < end and (high > start or (low == high == start)))
     return mask
-
-
-def load_tokenizer(
-    model: str | Path,
-    *,
-    chat_template: str | None = None,
-    date: str = "",
-    allow_download: bool = False,
-) -> Tokenizer:
-    """Loads a tokenizer and never runs code that came with it.
-
-    Args:
-        model: a SentencePiece ``.model`` file, a ``tokenizer.json``, a directory with either or
-            with other Hugging Face tokenizer files; with ``allow_download`` also the name of a
-            model on the Hugging Face Hub.
-        chat_template: None for the tokenizer's own template if it has one, ``"plain"`` for the
-            built-in one, the name of one of several that it has, or the path of a Jinja file.
-        date: what a template that writes today's date is to write (YYYY-MM-DD); empty: today's.
-
-    Raises:
-        UserError: there is no such tokenizer, it cannot be read, or it has no end token.
-    """
-    path = Path(model)
-    if not path.exists() and allow_download:
-        path = _download(str(model))
-    if not path.exists():
-        raise UserError(
-            f"{model}: no such tokenizer file or directory (give a .model file, a tokenizer.json "
-            "or a directory that holds one)"
-        )
-    tokenizer = _open(path)
-    if chat_template is not None:
-        tokenizer.template_problem, tokenizer.tool_template = "", None
-    if chat_template == "plain":
-        tokenizer.chat_template = None
-    elif chat_template is not None:
-        if not isinstance(tokenizer, HuggingFaceTokenizer):
-            raise UserError("--chat-template: a chat template needs a Hugging Face tokenizer")
-        if chat_template in tokenizer.chat_templates:
-            tokenizer.chat_template = tokenizer.chat_templates[chat_template]
-            return _dated(tokenizer, date)
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"{chat_template}: cannot read the chat template: {error.strerror} (give a Jinja "
-                "file, or plain)"
-            ) from error
-        _try_template(tokenizer, chat_template)
-    return _dated(tokenizer, date)
-
-
-def _dated(tokenizer: Tokenizer, date: str) -> Tokenizer:
-    import jinja2
-
-    for template in (tokenizer.chat_template, tokenizer.tool_template):
-        if date and template:
-            with contextlib.suppress(jinja2.TemplateError):  # its dialogues are refused by name
-                fix_date(template, datetime.date.fromisoformat(date))
-    return tokenizer
-
-
-def _try_template(tokenizer: HuggingFaceTokenizer, where: str) -> None:
-    """Refuses a file that is no template before a record is blamed for it."""
-    import jinja2
-
-    problem = "" if (tokenizer.chat_template or "").strip() else "it is empty"
-    try:
-        tokenizer.render_chat([{"role": "user", "content": "?"}], generate=False)
-    except ChatTemplateError as error:
-        if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
-            problem = f"line {error.__cause__.lineno}: {error.__cause__.message}"
-    if problem:
-        raise UserError(f"{where}: is no chat template: {problem} (give a Jinja file, or plain)")
-
-
-def _open(path: Path) -> Tokenizer:
-    if path.is_file():
-        if path.suffix == ".json":
-            return HuggingFaceTokenizer(path)
-        return SentencePieceTokenizer(path)
-    names = {entry.name for entry in path.iterdir()}
-    if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
-        return SentencePieceTokenizer(path / "tokenizer.model")
-    return HuggingFaceTokenizer(path)
-
-
-def _load_hugging_face(path: Path) -> Any:
-    # Silences a warning about forks, and keeps one worker to one core.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    json_file = path / "tokenizer.json" if path.is_dir() else path
-    if json_file.exists():
-        _check_tokenizer_json(json_file)
-        if path.is_file() or not (path / "tokenizer_config.json").exists():
-            return PreTrainedTokenizerFast(tokenizer_file=str(json_file))
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(
-            f"{path}: cannot load a tokenizer: {str(error).splitlines()[0]} (the directory needs "
-            "tokenizer.json, or tokenizer_config.json with vocabulary)"
-        ) from error
-
-
-def _check_tokenizer_json(path: Path) -> None:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: malformed JSON ({error})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{path}: not a tokenizer.json: it has no field 'model'")
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["tokenizer*", "*.model", "vocab.*", "merges.txt", "*.jinja", "added_tokens.json"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*patterns, "special_tokens_map.json"]))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: cannot download the tokenizer: {error}") from error
-
-
-def _content_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    for names in _CONTENT_FILES:
-        if (path / names[0]).exists():
-            return [path / name for name in names if (path / name).exists()]
-    return sorted(entry for entry in path.iterdir() if entry.is_file())
-
-
-def _hash_files(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

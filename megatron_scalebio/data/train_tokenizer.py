@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megatron_scalebio.data.dialogue import plain_segments
 from megatron_scalebio.data.examples import Text
-from megatron_scalebio.data.formats import PLAIN_OPTIONS, RecordOptions, read_examples
+from megatron_scalebio.data.formats import read_examples
+from megatron_scalebio.data.record_fields import PLAIN_OPTIONS, RecordOptions
 from megatron_scalebio.errors import UserError
 
 # SentencePiece holds its training text in memory, several times over.

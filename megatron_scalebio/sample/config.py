@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_scalebio.config.checks import require_at_least, require_one_of
-from megatron_scalebio.data.formats import FORMATS, RecordOptions
 from megatron_scalebio.data.prepare import BAD_RECORDS, TOO_LONG
+from megatron_scalebio.data.record_fields import FORMATS, RecordOptions
 from megatron_scalebio.errors import UserError
 
 

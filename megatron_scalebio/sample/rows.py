@@ -22,14 +22,9 @@ from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_pool import Batch, EncodePool
 from megatron_scalebio.data.examples import RecordError
 from megatron_scalebio.data.files import open_records
-from megatron_scalebio.data.formats import (
-    ALL_FIELDS,
-    FORMATS,
-    RecordOptions,
-    detect_format,
-    parse_record,
-)
+from megatron_scalebio.data.formats import detect_format, parse_record
 from megatron_scalebio.data.prepare import DROPPED, Progress
+from megatron_scalebio.data.record_fields import ALL_FIELDS, FORMATS, RecordOptions
 from megatron_scalebio.data.records import OnBad, Record, Records
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.sample.contamination import (

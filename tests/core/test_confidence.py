@@ -259,7 +259,7 @@ def mixture_path(noise_scale: float, drift: float = 0.0, steps: int = 400) -> to
 
 def test_tight_and_still_is_converged() -> None:
     verdict = judge_convergence(mixture_path(0.02))
-    assert verdict.converged and "none drifts" in verdict.reason
+    assert verdict.converged and "with what it still drifts" in verdict.reason
 
 
 def test_wide_intervals_are_not_converged() -> None:
@@ -321,7 +321,7 @@ def test_the_widest_interval_must_be_within_the_tolerance() -> None:
         assert said.converged
         assert said.reason == (
             f"every weight is known to ±{widest:.3f} or better ({confidence:.0%} confidence, "
-            f"tolerance ±{1.001 * widest:g}) and none drifts"
+            f"tolerance ±{1.001 * widest:g}), with what it still drifts"
         )
         said = judge_convergence(path_of(*columns), tolerance=0.999 * widest, **options)
         assert not said.converged

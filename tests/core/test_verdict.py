@@ -48,7 +48,7 @@ def data_of(examples: int, drawn: tuple[int, ...] = (0, 0, 0), drawn_valid: int 
         ({}, True, "(95% confidence, tolerance ±0.05)"),
         ({"confidence": 0.8, "tolerance": 0.04}, True, "(80% confidence, tolerance ±0.04)"),
         ({"tolerance": 0.001}, False, "only, the tolerance is ±0.001"),
-        ({"average_fraction": 0.2}, True, "none drifts"),  # 240 steps in 60 blocks
+        ({"average_fraction": 0.2}, True, "with what it still drifts"),  # 240 steps in 60 blocks
         ({"average_fraction": 0.1}, False, "only 120 steps are averaged"),
         ({"lr_lambda_decay_style": "linear"}, False, "learning rate decays"),
         ({"lr_lambda_decay_style": "cosine"}, False, "learning rate decays"),

@@ -17,8 +17,10 @@ from megatron_scalebio.data.examples import (
     Text,
     Turn,
 )
-from megatron_scalebio.data.formats import RecordOptions, detect_format, parse_columns, parse_record
-from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_scalebio.data.formats import detect_format, parse_record
+from megatron_scalebio.data.load_tokenizer import load_tokenizer
+from megatron_scalebio.data.record_fields import RecordOptions, parse_columns
+from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]

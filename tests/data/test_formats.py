@@ -8,12 +8,8 @@ import pytest
 
 from megatron_scalebio.data import records
 from megatron_scalebio.data.examples import Dialogue, Text
-from megatron_scalebio.data.formats import (
-    RecordOptions,
-    detect_format,
-    parse_record,
-    read_examples,
-)
+from megatron_scalebio.data.formats import detect_format, parse_record, read_examples
+from megatron_scalebio.data.record_fields import RecordOptions
 from megatron_scalebio.data.records import RecordReader
 from megatron_scalebio.errors import UserError
 

@@ -205,7 +205,7 @@ def test_bad_records_end_the_run_or_are_left_out(
 
 
 def test_examples_know_the_lines_they_are_from(tmp_path: Path, byte_level: Path) -> None:
-    from megatron_scalebio.data.tokenizer import load_tokenizer
+    from megatron_scalebio.data.load_tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(byte_level)
     paths = []

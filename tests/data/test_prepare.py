@@ -19,13 +19,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_scalebio.commands import prepare as prepare_cli
 from megatron_scalebio.data.encode_pool import cut
 from megatron_scalebio.data.inputs import parse_input
+from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from megatron_scalebio.data.prepare import (
     PrepareConfig,
     Progress,
     SourceInput,
     prepare,
 )
-from megatron_scalebio.data.tokenizer import load_tokenizer
 from megatron_scalebio.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

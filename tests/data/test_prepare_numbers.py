@@ -16,9 +16,9 @@ from rich.console import Console
 from megatron_scalebio.commands import prepare as prepare_cli
 from megatron_scalebio.data import prepare as prepare_module
 from megatron_scalebio.data import train_tokenizer
-from megatron_scalebio.data.formats import RecordOptions
+from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from megatron_scalebio.data.prepare import PrepareConfig, Progress, SourceInput, prepare
-from megatron_scalebio.data.tokenizer import load_tokenizer
+from megatron_scalebio.data.record_fields import RecordOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ = 40

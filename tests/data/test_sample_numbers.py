@@ -12,9 +12,9 @@ from rich.console import Console
 
 from megatron_scalebio.commands import sample as command
 from megatron_scalebio.data.formats import Dialogue, Text
+from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from megatron_scalebio.data.prepare import PrepareConfig, Progress, SourceInput, prepare
 from megatron_scalebio.data.sources import ExampleSource
-from megatron_scalebio.data.tokenizer import load_tokenizer
 from megatron_scalebio.data.weights_file import drawn_from
 from megatron_scalebio.engine.outputs import natural_shares
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource

@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.examples import Dialogue
-from megatron_scalebio.data.tokenizer import load_tokenizer
+from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from tests.data.chat_templates import SHAPES, SPECIAL, bare
 
 DIALOGUES = 40  # of every shape; 10,000 dialogues over all shapes found nothing

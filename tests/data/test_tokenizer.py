@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_scalebio.data.dialogue import ExampleEncoder, plain_segments
 from megatron_scalebio.data.examples import Dialogue, Text, Turn
-from megatron_scalebio.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_scalebio.data.load_tokenizer import load_tokenizer
+from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
 
 KINDS = (

@@ -1,0 +1,102 @@
+"""Opens a tokenizer, with the chat template that is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from pathlib import Path
+
+from megatron_scalebio.compat.transformers import fix_date
+from megatron_scalebio.data.targets import ChatTemplateError
+from megatron_scalebio.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
+from megatron_scalebio.data.tokenizer_files import download
+from megatron_scalebio.errors import UserError
+
+
+def load_tokenizer(
+    model: str | Path,
+    *,
+    chat_template: str | None = None,
+    date: str = "",
+    allow_download: bool = False,
+) -> Tokenizer:
+    """Loads a tokenizer and never runs code that came with it.
+
+    Args:
+        model: a SentencePiece ``.model`` file, a ``tokenizer.json``, a directory with either or
+            with other Hugging Face tokenizer files; with ``allow_download`` also the name of a
+            model on the Hugging Face Hub.
+        chat_template: None for the tokenizer's own template if it has one, ``"plain"`` for the
+            built-in one, the name of one of several that it has, or the path of a Jinja file.
+        date: what a template that writes today's date is to write (YYYY-MM-DD); empty: today's.
+
+    Raises:
+        UserError: there is no such tokenizer, it cannot be read, or it has no end token.
+    """
+    path = Path(model)
+    if not path.exists() and allow_download:
+        path = download(str(model))
+    if not path.exists():
+        raise UserError(
+            f"{model}: no such tokenizer file or directory (give a .model file, a tokenizer.json "
+            "or a directory that holds one)"
+        )
+    tokenizer = _open(path)
+    if chat_template is not None:
+        tokenizer.template_problem, tokenizer.tool_template = "", None
+    if chat_template == "plain":
+        tokenizer.chat_template = None
+    elif chat_template is not None:
+        if not isinstance(tokenizer, HuggingFaceTokenizer):
+            raise UserError("--chat-template: a chat template needs a Hugging Face tokenizer")
+        if chat_template in tokenizer.chat_templates:
+            tokenizer.chat_template = tokenizer.chat_templates[chat_template]
+            return _dated(tokenizer, date)
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{chat_template}: cannot read the chat template: {error.strerror} (give a Jinja "
+                "file, or plain)"
+            ) from error
+        _try_template(tokenizer, chat_template)
+    return _dated(tokenizer, date)
+
+
+def _dated(tokenizer: Tokenizer, date: str) -> Tokenizer:
+    import jinja2
+
+    for template in (tokenizer.chat_template, tokenizer.tool_template):
+        if date and template:
+            with contextlib.suppress(jinja2.TemplateError):  # its dialogues are refused by name
+                fix_date(template, datetime.date.fromisoformat(date))
+    return tokenizer
+
+
+def _try_template(tokenizer: HuggingFaceTokenizer, where: str) -> None:
+    """Refuses a file that is no template before a record is blamed for it."""
+    import jinja2
+
+    problem = "" if (tokenizer.chat_template or "").strip() else "it is empty"
+    try:
+        tokenizer.render_chat([{"role": "user", "content": "?"}], generate=False)
+    except ChatTemplateError as error:
+        if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+            problem = f"line {error.__cause__.lineno}: {error.__cause__.message}"
+    if problem:
+        raise UserError(f"{where}: is no chat template: {problem} (give a Jinja file, or plain)")
+
+
+def _open(path: Path) -> Tokenizer:
+    if path.is_file():
+        if path.suffix == ".json":
+            return HuggingFaceTokenizer(path)
+        return SentencePieceTokenizer(path)
+    names = {entry.name for entry in path.iterdir()}
+    if "tokenizer.model" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
+        return SentencePieceTokenizer(path / "tokenizer.model")
+    return HuggingFaceTokenizer(path)
