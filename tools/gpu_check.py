@@ -81,8 +81,8 @@ class Check(NamedTuple):
         def one(name: str) -> None:
             try:
                 self.results.add(name, work(name))
-            except (RuntimeError, OSError, ValueError) as error:
-                self.results.add(name, f"failed: {error}")
+            except (RuntimeError, OSError, ValueError, LookupError) as error:
+                self.results.add(name, f"failed: {error!r}")
 
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(one, names))
@@ -215,8 +215,8 @@ def answers(check: Check) -> None:
         folder = f"{kind}-{seed}"
         start = time.perf_counter()
         reweight(check.folder, folder, flags, gpu, f"{seed}.yaml")
-        weights = json.loads((check.folder / folder / "weights.json").read_text())["weights"]
-        found = [weights[f"s{i}"] for i in range(len(truth))]
+        content = json.loads((check.folder / folder / "weights.json").read_text())
+        found = [source["weight"] for source in content["sources"]]
         return {
             "l1": sum(abs(p - t) for p, t in zip(found, truth, strict=True)),
             "weights": found, "seconds": time.perf_counter() - start,
