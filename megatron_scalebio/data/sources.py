@@ -58,8 +58,8 @@ class ExampleSource:
         description = read_description(folder / "source.json")
         self.tokenizer = description["tokenizer"]
         self.fingerprint, self.tokens = description["fingerprint"], description["tokens"]
-        self._tokens = _open_indexed(folder / "tokens")
-        self._mask = _open_indexed(folder / "loss_mask")
+        self._tokens = open_indexed(folder / "tokens")
+        self._mask = open_indexed(folder / "loss_mask")
         self._lengths = self._tokens.sequence_lengths
         self.largest_id = _largest_id(self.prefix, self._tokens)
         if not np.array_equal(self._lengths, self._mask.sequence_lengths):
@@ -99,7 +99,7 @@ class PackedSource:
 
     def __init__(self, name: str, prefix: str, config: Config, cache: Path) -> None:
         self.name, self.prefix = name, prefix
-        indexed = _open_indexed(Path(prefix))
+        indexed = open_indexed(Path(prefix))
         self.tokens = int(indexed.sequence_lengths.sum())
         self.fingerprint = _packed_fingerprint(prefix, indexed)
         self.largest_id = _largest_id(prefix, indexed)
@@ -232,7 +232,7 @@ def _check_fields(
             raise refuse(f"{name!r} is {values[name]!r}, not of type {kind.__name__}")
 
 
-def _open_indexed(prefix: Path) -> IndexedDataset:
+def open_indexed(prefix: Path) -> IndexedDataset:
     """Opens a `.bin/.idx` pair after checking that the .bin holds all that the .idx lists."""
     for suffix in (".idx", ".bin"):
         if not Path(f"{prefix}{suffix}").is_file():

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_scalebio.data.encode_pool import cut
 from megatron_scalebio.data.prepare import Progress
-from megatron_scalebio.data.sources import ExampleSource, _open_indexed
+from megatron_scalebio.data.sources import ExampleSource, open_indexed
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.sample.contamination import EvaluationIndex, Ids, WordIds
 from megatron_scalebio.sample.rows import (
@@ -44,7 +44,7 @@ class TokenRows:
         sequence: int,
     ) -> None:
         self.name, self.prefix = name, prefix
-        self.indexed = _open_indexed(Path(prefix))
+        self.indexed = open_indexed(Path(prefix))
         self._examples = ExampleSource(name, folder, 2**31) if folder else None
         self._tokenizer = tokenizer
         self._max_tokens, self._sequence = max_tokens, sequence

@@ -53,9 +53,11 @@ def test_show_marks_what_trains_and_says_where_it_is_from(
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: (f / "source.json").unlink(), "is no prepared folder: source.json is missing"),
-        (lambda f: (f / "tokens.idx").write_bytes(b"x"), "is damaged"),
-        (lambda f: (f / "source.json").write_text("[]"), "is damaged"),
+        (lambda f: (f / "source.json").unlink(), ": is no prepared folder: source.json is missing"),
+        (lambda f: (f / "tokens.idx").write_bytes(b"x"), "/tokens.idx: not a whole Megatron index"),
+        (lambda f: (f / "loss_mask.bin").write_bytes(b"x"), "/loss_mask.bin: truncated"),
+        (lambda f: (f / "rows.npy").write_bytes(b"x"), "/rows.npy: is damaged"),
+        (lambda f: (f / "source.json").write_text("[]"), "/source.json: is not a JSON object"),
     ],
 )
 def test_show_refuses_other_folders(
@@ -64,7 +66,7 @@ def test_show_refuses_other_folders(
     folder = prepared(tmp_path, byte_level, jsonl(tmp_path / "a.jsonl", chat("One?", "Yes")))
     damage(folder)
     assert main(["show", str(folder)]) == 2
-    assert f"{folder}: {words}" in capsys.readouterr().err
+    assert f"{folder}{words}" in capsys.readouterr().err
 
 
 def test_prepare_says_what_was_cut_left_out_and_not_used(
