@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from megatron_scalebio import __version__, launcher
@@ -28,6 +30,12 @@ COMMANDS = {
     "report": ("megatron_scalebio.report.html", "write the HTML report of a run"),
 }
 
+# Modules of the extra `cli`: the library does without them.
+OPTIONAL = {
+    "jinja2", "markupsafe", "matplotlib", "pyarrow", "regex", "rich", "safetensors",
+    "sentencepiece", "shtab", "tensorboard", "tokenizers", "transformers", "yaml",
+}  # fmt: skip
+
 
 class _Parser(argparse.ArgumentParser):
     """Refuses in one line, where argparse would print the usage of a hundred flags first."""
@@ -40,8 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     launcher.set_cuda_defaults()
     try:
-        args = _parse(argv)
-        return args.run_stage(args)
+        with _missing_packages_named():
+            args = _parse(argv)
+            return args.run_stage(args)
     except UserError as error:
         if launcher.is_first_rank():
             print(f"megatron-scalebio: error: {error}", file=sys.stderr)
@@ -75,6 +84,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         known = [flag for action in actions for flag in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]!r} ({_nearest(unknown[0], known)})")
     return args
+
+
+@contextmanager
+def _missing_packages_named() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in OPTIONAL:
+            raise
+        raise UserError(
+            f"{error.name} is not installed: it comes with the command line's packages "
+            "(pip install 'megatron-scalebio[cli]')"
+        ) from None
 
 
 def _quieten() -> None:
