@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    launcher.set_cuda_defaults()
+    launcher.set_defaults()
     try:
         with _missing_packages_named():
             args = _parse(argv)
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if launcher.is_first_rank():
             print(f"megatron-scalebio: error: {error}", file=sys.stderr)
+            launcher.tell_torchrun(f"megatron-scalebio: error: {error}")
         launcher.give_way()
         return EXIT_USER_ERROR
     except RankLost:

@@ -67,9 +67,23 @@ def prepare_folders(
     for kind, names in (("sources", sources), ("validation", validation)):
         if names is not None and earlier[kind] not in ([], names):  # []: a part that has none
             raise UserError(
-                f"{folder}: holds a run of {kind} {earlier[kind]}, not {names} (choose a new "
-                f"train.output, or the same data.{kind} in the same order)"
+                f"holds a run of other {kind}: {_difference(earlier[kind], names)}",
+                where=str(folder),
+                fix=f"choose a new train.output; --weights {folder} there starts from the weights "
+                "learned here"
+                if kind == "sources"
+                else "choose a new train.output",
             )
+
+
+def _difference(earlier: list[str], now: list[str]) -> str:
+    """What one list of names lacks and another adds, in words."""
+    gone = [name for name in earlier if name not in now]
+    new = [name for name in now if name not in earlier]
+    if not gone and not new:
+        return f"the order was {', '.join(earlier)}"
+    parts = {"no longer there": gone, "not there before": new}
+    return "; ".join(f"{', '.join(names)} {what}" for what, names in parts.items() if names)
 
 
 def write_json(path: Path, content: Any) -> None:
