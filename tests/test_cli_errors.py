@@ -62,7 +62,7 @@ def test_wrong_flags(
     assert not output.exists()
 
 
-@pytest.mark.parametrize("argv", [[], ["rewieght"], ["report"], ["report", "here", "there"]])
+@pytest.mark.parametrize("argv", [["rewieght"], ["report"], ["report", "here", "there"]])
 def test_wrong_commands(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     assert main(argv) == 2
     assert "megatron-scalebio" in the_only_line(capsys.readouterr().err) or "report" in argv

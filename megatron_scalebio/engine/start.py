@@ -20,6 +20,7 @@ from megatron_scalebio.engine.memory import out_of_memory_named
 from megatron_scalebio.engine.state import RunState
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.fingerprint import of_files
+from megatron_scalebio.guard.board import Board
 from megatron_scalebio.guard.lock import PATIENCE_S, held
 from megatron_scalebio.guard.watchdog import Watchdog
 from megatron_scalebio.logs.records import METRICS_FILE
@@ -66,7 +67,8 @@ def start_job(config: Config) -> Iterator[Job]:
     with ExitStack() as stack:
         if runtime.world_size() > 1:
             timeout_s = 60.0 * config.parallel.distributed_timeout_minutes
-            stack.enter_context(Watchdog(timeout_s, before_end=locks.close))
+            watchdog = Watchdog(timeout_s, before_end=locks.close, board=Board(folder))
+            stack.enter_context(watchdog)
         stack.enter_context(locks)
         runtime.on_main(lambda: locks.enter_context(held(folder, save_to, patience_s=patience_s)))
         stack.enter_context(out_of_memory_named(config, folder))
