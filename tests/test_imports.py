@@ -45,7 +45,7 @@ BELOW = {
     },
     "evaluate": {"config", "config_loader", "data", "checkpoint", "engine", "runtime"},
     "plan": {"compat", "config", "config_loader", "core", "families", "data", "model", "runtime"},
-    "compare": {"config", "config_loader"},
+    "compare": {"config", "config_loader", "report"},
     "commands": {
         "compare", "config", "config_loader", "convert", "data", "evaluate", "families", "guard",
         "logs", "methods", "plan", "runtime", "sample",

@@ -1,4 +1,4 @@
-"""Reads what the stages left and puts it side by side: compare.json, .md, .csv, .tex, .png, .pdf.
+"""Reads what the stages left and puts it side by side: compare.html, .md, .json, .csv and so on.
 
 Cost is given in equivalents of the final training: tokens that went through a model of its size
 while the mixture was searched, a forward pass counted as a third of forward and backward, over the
@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_scalebio.compare.page import write_page
 from megatron_scalebio.compare.plot import draw
 from megatron_scalebio.compare.stages import WEIGHTS_FILE, Plan, Run, read
 from megatron_scalebio.compare.tables import csv_text, latex
@@ -133,6 +134,7 @@ def write(folder: Path, comparison: Content, console: Console) -> None:
     _replace(folder / "compare.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
     _replace(folder / "compare.md", markdown(comparison, *table(comparison, comparison["sources"])))
     _replace(folder / "compare.csv", csv_text(comparison))
+    write_page(folder, comparison)
     for suffix in ("png", "pdf"):
         temporary = folder / f"compare.tmp.{suffix}"
         draw(comparison, temporary)
@@ -150,7 +152,7 @@ def write(folder: Path, comparison: Content, console: Console) -> None:
         console.print("weights of the other sources: compare.md")
     if remark := progress(comparison):
         console.print(remark)
-    for suffix in ("md", "png", "pdf", "csv", "tex", "json"):
+    for suffix in ("html", "md", "png", "pdf", "csv", "tex", "json"):
         console.print(folder / f"compare.{suffix}", soft_wrap=True)
 
 

@@ -104,6 +104,12 @@ def natural_shares(sources: Sequence[Source]) -> list[float]:
     return [count / sum(counts) for count in counts]
 
 
+def counted_in(sources: Sequence[Source]) -> str:
+    """What sources' lengths count: examples of prepared ones, sequences of packed prefixes."""
+    kinds = {"examples" if source.tokenizer else "sequences" for source in sources}
+    return kinds.pop() if len(kinds) == 1 else "both"
+
+
 def parameter_count(state: RunState) -> int:
     """Parameters of one model over all stages and TP ranks. A collective."""
     count = 0
@@ -139,6 +145,7 @@ def write_start(state: RunState, config: Config, folder: Path, parameters: int) 
         "sources": [source.name for source in state.data.sources],
         "validation": [source.name for source in state.data.validation],
         "natural": natural_shares(state.data.sources),
+        "counted_in": counted_in(state.data.sources),
         "world": {
             "tp": parallel_state.get_tensor_model_parallel_world_size(),
             "pp": parallel_state.get_pipeline_model_parallel_world_size(),

@@ -15,11 +15,13 @@ from rich.console import Console
 
 from megatron_scalebio.compare import plot
 from megatron_scalebio.compare.config import CompareConfig, load
-from megatron_scalebio.compare.results import collect, write
+from megatron_scalebio.compare.page import advice, headline, write_page
+from megatron_scalebio.compare.results import collect, spread, write
 from megatron_scalebio.compare.stages import Plan, seconds_left
 from megatron_scalebio.compare.tables import latex
-from megatron_scalebio.formatting import duration
+from megatron_scalebio.formatting import duration, percent
 
+BEST = [2.0, 2.0, 2.0]
 SOURCES, TESTS, SEEDS = ("code", "web", "math"), ("far", "near"), (3, 8, 11)
 # Test losses (sample mean, token mean) of "near" under each seed; those of "far" are 0.7 more.
 LOSSES = {
@@ -283,6 +285,43 @@ def test_other_programs_get_every_run_and_latex_the_table(plan: Plan) -> None:
     assert r"a\_b \\" in latex(["a_b"], [])
     with open(plan.output / "compare.pdf", "rb") as pdf:
         assert pdf.read(5) == b"%PDF-"
+
+
+def test_the_page_says_who_is_best_and_what_comes_next(plan: Plan) -> None:
+    comparison, want = collect(plan), worked_out(plan)
+    write_page(plan.output, comparison)
+    text = " ".join((plan.output / "compare.html").read_text().split())
+    first, second = (method["name"] for method in comparison["methods"][:2])
+    loss, behind = want[first]["test_loss"]["mean"], want[second]["behind"]["mean"]
+    assert f"{first} has the lowest test loss, {loss:.4f}; {second} is {behind:.4f} behind" in text
+    assert "8 of 9 runs done" in text and "<b>Start it again.</b>" in text
+    for method in comparison["methods"]:
+        assert shown(want[method["name"]]["test_loss"], 4) in text
+        for run in method["runs"]:
+            assert f'title="seed {run["seed"]}: {run["test_loss"]:.4f}"' in text
+        for source in SOURCES:
+            weight = want[method["name"]]["weights"][source]["mean"]
+            assert f'title="{source} {percent(weight)}"' in text
+
+
+def test_the_page_tells_luck_from_a_difference() -> None:
+    def method(name: str, losses: list[float]) -> dict[str, Any]:
+        runs = [{"seed": seed, "test_loss": loss} for seed, loss in enumerate(losses)]
+        behind = spread([loss - best for loss, best in zip(losses, BEST, strict=False)])
+        return {"name": name, "runs": runs, "behind": behind, "test_loss": spread(losses)}
+
+    def asked(*methods: dict[str, Any], planned: int = 6) -> list[str]:
+        comparison = {"methods": list(methods), "runs_planned": planned}
+        return [each.do for each in advice(Path("c"), comparison)]
+
+    best = method("best", BEST)
+    clear, close = method("clear", [2.1, 2.12, 2.11]), method("close", [2.05, 1.99, 2.02])
+    assert asked(best, clear) == ["Use the mixture of best"]
+    assert asked(best, close) == ["Do not choose between best and close by this"]
+    assert headline([best, close]).endswith("close is 0.0200 behind, worse in 2 of 3 seeds.")
+    once = [method("best", BEST[:1]), method("clear", [2.1])]
+    assert asked(*once, planned=2) == ["Add seeds", "Use the mixture of best"]
+    assert asked(*once, planned=4)[0] == "Start it again"
 
 
 def test_the_time_left_is_that_of_like_stages(plan: Plan) -> None:
