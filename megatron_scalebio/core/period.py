@@ -22,6 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from megatron_scalebio.compat.megatron import start_of_shard
+from megatron_scalebio.compat.transformer_engine import fuse_weight_gradients
 from megatron_scalebio.core import low_bits
 from megatron_scalebio.core.batch import gpt_losses
 from megatron_scalebio.core.twin import TwinModel, copy_buffers, named_parameters, unshare_storage
@@ -78,6 +79,7 @@ class Period:
         for name, model in self._models.items():
             for held in masters(model, self.optimizers[name]):
                 low_bits.restore(*held, sharing)
+            fuse_weight_gradients(model, True)
 
     def gather_parameters(self) -> None:
         """Makes this rank's weights whole, where gathering them was left to the next forward pass.
@@ -145,6 +147,7 @@ class Period:
                 if chunk.ddp_config.use_distributed_optimizer:
                     chunk.start_param_sync(force_sync=True)  # a tie is rounded where its master is
         for model in self._models.values():
+            fuse_weight_gradients(model, False)
             for _, parameter in named_parameters(model):
                 for name in _LEFT_ON_PARAMETERS:
                     if hasattr(parameter, name):
