@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import build, table, write_json
+from common import add_precision_arguments, build, precision, table, write_json
 from plain import PlainTraining
 
 from megatron_scalebio.core import training
@@ -71,7 +71,6 @@ def write_data(folder: Path, sources: int, seq_length: int) -> dict[str, Any]:
 
 def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
     batch = args.micro_batches * args.micro_batch_size
-    fp8 = {"fp8_format": "hybrid", "fp8_recipe": args.fp8_recipe} if args.fp8_recipe else {}
     return {
         "data": data,
         "model": {
@@ -81,7 +80,7 @@ def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
             **({"ffn_hidden_size": args.ffn} if args.ffn else {}),
             "transformer_impl": args.transformer_impl,
         },
-        "parallel": {"bf16": args.bf16, **fp8},
+        "parallel": precision(args),
         "logging": {"log_interval": 10**6},
         "train": {
             "train_iters": 1000,
@@ -303,9 +302,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=4, help="m, a third of a step's")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--transformer-impl", default="auto")
-    parser.add_argument("--fp8-recipe", help="FP8 (hybrid) with this scaling; needs --bf16")
+    add_precision_arguments(parser)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
