@@ -233,7 +233,8 @@ def one_run(name: str, rule: str, alpha: float, steps: int, seed: int, args: Any
             Path(folder), problem, np.random.default_rng((seed, 32)), args.examples
         )
         found = learn(build({
-            "data": {"seq_length": 2, "sources": sources, "validation": validation},
+            "data": {"seq_length": 16 if args.fp8_recipe else 2,  # FP8 products go by sixteens
+                     "sources": sources, "validation": validation},
             "model": {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 1,
                       "make_vocab_size_divisible_by": V, "transformer_impl": args.transformer_impl},
             "parallel": precision(args),

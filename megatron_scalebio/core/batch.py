@@ -69,9 +69,13 @@ class MicroBatch:
 
 
 def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From pinned memory: a copy from other memory may wait for all that is queued before it."""
-    here = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-    return here.to(device, non_blocking=True)
+    """From pinned memory: a copy from other memory may wait for all that is queued before it.
+
+    Memory is pinned as it lies, which an expanded tensor (positions) refuses.
+    """
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def gpt_losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:
