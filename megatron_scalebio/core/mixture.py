@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from megatron_scalebio.core.confidence import TrajectoryBlocks
+from megatron_scalebio.core.lookalikes import Lookalikes
 from megatron_scalebio.core.objective import logits_gradient, mixture_probs
 
 # A source never falls below this share of a uniform weight: it can still come back.
@@ -54,6 +55,7 @@ class Mixture:
         self.initial_S = weights_S / weights_S.sum()
         self.logits_S = self.initial_S.log()
         self.trajectory = TrajectoryBlocks(len(initial_S))
+        self.lookalikes = Lookalikes(len(initial_S))
         self.steps = 0
         self.mean_square = 0.0  # v
         self.recent_S = torch.zeros_like(self.initial_S)  # g over about its last LEAD_STEPS
@@ -74,6 +76,7 @@ class Mixture:
             memory: as of `Training`; where it is above 1, g tells more of what λ leads to, and
                 later: eg goes slower, and ahead.
         """
+        self.lookalikes.append(hypergradient_S)
         gradient_S = logits_gradient(hypergradient_S, self.probs_S)
         with torch.no_grad():
             self.steps += 1
@@ -94,6 +97,10 @@ class Mixture:
                 self._adamw.step()
         self.trajectory.append(self.probs_S)
         return float(gradient_S.norm())
+
+    def lookalike_groups(self, tail_BS: torch.Tensor) -> list[list[int]]:
+        """Sources of which only the sum is known, in the mixtures that the weights average."""
+        return self.lookalikes.groups(tail_BS.mean(0) / self.initial_S)
 
     def _eg_step(self, hypergradient_S: torch.Tensor, lr: float, memory: float) -> torch.Tensor:
         cut_S = self._cut(hypergradient_S)
@@ -130,6 +137,7 @@ class Mixture:
             "recent": self.recent_S.clone(),
             "is_slow": self.is_slow,
             "trajectory": self.trajectory.state_dict(),
+            "lookalikes": self.lookalikes.state_dict(),
             "adamw": self._adamw.state_dict()["state"] if self._adamw else {},
         }
 
@@ -142,6 +150,8 @@ class Mixture:
         self.recent_S = torch.zeros_like(self.initial_S) if recent_S is None else recent_S.clone()
         self.is_slow = state.get("is_slow", False)
         self.trajectory.load_state_dict(state["trajectory"])
+        if "lookalikes" in state:  # checkpoints of earlier versions have none
+            self.lookalikes.load_state_dict(state["lookalikes"])
         if self._adamw and state["adamw"]:
             groups = self._adamw.state_dict()["param_groups"]
             self._adamw.load_state_dict({"state": state["adamw"], "param_groups": groups})

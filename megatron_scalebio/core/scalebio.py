@@ -224,7 +224,10 @@ class ScaleBiO(Training):
         Args:
             validation_examples: in the validation set, whose own draw then counts.
         """
-        return weight_intervals(self._tail(), self.options.confidence, validation_examples)
+        return weight_intervals(
+            self._tail(), self.options.confidence, validation_examples,
+            self.mixture.lookalike_groups(self._tail()),
+        )  # fmt: skip
 
     def verdict(
         self, constant_rate: bool = True, validation_examples: float | None = None
@@ -243,6 +246,7 @@ class ScaleBiO(Training):
             confidence=self.options.confidence,
             constant_rate=constant_rate,
             validation_examples=validation_examples,
+            lookalikes=self.mixture.lookalike_groups(self._tail()),
         )
 
     def _tail(self) -> torch.Tensor:

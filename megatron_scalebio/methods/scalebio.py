@@ -53,7 +53,12 @@ def find(config: Config, job: Job) -> Found:
         low_S=intervals.low_S.tolist(),
         high_S=intervals.high_S.tolist(),
         verdict=verdict(state),
-        details={"confidence": config.bilevel.confidence},
+        details={
+            "confidence": config.bilevel.confidence,
+            "indistinguishable": [
+                [state.data.sources[i].name for i in group] for group in intervals.lookalikes
+            ],
+        },
     )
 
 

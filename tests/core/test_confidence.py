@@ -369,7 +369,10 @@ def verdict_of(validation_examples: int = 10**6, **options: object) -> Verdict:
         trajectory.append(torch.tensor([first, 1 - first]))
     config = load_config(None, {"bilevel": options})
     bio: Any = ScaleBiO.__new__(ScaleBiO)
-    bio.mixture, bio.sources = SimpleNamespace(trajectory=trajectory), ["web", "math"]
+    bio.mixture, bio.sources = (
+        SimpleNamespace(trajectory=trajectory, lookalike_groups=lambda tail_BS: []),
+        ["web", "math"],
+    )
     bio.options = config.bilevel.options("sample")
     bio.mixture.probs_S = torch.tensor([0.6, 0.4])
     sampler = SimpleNamespace(drawn_S=np.zeros(2), sizes_S=np.ones(2))
