@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -119,9 +120,12 @@ class TwinModel(torch.nn.Module):
         self.w, self.u = w, u
         self._losses = losses
         self.config: TransformerConfig = gpt.config
-        self.model_type = gpt.model_type
-        self.share_embeddings_and_output_weights = gpt.share_embeddings_and_output_weights
-        self.vp_stage = gpt.vp_stage
+        # What Megatron's schedules ask of a model; those that are no GPTModel may lack it.
+        self.model_type = getattr(gpt, "model_type", ModelType.encoder_or_decoder)
+        self.share_embeddings_and_output_weights = getattr(
+            gpt, "share_embeddings_and_output_weights", False
+        )
+        self.vp_stage = getattr(gpt, "vp_stage", None)
         self._input: torch.Tensor | None = None
         self._period = object()  # a twin lives as long
         self._moved = True
