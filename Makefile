@@ -17,7 +17,7 @@ test: export HF_HUB_OFFLINE = 1
 test: export PYTHONDONTWRITEBYTECODE =
 environment: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt setup.py tools/environment.sh
+$(VENV)/.installed: requirements.txt pyproject.toml tools/environment.sh
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/environment.sh $(VENV)
 	touch $@
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_scalebio.core.sampler import BlendSampler, Picks
     from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _PLACES = {
     "Batch": "batch", "BilevelOptions": "options", "BlendSampler": "sampler",
     "LisaOptions": "options", "MicroBatch": "batch", "Picks": "sampler", "ScaleBiO": "scalebio",

@@ -9,13 +9,16 @@ import logging
 import os
 import sys
 import warnings
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from megatron_scalebio import __version__, launcher
-from megatron_scalebio.errors import EXIT_LOST, EXIT_USER_ERROR, RankLost, UserError
+from megatron_scalebio.errors import EXIT_LOST, EXIT_OK, EXIT_USER_ERROR, RankLost, UserError
 
 # Imported when used: `report` must not wait for Megatron.
 COMMANDS = {
+    "init": ("megatron_scalebio.commands.init", "write a commented run.yaml for a folder of data"),
     "prepare": ("megatron_scalebio.commands.prepare", "tokenize records into sources"),
     "show": ("megatron_scalebio.commands.show", "print prepared examples, what trains marked"),
     "convert": ("megatron_scalebio.commands.convert", "Hugging Face checkpoints in and out"),
@@ -25,26 +28,76 @@ COMMANDS = {
     "evaluate": ("megatron_scalebio.commands.evaluate", "held-out losses, benchmarks, MT-Bench"),
     "compare": ("megatron_scalebio.commands.compare", "methods of choosing data side by side"),
     "plan": ("megatron_scalebio.commands.plan", "what a run takes: memory, time, layout"),
+    "status": ("megatron_scalebio.commands.status", "how far a run is, and how it goes on"),
     "report": ("megatron_scalebio.report.html", "write the HTML report of a run"),
+    "completion": ("megatron_scalebio.commands.completion", "let the shell complete all of this"),
 }
+WELCOME = f"""\
+megatron-scalebio {__version__}: the shares in which to train a language model on your data
+
+  megatron-scalebio init DATA --hf MODEL   a folder of data (a file a source, one of them named
+                                           like goal.jsonl) and a Hugging Face folder: writes
+                                           run.yaml, and says the commands that follow
+  megatron-scalebio reweight --config run.yaml
+  megatron-scalebio status RUN             how far it is
+  megatron-scalebio --help                 every command
+
+An example without data of your own: make demo, in the checkout.
+"""
+
+# Modules of the extra `cli`: the library does without them.
+OPTIONAL = {
+    "jinja2", "markupsafe", "matplotlib", "pyarrow", "regex", "rich", "safetensors",
+    "sentencepiece", "shtab", "tensorboard", "tokenizers", "transformers", "yaml",
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
-    """Refuses in one line, where argparse would print the usage of a hundred flags first."""
+    """Refuses in one line, where argparse would print the usage of a hundred flags first.
+
+    `usual` are the flags that --help shows, with --help-all for the rest; empty: --help shows all.
+    """
+
+    usual: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def format_help(self) -> str:
+        if not self.usual:
+            return super().format_help()
+        shown = {*self.usual, "--help", "--help-all"}
+        rare = [a for a in self._actions if a.option_strings and not shown & {*a.option_strings}]
+        texts = [action.help for action in rare]
+        for action in rare:
+            action.help = argparse.SUPPRESS
+        text = super().format_help()
+        for action, help_text in zip(rare, texts, strict=True):
+            action.help = help_text
+        return f"{text}\nand {len(rare)} more options: {self.prog} --help-all\n"
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser.usual = ()
+        parser.print_help()
+        parser.exit()
+
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    launcher.set_cuda_defaults()
+    if not argv:
+        print(WELCOME, end="")
+        return EXIT_OK
+    launcher.set_defaults()
     try:
-        args = _parse(argv)
-        return args.run_stage(args)
+        with _missing_packages_named():
+            args = _parse(argv)
+            return args.run_stage(args)
     except UserError as error:
         if launcher.is_first_rank():
             print(f"megatron-scalebio: error: {error}", file=sys.stderr)
+            launcher.tell_torchrun(f"megatron-scalebio: error: {error}")
         launcher.give_way()
         return EXIT_USER_ERROR
     except RankLost:
@@ -62,19 +115,36 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _quieten()
-    asked = next((word for word in argv if word in COMMANDS), None)
+    asked = next((word for word in argv if word in COMMANDS), "")
+    parser.set_defaults(parser=parser)
     for name, (module, help_text) in COMMANDS.items():
         sub = commands.add_parser(name, help=help_text, allow_abbrev=False)
-        if name == asked:
+        if asked in (name, "completion"):
             stage = importlib.import_module(module)
             stage.add_arguments(sub)
             sub.set_defaults(run_stage=stage.run)
+            sub.usual = getattr(stage, "USUAL", ())
+            if sub.usual:
+                sub.add_argument("--help-all", action=_HelpAll, nargs=0, help="every option")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         actions = commands.choices[args.command]._actions
         known = [flag for action in actions for flag in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]!r} ({_nearest(unknown[0], known)})")
     return args
+
+
+@contextmanager
+def _missing_packages_named() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in OPTIONAL:
+            raise
+        raise UserError(
+            f"{error.name} is not installed: it comes with the command line's packages "
+            "(pip install 'megatron-scalebio[cli]')"
+        ) from None
 
 
 def _quieten() -> None:

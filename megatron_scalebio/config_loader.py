@@ -11,7 +11,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +127,35 @@ def read_yaml(path: str, known: Iterable[str]) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "is not text"
         raise UserError(
-            f"not valid YAML: {problem}",
-            where=f"{path}{line}",
-            fix="keep one of them" if isinstance(error, _TwiceError) else "check its indentation",
+            f"not valid YAML: {problem}", where=f"{path}{line}", fix=_mend(error)
         ) from None
     if tree is None:
         raise UserError(f"{path}: is empty (write the sections, or leave --config out)")
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: must be a mapping of sections ({', '.join(known)})")
+        raise UserError(
+            f"{path}: holds no sections (begin with one of {', '.join(known)}, and ':')"
+        )
+    for mark, kind, command in (
+        ("data", "a run", "reweight"),
+        ("methods", "a comparison", "compare"),
+    ):
+        if mark in tree and mark not in known:
+            raise UserError(
+                f"{path}: is the file of {kind} (megatron-scalebio {command} takes it; see "
+                "docs/methods.md)"
+            )
     return tree
+
+
+def _mend(error: Exception) -> str:
+    """What to do about a file that is not YAML."""
+    if isinstance(error, _TwiceError):
+        return "keep one of them"
+    context, mark = getattr(error, "context", None) or "", getattr(error, "context_mark", None)
+    for started, what in (("flow", "bracket"), ("quoted", "quote")):
+        if started in context and mark:
+            return f"is the {what} that line {mark.line + 1} opens closed?"
+    return "check its indentation, and that names end in a colon and a space"
 
 
 def _check_keys(values: dict[str, Any], known: Iterable[str], where: str) -> None:
@@ -259,11 +279,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             if spec.name == "rope_scaling":  # several values: in YAML only
                 continue
             flag = "--" + spec.name.replace("_", "-")
-            help_text = spec.metadata["help"].replace("%", "%%")
+            help_text = (spec.metadata["help"] + _default_text(spec)).replace("%", "%%")
             keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text}
             keywords["dest"] = f"{name}.{spec.name}"
             keywords.update(_flag_type(hints[spec.name]))
             group.add_argument(flag, **keywords)
+
+
+def _default_text(spec: Field) -> str:
+    """The default as help texts have it; one that follows from other options is in the text."""
+    value = spec.default
+    if value is MISSING or value is None or "[" in spec.metadata["help"]:
+        return ""
+    return f" [{'on' if value is True else 'off' if value is False else value}]"
 
 
 def _whole_numbers(text: str) -> list[int]:

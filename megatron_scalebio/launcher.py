@@ -1,9 +1,11 @@
-"""The environment: what torchrun and srun tell the processes they start, and these tell CUDA."""
+"""The environment: what torchrun and srun tell the processes they start, and these tell torch."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from pathlib import Path
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -15,8 +17,11 @@ _LAST_STEP_OF_SRUN = 0xFFFFFFF0
 _TO_SPEAK_S = 5.0  # ranks start within a second or two of each other
 
 
-def set_cuda_defaults() -> None:
+def set_defaults() -> None:
     """What CUDA and torch read of the environment once; call before torch is imported."""
+    # Threads that wait for each other give their cores away: on cores that others use too, steps
+    # on a CPU took ten times as long while they spun (docs/experiments.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Kernels start in the order they are queued, which TP and CP communication beside GEMMs needs.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # A LISA period's buffers have other sizes than the last one's: without, what is freed between
@@ -47,6 +52,12 @@ def give_way() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and not is_first_rank():
         time.sleep(_TO_SPEAK_S)
+
+
+def tell_torchrun(message: str) -> None:
+    """Leaves the error where torchrun looks for it: its report, the last on the screen, has it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
 
 
 def _in_step_of_srun() -> bool:

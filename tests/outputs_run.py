@@ -38,6 +38,9 @@ def write_problem(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def run_all(folder_name: str) -> None:
+    from megatron_scalebio.methods import scalebio
+
+    scalebio.FEWEST_AVERAGED = 2  # intervals of few steps, which can be worked out
     folder = Path(folder_name)
     entries = write_problem(folder / "data")
     sources = [

@@ -62,7 +62,7 @@ def test_wrong_flags(
     assert not output.exists()
 
 
-@pytest.mark.parametrize("argv", [[], ["rewieght"], ["report"], ["report", "here", "there"]])
+@pytest.mark.parametrize("argv", [["rewieght"], ["report"], ["report", "here", "there"]])
 def test_wrong_commands(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     assert main(argv) == 2
     assert "megatron-scalebio" in the_only_line(capsys.readouterr().err) or "report" in argv
@@ -222,7 +222,7 @@ def test_damaged_sources(noted_on_wrong_data: Path, name: str) -> None:
         ("save below a file", "afile/checkpoints: can't write: Not a directory"),
         ("tensorboard below a file", "can't write: Not a directory"),
         ("nothing to load", "nothing: no checkpoint here"),
-        ("nothing pretrained", "nothing: is no Megatron checkpoint"),
+        ("nothing pretrained", "nothing: not a Megatron checkpoint"),
         ("too large", "ran out of memory in "),
         ("transformer engine", "model.transformer_impl: 'transformer_engine' needs CUDA"),
     ],
@@ -339,6 +339,15 @@ def test_the_real_command_says_one_line(problem: Path) -> None:
     assert process.returncode == 2
     assert "nowhere/a: source 'a' is neither" in the_only_line(complained)
     assert said == ""
+
+
+@pytest.mark.distributed
+def test_torchruns_last_words_have_the_line_too(problem: Path) -> None:
+    process = start_command("reweight", "--config", problem / "x.yaml", "--lr", -1, ranks=2)
+    _, complained = finish(process)
+    assert process.returncode == 1
+    after = complained.rpartition("ChildFailedError")[2]
+    assert "megatron-scalebio: error: --lr: -1.0 must be above 0" in after
 
 
 def two_ranks(folder_name: str) -> None:

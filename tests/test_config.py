@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from megatron_scalebio.cli import main
 from megatron_scalebio.config import Config
+from megatron_scalebio.config.baseline import Method
 from megatron_scalebio.config_loader import (
     add_arguments,
     config_from_args,
@@ -165,8 +169,13 @@ def test_refused_by_file_section_field_and_value(
     [
         ("trian: {}", "unknown key 'trian' (did you mean train?)"),
         ("train: 3", "3 is not a mapping"),
-        ("- train", "must be a mapping of sections"),
-        ("train: {seed: 1", "not valid YAML"),
+        ("- train", "holds no sections (begin with one of data"),
+        ("train: {seed: 1", "(is the bracket that line 1 opens closed?)"),
+        ("a: 1\ntrain: [1, 2\nlisa: 3\n", "(is the bracket that line 2 opens closed?)"),
+        ("train: 'x\n", "(is the quote that line 1 opens closed?)"),
+        ("train:\n seed: 1\n  lr: 2", ":3: not valid YAML: mapping values"),
+        ("train:\n seed: 1\n  lr: 2", "(check its indentation"),
+        ("methods: [doge]", "is the file of a comparison (megatron-scalebio compare takes it;"),
         ("train: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("\x00", "not valid YAML"),
         (
@@ -181,6 +190,25 @@ def test_malformed_files_are_refused(tmp_path: Path, text: str, words: str) -> N
         load_config(written(tmp_path, text))
     assert words in str(refusal.value) and "run.yaml" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_help_tells_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(method in told for method in (*get_args(Method), "paper", "rho_loss_offline"))
+    parser = argparse.ArgumentParser(
+        formatter_class=partial(argparse.HelpFormatter, width=500, max_help_position=80)
+    )
+    add_arguments(parser)
+    lines = [line for line in parser.format_help().splitlines() if line.startswith("  --")]
+    for flag, end in (
+        ("--lr", "rate of w [0.0003]"), ("--seed", "random [1234]"), ("--bf16,", "[off]"),
+        ("--swiglu,", "[on]"), ("--lr-u", "rate of u [lr]"), ("--load", "holds none"),
+        ("--output", "[run]"), ("--method", "are found [scalebio]"),
+    ):  # fmt: skip
+        [line] = [line for line in lines if line.split()[0] == flag]
+        assert line.endswith(end), line
 
 
 def test_empty_file_is_called_empty(tmp_path: Path) -> None:

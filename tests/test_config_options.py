@@ -149,6 +149,9 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "log_interval": (10, 4),
         "tensorboard_dir": (None, "x/tb"),
         "tensorboard_log_interval": (1, 3),
+        "wandb_project": (None, "mixtures"),
+        "wandb_exp_name": (None, "first"),
+        "mlflow_experiment": (None, "mixtures"),
     },
 }
 # In files alone, or naming a folder that has to be there: tests of their own; or refused.

@@ -45,10 +45,10 @@ BELOW = {
     },
     "evaluate": {"config", "config_loader", "data", "checkpoint", "engine", "runtime"},
     "plan": {"compat", "config", "config_loader", "core", "families", "data", "model", "runtime"},
-    "compare": {"config", "config_loader"},
+    "compare": {"config", "config_loader", "report"},
     "commands": {
-        "compare", "config", "config_loader", "convert", "data", "evaluate", "logs", "methods",
-        "plan", "runtime", "sample",
+        "compare", "config", "config_loader", "convert", "data", "evaluate", "families", "guard",
+        "logs", "methods", "plan", "runtime", "sample",
     },
     "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},

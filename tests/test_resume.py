@@ -174,9 +174,8 @@ def test_its_own_checkpoints_go_before_those_it_was_told_to_load(runs: Path) -> 
 
 def test_a_run_does_not_go_on_towards_another_goal(runs: Path) -> None:
     code, said = noted(runs / "noted", "goal")
-    assert code == 2 and "holds a run of validation ['validation'], not ['goal']" in the_only_line(
-        said
-    )
+    words = "other validation: validation no longer there; goal not there before"
+    assert code == 2 and words in the_only_line(said)
     code, said = noted(runs / "noted", "validation")
     assert code == 2 and "was made for other validation sets, other data" in the_only_line(said)
 
@@ -211,7 +210,7 @@ def test_outputs_are_what_others_read(runs: Path) -> None:
     assert sum(weights.values()) == pytest.approx(1, abs=1e-12)
     assert content["step"] == STEPS and content["converged"] is False
     for entry in content["sources"]:
-        assert 0 <= entry["ci_low"] <= entry["weight"] <= entry["ci_high"] <= 1
+        assert entry["ci_low"] is entry["ci_high"] is None, "of so few steps"
         assert entry["initial_weight"] == pytest.approx(1 / 3) and entry["examples"] == 30
     blended = get_blend_from_list(shlex.split((run / "blend.txt").read_text()))
     assert blended is not None and blended[1] is not None

@@ -171,7 +171,9 @@ def test_weights_and_intervals_are_of_the_tail_of_the_trajectory(folder: Path) -
         assert entry["ci_low"] == pytest.approx(low, rel=1e-5, abs=1e-9)
         assert entry["ci_high"] == pytest.approx(min(1.0, weights[i] + half[i]), rel=1e-5)
     assert (content["step"], content["confidence"], content["complete"]) == (STEPS, 0.8, True)
-    assert content["reason"] == "only 3 steps are averaged, at least 200 are needed"
+    assert content["reason"] == (
+        "only 3 steps are averaged, at least 200 are needed (set train_iters to 800 or more)"
+    )
 
 
 def test_blend_leaves_out_what_is_below_the_floor_and_is_made_whole(folder: Path) -> None:

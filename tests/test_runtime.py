@@ -68,12 +68,14 @@ def test_groups_are_those_of_the_layout_and_outwait_the_watchdog(joined: list) -
 def test_cuda_is_told_before_anything_asks_it(
     monkeypatch: pytest.MonkeyPatch, old_name: bool
 ) -> None:
-    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+                 "OMP_WAIT_POLICY"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
     if old_name:
         monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     assert main(["reweight"]) == 2  # whatever becomes of the command
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
     theirs = None if old_name else "expandable_segments:True"
     assert os.environ.get("PYTORCH_ALLOC_CONF") == theirs
 

@@ -222,7 +222,7 @@ def find_checkpoint(load: Path) -> Path:
         return load / step if step == "release" else iteration_folder(load, int(step))
     if (load / "metadata.json").is_file():
         return load
-    raise UserError(f"{load}: is no Megatron checkpoint (point to a folder with {TRACKER})")
+    raise UserError(f"{load}: not a Megatron checkpoint (name a folder that holds {TRACKER})")
 
 
 def is_plain(load: Path) -> bool:

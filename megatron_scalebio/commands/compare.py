@@ -14,14 +14,15 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from rich.console import Console
 
-from megatron_scalebio.compare.config import CompareConfig, load, resolved_text
+from megatron_scalebio.compare.config import VARIANTS, CompareConfig, load, resolved_text
 from megatron_scalebio.compare.results import collect, write
-from megatron_scalebio.compare.stages import WEIGHTS_FILE, Plan, Stage
+from megatron_scalebio.compare.stages import WEIGHTS_FILE, Plan, Stage, seconds_left
+from megatron_scalebio.config.baseline import Method
 from megatron_scalebio.config_loader import build, read_yaml
 from megatron_scalebio.errors import (
     EXIT_OK,
@@ -37,12 +38,15 @@ from megatron_scalebio.formatting import duration
 EXTENDABLE = ("methods", "seeds", "tasks", "ranks", "launcher", "variants", "weights")
 CONFIG_FILE = "compare.yaml"
 NARROWEST = 120  # columns of the closing table
-TIMING_FILE = "timing.json"
 _LOG_TAIL = 15  # lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``compare``."""
+    parser.epilog = (
+        f"methods: {', '.join([*get_args(Method), *VARIANTS])}; docs/methods.md tells what each "
+        "does, and shows a file"
+    )
     add = parser.add_argument
     add("--config", required=True, type=Path, metavar="FILE", help="YAML file of the comparison")
     add("--methods", nargs="+", metavar="METHOD", help="instead of the file's")
@@ -72,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
                 if not stage.done:
                     console.print(f"[{number}/{len(stages)}] {stage.title} ...")
                     seconds = run_stage(stage, plan.command(stage), plan.environment(stage))
-                    console.print(f"    {duration(round(seconds))}")
+                    left = seconds_left(stages)
+                    more = f"; {duration(round(left))} left" if left else ""
+                    console.print(f"    {duration(round(seconds))}{more}")
                 _drop_training_state(stage)
     except KeyboardInterrupt:
         console.print("compare: stopped; the same command continues from there")
@@ -162,7 +168,7 @@ def _refuse(stage: Stage, code: int) -> None:
 
 
 def _add_time(stage: Stage, seconds: float) -> float:
-    path = stage.log.with_suffix("." + TIMING_FILE)
+    path = stage.timing
     if path.exists():
         seconds += json.loads(path.read_text())["seconds"]
     _write(path, json.dumps({"seconds": seconds}) + "\n")

@@ -46,6 +46,11 @@ from megatron_scalebio.evaluate.results import (
 from megatron_scalebio.launcher import is_first_rank
 from megatron_scalebio.logs.console import RunConsole
 
+USUAL = (
+    "--config", "--test", "--hf", "--seq-length", "--output", "--tasks", "--data", "--limit",
+    "--mt-bench", "--judge-url",
+)  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``evaluate`` to those of a run's configuration."""

@@ -20,6 +20,10 @@ from megatron_scalebio.config.data import SourceConfig, ValidationConfig
 from megatron_scalebio.errors import EXIT_OK, UserError
 
 NARROWEST = 80
+USUAL = (
+    "--config", "--gpus", "--gpu", "--search", "--dry-run", "--seq-length", "--micro-batch-size",
+    "--lisa-layers", "--bf16", "--json",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,10 @@ from megatron_scalebio.data.record_fields import ALL_FIELDS, FORMATS, parse_colu
 from megatron_scalebio.data.source_writer import LEFT_OUT_FILE
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, sigterm_interrupts
 
+USUAL = (
+    "--input", "--out", "--tokenizer", "--train-sentencepiece", "--seq-length", "--chat-template",
+    "--format", "--map", "--bad-records", "--overwrite",
+)  # fmt: skip
 _LINE_EVERY_S = 10.0
 _MANY = 0.05  # of the examples, above which truncation is warned of
 

@@ -7,7 +7,12 @@ import argparse
 from megatron_scalebio import launcher
 from megatron_scalebio.config_loader import add_arguments, config_from_args
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["USUAL", "add_arguments", "run"]
+
+USUAL = (
+    "--config", "--sources", "--validation", "--hf", "--seq-length", "--output", "--train-iters",
+    "--global-batch-size", "--lr", "--bf16",
+)  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

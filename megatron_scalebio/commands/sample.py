@@ -36,6 +36,10 @@ from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.inputs import locate, parse_weights, validation_of_run
 from megatron_scalebio.sample.stage import OnProgress, sample
 
+USUAL = (
+    "--weights", "--input", "--out", "--num-samples", "--per-source", "--exclude", "--max-epochs",
+    "--seed", "--from-tokens", "--overwrite",
+)  # fmt: skip
 _LINE_EVERY_S = 10.0
 _OFF_PROPORTION = 0.02  # of the whole
 

@@ -24,7 +24,8 @@ VARIANTS: dict[str, Sections] = {
 
 # What is in the output beside the folders of methods.
 TAKEN = (
-    "data", "pool", "model", "logs", "compare.yaml", "compare.json", "compare.md", "compare.png"
+    "data", "pool", "model", "logs", "compare.yaml", "compare.json", "compare.md", "compare.png",
+    "compare.pdf", "compare.csv", "compare.tex", "compare.html",
 )  # fmt: skip
 # Options that name a folder to write to or to resume from.
 SHARED = (("checkpoint", "save"), ("checkpoint", "load"), ("logging", "tensorboard_dir"))

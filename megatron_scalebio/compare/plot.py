@@ -11,10 +11,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 SOURCES_SHOWN = 10
+UNDATED: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}}
 
 
 def draw(comparison: dict[str, Any], path: Path) -> None:
-    """Draws the comparison into a PNG: test loss (each seed a dot) left, mean weights right."""
+    """Draws it into a PNG or PDF: test loss (each seed a dot) left, mean weights right."""
     methods = comparison["methods"][::-1]
     names = [method["name"] for method in methods]
     figure, (losses, weights) = pyplot.subplots(
@@ -41,7 +42,7 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
     weights.set_xlabel("weights, mean over seeds")
     weights.set_xlim(0, 1)
     weights.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.savefig(path, dpi=150, format="png")
+    figure.savefig(path, dpi=150, format=path.suffix[1:], metadata=UNDATED[path.suffix])
     pyplot.close(figure)
 
 

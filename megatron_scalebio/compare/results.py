@@ -1,4 +1,4 @@
-"""Reads what the stages left and puts it side by side: compare.json, compare.md, compare.png.
+"""Reads what the stages left and puts it side by side: compare.html, .md, .json, .csv and so on.
 
 Cost is given in equivalents of the final training: tokens that went through a model of its size
 while the mixture was searched, a forward pass counted as a third of forward and backward, over the
@@ -19,8 +19,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_scalebio.compare.page import write_page
 from megatron_scalebio.compare.plot import draw
 from megatron_scalebio.compare.stages import WEIGHTS_FILE, Plan, Run, read
+from megatron_scalebio.compare.tables import csv_text, latex
 from megatron_scalebio.errors import disk_errors_named
 from megatron_scalebio.formatting import duration
 
@@ -47,6 +49,7 @@ def collect(plan: Plan) -> Content:
         "sources": list(plan.config.sources),
         "seeds": plan.config.seeds,
         "test": list(plan.config.test),
+        "runs_planned": len(plan.runs),
         "num_samples": plan.num_samples,
         "max_epochs": plan.config.max_epochs,
         "methods": methods,
@@ -127,14 +130,18 @@ def spread(values: Iterable[float | None]) -> dict[str, float | None]:
 
 
 def write(folder: Path, comparison: Content, console: Console) -> None:
-    """Writes the three files and shows the table."""
+    """Writes the files and shows the table."""
     _replace(folder / "compare.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
     _replace(folder / "compare.md", markdown(comparison, *table(comparison, comparison["sources"])))
-    temporary = folder / "compare.tmp.png"
-    draw(comparison, temporary)
-    os.replace(temporary, folder / "compare.png")
+    _replace(folder / "compare.csv", csv_text(comparison))
+    write_page(folder, comparison)
+    for suffix in ("png", "pdf"):
+        temporary = folder / f"compare.tmp.{suffix}"
+        draw(comparison, temporary)
+        os.replace(temporary, folder / f"compare.{suffix}")
     largest = _largest(comparison)
     head, rows = table(comparison, largest)
+    _replace(folder / "compare.tex", latex(head, rows))
     screen = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in head:
         screen.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
@@ -143,8 +150,10 @@ def write(folder: Path, comparison: Content, console: Console) -> None:
     console.print(screen)
     if len(largest) < len(comparison["sources"]):
         console.print("weights of the other sources: compare.md")
-    for name in ("compare.md", "compare.json", "compare.png"):
-        console.print(folder / name, soft_wrap=True)
+    if remark := progress(comparison):
+        console.print(remark)
+    for suffix in ("html", "md", "png", "pdf", "csv", "tex", "json"):
+        console.print(folder / f"compare.{suffix}", soft_wrap=True)
 
 
 def _largest(comparison: Content) -> list[str]:
@@ -203,13 +212,17 @@ def markdown(comparison: Content, head: list[str], rows: list[list[str]]) -> str
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     complete = {len(method["runs"]) for method in comparison["methods"]}
     seeds = f"{min(complete)} to {max(complete)}" if len(complete) > 1 else f"{max(complete)}"
-    return f"""# Comparison
-
+    spreads = f"Mean ± standard deviation over {seeds} seeds (no ± with one)."
+    if complete == {1}:
+        spreads = "One seed each: nothing here says how far another seed would be off."
+    remark = progress(comparison)
+    title = f"# Comparison\n\n**{remark}**\n" if remark else "# Comparison\n"
+    return f"""{title}
 {body}
 
 ![Test loss and weights](compare.png)
 
-Mean ± standard deviation over {seeds} seeds. Every method's training set has up to
+{spreads} Every method's training set has up to
 {comparison["num_samples"]:,} rows and is trained on for the same number of steps, from the same
 model. *test loss*: mean over {", ".join(comparison["test"])}, at the last step. *behind*: how much
 more than the best method under the same seed. *rows*: of the training set; a method that chooses
@@ -217,6 +230,14 @@ few examples gets fewer, each at most {comparison["max_epochs"]} times. *cost*: 
 through a model while the mixture was searched, in units of the mean final training (a forward pass
 alone counts a third). *search*, *memory*: wall time and peak memory of rank 0 meanwhile.
 """
+
+
+def progress(comparison: Content) -> str:
+    """What is still to come, "" if nothing."""
+    done, planned = sum(len(m["runs"]) for m in comparison["methods"]), comparison["runs_planned"]
+    if done == planned:
+        return ""
+    return f"{done} of {planned} runs (method and seed) are done; the same command does the rest"
 
 
 def _replace(path: Path, text: str) -> None:

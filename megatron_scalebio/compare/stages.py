@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megatron_scalebio import launcher
@@ -49,6 +50,16 @@ class Stage:
     product: Path
     config: tuple[Path, Sections] | None = None
     distributed: bool = False
+
+    @property
+    def timing(self) -> Path:
+        """Its seconds, written when it ends."""
+        return self.log.with_suffix(".timing.json")
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Stages of one kind take about as long: of one method, whatever the seed, and one part."""
+        return self.log.parents[1].name, self.log.stem
 
     @property
     def done(self) -> bool:
@@ -240,6 +251,24 @@ class Plan:
         if stage.distributed and self.config.launcher:
             return dict(os.environ)
         return {key: value for key, value in os.environ.items() if key not in launcher.VARIABLES}
+
+
+def seconds_left(stages: Sequence[Stage]) -> float | None:
+    """What the stages that are not done will take, judged by those of their kind, or else of the
+    same part of other methods; None before a part has been timed at all."""
+    times: dict[Any, list[float]] = {}
+    for stage in stages:
+        if stage.done and stage.timing.exists():
+            for kind in (stage.kind, stage.kind[1]):
+                times.setdefault(kind, []).append(float(read(stage.timing)["seconds"]))
+    left = 0.0
+    for stage in stages:
+        if not stage.done:
+            known = times.get(stage.kind) or times.get(stage.kind[1])
+            if known is None:
+                return None
+            left += fmean(known)
+    return left
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -52,10 +52,10 @@ def require_one_of(flag: str, value: str | None, allowed: Collection[str]) -> No
     """Refuses a command's option that is none of the allowed words (None: not given)."""
     if value is not None and value not in allowed:
         known = ", ".join(allowed)
-        raise UserError(f"unknown value {value!r}", where=flag, fix=f"one of {known}")
+        raise UserError(f"{value!r} is not a choice", where=flag, fix=f"choose from {known}")
 
 
 def require_at_least(flag: str, value: float | None, least: float) -> None:
     """Refuses a command's number that is too small (None: not given)."""
     if value is not None and value < least:
-        raise UserError(f"is {value}, must be at least {least}", where=flag)
+        raise UserError(f"{value} is below {least}", where=flag, fix=f"give {least} or more")

@@ -41,7 +41,9 @@ class DataConfig:
         list, "test sets, NAME=PATH ...: `train` and `evaluate` report their loss, nothing else"
     )
     weights: str | None = option(
-        None, "weights.json of a `reweight` run: the initial weights of the sources, by name"
+        None,
+        "weights.json of a `reweight` run: the initial weights of the sources, by name (it may "
+        "name more)",
     )
     seq_length: int = option(1024, "tokens of model input per sequence")
     loss_mean: Literal["sample", "token"] = option(

@@ -194,6 +194,13 @@ class LoggingConfig:
     log_interval: int = option(10, "steps between console lines")
     tensorboard_dir: str | None = option(None, "TensorBoard folder [OUTPUT/tensorboard]")
     tensorboard_log_interval: int = option(1, "steps between TensorBoard points")
+    wandb_project: str | None = option(
+        None, "project of Weights & Biases to log to, too; WANDB_MODE=offline: to OUTPUT/wandb"
+    )
+    wandb_exp_name: str | None = option(None, "name of the run there [OUTPUT]")
+    mlflow_experiment: str | None = option(
+        None, "experiment of MLflow to log to, at MLFLOW_TRACKING_URI [in OUTPUT/mlruns]"
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "log_interval", "tensorboard_log_interval")

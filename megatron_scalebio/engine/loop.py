@@ -55,6 +55,8 @@ def run_steps(state: RunState, job: Job, log: RunLog | None, save_to: Path | Non
         record["straggler"] = slowest and slowest.as_dict()
         state.evaluate(record, job)
         problem = log.log(record, slow) if log else None
+        if log and job.trackers:
+            log.track(record, job.trackers)
         if save_to and is_due(state.step, interval) and not record["skipped"]:
             job.saves.save(state, save_to)
             saved_at = state.step

@@ -67,9 +67,23 @@ def prepare_folders(
     for kind, names in (("sources", sources), ("validation", validation)):
         if names is not None and earlier[kind] not in ([], names):  # []: a part that has none
             raise UserError(
-                f"{folder}: holds a run of {kind} {earlier[kind]}, not {names} (choose a new "
-                f"train.output, or the same data.{kind} in the same order)"
+                f"holds a run of other {kind}: {_difference(earlier[kind], names)}",
+                where=str(folder),
+                fix=f"choose a new train.output; --weights {folder} there starts from the weights "
+                "learned here"
+                if kind == "sources"
+                else "choose a new train.output",
             )
+
+
+def _difference(earlier: list[str], now: list[str]) -> str:
+    """What one list of names lacks and another adds, in words."""
+    gone = [name for name in earlier if name not in now]
+    new = [name for name in now if name not in earlier]
+    if not gone and not new:
+        return f"the order was {', '.join(earlier)}"
+    parts = {"no longer there": gone, "not there before": new}
+    return "; ".join(f"{', '.join(names)} {what}" for what, names in parts.items() if names)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -88,6 +102,12 @@ def natural_shares(sources: Sequence[Source]) -> list[float]:
     """
     counts = [drawn_from(Path(source.prefix).parent) or len(source) for source in sources]
     return [count / sum(counts) for count in counts]
+
+
+def counted_in(sources: Sequence[Source]) -> str:
+    """What sources' lengths count: examples of prepared ones, sequences of packed prefixes."""
+    kinds = {"examples" if source.tokenizer else "sequences" for source in sources}
+    return kinds.pop() if len(kinds) == 1 else "both"
 
 
 def parameter_count(state: RunState) -> int:
@@ -125,6 +145,7 @@ def write_start(state: RunState, config: Config, folder: Path, parameters: int) 
         "sources": [source.name for source in state.data.sources],
         "validation": [source.name for source in state.data.validation],
         "natural": natural_shares(state.data.sources),
+        "counted_in": counted_in(state.data.sources),
         "world": {
             "tp": parallel_state.get_tensor_model_parallel_world_size(),
             "pp": parallel_state.get_pipeline_model_parallel_world_size(),

@@ -12,6 +12,7 @@ from megatron_scalebio.engine.state import RunState
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs.console import RunConsole, SourceLine
 from megatron_scalebio.logs.metrics import MetricsLog
+from megatron_scalebio.logs.trackers import Trackers
 from megatron_scalebio.progress import PROGRESS
 
 
@@ -77,6 +78,11 @@ class RunLog:
         if slow:
             self.console.warn(slow)
         return None
+
+    def track(self, record: dict[str, Any], trackers: Trackers) -> None:
+        """Logs a step to W&B and MLflow."""
+        if lost := trackers.log(record, self.run["sources"], self.run["validation"]):
+            self.console.warn(lost)
 
     def close(self) -> None:
         """Leaves the terminal in order, whatever ended the run."""

@@ -6,8 +6,8 @@ Weights come from its newest checkpoint, else from a pretrained model, else from
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_scalebio import runtime
@@ -20,9 +20,11 @@ from megatron_scalebio.engine.memory import out_of_memory_named
 from megatron_scalebio.engine.state import RunState
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.fingerprint import of_files
+from megatron_scalebio.guard.board import Board
 from megatron_scalebio.guard.lock import PATIENCE_S, held
 from megatron_scalebio.guard.watchdog import Watchdog
 from megatron_scalebio.logs.records import METRICS_FILE
+from megatron_scalebio.logs.trackers import Trackers
 
 # In the run's folder: a Hugging Face model as a Megatron checkpoint, and which.
 IMPORTED = "hf_import-{}"
@@ -42,6 +44,7 @@ class Job:
     folder: Path
     save_to: Path
     saves: Saves
+    trackers: Trackers | None = None  # on rank 0, where the run asks for them
 
 
 @contextmanager
@@ -66,12 +69,19 @@ def start_job(config: Config) -> Iterator[Job]:
     with ExitStack() as stack:
         if runtime.world_size() > 1:
             timeout_s = 60.0 * config.parallel.distributed_timeout_minutes
-            stack.enter_context(Watchdog(timeout_s, before_end=locks.close))
+            watchdog = Watchdog(timeout_s, before_end=locks.close, board=Board(folder))
+            stack.enter_context(watchdog)
         stack.enter_context(locks)
         runtime.on_main(lambda: locks.enter_context(held(folder, save_to, patience_s=patience_s)))
         stack.enter_context(out_of_memory_named(config, folder))
         saves = stack.enter_context(Saves(config.checkpoint.async_save))
-        yield Job(signals, folder, save_to, saves)
+        trackers = None
+        if config.logging.wandb_project or config.logging.mlflow_experiment:
+            trackers = runtime.only_on_main(
+                lambda: Trackers(folder, config.logging, asdict(config))
+            )
+        with trackers or nullcontext():
+            yield Job(signals, folder, save_to, saves, trackers)
 
 
 def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:

@@ -125,16 +125,18 @@ class Data:
 
 
 def weights_by_name(path: Path, names: list[str]) -> list[float]:
-    """The weights of the named sources in a run's weights.json (or in its folder).
+    """The weights of the named sources in a run's weights.json (or in its folder), as they stand
+    there: it may hold more sources.
 
     Raises:
-        UserError: if it is of other sources.
+        UserError: if it has no weight for one of them.
     """
     weights = read_weights(path / "weights.json" if path.is_dir() else path)
-    if set(weights) != set(names):
+    unknown = [name for name in names if name not in weights]
+    if unknown:
         raise UserError(
-            f"{path}: holds weights of {sorted(weights)}, data.sources are {sorted(names)} (give "
-            "the weights that were learned for these sources)"
+            f"{path}: holds no weight for {', '.join(unknown)}, which data.sources names (give "
+            "each source's initial_weight instead)"
         )
     return [weights[name][0] for name in names]
 

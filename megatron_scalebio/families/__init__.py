@@ -34,7 +34,10 @@ def read_family(hf: str | Path) -> tuple[Family, dict[str, Any]]:
             f"{', '.join(sorted(FAMILIES))})"
         )
     if config.values.get("quantization_config"):
-        raise config.refuse("quantization_config", "convert it to plain weights first")
+        raise config.refuse(
+            "quantization_config",
+            "convert the model to plain weights; if they are plain already, delete this key",
+        )
     fields = family.model(config)
     config.refuse_rest()
     return family, fields

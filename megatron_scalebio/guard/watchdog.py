@@ -26,6 +26,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_scalebio.errors import EXIT_LOST, RankLost, UserError
+from megatron_scalebio.guard.board import Board
 from megatron_scalebio.guard.process import Process
 from megatron_scalebio.guard.status import (
     ENDED,
@@ -55,15 +56,18 @@ class Watchdog:
     Args:
         timeout_s: how long a rank may wait in a collective.
         before_end: what to do before the process ends without cleaning up.
+        board: where rank 0 leaves what the ranks tell, and who ended the run.
     """
 
     def __init__(
-        self, timeout_s: float, before_end: Callable[[], None], beat_s: float = BEAT_S
-    ) -> None:
+        self, timeout_s: float, before_end: Callable[[], None], beat_s: float = BEAT_S,
+        board: Board | None = None,
+    ) -> None:  # fmt: skip
         global _generation
         _generation += 1  # a process may run several commands in one store
         self._timeout_s, self._beat_s, self._before_end = timeout_s, beat_s, before_end
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._board = board
         # A connection of its own: the main thread may be blocked in the other one.
         shared: Any = dist.distributed_c10d._get_default_store()
         store = shared.clone()
@@ -176,6 +180,8 @@ class Watchdog:
         return Status.decode(self._store.get(str(rank)))
 
     def _judge(self, ranks: list[Status]) -> None:
+        if self._board and self._rank == 0:
+            self._board.tell(ranks)
         for status in ranks:
             before, looks = self._seen.get(status.rank, (None, 0))
             self._seen[status.rank] = (status, looks + 1 if status == before else 0)
@@ -233,6 +239,8 @@ class Watchdog:
         values = json.loads(verdict)
         self._verdict = values["line"]
         if values["by"] == self._rank:
+            if self._board:
+                self._board.close(self._verdict)
             print(f"megatron-scalebio: error: {self._verdict}", file=sys.stderr, flush=True)
 
     def _tell(self) -> None:

@@ -1,6 +1,7 @@
 """What a run shows in the terminal: a banner, its progress, and the result as a table.
 
-On a terminal the progress is a live bar; elsewhere (a SLURM log) a plain line every `log_interval`.
+On a terminal the progress is a live bar; elsewhere (a SLURM log) a plain line every `log_interval`
+steps, and every minute where steps are slow.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ ROWS_SHOWN = 15
 TOP_SHOWN = 3
 TOP_NAME_CHARS = 16
 LIVE_REFRESH_S = 0.25
+LINE_EVERY_S = 60.0
 
 
 @dataclass
@@ -44,7 +46,7 @@ class RunConsole:
     Args:
         sources: in the order of the records' "weights".
         train_iters: steps of the whole run.
-        log_interval: steps between plain lines.
+        log_interval: steps between plain lines, which also come every minute.
         console: where to write [stderr].
     """
 
@@ -111,7 +113,9 @@ class RunConsole:
             len(self._recent_s) == 1  # the first one tells how long the others will take
             or step % self._log_interval == 0
             or step == self._train_iters
+            or time.monotonic() - self._drawn_at >= LINE_EVERY_S
         ):
+            self._drawn_at = time.monotonic()
             self._print(f"step {step}/{self._train_iters}  {self._status(record)}")
 
     def warn(self, message: str) -> None:
@@ -159,7 +163,7 @@ class RunConsole:
         if known:
             distance = sum(abs(e["weight"] - known.get(e["name"], 0.0)) for e in ranked)
             self._print(f"L1 distance from the known mixture: {distance:.3f}")
-        if any(entry["ci_low"] is not None for entry in ranked):
+        if "confidence" in weights:  # of methods that can tell
             self._verdict(weights)
         self.places(outputs)
 
@@ -227,7 +231,7 @@ class RunConsole:
 
 def _interval(entry: Mapping[str, Any]) -> str:
     if entry["ci_low"] is None:
-        return "none"
+        return "–"
     return f"{percent(entry['ci_low'])} – {percent(entry['ci_high'])}"
 
 

@@ -56,6 +56,12 @@ SOURCE_TAGS = {
 SOURCE_SCALARS_PER_STEP = 200
 
 
+def source_interval(num_sources: int, interval: int) -> int:
+    """Steps between points of the sources, where others come every `interval`."""
+    spread = math.ceil(len(SOURCE_TAGS) * num_sources / SOURCE_SCALARS_PER_STEP)
+    return interval * max(1, spread)
+
+
 class TensorBoardLog:
     """One event a step, which holds all of that step's scalars, in a new file for each start.
 
@@ -72,8 +78,7 @@ class TensorBoardLog:
         resume_step: int = 0,
     ) -> None:
         self.interval = interval
-        spread = math.ceil(len(SOURCE_TAGS) * len(sources) / SOURCE_SCALARS_PER_STEP)
-        self.source_interval = interval * max(1, spread)
+        self.source_interval = source_interval(len(sources), interval)
         self._global_batch_size = global_batch_size
         self._resume_step = resume_step
         self._validation_tags = [f"lm loss validation-{name}" for name in validation]

@@ -85,7 +85,7 @@ def train_reference(config: Config, job: Job) -> TokenCost | None:
     config.train.resolve_epochs(sum(len(source) for source in data.sources))
     prior_S = prior_weights(config, data)
     reference = reference_config(config, prior_S, folder)
-    job = replace(job, folder=folder, save_to=folder / "checkpoints")
+    job = replace(job, folder=folder, save_to=folder / "checkpoints", trackers=None)
     names = [source.name for source in config.data.sources]
     runtime.on_main(lambda: outputs.prepare_folders(folder, job.save_to, names))
     code, state = train_begun(reference, job, part_of=folder.parent)

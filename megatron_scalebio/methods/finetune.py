@@ -57,6 +57,8 @@ def train_begun(config: Config, job: Job, part_of: Path | None = None) -> tuple[
     losses = state.held_out(test=True) if finished else []
     if reporter:
         reporter.finish(losses)
+        if finished and job.trackers and (lost := job.trackers.finish()):
+            reporter.console.warn(lost)
     return EXIT_OK if finished else EXIT_SIGNALLED, state
 
 

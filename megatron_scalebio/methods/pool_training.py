@@ -100,5 +100,6 @@ def train_on_pool(state: PoolState, job: Job, what: str, save_to: Path | None = 
     if runtime.is_main():
         RunConsole([], 1).note(what)
     reporter = runtime.only_on_main(lambda: Reporter(state, folder, parameters, warnings))
-    here = replace(job, folder=folder, save_to=save_to)
+    trackers = job.trackers if folder == job.folder else None  # which show the run, not its parts
+    here = replace(job, folder=folder, save_to=save_to, trackers=trackers)
     return logged_steps(state, here, reporter, save_to)

@@ -14,7 +14,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.weights_file import SELECTED_FILE, WEIGHTS_FILE
 from megatron_scalebio.engine import outputs
-from megatron_scalebio.engine.start import start_job
+from megatron_scalebio.engine.start import Job, start_job
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
 from megatron_scalebio.logs.console import RunConsole, SourceLine
 from megatron_scalebio.logs.records import METRICS_FILE
@@ -44,12 +44,13 @@ def find_mixture(config: Config) -> int:
     with start_job(config) as job:
         found: Found | None = module.find(config, job)
         if found is not None:
-            runtime.on_main(lambda: _finish(config, found, job.folder))
+            runtime.on_main(lambda: _finish(config, found, job))
     return EXIT_OK if found and found.complete else EXIT_SIGNALLED
 
 
-def _finish(config: Config, found: Found, folder: Path) -> None:
+def _finish(config: Config, found: Found, job: Job) -> None:
     """Writes the weights and the report, and says where everything is."""
+    folder = job.folder
     outputs.write_text(folder / "config.yaml", config_text(config))
     content, left_out = write_found(folder, found, config)
     places = {"weights": folder / WEIGHTS_FILE, "blend": folder / "blend.txt"}
@@ -68,6 +69,8 @@ def _finish(config: Config, found: Found, folder: Path) -> None:
             "Megatron-LM reads blend.txt packed and without loss masks, so that prompts train too; "
             "`megatron-scalebio train` trains on what the weights were learned for"
         )
+    if job.trackers and (lost := job.trackers.finish()):
+        console.warn(lost)
     if left_out:
         floor = outputs.blend_floor(config)
         console.warn(f"below {floor:g}, left out of the blend: {', '.join(left_out)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.confidence import RESOLUTION, Verdict
+from megatron_scalebio.core.confidence import MIN_TAIL_STEPS, RESOLUTION, Verdict
 from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.loop import logged_steps
@@ -20,6 +21,7 @@ from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import with_names
 from megatron_scalebio.methods.found import Found
 
+FEWEST_AVERAGED = 20  # steps: the wandering of fewer says nothing of an interval
 MANY_PASSES = 10  # over a source or a validation set, from which on weights are no longer trusted
 # Options of the bilevel section that judge or write what was learned.
 _JUDGING = {
@@ -43,6 +45,7 @@ def find(config: Config, job: Job) -> Found:
     )
     finished = logged_steps(state, job, log, job.save_to)
     intervals = state.training.intervals(state.data.validation_examples)
+    known = state.step * config.bilevel.average_fraction >= FEWEST_AVERAGED
     return Found(
         sources=state.data.sources,
         weight_S=intervals.weight_S.tolist(),
@@ -50,8 +53,8 @@ def find(config: Config, job: Job) -> Found:
         cost=state.cost,
         step=state.step,
         complete=finished,
-        low_S=intervals.low_S.tolist(),
-        high_S=intervals.high_S.tolist(),
+        low_S=intervals.low_S.tolist() if known else None,
+        high_S=intervals.high_S.tolist() if known else None,
         verdict=verdict(state),
         details={
             "confidence": config.bilevel.confidence,
@@ -148,8 +151,13 @@ def verdict(state: TrainState) -> Verdict:
     """Whether the weights have converged by now, and why."""
     constant = state.config.bilevel.lr_lambda_decay_style == "constant"
     judged = state.training.verdict(constant, state.data.validation_examples)
-    worn = _seen_too_often(state) if judged.converged else ""
-    return Verdict(False, worn) if worn else judged
+    if judged.converged:
+        worn = _seen_too_often(state)
+        return Verdict(False, worn) if worn else judged
+    enough = math.ceil(MIN_TAIL_STEPS / state.config.bilevel.average_fraction)
+    if constant and state.config.train.train_iters < enough:
+        return Verdict(False, f"{judged.reason} (set train_iters to {enough} or more)")
+    return judged
 
 
 def _seen_too_often(state: TrainState) -> str:

@@ -36,7 +36,8 @@ def verdict(plan: Plan) -> str:
     return (
         f"{plan.layout} on {plan.layout.world} x {gpu.name}: {answer}, headroom "
         f"{plan.headroom:.1%}\nfullest: stage {fullest}, {gb(plan.worst_bytes)} of "
-        f"{gb(gpu.memory_bytes)} GB"
+        f"{gb(gpu.memory_bytes)} GB\ncomputed, not measured: no whole run has been compared "
+        "with a GPU (docs/gpu.md)"
     )
 
 

@@ -1,25 +1,17 @@
-"""`megatron-scalebio report RUN`: one self-contained HTML page about a run.
-
-Everything on the page comes from files that a user may have been handed, so jinja2 escapes all of
-it, and the page's own content policy lets no other script than page.js run and nothing load.
-"""
+"""`megatron-scalebio report RUN`: one self-contained HTML page about a run."""
 
 from __future__ import annotations
 
 import argparse
-import base64
-import hashlib
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
-from megatron_scalebio.errors import EXIT_OK, UserError
-from megatron_scalebio.formatting import duration, percent, quantity
-from megatron_scalebio.report import summary
+from megatron_scalebio.errors import EXIT_OK
+from megatron_scalebio.formatting import percent
+from megatron_scalebio.report import page, summary
+from megatron_scalebio.report.advice import advice
 from megatron_scalebio.report.charts import GREY_LINES, mixture_charts, training_charts
 from megatron_scalebio.report.load import Run, load_run
 from megatron_scalebio.report.svg import COLOURS
@@ -49,34 +41,13 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
         UserError: for a folder that is no run, a malformed file in it, or an unwritable output.
     """
     output = Path(output or Path(run_dir) / "report.html")
-    page = render_report(load_run(run_dir))
-    temporary = output.with_name(output.name + ".tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        temporary.replace(output)
-    except OSError as error:
-        raise UserError(
-            f"{output}: can't write: {error.strerror or error} (choose --output)"
-        ) from None
+    page.write(render_report(load_run(run_dir)), output)
     return output
 
 
 def render_report(run: Run) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("megatron_scalebio", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "duration": duration, "quantity": quantity}
-    script = resources.files("megatron_scalebio.report").joinpath("page.js").read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    style = resources.files("megatron_scalebio.report").joinpath("page.css").read_text()
-    return environment.get_template("template.html.j2").render(
-        style=Markup(style), script=Markup(script), script_digest=digest, **_context(run)
-    )
+    return page.render("template.html.j2", **_context(run))
 
 
 def _context(run: Run) -> dict[str, Any]:
@@ -89,6 +60,8 @@ def _context(run: Run) -> dict[str, Any]:
     return {
         "run": run,
         "verdict": summary.verdict(run),
+        "advice": advice(run, rows),
+        "counted": summary.counted_in(run),
         "rows": rows,
         "colours": colours,
         "drawn": drawn,

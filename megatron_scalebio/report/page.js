@@ -1,6 +1,6 @@
 "use strict";
 
-// Values under the pointer, for every chart.
+// Values under the pointer, or the keyboard's cursor, for every chart.
 const tip = document.getElementById("tip");
 const show = (value, kind) =>
   value === null ? "–"
@@ -21,13 +21,8 @@ function tipRow(name, value, colour) {
 for (const svg of document.querySelectorAll("svg.chart")) {
   const data = JSON.parse(svg.dataset.chart);
   const cursor = svg.querySelector(".cursor");
-  svg.addEventListener("pointermove", (event) => {
-    const box = svg.getBoundingClientRect();
-    const x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
-    let at = 0;
-    data.x.forEach((px, i) => {
-      if (Math.abs(px - x) < Math.abs(data.x[at] - x)) at = i;
-    });
+  let at = data.x.length - 1;
+  const showAt = (clientX, clientY) => {
     cursor.setAttribute("x1", data.x[at]);
     cursor.setAttribute("x2", data.x[at]);
     cursor.style.visibility = "visible";
@@ -38,15 +33,37 @@ for (const svg of document.querySelectorAll("svg.chart")) {
       ...lines.map((line) => tipRow(line.name, show(line.y[at], data.kind), line.colour)),
     );
     tip.style.display = "block";
-    const left = event.clientX + 18;
+    const left = clientX + 18;
     const over = left + tip.offsetWidth > window.innerWidth - 8;
-    tip.style.left = (over ? event.clientX - 18 - tip.offsetWidth : left) + "px";
-    tip.style.top = Math.max(8, Math.min(event.clientY + 14, window.innerHeight - tip.offsetHeight - 8)) + "px";
+    tip.style.left = (over ? clientX - 18 - tip.offsetWidth : left) + "px";
+    tip.style.top = Math.max(8, Math.min(clientY + 14, window.innerHeight - tip.offsetHeight - 8)) + "px";
+  };
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
+    at = 0;
+    data.x.forEach((px, i) => {
+      if (Math.abs(px - x) < Math.abs(data.x[at] - x)) at = i;
+    });
+    showAt(event.clientX, event.clientY);
   });
-  svg.addEventListener("pointerleave", () => {
+  // By keyboard: arrows step through the points, Shift by ten, Home and End to the ends.
+  svg.addEventListener("keydown", (event) => {
+    const by = event.shiftKey ? 10 : 1;
+    const last = data.x.length - 1;
+    const to = { ArrowLeft: at - by, ArrowRight: at + by, Home: 0, End: last }[event.key];
+    if (to === undefined) return;
+    event.preventDefault();
+    at = Math.max(0, Math.min(last, to));
+    const box = svg.getBoundingClientRect();
+    showAt(box.left + (data.x[at] / svg.viewBox.baseVal.width) * box.width, box.top + 40);
+  });
+  const hide = () => {
     cursor.style.visibility = "hidden";
     tip.style.display = "none";
-  });
+  };
+  svg.addEventListener("pointerleave", hide);
+  svg.addEventListener("blur", hide);
 }
 
 // The table of sources: search, and sort by a click on a heading.
@@ -73,7 +90,7 @@ if (table) {
       body.append(...(rising ? rows : rows.reverse()));
     };
     head.addEventListener("click", sort);
-    head.addEventListener("keydown", (event) => event.key === "Enter" && sort());
+    head.addEventListener("keydown", (event) => (event.key === "Enter" || event.key === " ") && (event.preventDefault(), sort()));
   });
 }
 

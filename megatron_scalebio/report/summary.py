@@ -167,6 +167,16 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
+def counted_in(run: Run) -> str:
+    """What shares are shares of: what a source's length counts."""
+    length = number_or_none(run.setting("data", "seq_length"))
+    sequences = "sequences" + (f" of {length:,.0f} tokens" if length else "")
+    return {
+        "sequences": f"by tokens: in {sequences}",
+        "both": f"by examples; Megatron prefixes by {sequences}",
+    }.get(str(run.info.get("counted_in")), "by examples")
+
+
 @dataclass
 class Change:
     """A source that moved, as the page words it."""

@@ -22,6 +22,7 @@ from megatron_scalebio.formatting import printable, shorten
 COLOURS = 8  # --s0 ... --s7 of the style sheet
 MAX_POINTS = 240
 LABEL_CHARS = 20
+_DASHES = ("-", (0, (5, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (2, 1)))  # of the colours, in turn
 _TOP, _BOTTOM, _LEFT = 14, 26, 50
 _LEAST = 1e-30  # on logarithmic axes
 # The style sheet's colours, each with what matplotlib draws in until it takes its place.
@@ -108,7 +109,7 @@ def render(chart: Chart) -> Markup:
     x = axes.transData.transform([(step, 1.0) for step in chart.steps[pick]])[:, 0]
     read_out = escape(json.dumps(_read_out(chart, pick, x), separators=(",", ":")))
     return Markup(  # every text in it is escaped or a formatted number
-        f'<svg class="chart" viewBox="0 0 {chart.width} {chart.height}" role="img" '
+        f'<svg class="chart" viewBox="0 0 {chart.width} {chart.height}" role="img" tabindex="0" '
         f'aria-label="{escape(chart.title)}" data-chart="{read_out}">'
         f"{_page_svg(drawing.getvalue(), chart)}"
         f'<line class="cursor" y1="{_TOP}" y2="{chart.height - _BOTTOM}"/></svg>'
@@ -130,9 +131,11 @@ def _draw(axes: Any, chart: Chart, pick: NDArray[np.int64]) -> None:
             _fill(axes, steps, low, high, color=ink, alpha=0.2, gid=f"raw{i}")
         values = chart.shown(line.values)
         width, marker = 1 if line.colour is None else 2, "o" if len(steps) == 1 else ""
+        dashes = "-" if line.colour is None else _DASHES[line.colour % len(_DASHES)]
         [drawn] = axes.plot(
-            steps, values[pick], color=ink, linewidth=width, marker=marker, gid=f"line{i}"
-        )
+            steps, values[pick], color=ink, linewidth=width, linestyle=dashes, marker=marker,
+            gid=f"line{i}",
+        )  # fmt: skip
         if line.colour is not None and np.isfinite(values).any():
             name = printable(shorten(line.name, LABEL_CHARS))
             ends.append((-values[np.isfinite(values)][-1], i, drawn, name))
@@ -143,7 +146,7 @@ def _draw(axes: Any, chart: Chart, pick: NDArray[np.int64]) -> None:
         *_, artists, names = zip(*sorted(ends), strict=True)
         axes.legend(
             artists, names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False,
-            labelcolor="linecolor", handlelength=0.8, prop={"weight": "bold"},
+            labelcolor="linecolor", handlelength=1.6, prop={"weight": "bold"},
         )  # fmt: skip
 
 

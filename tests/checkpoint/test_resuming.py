@@ -211,7 +211,7 @@ def test_only_later_checkpoints_are_set_aside(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_found_by_its_tracker_or_is_the_folder_itself(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no Megatron checkpoint"):
+    with pytest.raises(UserError, match="not a Megatron checkpoint"):
         folders.find_checkpoint(tmp_path)
     (tmp_path / "metadata.json").touch()
     assert folders.find_checkpoint(tmp_path) == tmp_path

@@ -322,17 +322,21 @@ def test_a_terminal_shows_the_sources_that_some_method_weighs_most(tmp_path: Pat
         {"name": name, "scores": {}, "weights": {s: spread([w]) for s, w in weights.items()},
          "cost": spread([0.5]), "rows": spread([9]), "test_loss": spread([1.0]),
          "behind": spread([0.0]), "search_seconds": spread([61.0]), "search_peak_bytes": 2**30,
-         "runs": [{"seed": 0, "test_loss": 1.0}]}
+         "runs": [{"seed": 0, "test_loss": 1.0, "test_losses": {"t": 1.0}, "scores": {},
+                   "cost": 0.5, "validation_losses": {}, "weights": weights, "given": {},
+                   "seconds": {}, "search_peak_bytes": 2**30, "training_peak_bytes": 2**30}]}
         for name, weights in (("one", shares), ("two", {**shares, "s3": 0.9}))
     ]  # fmt: skip
     comparison = {
         "methods": methods, "sources": list(shares), "test": ["t"], "num_samples": 9,
-        "max_epochs": 4, "seeds": [0],
+        "max_epochs": 4, "seeds": [0], "runs_planned": 2,
     }  # fmt: skip
     screen = io.StringIO()
     write(tmp_path, comparison, Console(file=screen, width=120))
     said = screen.getvalue()
     head = said.splitlines()[1].split()
     assert [word for word in head if word in shares] == ["s3", "s16", "s17", "s18", "s19"]
-    assert "weights of the other sources: compare.md" in said
+    assert "weights of the other sources: compare.md" in said and "runs (method" not in said
+    text = (tmp_path / "compare.md").read_text()
+    assert "One seed each" in text and "standard deviation" not in text and "are done" not in text
     assert all(f"| {source} |" in (tmp_path / "compare.md").read_text() for source in shares)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
@@ -14,10 +15,13 @@ from rich.console import Console
 
 from megatron_scalebio.compare import plot
 from megatron_scalebio.compare.config import CompareConfig, load
-from megatron_scalebio.compare.results import collect, write
-from megatron_scalebio.compare.stages import Plan
-from megatron_scalebio.formatting import duration
+from megatron_scalebio.compare.page import advice, headline, write_page
+from megatron_scalebio.compare.results import collect, spread, write
+from megatron_scalebio.compare.stages import Plan, seconds_left
+from megatron_scalebio.compare.tables import latex
+from megatron_scalebio.formatting import duration, percent
 
+BEST = [2.0, 2.0, 2.0]
 SOURCES, TESTS, SEEDS = ("code", "web", "math"), ("far", "near"), (3, 8, 11)
 # Test losses (sample mean, token mean) of "near" under each seed; those of "far" are 0.7 more.
 LOSSES = {
@@ -250,6 +254,91 @@ def test_the_tables_show_these_numbers(plan: Plan) -> None:
     said = " ".join(lines)
     assert "over 2 to 3 seeds" in said and "up to 300 rows" in said and "at most 3 times" in said
     assert json.loads((plan.output / "compare.json").read_text()) == comparison
+    assert "**8 of 9 runs (method and seed) are done;" in said
+    assert "8 of 9 runs" in screen.getvalue()
+
+
+def test_other_programs_get_every_run_and_latex_the_table(plan: Plan) -> None:
+    comparison = collect(plan)
+    write(plan.output, comparison, Console(file=io.StringIO(), width=200))
+    with open(plan.output / "compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    runs = [(method["name"], run) for method in comparison["methods"] for run in method["runs"]]
+    assert len(rows) == len(runs) == 8
+    for row, (method, run) in zip(rows, runs, strict=True):
+        assert (row["method"], int(row["seed"])) == (method, run["seed"])
+        for field in ("test_loss", "cost", "search_peak_bytes", "training_peak_bytes"):
+            assert float(row[field]) == run[field]
+        for prefix, values in (("test_loss", run["test_losses"]), ("weight", run["weights"]),
+                               ("validation_loss", run["validation_losses"]),
+                               ("rows", run["given"]), ("seconds", run["seconds"])):  # fmt: skip
+            known = {name: value for name, value in values.items() if value is not None}
+            assert {n: float(row[f"{prefix}:{n}"]) for n in known} == known
+        assert float(row["score:gsm8k"]) == run["scores"]["gsm8k"]["value"]
+    table = (plan.output / "compare.tex").read_text().splitlines()
+    assert table[0] == r"\begin{tabular}{l" + "r" * 10 + "}" and table[-1] == r"\end{tabular}"
+    lines = [line for line in table if line.endswith(r" \\")]
+    names = [method["name"] for method in comparison["methods"]]
+    assert [line.split(" & ")[0] for line in lines] == ["method", *names]
+    assert all(line.count(" & ") == 10 and "±" not in line for line in lines)
+    assert latex(["a_b"], [["50% & ± \\"]]).count(r"50\% \& $\pm$ \textbackslash{} \\") == 1
+    assert r"a\_b \\" in latex(["a_b"], [])
+    with open(plan.output / "compare.pdf", "rb") as pdf:
+        assert pdf.read(5) == b"%PDF-"
+
+
+def test_the_page_says_who_is_best_and_what_comes_next(plan: Plan) -> None:
+    comparison, want = collect(plan), worked_out(plan)
+    write_page(plan.output, comparison)
+    text = " ".join((plan.output / "compare.html").read_text().split())
+    first, second = (method["name"] for method in comparison["methods"][:2])
+    loss, behind = want[first]["test_loss"]["mean"], want[second]["behind"]["mean"]
+    assert f"{first} has the lowest test loss, {loss:.4f}; {second} is {behind:.4f} behind" in text
+    assert "8 of 9 runs done" in text and "<b>Start it again.</b>" in text
+    for method in comparison["methods"]:
+        assert shown(want[method["name"]]["test_loss"], 4) in text
+        for run in method["runs"]:
+            assert f'title="seed {run["seed"]}: {run["test_loss"]:.4f}"' in text
+        for source in SOURCES:
+            weight = want[method["name"]]["weights"][source]["mean"]
+            assert f'title="{source} {percent(weight)}"' in text
+
+
+def test_the_page_tells_luck_from_a_difference() -> None:
+    def method(name: str, losses: list[float]) -> dict[str, Any]:
+        runs = [{"seed": seed, "test_loss": loss} for seed, loss in enumerate(losses)]
+        behind = spread([loss - best for loss, best in zip(losses, BEST, strict=False)])
+        return {"name": name, "runs": runs, "behind": behind, "test_loss": spread(losses)}
+
+    def asked(*methods: dict[str, Any], planned: int = 6) -> list[str]:
+        comparison = {"methods": list(methods), "runs_planned": planned}
+        return [each.do for each in advice(Path("c"), comparison)]
+
+    best = method("best", BEST)
+    clear, close = method("clear", [2.1, 2.12, 2.11]), method("close", [2.05, 1.99, 2.02])
+    assert asked(best, clear) == ["Use the mixture of best"]
+    assert asked(best, close) == ["Do not choose between best and close by this"]
+    assert headline([best, close]).endswith("close is 0.0200 behind, worse in 2 of 3 seeds.")
+    once = [method("best", BEST[:1]), method("clear", [2.1])]
+    assert asked(*once, planned=2) == ["Add seeds", "Use the mixture of best"]
+    assert asked(*once, planned=4)[0] == "Start it again"
+
+
+def test_the_time_left_is_that_of_like_stages(plan: Plan) -> None:
+    """What regmix's last run, the only one to come, lacks is its benchmarks."""
+    stages = list(plan)
+    assert [stage.title for stage in stages if not stage.done] == [
+        stage.title for stage in plan.preparation
+    ] + ["regmix, seed 11: benchmarks"]
+    [last] = [stage for stage in plan.runs[-1].stages if stage.log.stem == "benchmarks"]
+    ours = [stage for run in plan.runs for stage in run.stages]
+    assert seconds_left(ours) is None, "no benchmarks were timed"
+    leave(plan.runs[0].folder / "benchmarks.timing.json", {"seconds": 40.0})
+    assert plan.runs[0].method == "natural" and seconds_left(ours) == 40, "of another method"
+    leave(plan.runs[2].folder / "benchmarks.timing.json", {"seconds": 7.0})
+    assert plan.runs[2].method == last.kind[0] and seconds_left(ours) == 7, "of its own"
+    last.product.touch()
+    assert seconds_left(ours) == 0
 
 
 def test_the_picture_shows_these_numbers(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,10 @@ IMPORTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["config.json: architectures: 'MambaForCausalLM' is not supported", "LlamaForCausalLM"],
     ),
     "unsupported option": (
+        lambda hf: edit_json(hf / "config.json", quantization_config={"bits": 4}),
+        ["quantization_config: {'bits': 4} is not supported", "already, delete this key)"],
+    ),
+    "another option": (
         lambda hf: edit_json(hf / "config.json", attention_bias=True),
         ["config.json: attention_bias: True is not supported"],
     ),
@@ -191,7 +195,7 @@ def secret_link(folder: Path) -> None:
 RELEASE = "megatron/release"
 EXPORTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no checkpoint": (
-        lambda folder: shutil.rmtree(folder / "megatron"), ["megatron: is no Megatron checkpoint"],
+        lambda folder: shutil.rmtree(folder / "megatron"), ["megatron: not a Megatron checkpoint"],
     ),
     "tracker of nothing": (
         lambda folder: (folder / "megatron" / "latest_checkpointed_iteration.txt").write_text("7"),

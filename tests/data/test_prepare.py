@@ -312,10 +312,10 @@ def test_bad_files(tmp_path: Path, sentence_piece: Path, content: str, words: st
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"format": "csv"}, "--format: unknown value 'csv'"),
-        ({"too_long": "cut"}, "--too-long: unknown value 'cut'"),
-        ({"seq_length": 0}, "--seq-length: is 0"),
-        ({"workers": -1}, "--workers: is -1"),
+        ({"format": "csv"}, "--format: 'csv' is not a choice"),
+        ({"too_long": "cut"}, "--too-long: 'cut' is not a choice"),
+        ({"seq_length": 0}, "--seq-length: 0 is below 1"),
+        ({"workers": -1}, "--workers: -1 is below 0"),
         ({"train_sentencepiece": 100}, "exactly one of --tokenizer"),
     ],
 )

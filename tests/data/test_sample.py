@@ -347,9 +347,9 @@ def test_refusals(world: World, sentence_piece: Path) -> None:
     big = world.source("big")
     raw = WeightedSource("raw", str(world.big), 1.0)
     cases: list[tuple[str, tuple[WeightedSource, ...], dict[str, Any]]] = [
-        (r"--num-samples: is 0", (big,), {"num_samples": 0}),
+        (r"--num-samples: 0 is below 1", (big,), {"num_samples": 0}),
         (r"--num-samples: give exactly one", (big,), {"per_source": 3, "num_samples": 3}),
-        (r"--max-epochs: is 0", (big,), {"max_epochs": 0}),
+        (r"--max-epochs: 0 is below 1", (big,), {"max_epochs": 0}),
         (r"gone: source 'x' is not there", (WeightedSource("x", "gone", 1.0),), {}),
         (r"--tokenizer: is needed for raw files", (raw,), {}),
         (r"does not become the example .*--train-on-prompt", (big,), {"train_on_prompt": True}),

@@ -171,6 +171,7 @@ def commands(folder: Path) -> None:
         return Verdict(state.step >= 3, "as asked")
 
     judged, scalebio.verdict = scalebio.verdict, converged_from_the_third
+    scalebio.FEWEST_AVERAGED = 1  # intervals of few steps, which can be worked out
     spoiling("w", math.inf, when=[2])
     run("reweight", "reweight once")
     spoiling.undo()

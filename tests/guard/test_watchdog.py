@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_scalebio.errors import EXIT_LOST
+from megatron_scalebio.guard.board import read_board
 from megatron_scalebio.guard.process import Process
 from megatron_scalebio.guard.status import Status, behind, spans, stall_line
 from tests.commands import ROOT
@@ -19,9 +21,10 @@ from tests.ports import free_port
 
 # Ranks that reduce over and over, and one that stops doing so in its fifth step.
 RANK = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 import torch, torch.distributed as dist
 from megatron_scalebio.errors import EXIT_LOST, RankLost, UserError
+from megatron_scalebio.guard.board import Board
 from megatron_scalebio.guard.watchdog import Watchdog
 from megatron_scalebio.progress import PROGRESS
 bad, fault = int(sys.argv[1]), sys.argv[2]
@@ -36,7 +39,8 @@ faults = {"hang": hang, "fail": fail, "refuse": refuse,
           "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
           "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP)}
 try:
-    with Watchdog(timeout_s=3.0, before_end=lambda: print("tidied", flush=True), beat_s=0.2):
+    with Watchdog(timeout_s=3.0, before_end=lambda: print("tidied", flush=True), beat_s=0.2,
+                  board=Board(pathlib.Path(sys.argv[3]))):
         for step in range(1, 10):
             PROGRESS.step = step
             with PROGRESS.at("data"):
@@ -53,12 +57,12 @@ except UserError:
 RANKS = 3
 
 
-def run(bad: int, fault: str) -> tuple[list[subprocess.Popen[str]], list[str], float]:
+def run(bad: int, fault: str, folder: Path) -> tuple[list[subprocess.Popen[str]], list[str], float]:
     port = free_port()
     started = time.monotonic()
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(bad), fault],
+            [sys.executable, "-c", RANK, str(bad), fault, str(folder)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": str(RANKS),
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
@@ -106,9 +110,14 @@ def our_line(said: list[str]) -> str:
         (2, "refuse", "ended with UserError: the disk is full, last heard of in step 5, phase"),
     ],
 )
-def test_the_rank_is_named_and_all_end(bad: int, fault: str, words: str) -> None:
-    ranks, said, _ = run(bad, fault)
+def test_the_rank_is_named_and_all_end(bad: int, fault: str, words: str, tmp_path: Path) -> None:
+    ranks, said, _ = run(bad, fault, tmp_path)
     line = our_line(said)
+    board = read_board(tmp_path)
+    assert f"error: {board['verdict']}" in line
+    assert [rank["rank"] for rank in board["ranks"]] == [0, 1, 2]
+    if bad != 0:
+        assert board["ranks"][0]["where"].startswith("step ")
     assert f"rank {bad} ({Process.this().host}, pid {ranks[bad].pid}) {words}" in line
     own = {"hang": EXIT_LOST, "die": -signal.SIGKILL, "freeze": -signal.SIGKILL, "fail": 1}
     codes = [rank.returncode for rank in ranks]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from megatron_scalebio.logs.console import RunConsole, SourceLine, plain
@@ -43,6 +45,32 @@ def test_plain_lines_every_interval(make_run: Callable[..., Path]) -> None:
     assert any(line.startswith("L1 distance from the known mixture") for line in lines)
     assert any(line.split() == ["report", str(run / "report.html")] for line in lines)
     assert "\x1b" not in out.getvalue()
+
+
+def test_slow_steps_have_a_line_every_minute(
+    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 25 s: lines of the first, of each that ends a minute, and of every tenth."""
+    run, now = make_run(steps=11, train_iters=20), 1000.0
+    console, out = make_console(
+        json.loads((run / "run.json").read_text())["sources"], terminal=False
+    )
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        now += 25
+        console.step(json.loads(line))
+    shown = [int(line.split()[1].split("/")[0]) for line in out.getvalue().splitlines()]
+    assert shown == [1, 4, 7, 10]
+
+
+def test_few_steps_have_no_interval_and_the_verdict_all_the_same() -> None:
+    console, out = make_console(["a"], terminal=False)
+    entry = {"name": "a", "weight": 1.0, "initial_weight": 1.0, "ci_low": None, "ci_high": None}
+    told = {"confidence": 0.95, "converged": False, "reason": "only 2 steps are averaged"}
+    console.result({"sources": [entry], **told}, {})
+    lines = out.getvalue().splitlines()
+    assert lines[1].split()[:3] == ["a", "100.0%", "–"]
+    assert lines[-1] == "not converged: only 2 steps are averaged"
 
 
 def test_progress_bar_on_a_terminal(make_run: Callable[..., Path]) -> None:

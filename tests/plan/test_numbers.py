@@ -298,6 +298,7 @@ def test_the_tables_show_gigabytes_and_seconds() -> None:
         assert rows[name] == cells, name
     assert "A step, at 50% MFU (stated)" in rows
     assert "TP 2 x CP 3 x PP 2 x VPP 1 x DP 2 on 24 x toy: fits, headroom 28.7%" in rows
+    assert any(row.startswith("computed, not measured") for row in rows)
     assert "fullest: stage 1, 4.99 of 7.00 GB" in rows
 
 

@@ -1,0 +1,215 @@
+"""The subcommand ``init``: a commented run.yaml from a folder of data and a model folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.data.source_writer import SOURCE_FILE
+from megatron_scalebio.data.tables import JSON_SUFFIXES, TABLE_SUFFIXES, bare_suffix
+from megatron_scalebio.errors import EXIT_OK, UserError, disk_errors_named
+from megatron_scalebio.families import read_family
+
+# What people call the set that they aim at, and the one that they measure by.
+_GOALS = re.compile(r"(^|[-_.])(val|valid|validation|dev|goal|target|held-?out)($|[-_.])", re.I)
+_TESTS = re.compile(r"(^|[-_.])test($|[-_.])", re.I)
+_SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
+# For new data and models, without a GPU and with one: tokens; layers, width, heads.
+_LENGTH = (256, 1024)
+_SIZES = ((4, 256, 4), (12, 768, 12))
+_TEST = "  test:                   # measured by `train` and `evaluate`, and never learned from"
+_NEW_MODEL = """\
+  num_layers: {:<12}# a new model, from scratch; for yours: hf: FOLDER in place of these
+  hidden_size: {}
+  num_attention_heads: {}
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A set of the data folder.
+
+    Attributes:
+        raw: files of records, which `prepare` turns into what a run reads.
+        path: what the run reads.
+    """
+
+    name: str
+    raw: Path | None
+    path: Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of ``init``."""
+    add = parser.add_argument
+    add("data", metavar="DATA", help="folder with a file or folder for each source (JSON, JSONL, "
+        "Parquet, Arrow, CSV, TSV), prepared folders, or Megatron .bin/.idx prefixes")  # fmt: skip
+    add("--hf", metavar="DIR", help="Hugging Face folder of the model to start from [a new one]")
+    add("--validation", nargs="+", default=[], metavar="NAME", help="what stands for your goal "
+        "[the names with val, dev, goal or target in them]")  # fmt: skip
+    add("--config", default="run.yaml", metavar="FILE", help="file to write [run.yaml]")
+    add("--overwrite", action="store_true", help="replace that file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the file and says what comes next; returns an exit code.
+
+    Raises:
+        UserError: the folder holds no two sources and a validation set, or the file is there.
+    """
+    target = Path(args.config)
+    if target.exists() and not args.overwrite:
+        raise UserError("is there already", where=str(target), fix="--overwrite, or --config NAME")
+    if args.hf:
+        read_family(args.hf)
+    folder = Path(args.data)
+    prepared = Path("prepared" if folder.resolve() == Path("data").resolve() else "data")
+    found = list(_found(folder, prepared))
+    sources, goals, tests = _roles(found, args.validation, folder)
+    steps = _steps(found, prepared, args.hf, target)
+    with disk_errors_named(target):
+        target.write_text(_text(sources, goals, tests, args.hf, steps), encoding="utf-8")
+    load_config(str(target))
+    for kind, sets in (("sources", sources), ("validation", goals), ("test", tests)):
+        if sets:
+            print(f"{kind}: {', '.join(each.name for each in sets)}")
+    print(f"wrote {target}; next:\n")
+    print("\n".join(f"    {step}" for step in steps))
+    return EXIT_OK
+
+
+def _found(folder: Path, prepared: Path) -> Iterator[Found]:
+    if not folder.is_dir():
+        raise UserError("no such folder", where=str(folder), fix="name the folder of your data")
+    for path in sorted(folder.iterdir()):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name.partition(".")[0]).strip("-._")
+        if path.name.startswith(".") or not name:
+            continue
+        if (path / SOURCE_FILE).is_file():
+            yield Found(name, None, path)
+        elif path.suffix == ".idx" and path.with_suffix(".bin").is_file():
+            yield Found(name, None, path.with_suffix(""))
+        elif _holds_records(path):
+            yield Found(name, path, prepared / name)
+
+
+def _holds_records(path: Path) -> bool:
+    if path.is_dir():
+        return any(bare_suffix(each) in _SUFFIXES for each in path.rglob("*") if each.is_file())
+    return bare_suffix(path) in _SUFFIXES
+
+
+def _roles(
+    found: Sequence[Found], named: Sequence[str], folder: Path
+) -> tuple[list[Found], list[Found], list[Found]]:
+    """Sources, validation sets and test sets."""
+    names = [each.name for each in found]
+    listed = ", ".join(names) or "nothing"
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"two sets are called {twice[0]!r}", where=str(folder), fix="rename one")
+    for name in named:
+        if name not in names:
+            raise UserError(f"{name!r} is not in {folder}", where="--validation", fix=listed)
+    goals = [each for each in found if (each.name in named if named else _GOALS.search(each.name))]
+    tests = [each for each in found if each not in goals and _TESTS.search(each.name)]
+    sources = [each for each in found if each not in goals and each not in tests]
+    if not goals and len(found) > 1:
+        raise UserError(
+            f"no name among {listed} says which set stands for your goal",
+            where=str(folder),
+            fix="name it: --validation NAME",
+        )
+    if len(sources) < 2:
+        raise UserError(
+            f"holds {len(sources)} source(s) besides validation and test, among {listed}",
+            where=str(folder),
+            fix="a mixture needs two: a file or folder for each",
+        )
+    return sources, goals, tests
+
+
+def _steps(found: Sequence[Found], prepared: Path, hf: str | None, target: Path) -> list[str]:
+    """The commands that come next."""
+    raw = [each for each in found if each.raw is not None]
+    words = [
+        "megatron-scalebio",
+        "prepare",
+        "--out",
+        str(prepared),
+        "--seq-length",
+        str(_LENGTH[_has_gpu()]),
+    ]
+    words += ["--tokenizer", hf] if hf else ["--train-sentencepiece", "8000"]
+    for each in raw:
+        words += ["--input", f"{each.name}={each.raw}"]
+    reweight = ["megatron-scalebio", "reweight", "--config", str(target)]
+    return [shlex.join(step) for step in ([words] if raw else []) + [reweight]]
+
+
+def _text(
+    sources: Sequence[Found], goals: Sequence[Found], tests: Sequence[Found], hf: str | None,
+    steps: Sequence[str],
+) -> str:  # fmt: skip
+    lengths = [_seq_length(each.path) for each in (*sources, *goals)]
+    length = next((length for length in lengths if length), _LENGTH[_has_gpu()])
+    test = f"{_TEST}\n{_listed(tests)}\n" if tests else ""
+    model = f"  hf: {json.dumps(hf)}\n" if hf else _NEW_MODEL.format(*_SIZES[_has_gpu()])
+    if not hf and any(each.raw is None and _seq_length(each.path) is None for each in sources):
+        model += "  vocab_size: 32000       # of the tokenizer that made the .bin/.idx files\n"
+    return f"""\
+# A run of `megatron-scalebio reweight`: which share of the training each source should have.
+# Every option: megatron-scalebio reweight --help-all
+#
+{chr(10).join(f"#   {step}" for step in steps)}
+
+data:
+  sources:                # what the model may train on
+{_listed(sources)}
+  validation:             # what stands for your goal: the weights lower the loss on it
+{_listed(goals)}
+{test}  seq_length: {length:<12}# tokens, as prepared
+
+model:
+{model}
+parallel:
+  bf16: {str(_has_gpu()).lower():<18}# true on GPUs
+  # tensor_model_parallel_size: 2     start with torchrun --nproc_per_node N -m megatron_scalebio
+  # pipeline_model_parallel_size: 2
+
+# lisa: {{lisa_layers: 4}}  # train four layers at a time: a large model in little memory
+
+optimizer:
+  lr: {"1.0e-5" if hf else "3.0e-4":<20}# the highest, of the model's training
+
+train:
+  train_iters: 600        # 400 or more, for the weights to be judged
+  global_batch_size: 32
+  micro_batch_size: 4     # less where memory is short
+  output: {os.path.join("runs", "first")}
+"""
+
+
+def _has_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None
+
+
+def _listed(sets: Sequence[Found]) -> str:
+    return "\n".join(f"    - {{name: {s.name}, path: {json.dumps(str(s.path))}}}" for s in sets)
+
+
+def _seq_length(path: Path) -> int | None:
+    """That of a prepared folder, None where nothing is prepared or it had none."""
+    try:
+        value = json.loads((path / SOURCE_FILE).read_text(encoding="utf-8")).get("seq_length")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return value if isinstance(value, int) else None

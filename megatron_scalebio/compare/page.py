@@ -1,0 +1,129 @@
+"""compare.html: the comparison as a page of the same kind as a run's report."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_scalebio.formatting import percent
+from megatron_scalebio.report import page
+from megatron_scalebio.report.advice import Advice
+
+SOURCES_SHOWN = 7  # in colour; the others together are the eighth
+
+
+def write_page(folder: Path, comparison: dict[str, Any]) -> None:
+    """Writes the page into the comparison's folder."""
+    methods = comparison["methods"]
+    losses = [run["test_loss"] for method in methods for run in method["runs"]]
+    low, high = min(losses), max(losses)
+    margin = 0.05 * (high - low) or 0.05
+
+    def place(loss: float) -> str:
+        return f"{100 * (loss - low + margin) / (high - low + 2 * margin):.2f}%"
+
+    largest = _largest(comparison)
+    context = {
+        "folder": folder.resolve().name,
+        "comparison": comparison,
+        "done": sum(len(method["runs"]) for method in methods),
+        "headline": headline(methods),
+        "advice": advice(folder, comparison),
+        "place": place,
+        "ends": (low, high),
+        "largest": largest,
+        "rest": {
+            method["name"]: max(0.0, 1 - sum(_mean(method, name) for name in largest))
+            for method in methods
+        },
+        "percent": percent,
+    }
+    page.write(page.render("compare.html.j2", **context), folder / "compare.html")
+
+
+def headline(methods: list[dict[str, Any]]) -> str:
+    """Which method is best, and whether the seeds agree."""
+    best = methods[0]
+    if len(methods) == 1:
+        return f"{best['name']} alone is done: a test loss of {best['test_loss']['mean']:.4f}."
+    second = methods[1]
+    behind = second["behind"]
+    said = f"{best['name']} has the lowest test loss, {best['test_loss']['mean']:.4f}"
+    if behind is None:
+        return f"{said}; {second['name']}, next, was run with other seeds."
+    ahead = _seeds_ahead(best, second)
+    return (
+        f"{said}; {second['name']} is {behind['mean']:.4f} behind, worse in {ahead[0]} of "
+        f"{ahead[1]} seed{'s' if ahead[1] > 1 else ''}."
+    )
+
+
+def _seeds_ahead(best: dict[str, Any], other: dict[str, Any]) -> tuple[int, int]:
+    theirs = {run["seed"]: run["test_loss"] for run in other["runs"]}
+    both = [
+        (run["test_loss"], theirs[run["seed"]]) for run in best["runs"] if run["seed"] in theirs
+    ]
+    return sum(mine < their for mine, their in both), len(both)
+
+
+def advice(folder: Path, comparison: dict[str, Any]) -> list[Advice]:
+    """What comes next, the most important first."""
+    methods = comparison["methods"]
+    done = sum(len(method["runs"]) for method in methods)
+    found = []
+    if done < comparison["runs_planned"]:
+        found.append(
+            Advice(
+                "Start it again",
+                f"{done} of {comparison['runs_planned']} runs are done; the same command does the "
+                "rest, and keeps what there is.",
+            )
+        )
+    if min(len(method["runs"]) for method in methods) < 3 and done == comparison["runs_planned"]:
+        found.append(
+            Advice(
+                "Add seeds",
+                "With fewer than three of each, a difference may be luck. What is there is kept:",
+                f"megatron-scalebio compare --config {folder}/compare.yaml --seeds 0 1 2",
+            )
+        )
+    tied = [method["name"] for method in methods[1:] if _within_noise(methods[0], method)]
+    if tied:
+        found.append(
+            Advice(
+                f"Do not choose between {methods[0]['name']} and {', '.join(tied)} by this",
+                "Their difference is within twice its standard error over the seeds: take the "
+                "cheaper, or compare longer trainings.",
+            )
+        )
+    else:
+        best = methods[0]["runs"][0]
+        found.append(
+            Advice(
+                f"Use the mixture of {methods[0]['name']}",
+                "Its weights, of one seed, and a model trained on them are in its folder:",
+                f"{folder}/{methods[0]['name']}/seed-{best['seed']}",
+            )
+        )
+    return found
+
+
+def _within_noise(best: dict[str, Any], other: dict[str, Any]) -> bool:
+    behind, seeds = other["behind"], _seeds_ahead(best, other)[1]
+    if behind is None or behind["sd"] is None:
+        return False
+    return behind["mean"] <= 2 * behind["sd"] / math.sqrt(seeds)
+
+
+def _mean(method: dict[str, Any], source: str) -> float:
+    return float(method["weights"][source]["mean"])
+
+
+def _largest(comparison: dict[str, Any]) -> list[str]:
+    """The sources that some method gives the most, largest first."""
+
+    def most(source: str) -> float:
+        return max(_mean(method, source) for method in comparison["methods"])
+
+    return sorted(comparison["sources"], key=most, reverse=True)[:SOURCES_SHOWN]

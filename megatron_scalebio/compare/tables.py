@@ -1,0 +1,60 @@
+"""A comparison for other programs: a CSV of every run, a LaTeX table of every method."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+
+def csv_text(comparison: dict[str, Any]) -> str:
+    """A line for each method and seed, in full precision; times in seconds, memory in bytes."""
+    text = io.StringIO()
+    table: csv.DictWriter | None = None
+    for method in comparison["methods"]:
+        for run in method["runs"]:
+            row = {
+                "method": method["name"],
+                "seed": run["seed"],
+                "test_loss": run["test_loss"],
+                **_prefixed("test_loss", run["test_losses"]),
+                **_prefixed("validation_loss", run["validation_losses"]),
+                **_prefixed("score", {task: s["value"] for task, s in run["scores"].items()}),
+                **_prefixed("weight", run["weights"]),
+                **_prefixed("rows", run["given"]),
+                "cost": run["cost"],
+                **_prefixed("seconds", run["seconds"]),
+                "search_peak_bytes": run["search_peak_bytes"],
+                "training_peak_bytes": run["training_peak_bytes"],
+            }
+            if table is None:
+                table = csv.DictWriter(text, list(row), lineterminator="\n")
+                table.writeheader()
+            table.writerow(row)
+    return text.getvalue()
+
+
+def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}:{name}": value for name, value in values.items()}
+
+
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "±": "$\\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+}  # fmt: skip
+
+
+def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table of the screen, for LaTeX with the package booktabs."""
+
+    def line(cells: Sequence[str]) -> str:
+        escaped = ["".join(_LATEX.get(c, c) for c in cell) for cell in cells]
+        return " & ".join(escaped) + r" \\"
+
+    body = "\n".join(map(line, rows))
+    columns = "l" + "r" * (len(head) - 1)
+    return (
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(head)}\n\\midrule\n{body}\n"
+        "\\bottomrule\n\\end{tabular}\n"
+    )

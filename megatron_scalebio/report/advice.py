@@ -1,0 +1,144 @@
+"""What to do next: use the weights, run longer, merge sources, enlarge the validation set.
+
+Follows the verdict of `core.confidence`, whose sentence is in weights.json.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_scalebio.report.history import number_or_none
+from megatron_scalebio.report.load import Run
+from megatron_scalebio.report.summary import SourceRow
+
+MANY_SOURCES = 20  # above, the tolerance shrinks as an equal weight does (core.confidence)
+SKIPPED_SHARE = 0.05
+LONGEST = 10  # times as many steps, above which more steps are no advice
+NAMED = 5
+
+
+@dataclass
+class Advice:
+    """One thing to do.
+
+    Attributes:
+        do: the headline.
+        command: to copy, "" where there is none.
+    """
+
+    do: str
+    why: str
+    command: str = ""
+
+
+def advice(run: Run, rows: list[SourceRow]) -> list[Advice]:
+    """The most important first."""
+    found = [*_of_verdict(run, rows), *_merging(run, rows)]
+    skipped, steps = len(run.history.skipped), len(run.history.steps)
+    if steps and skipped > SKIPPED_SHARE * steps:
+        found.append(
+            Advice(
+                "Lower the learning rate, or look at the source that is named below",
+                f"{skipped:,} of {steps:,} steps were not applied.",
+            )
+        )
+    return found
+
+
+def _of_verdict(run: Run, rows: list[SourceRow]) -> Iterator[Advice]:
+    weights, folder = run.weights, shlex.quote(str(run.path))
+    if weights is None:
+        yield Advice(
+            "Wait, or start it again",
+            "The same command goes on from the last checkpoint. How far it is:",
+            f"megatron-scalebio status {folder}",
+        )
+        return
+    reason = weights.reason
+    sample = f"megatron-scalebio sample --weights {folder} --num-samples 10000 --out data/mixed"
+    if weights.converged:
+        yield Advice("Use the weights", "Draw a training set in these shares:", sample)
+    elif "too small to tell" in reason:
+        wanted = re.search(r"([\d,]+) examples would do", reason)
+        size = f"{wanted[1]} examples" if wanted else "more examples"
+        yield Advice(
+            f"Enlarge the validation set: {size}",
+            "What it wants is not known any better from its few examples, however long the run.",
+        )
+    elif "has been gone through" in reason:
+        yield Advice("Add data, or make fewer steps", "What is seen too often is learned by heart.")
+    elif "decays" in reason:
+        yield Advice(
+            "Keep the rate of the mixture constant",
+            "With lr_lambda_decay_style constant, weights that stand still have settled.",
+        )
+    elif "no weight has moved" in reason:
+        yield Advice(
+            "Check that the sources differ",
+            "Equal sources keep equal weights; else raise lr_lambda, or lower alpha.",
+        )
+    elif "gives no intervals" in reason:
+        yield Advice(
+            "Use the weights, with another seed beside them",
+            "This method says nothing of how sure it is; a second seed does.",
+            sample,
+        )
+    else:
+        yield from _longer(run, rows, reason)
+
+
+def _longer(run: Run, rows: list[SourceRow], reason: str) -> Iterator[Advice]:
+    steps = run.last_step or (run.weights.step if run.weights else 0)
+    told = re.search(r"set train_iters to (\d+)", reason)
+    factor = _times(run, rows, drifting="drift" in reason)
+    wanted = int(told[1]) if told else 100 * math.ceil(steps * factor / 100)
+    if told or factor <= LONGEST:
+        yield Advice(
+            f"Run longer: about {wanted:,} steps", "A new run, with train_iters set to it."
+        )
+    else:
+        yield Advice(
+            "Take larger batches, or fewer sources",
+            f"It would take more than {LONGEST} times as many steps to know every weight to the "
+            "tolerance.",
+        )
+
+
+def _times(run: Run, rows: list[SourceRow], drifting: bool) -> float:
+    """How many times as many steps would narrow the widest interval to the tolerance: wandering
+    falls with the root of the steps, drift in proportion."""
+    tolerance = number_or_none(run.setting("bilevel", "tolerance")) or 0.05
+    tolerance *= min(1.0, MANY_SOURCES / max(1, len(rows)))
+    widest = max((_half(row) for row in rows), default=0.0)
+    return max(1.0, widest / tolerance) ** (1 if drifting else 2)
+
+
+def _half(row: SourceRow) -> float:
+    """Half of an interval, by its longer side: it is cut off at 0 and 1."""
+    if row.low is None or row.high is None:
+        return 0.0
+    return max(row.high - row.weight, row.weight - row.low)
+
+
+def _merging(run: Run, rows: list[SourceRow]) -> Iterator[Advice]:
+    """Of many sources, those whose weights are not told from where they began."""
+    if len(rows) <= MANY_SOURCES or (run.weights and run.weights.converged):
+        return
+    unsure = [
+        row
+        for row in rows
+        if row.low is not None and row.initial is not None and _half(row) > row.weight
+        and row.low <= row.initial <= (row.high or 0.0)
+    ]  # fmt: skip
+    if len(unsure) > 1:
+        names = ", ".join(row.name for row in unsure[:NAMED])
+        more = f" and {len(unsure) - NAMED:,} more" if len(unsure) > NAMED else ""
+        yield Advice(
+            f"Merge sources that are alike, among {len(unsure):,} that can't be told apart",
+            f"{names}{more}: each alone is too small a part of a batch. Sources of one kind, "
+            "prepared as one, are known sooner.",
+        )

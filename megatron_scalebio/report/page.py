@@ -1,0 +1,53 @@
+"""One self-contained HTML page from a template of this folder: style, script and content policy.
+
+Everything on a page comes from files that a user may have been handed, so jinja2 escapes all of it,
+and the page's own content policy lets no other script than page.js run and nothing load.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from megatron_scalebio.errors import UserError
+from megatron_scalebio.formatting import duration, percent, quantity
+
+
+def render(template: str, **context: Any) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("megatron_scalebio", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "duration": duration, "quantity": quantity}
+    script = resources.files("megatron_scalebio.report").joinpath("page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = resources.files("megatron_scalebio.report").joinpath("page.css").read_text()
+    return environment.get_template(template).render(
+        style=Markup(style), script=Markup(script), script_digest=digest, **context
+    )
+
+
+def write(page: str, output: Path) -> None:
+    """Writes a page, whole or not at all.
+
+    Raises:
+        UserError: the disk refuses it.
+    """
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        temporary.replace(output)
+    except OSError as error:
+        raise UserError(
+            f"{output}: can't write: {error.strerror or error} (choose --output)"
+        ) from None

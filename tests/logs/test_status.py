@@ -1,0 +1,94 @@
+"""`status` of a run that ended, goes on, or was cut off; no colours without a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_scalebio.cli import main
+from megatron_scalebio.commands import status
+from megatron_scalebio.guard.board import Board
+from megatron_scalebio.guard.lock import LOCK_FILE, Holder
+from megatron_scalebio.guard.status import Status
+from tests.commands import ROOT, the_only_line
+
+Capture = pytest.CaptureFixture[str]
+
+
+def told(capsys: Capture, run: Path) -> list[str]:
+    assert main(["status", str(run)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_status_of_a_run_that_ended(make_run: Callable[..., Path], capsys: Capture) -> None:
+    run = make_run(steps=20, train_iters=20)
+    lines = told(capsys, run)
+    assert lines[0] == f"{run}: ended, 2025-03-01T10:04:10+00:00"
+    assert lines[1].startswith("step 20 of 20, ") and "left" not in lines[1]
+    weights = json.loads((run / "weights.json").read_text())["sources"]
+    first = max(weights, key=lambda entry: entry["weight"])
+    assert lines[4].split()[0] == first["name"] and "–" in lines[4]
+    assert lines[-1].startswith("converged: every 95% interval")
+
+
+def test_status_of_a_run_in_progress(
+    make_run: Callable[..., Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(steps=20, train_iters=50, converged=None)
+    (run / "command.txt").write_text("/x/megatron-scalebio reweight --config run.yaml\n")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = told(capsys, run)
+    assert lines[0] == f"{run}: stopped"
+    step_s = float(np.median([record["step_time_s"] for record in records]))
+    assert lines[1] == f"step 20 of 50, {step_s:.3g} s a step, {round(30 * step_s)} s more to go"
+    assert f"validation loss {records[-1]['validation_loss']:.4f}" in lines[2]
+    largest = max(records[-1]["weights"])
+    assert lines[4].split()[1] == f"{100 * largest:.1f}%"
+    assert lines[-1].endswith("2 ranks, of python -m megatron_scalebio reweight --config run.yaml")
+
+    holder = Holder.this()
+    (run / LOCK_FILE).write_bytes(holder.line(1))
+    lines = told(capsys, run)
+    assert lines[0] == f"{run}: runs" and lines[1].endswith(" s left") and "go on" not in lines[-1]
+    dead = replace(holder, process=replace(holder.process, started=1))
+    (run / LOCK_FILE).write_bytes(dead.line(1))
+    assert told(capsys, run)[0] == f"{run}: killed"
+    away = replace(holder, process=replace(holder.process, boot="another", host="node7", pid=12))
+    (run / LOCK_FILE).write_bytes(away.line(1))
+    monkeypatch.setattr(status.time, "sleep", lambda _: None)
+    assert told(capsys, run)[0] == f"{run}: no sign of life of node7, pid 12"
+    renew = lambda _: (run / LOCK_FILE).write_bytes(away.line(2))  # noqa: E731
+    monkeypatch.setattr(status.time, "sleep", renew)
+    assert told(capsys, run)[0] == f"{run}: runs"
+
+    board = Board(run)
+    board.tell([Status(0, away.process, step=21, phase="flush", place="all_reduce")])
+    board.close("rank 1 (node8, pid 3) died")
+    lines = told(capsys, run)
+    assert "rank 0 (node7): step 21, phase flush (all_reduce)" in lines
+    assert "why it ended: rank 1 (node8, pid 3) died" in lines
+
+
+def test_status_of_what_is_no_run(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["status", str(tmp_path)]) == 2
+    assert "not the folder of a run: it has no run.json" in the_only_line(capsys.readouterr().err)
+
+
+def test_nothing_is_coloured_or_redrawn_where_there_is_no_terminal(
+    make_run: Callable[..., Path], tmp_path: Path, capfd: Capture
+) -> None:
+    run = make_run(steps=3)
+    rows = [json.dumps({"text": "the spam of the eggs"})] * 3
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    tokenizer = ROOT / "tokenizers" / "english-code-1k.model"
+    words = ["--input", f"a={tmp_path / 'a.jsonl'}", "--out", str(tmp_path), "--workers", "1"]
+    assert main(["prepare", "--tokenizer", str(tokenizer), *words]) == 0
+    for command in (["show", str(tmp_path / "a")], ["status", str(run)], ["report", str(run)], []):
+        assert main(command) == 0
+    out, err = capfd.readouterr()
+    assert "spam" in out and not {"\x1b", "\r"} & {*out, *err}

@@ -1,0 +1,145 @@
+"""What the command tells of itself: the next step, the usual options, a first run.yaml."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_scalebio.cli import COMMANDS, main
+from megatron_scalebio.config_loader import load_config
+from tests.commands import the_only_line
+from tests.markov import write_source
+
+Capture = pytest.CaptureFixture[str]
+
+
+def help_of(capsys: Capture, *words: str) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        main([*words])
+    return capsys.readouterr().out
+
+
+def flags(text: str) -> list[str]:
+    """Those that have a line, without help's own."""
+    lines = [line.split() for line in text.splitlines() if line.startswith("  -")]
+    return [line[0].rstrip(",") for line in lines if line[0] not in ("-h,", "--help-all")]
+
+
+def test_without_arguments_it_says_what_to_do(capsys: Capture) -> None:
+    assert main([]) == 0
+    told = capsys.readouterr().out
+    assert "megatron-scalebio init DATA" in told and "--help" in told
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_the_usual_options_and_help_all_every_one(capsys: Capture, command: str) -> None:
+    usual = help_of(capsys, command, "--help")
+    assert len(flags(usual)) <= 10
+    if "--help-all" not in usual:
+        return
+    every = help_of(capsys, command, "--help-all")
+    assert f"and {len(flags(every)) - 10} more options: " in usual
+    assert len(flags(usual)) == 10 and set(flags(usual)) < set(flags(every))
+    assert "more options" not in every
+
+
+def test_the_shell_learns_every_command_and_option(capsys: Capture, tmp_path: Path) -> None:
+    for shell in ("bash", "zsh"):
+        assert main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        words = ["--adam-beta1", "--train-sentencepiece", "--hf-reference", *COMMANDS]
+        assert all(word in script for word in words)
+        if shell == "bash":
+            subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+# ---- init ------------------------------------------------------------------------------------
+
+
+def names(entries: list) -> list[tuple[str, str]]:
+    return [(entry.name, entry.path) for entry in entries]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to start from, on a machine without a GPU, with two files, a goal and a test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    raw = tmp_path / "raw"
+    (raw / "math" / "deep").mkdir(parents=True)
+    for name in ("chat data.jsonl.gz", "math/deep/a.parquet", "val.json", "a-test.csv", "README"):
+        (raw / name).touch()
+    return tmp_path
+
+
+def test_init_writes_the_run_and_the_commands_before_it(here: Path, capsys: Capture) -> None:
+    assert main(["init", "raw"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:3] == ["sources: chat-data, math", "validation: val", "test: a-test"]
+    config = load_config("run.yaml")
+    config.validate(1)
+    assert names(config.data.sources) == [("chat-data", "data/chat-data"), ("math", "data/math")]
+    assert names(config.data.validation) == [("val", "data/val")]
+    assert names(config.data.test) == [("a-test", "data/a-test")]
+    assert config.model.num_layers == 4 and not config.parallel.bf16
+    prepare, reweight = (shlex.split(line) for line in told[-2:])
+    assert prepare[:4] == ["megatron-scalebio", "prepare", "--out", "data"]
+    assert prepare[prepare.index("--seq-length") + 1] == str(config.data.seq_length) == "256"
+    given = [word for word, flag in zip(prepare[1:], prepare, strict=False) if flag == "--input"]
+    assert given == ["a-test=raw/a-test.csv", "chat-data=raw/chat data.jsonl.gz", "math=raw/math",
+                     "val=raw/val.json"]  # fmt: skip
+    assert reweight == ["megatron-scalebio", "reweight", "--config", "run.yaml"]
+    assert all(f"#   {line.strip()}" in Path("run.yaml").read_text() for line in told[-2:])
+    assert main(["init", "raw"]) == 2 and "run.yaml: is there already" in capsys.readouterr().err
+    assert main(["init", "raw", "--overwrite", "--validation", "math", "val"]) == 2
+    assert "holds 1 source(s)" in capsys.readouterr().err, "and a-test is one for testing"
+    (here / "raw" / "more.json").touch()
+    assert main(["init", "raw", "--overwrite", "--validation", "math"]) == 0
+    config = load_config("run.yaml")
+    assert [source.name for source in config.data.sources] == ["chat-data", "more", "val"]
+    assert [source.name for source in config.data.validation] == ["math"]
+
+
+def test_init_takes_what_is_prepared_as_it_is(here: Path, capsys: Capture) -> None:
+    rows = [np.arange(9)] * 3
+    for name in ("one", "goal"):
+        write_source(here / "data", name, rows)
+    source = here / "data" / "one" / "source.json"
+    source.write_text(json.dumps({**json.loads(source.read_text()), "seq_length": 48}))
+    for suffix in ("idx", "bin"):
+        (here / "data" / f"web.{suffix}").touch()
+    assert main(["init", "data"]) == 0
+    assert "prepare" not in capsys.readouterr().out
+    config = load_config("run.yaml")
+    assert names(config.data.sources) == [("one", "data/one"), ("web", "data/web")]
+    assert config.data.seq_length == 48 and config.model.vocab_size == 32000
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (
+            ["raw", "--validation", "goals"],
+            "--validation: 'goals' is not in raw (a-test, chat-data",
+        ),
+        (["raw/math"], "raw/math: holds 1 source(s)"),
+        (["raw", "--hf", "raw"], "raw/config.json: No such file"),
+    ],
+)
+def test_init_refuses(here: Path, capsys: Capture, words: list[str], answer: str) -> None:
+    assert main(["init", *words]) == 2
+    assert answer in the_only_line(capsys.readouterr().err)
+    assert not Path("run.yaml").exists()
+
+
+def test_init_asks_which_set_is_the_goal(here: Path, capsys: Capture) -> None:
+    (here / "raw" / "val.json").rename(here / "raw" / "values.json")
+    assert main(["init", "raw"]) == 2
+    line = the_only_line(capsys.readouterr().err)
+    assert "among a-test, chat-data, math, values says" in line and "--validation NAME" in line
