@@ -48,7 +48,7 @@ from megatron_scalebio.core.state import (
     optimizer_states,
     state_of_u_to_load,
 )
-from megatron_scalebio.data.sources import same_data
+from megatron_scalebio.data.scan import same_data
 from megatron_scalebio.errors import UserError
 
 # What Megatron and torch raise where a disk or a file fails them.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron_scalebio import runtime
-from megatron_scalebio.config import Config
+from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
 from megatron_scalebio.core.batch import MicroBatch
 from megatron_scalebio.core.sampler import BlendSampler, Picks
 from megatron_scalebio.core.training import Training
@@ -26,6 +26,7 @@ from megatron_scalebio.data.weights_file import read_weights
 from megatron_scalebio.engine.clock import StepClock
 from megatron_scalebio.engine.schedule import Schedule
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.logs.opening import opening
 from megatron_scalebio.model.init import initialize_weights, seed_generators
 from megatron_scalebio.model.provider import model_provider
 from megatron_scalebio.model.settings import ddp_config, optimizer_config, transformer_config
@@ -57,7 +58,7 @@ class Data:
         self.sources: list[Source] = []
         self.validation: list[Source] = []
         self.test: list[Source] = []
-        # One rank writes the sample indices of packed sources, then the others read them.
+        # One rank looks at all sources and writes down what it saw, then the others read that.
         runtime.on_main(lambda: self._open(cache))
         if not runtime.is_main():
             self._open(cache)
@@ -100,10 +101,14 @@ class Data:
         )
 
     def _open(self, cache: Path) -> None:
-        data = self.config.data
-        self.sources = open_sources(data.sources, self.config, cache)
-        self.validation = open_sources(data.validation, self.config, cache)
-        self.test = open_sources(data.test, self.config, cache)
+        data, first = self.config.data, runtime.is_main()
+        entries: list[SourceConfig | ValidationConfig]
+        entries = [*data.sources, *data.validation, *data.test]
+        with opening(quiet=not first) as on_opened:
+            every = iter(open_sources(entries, self.config, cache, on_opened, check=first))
+        self.sources, self.validation, self.test = (
+            [next(every) for _ in part] for part in (data.sources, data.validation, data.test)
+        )
 
     def next(
         self, probs_S: torch.Tensor
