@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ import yaml
 from megatron_scalebio.config import (
     SECTIONS,
     Config,
+    DataConfig,
     ModelConfig,
     SourceConfig,
     ValidationConfig,
 )
 from megatron_scalebio.config.presets import PRESETS
+from megatron_scalebio.config.source_lists import with_sources_listed
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.families import read_family
 
@@ -64,6 +67,8 @@ def load_config(
         section_where = f"{where}: {name}"
         make = build if cls is not ModelConfig or not merged.get("hf") else _model_from_hf
         try:
+            if cls is DataConfig:
+                merged = with_sources_listed(merged, section_where)
             sections[name] = make(cls, merged, section_where)
         except UserError as error:
             flags = (overrides or {}).get(name, {}) if from_flags else {}
@@ -92,14 +97,18 @@ def _preset(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def config_text(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back unchanged."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return yaml.dump(asdict(config), Dumper=dumper, sort_keys=False, allow_unicode=True)
 
 
 class _TwiceError(yaml.constructor.ConstructorError):
     """A key that a mapping has twice."""
 
 
-class _Loader(yaml.SafeLoader):
+_FASTEST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_FASTEST):
     """Refuses a key that stands twice: YAML forbids it, and PyYAML lets the last one win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -147,9 +156,14 @@ def _check_keys(values: dict[str, Any], known: Iterable[str], where: str) -> Non
             raise UserError(f"{where}: unknown key {key!r} ({fix})")
 
 
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
     """An instance of a dataclass from plain values, each checked against its field's type."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     _check_keys(values, hints, where)
     converted = {k: _convert(v, hints[k], f"{where}.{k}") for k, v in values.items()}
     for spec in fields(cls):

@@ -152,7 +152,10 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     },
 }
 # In files alone, or naming a folder that has to be there: tests of their own; or refused.
-ELSEWHERE = {("model", "rope_scaling"), ("model", "hf"), ("parallel", "fp8_param_gather")}
+ELSEWHERE = {
+    ("model", "rope_scaling"), ("model", "hf"), ("parallel", "fp8_param_gather"),
+    ("data", "data_args_path"),
+}  # fmt: skip
 
 # Options that another one cannot be without.
 NEEDS: dict[str, dict[str, dict[str, Any]]] = {
@@ -214,7 +217,10 @@ def test_the_table_holds_every_option() -> None:
 
 def test_defaults_are_those_that_are_told() -> None:
     told = {f"{s}.{name}": OPTIONS[s][name][0] for s, name in CASES}
-    elsewhere = {"model.rope_scaling": None, "model.hf": None, "parallel.fp8_param_gather": False}
+    elsewhere = {
+        "model.rope_scaling": None, "model.hf": None, "parallel.fp8_param_gather": False,
+        "data.data_args_path": None,
+    }  # fmt: skip
     assert flat(Config()) == {**told, **elsewhere}
 
 

@@ -31,9 +31,13 @@ def require_positive(section: Any, *names: str, or_zero: bool = False) -> None:
             raise UserError(f"{name}: {value!r} must be {bound} (set {name} {bound})")
 
 
-def require_name(where: str, name: str) -> None:
-    """Refuses what can't name a source or a set: names become names of files and folders."""
-    if not NAME.fullmatch(name):
+def require_name(where: str, name: str, grouped: bool = False) -> None:
+    """Refuses what can't name a source or a set: names become names of files and folders.
+
+    Args:
+        grouped: it may name its groups before it, as in topic/format/source.
+    """
+    if not all(NAME.fullmatch(part) for part in (name.split("/") if grouped else [name])):
         raise UserError(
             f"{name!r} cannot name a source or a set",
             where=where,

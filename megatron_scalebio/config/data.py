@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,9 @@ class ValidationConfig:
 @dataclass
 class DataConfig:
     sources: list[SourceConfig] = option(list, "training sources, NAME=PATH ...")
+    data_args_path: str | None = option(
+        None, "file of sources in place of these, as Megatron-LM takes it, such as a blend.txt"
+    )
     validation: list[ValidationConfig] = option(list, "validation sets, NAME=PATH ...")
     test: list[ValidationConfig] = option(
         list, "test sets, NAME=PATH ...: `train` and `evaluate` report their loss, nothing else"
@@ -56,10 +60,10 @@ class DataConfig:
         for kind, entries in (
             ("sources", self.sources), ("validation", self.validation), ("test", self.test),
         ):  # fmt: skip
-            names = [entry.name for entry in entries]
+            names = Counter(entry.name for entry in entries)
             for name in names:
-                require_name(kind, name)
-            twice = sorted({name for name in names if names.count(name) > 1})
+                require_name(kind, name, grouped=kind == "sources")
+            twice = sorted(name for name, count in names.items() if count > 1)
             if twice:
                 raise UserError(f"{kind}: {twice[0]!r} names two entries (rename one of them)")
         given = [source.initial_weight is not None for source in self.sources]

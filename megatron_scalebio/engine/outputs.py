@@ -27,6 +27,7 @@ from megatron_scalebio.data.sources import Source
 from megatron_scalebio.data.weights_file import drawn_from
 from megatron_scalebio.engine.state import RunState, TokenCost
 from megatron_scalebio.errors import UserError, disk_errors_named
+from megatron_scalebio.formatting import told_apart
 from megatron_scalebio.logs.records import METRICS_FILE
 
 MEMORY_FILE = "memory.json"
@@ -67,8 +68,8 @@ def prepare_folders(
     for kind, names in (("sources", sources), ("validation", validation)):
         if names is not None and earlier[kind] not in ([], names):  # []: a part that has none
             raise UserError(
-                f"{folder}: holds a run of {kind} {earlier[kind]}, not {names} (choose a new "
-                f"train.output, or the same data.{kind} in the same order)"
+                f"{folder}: holds a run of {kind} {told_apart(earlier[kind], names)} (choose a "
+                f"new train.output, or the same data.{kind} in the same order)"
             )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
@@ -27,7 +28,7 @@ TOP_NAME_CHARS = 16
 LIVE_REFRESH_S = 0.25
 
 
-@dataclass
+@dataclass(slots=True)
 class SourceLine:
     """A source as the banner and the result table show it; shares are fractions of 1."""
 
@@ -212,7 +213,7 @@ class RunConsole:
         return "  ".join(parts)
 
     def _top_weights(self, weights: Sequence[float]) -> str:
-        top = sorted(range(len(weights)), key=lambda i: -weights[i])[:TOP_SHOWN]
+        top = np.argsort(-np.asarray(weights), kind="stable")[:TOP_SHOWN].tolist()
         names = [shorten(printable(self._sources[i].name), TOP_NAME_CHARS) for i in top]
         shares = [f"{100 * weights[i]:.0f}%" for i in top]
         return ", ".join(f"{name} {share}" for name, share in zip(names, shares, strict=True))

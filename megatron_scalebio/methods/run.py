@@ -16,6 +16,7 @@ from megatron_scalebio.data.weights_file import SELECTED_FILE, WEIGHTS_FILE
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.start import start_job
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
+from megatron_scalebio.formatting import few
 from megatron_scalebio.logs.console import RunConsole, SourceLine
 from megatron_scalebio.logs.records import METRICS_FILE
 from megatron_scalebio.methods import fixed
@@ -70,4 +71,4 @@ def _finish(config: Config, found: Found, folder: Path) -> None:
         )
     if left_out:
         floor = outputs.blend_floor(config)
-        console.warn(f"below {floor:g}, left out of the blend: {', '.join(left_out)}")
+        console.warn(f"below {floor:g}, left out of the blend: {few(left_out)}")

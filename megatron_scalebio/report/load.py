@@ -131,7 +131,7 @@ def _read_json(path: Path, notices: list[str]) -> dict[str, Any]:
 
 def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
