@@ -48,9 +48,9 @@ def on_one_rank(folder_name: str) -> None:
 class SizesAlone(PackedSource):
     """As earlier versions told data apart, which their checkpoints hold."""
 
-    def __init__(self, *words: Any) -> None:
-        super().__init__(*words)
-        self.fingerprint = self.fingerprint.rpartition("-")[0]
+    @property
+    def fingerprint(self) -> str:
+        return super().fingerprint.rpartition("-")[0]
 
 
 def go_on(folder: Path) -> None:

@@ -10,7 +10,7 @@ from megatron_scalebio.config.checks import option, require_name, require_positi
 from megatron_scalebio.errors import UserError
 
 
-@dataclass
+@dataclass(slots=True)
 class SourceConfig:
     """One data source: a prepared folder, or a Megatron `.bin/.idx` prefix."""
 

@@ -10,6 +10,7 @@ become the entries {name, path, …} that the same sources would have one by one
 from __future__ import annotations
 
 import glob
+import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -68,9 +69,8 @@ def _matches(pattern: str, where: str) -> list[str]:
     if not found:
         raise UserError(f"{where}: {pattern!r} matches nothing (check the pattern)")
     for path in found:
-        place = Path(path)
-        folder = place.is_dir() and (place / _PREPARED).is_file()
-        if not folder and place.suffix not in (".idx", ".bin") and place.name != _PREPARED:
+        is_source = path.endswith((".idx", ".bin", f"/{_PREPARED}"))
+        if not is_source and not os.path.isfile(os.path.join(path, _PREPARED)):
             raise UserError(
                 f"{where}: {pattern!r} matches {path}, which is no source (match .idx files, or "
                 f"the {_PREPARED} of prepared folders)"
@@ -125,19 +125,21 @@ def _read(file: str, where: str) -> str:
 
 def _source_of(path: str) -> str:
     """The source that a file belongs to: a prefix, or the prepared folder it lies in."""
-    place = Path(path)
-    bare = place.with_suffix("") if place.suffix in (".idx", ".bin") else place
-    in_folder = bare.name in _PARTS and (place.parent / _PREPARED).is_file()
-    return str(place.parent if in_folder or place.name == _PREPARED else bare)
+    path = os.path.normpath(path)
+    folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
+    bare = stem if suffix in (".idx", ".bin") else name
+    in_folder = bare in _PARTS and os.path.isfile(os.path.join(folder, _PREPARED))
+    return folder if in_folder or name == _PREPARED else os.path.join(folder, bare)
 
 
 def _names(paths: Sequence[str], template: Any, where: str) -> list[str]:
     """Names by a template, or the last part of each path and the folders that tell them apart."""
-    parts = [Path(path).parts for path in paths]
+    parts = [path.split("/") for path in paths]
     if template is not None:
         return [_named(str(template), one, where) for one in parts]
     for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part.strip("/") for part in one[-count:]) for one in parts]
+        names = ["/".join(filter(None, one[-count:])) for one in parts]
         if len(set(names)) == len(names):
             return names
     return names

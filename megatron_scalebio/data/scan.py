@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,18 +70,7 @@ class Facts:
     longest: int
     largest_id: int
     fingerprint: str
-    tokenizer: dict[str, Any] | None
-
-    def as_list(self, tokenizers: list[dict[str, Any]]) -> list[Any]:
-        """For JSON; the tokenizer by its place in the list."""
-        number = None if self.tokenizer is None else tokenizers.index(self.tokenizer)
-        return [*(getattr(self, name) for name in self.__slots__[:-1]), number]
-
-    @classmethod
-    def from_list(cls, values: list[Any], tokenizers: list[dict[str, Any]]) -> Facts:
-        *plain, number = values
-        tokenizer = None if number is None else tokenizers[number]
-        return cls(**dict(zip(cls.__slots__, plain, strict=False)), tokenizer=tokenizer)
+    tokenizer: dict[str, Any] | None  # last: what is written of it is its number
 
 
 def look_at(path: str, sources: int, seq_length: int, seed: int) -> tuple[Facts, Packing | None]:
@@ -104,18 +94,18 @@ def look_at(path: str, sources: int, seq_length: int, seed: int) -> tuple[Facts,
 
 
 def is_prepared(path: str) -> bool:
-    return (Path(path) / "source.json").is_file()
+    return os.path.isfile(os.path.join(path, "source.json"))
 
 
 def stamp(path: str) -> str:
     """Changes with the size or the times of any file of a source; "" if it is none."""
-    parts = [Path(f"{path}.idx"), Path(f"{path}.bin")]
+    parts = [f"{path}.idx", f"{path}.bin"]
     if is_prepared(path):
         names = ("source.json", "tokens.idx", "tokens.bin", "loss_mask.idx", "loss_mask.bin")
-        parts = [Path(path) / name for name in names]
-    elif not all(part.is_file() for part in parts):
+        parts = [os.path.join(path, name) for name in names]
+    elif not all(map(os.path.isfile, parts)):
         return ""
-    told = [part.stat() for part in parts if part.is_file()]
+    told = [os.stat(part) for part in parts if os.path.isfile(part)]
     said = [(each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in told]
     return hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()
 

@@ -9,7 +9,7 @@ arrays of one more than the input length: token ids, and 1 where a token is a ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
-from megatron_scalebio.data.catalog import OnOpened, open_catalog
+from megatron_scalebio.data.catalog import Catalog, OnOpened, open_catalog
 from megatron_scalebio.data.indexed import IndexedPair
 from megatron_scalebio.data.scan import (
     Facts,
-    Packing,
     look_at_examples,
     read_description,
 )
@@ -36,35 +35,71 @@ class Source(Protocol):
 
     name: str
     prefix: str  # path prefix of its .bin/.idx, as Megatron-LM's --data-path takes it
-    tokens: int
-    largest_id: int  # among the first tokens
-    fingerprint: str  # changes when the data does; to be compared by `same_data`
     vocab_size: int  # a token at or above it is damage
-    tokenizer: dict[str, Any] | None  # of prepared sets: type, model, vocab_size, fingerprint
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def largest_id(self) -> int:
+        """Among the first tokens."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data does; to be compared by `same_data`."""
+
+    @property
+    def tokenizer(self) -> dict[str, Any] | None:
+        """Of prepared sets: type, model, vocab_size, fingerprint."""
 
     def __len__(self) -> int: ...
     def length(self, index: int) -> int: ...
     def example(self, index: int) -> Example: ...
 
 
+class Describes(Protocol):
+    """Has what was seen of sources, by number."""
+
+    def facts(self, number: int) -> Facts: ...
+
+
+class Looked:
+    """Has it of one that was just looked at."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+
+    def facts(self, number: int) -> Facts:
+        return self._facts
+
+
 class _Described:
     """A source by what a first look at it has told; few bytes: a run may have ten thousand."""
 
-    __slots__ = (
-        "facts",
-        "fingerprint",
-        "largest_id",
-        "name",
-        "prefix",
-        "tokenizer",
-        "tokens",
-        "vocab_size",
-    )  # fmt: skip
+    __slots__ = ("_described_by", "_number", "name", "prefix", "vocab_size")
 
-    def __init__(self, name: str, prefix: str, facts: Facts) -> None:
-        self.name, self.prefix, self.facts, self.vocab_size = name, prefix, facts, UNBOUNDED
-        self.tokens, self.largest_id = facts.tokens, facts.largest_id
-        self.fingerprint, self.tokenizer = facts.fingerprint, facts.tokenizer
+    def __init__(self, name: str, prefix: str, described_by: Describes, number: int) -> None:
+        self.name, self.prefix, self.vocab_size = name, prefix, UNBOUNDED
+        self._described_by, self._number = described_by, number
+
+    @property
+    def facts(self) -> Facts:
+        return self._described_by.facts(self._number)
+
+    @property
+    def tokens(self) -> int:
+        return self.facts.tokens
+
+    @property
+    def largest_id(self) -> int:
+        return self.facts.largest_id
+
+    @property
+    def fingerprint(self) -> str:
+        return self.facts.fingerprint
+
+    @property
+    def tokenizer(self) -> dict[str, Any] | None:
+        return self.facts.tokenizer
 
     def __len__(self) -> int:
         return self.facts.examples
@@ -76,28 +111,31 @@ class ExampleSource(_Described):
     __slots__ = ()
 
     def __init__(
-        self, name: str, folder: Path, seq_length: int, facts: Facts | None = None
+        self,
+        name: str,
+        folder: Path,
+        seq_length: int,
+        described_by: Describes | None = None,
+        number: int = 0,
     ) -> None:
-        super().__init__(name, str(folder / "tokens"), facts or look_at_examples(folder))
-        if self.facts.longest > seq_length:
+        described_by = described_by or Looked(look_at_examples(folder))
+        super().__init__(name, str(folder / "tokens"), described_by, number)
+        longest = self.facts.longest
+        if longest > seq_length:
             raise UserError(
-                f"{folder}: holds an example of {self.facts.longest} tokens, above seq_length "
-                f"{seq_length} (prepare it with --seq-length {seq_length}, or raise "
-                "data.seq_length)"
+                f"{folder}: holds an example of {longest} tokens, above seq_length {seq_length} "
+                f"(prepare it with --seq-length {seq_length}, or raise data.seq_length)"
             )
 
-    @property
-    def _tokens(self) -> IndexedPair:
-        return IndexedPair(self.prefix, self.facts.code, self.facts.sequences)
-
     def length(self, index: int) -> int:
-        return self._tokens.length(index) - 1
+        facts = self.facts
+        return IndexedPair(self.prefix, facts.code, facts.sequences).length(index) - 1
 
     def example(self, index: int) -> Example:
-        tokens = self._tokens.tokens(index).astype(np.int64)
-        masks = self.prefix.removesuffix("tokens") + "loss_mask"
-        pair = IndexedPair(masks, self.facts.mask_code, self.facts.sequences)
-        mask = pair.tokens(index, 0, len(tokens))
+        facts, masks = self.facts, self.prefix.removesuffix("tokens") + "loss_mask"
+        pair = IndexedPair(self.prefix, facts.code, facts.sequences)
+        tokens = pair.tokens(index).astype(np.int64)
+        mask = IndexedPair(masks, facts.mask_code, facts.sequences).tokens(index, 0, len(tokens))
         _check_ids(self, index, tokens)
         if len(mask) and mask.max() > 1:
             raise UserError(
@@ -110,21 +148,17 @@ class ExampleSource(_Described):
 class PackedSource(_Described):
     """A Megatron `.bin/.idx` prefix: documents run together and cut to seq_length."""
 
-    __slots__ = ("_packing",)
-
-    def __init__(
-        self, name: str, prefix: str, facts: Facts, packing: Callable[[], Packing]
-    ) -> None:
-        super().__init__(name, prefix, facts)
-        self._packing = packing
+    __slots__ = ()
+    _described_by: Catalog
 
     def length(self, index: int) -> int:
         return self.facts.longest
 
     def example(self, index: int) -> Example:
         """As Megatron's GPTDataset gives it, for the same seed."""
-        order_D, starts, shuffled = self._packing()
-        pair = IndexedPair(self.prefix, self.facts.code, self.facts.sequences)
+        order_D, starts, shuffled = self._described_by.packing(self._number)
+        facts = self.facts
+        pair = IndexedPair(self.prefix, facts.code, facts.sequences)
         sample = int(shuffled[index])
         (first, skipped), (last, end) = starts[sample : sample + 2].tolist()
         parts = []
@@ -172,13 +206,12 @@ def open_sources(
     paths = [entry.path for entry in entries]
     catalog = open_catalog(cache, paths, length, seed, on_opened, check)
     sources: list[Source] = []
-    for entry in entries:
-        facts = catalog.facts(entry.path)
-        if facts.packed:
-            packing = catalog.packing(entry.path)
-            sources.append(PackedSource(entry.name, entry.path, facts, packing))
+    for number, entry in enumerate(entries):
+        if catalog.facts(number).packed:
+            sources.append(PackedSource(entry.name, entry.path, catalog, number))
         else:
-            sources.append(ExampleSource(entry.name, Path(entry.path), length, facts))
+            folder = Path(entry.path)
+            sources.append(ExampleSource(entry.name, folder, length, catalog, number))
     return sources
 
 

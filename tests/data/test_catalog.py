@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_scalebio.data import catalog as catalogs
 from megatron_scalebio.data import indexed, scan
 from megatron_scalebio.data.catalog import CATALOG_FILE, open_catalog
 from megatron_scalebio.data.indexed import IndexedPair, OpenFiles
@@ -72,14 +72,14 @@ def test_a_rank_that_need_not_check_asks_no_file(tmp_path: Path, paths: list[str
 def test_what_is_read_back_is_what_was_seen(tmp_path: Path, paths: list[str]) -> None:
     for _ in range(2):
         catalog = open_catalog(tmp_path / "cache", paths, 8, 3, lambda done, of: None)
-        for path in paths:
+        for number, path in enumerate(paths):
             facts, packing = scan.look_at(path, 1, 8, 3)
-            assert catalog.facts(path) == facts
+            assert catalog.facts(number) == replace(facts, stamp="")
             if packing is not None:
-                for ours, theirs in zip(catalog.packing(path)(), packing, strict=True):
+                for ours, theirs in zip(catalog.packing(number), packing, strict=True):
                     np.testing.assert_array_equal(ours, theirs)
                     assert ours.dtype == theirs.dtype
-    assert len({id(catalog.facts(path).tokenizer) for path in paths[::2]}) == 1
+    assert len({id(catalog.facts(number).tokenizer) for number in (0, 2, 4)}) == 1
 
 
 def test_few_files_are_open_however_many_are_read(
@@ -91,11 +91,10 @@ def test_few_files_are_open_however_many_are_read(
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):
         for number, path in enumerate(paths):
-            facts = catalog.facts(path)
-            if facts.packed:
-                PackedSource("p", path, facts, catalog.packing(path)).example(0)
+            if catalog.facts(number).packed:
+                PackedSource("p", path, catalog, number).example(0)
             else:
-                source = ExampleSource("e", Path(path), 99, facts)
+                source = ExampleSource("e", Path(path), 99, catalog, number)
                 tokens, mask = source.example(len(source) - 1)
                 np.testing.assert_array_equal(tokens, ROWS[-1])
                 assert mask.all() and len(source) == 12 - number
@@ -120,4 +119,4 @@ def test_nothing_is_left_of_a_look_that_failed(tmp_path: Path, paths: list[str])
     os.truncate(tmp_path / "s3" / "tokens.bin", 4)
     with pytest.raises(UserError, match=r"s3/tokens.bin: truncated: 4 bytes of"):
         opened(tmp_path / "cache", paths)
-    assert catalogs._read(tmp_path / "cache" / CATALOG_FILE, paths, {}, False) is None
+    assert not (tmp_path / "cache" / CATALOG_FILE).exists()
