@@ -98,7 +98,8 @@ def open_data(problem: tuple[list, list], parallel: ParallelConfig, **options: A
     sets = [ValidationConfig(f"v{weight}", validation["path"], weight) for weight in (1.0, 4.0)]
     data = DataConfig(sources=sources, validation=sets, **DATA, **options)
     train = TrainConfig(**TRAIN, micro_batch_size=3)
-    return Data(config_of(data=data, train=train, parallel=parallel), Path("unused"))
+    cache = Path(validation["path"]).parent / "cache"
+    return Data(config_of(data=data, train=train, parallel=parallel), cache)
 
 
 def test_samplers_are_as_configured(problem: tuple[list, list]) -> None:

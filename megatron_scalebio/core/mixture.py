@@ -4,7 +4,7 @@
 logits by the hypergradient in units of its own usual size:
 
     v ← β v + (1 − β) Σ_i p_i g_i²        (g less its mean under p)
-    λ_i −= lr · g_i / √(v / (1 − βᵗ))
+    λ_i −= lr · g_i / √(v / (1 − βᵗ))             (at most 15 lr, either way)
 
 A step moves p a Fisher distance of about lr, whatever α, the loss or the models' learning rate. v
 is one number for all sources: unlike Adam's, it does not blow the vanishing gradient of a small
@@ -34,11 +34,16 @@ from megatron_scalebio.core.objective import logits_gradient, mixture_probs
 LEAST_SHARE = 1e-4
 SIZE_DECAY = 0.99  # β: the hypergradient's size is known from about its last 100 steps
 LARGEST_STEP = 6.0  # in units of that size; noise almost never gets there
+# Of one source, in the same units. Where a batch has fewer places than there are sources, each that
+# is in it stands for 1 / inclusion of its like: uncut, one example of a heavy tail makes its source
+# the mixture, and no other comes back.
+LARGEST_OF_ONE = 15.0
 SIZE_WARMUP = 30  # steps before anything is cut
 # Once u's memory grows: the rate, as a share, and the weight of the hypergradient's recent change.
 DAMPED = 0.2
 LEAD = 5.0
 LEAD_STEPS = 10  # over which that change is seen
+BLOCKS_OF_ALL = 2**18  # of the trajectory, of all sources together
 
 
 class Mixture:
@@ -53,7 +58,9 @@ class Mixture:
         weights_S = torch.tensor(initial_S, dtype=torch.float64)
         self.initial_S = weights_S / weights_S.sum()
         self.logits_S = self.initial_S.log()
-        self.trajectory = TrajectoryBlocks(len(initial_S))
+        # 512 blocks, or with many sources fewer: a kilobyte of each would be the run's memory.
+        capacity = max(32, min(512, BLOCKS_OF_ALL // len(initial_S) // 2 * 2))
+        self.trajectory = TrajectoryBlocks(len(initial_S), capacity)
         self.steps = 0
         self.mean_square = 0.0  # v
         self.recent_S = torch.zeros_like(self.initial_S)  # g over about its last LEAD_STEPS
@@ -102,7 +109,8 @@ class Mixture:
             cut_S = cut_S + LEAD * (cut_S - self.recent_S)
             lr *= DAMPED / math.sqrt(memory)
         # Zero while u is still equal to w: then the hypergradient is zero too.
-        return lr * cut_S / (math.sqrt(self._usual_square(self.steps)) or 1.0)
+        usual = math.sqrt(self._usual_square(self.steps)) or 1.0
+        return lr * (cut_S / usual).clamp(-LARGEST_OF_ONE, LARGEST_OF_ONE)
 
     def _cut(self, hypergradient_S: torch.Tensor) -> torch.Tensor:
         """g, cut to LARGEST_STEP times √v, with v the running mean of Σ_i p_i g_i² (cut alike).
@@ -141,6 +149,8 @@ class Mixture:
         recent_S = state.get("recent")
         self.recent_S = torch.zeros_like(self.initial_S) if recent_S is None else recent_S.clone()
         self.is_slow = state.get("is_slow", False)
+        blocks = len(state["trajectory"]["block_sums"])  # earlier versions had others
+        self.trajectory = TrajectoryBlocks(len(self.initial_S), blocks)
         self.trajectory.load_state_dict(state["trajectory"])
         if self._adamw and state["adamw"]:
             groups = self._adamw.state_dict()["param_groups"]
