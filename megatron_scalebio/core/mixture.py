@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from megatron_scalebio.core.confidence import TrajectoryBlocks
+from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.core.objective import logits_gradient, mixture_probs
 
 # A source never falls below this share of a uniform weight: it can still come back.
@@ -52,11 +53,18 @@ class Mixture:
     Args:
         initial_S: starting weights, normalised here.
         optimizer: "eg" or "adamw".
+        constraints: what the weights have to keep to; None: nothing.
     """
 
-    def __init__(self, initial_S: list[float], optimizer: str) -> None:
+    def __init__(
+        self, initial_S: list[float], optimizer: str, constraints: Constraints | None = None
+    ) -> None:
         weights_S = torch.tensor(initial_S, dtype=torch.float64)
+        self.constraints = constraints
         self.initial_S = weights_S / weights_S.sum()
+        if constraints is not None:
+            least = LEAST_SHARE / len(initial_S)
+            self.initial_S = constraints.project(self.initial_S.clamp_min(least))
         self.logits_S = self.initial_S.log()
         # 512 blocks, or with many sources fewer: a kilobyte of each would be the run's memory.
         capacity = max(32, min(512, BLOCKS_OF_ALL // len(initial_S) // 2 * 2))
@@ -81,11 +89,16 @@ class Mixture:
             memory: as of `Training`; where it is above 1, g tells more of what λ leads to, and
                 later: eg goes slower, and ahead.
         """
+        kept = self.constraints
+        if kept is not None:
+            hypergradient_S = kept.tie(hypergradient_S, self.probs_S)
+            if self._adamw is not None:
+                hypergradient_S = hypergradient_S + kept.pull_gradient(self.probs_S)
         gradient_S = logits_gradient(hypergradient_S, self.probs_S)
         with torch.no_grad():
             self.steps += 1
             if self._adamw is None:
-                step_S = self._eg_step(hypergradient_S, lr, memory)
+                step_S, size = self._eg_step(hypergradient_S, lr, memory)
                 if memory > 1.0 and not self.is_slow:
                     # The fast steps leave λ somewhere around the answer, and slow ones would take
                     # long from there.
@@ -93,16 +106,23 @@ class Mixture:
                     if self.trajectory.num_blocks:
                         self.logits_S.copy_(self.trajectory.tail().mean(0).log())
                 self.logits_S -= step_S
+                if kept is not None:
+                    self.logits_S.copy_(kept.pull(self.logits_S, size))
                 least = LEAST_SHARE / len(self.logits_S)
                 self.logits_S.copy_(self.probs_S.clamp_min(least).log())
             else:
                 self.logits_S.grad = gradient_S
                 self._adamw.param_groups[0]["lr"] = lr
                 self._adamw.step()
+            if kept is not None:
+                self.logits_S.copy_(kept.project(self.probs_S).log())
         self.trajectory.append(self.probs_S)
         return float(gradient_S.norm())
 
-    def _eg_step(self, hypergradient_S: torch.Tensor, lr: float, memory: float) -> torch.Tensor:
+    def _eg_step(
+        self, hypergradient_S: torch.Tensor, lr: float, memory: float
+    ) -> tuple[torch.Tensor, float]:
+        """The step of λ; its size, by which g was multiplied."""
         cut_S = self._cut(hypergradient_S)
         self.recent_S += (cut_S - self.recent_S) / min(LEAD_STEPS, self.steps)
         if memory > 1.0:
@@ -110,7 +130,7 @@ class Mixture:
             lr *= DAMPED / math.sqrt(memory)
         # Zero while u is still equal to w: then the hypergradient is zero too.
         usual = math.sqrt(self._usual_square(self.steps)) or 1.0
-        return lr * (cut_S / usual).clamp(-LARGEST_OF_ONE, LARGEST_OF_ONE)
+        return lr * (cut_S / usual).clamp(-LARGEST_OF_ONE, LARGEST_OF_ONE), lr / usual
 
     def _cut(self, hypergradient_S: torch.Tensor) -> torch.Tensor:
         """g, cut to LARGEST_STEP times √v, with v the running mean of Σ_i p_i g_i² (cut alike).
