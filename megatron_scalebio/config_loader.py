@@ -26,6 +26,7 @@ from megatron_scalebio.config import (
     SourceConfig,
     ValidationConfig,
 )
+from megatron_scalebio.config.checks import Quantity
 from megatron_scalebio.config.presets import PRESETS
 from megatron_scalebio.config.source_lists import with_sources_listed
 from megatron_scalebio.errors import UserError
@@ -223,18 +224,30 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return _convert_scalar(value, hint, where)
 
 
-_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
+_WANTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text in quotes",
+    Quantity: "a number, or one such as 20B",
+}
 
 
 def _convert_scalar(value: Any, hint: type, where: str) -> Any:
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if hint is Quantity and not isinstance(value, bool):
+        try:
+            return float(Quantity(value))
+        except ValueError:
+            pass
+    elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError:
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{where}: {value!r} is not of type {hint.__name__} (give {_WANTED[hint]})")
+    kind = "float" if hint is Quantity else hint.__name__
+    raise UserError(f"{where}: {value!r} is not of type {kind} (give {_WANTED[hint]})")
 
 
 class _NamedPaths(argparse.Action):
@@ -302,7 +315,7 @@ def _flag_type(hint: Any) -> dict[str, Any]:
         return {"action": _NamedPaths, "nargs": "+", "metavar": "NAME=PATH"}
     if typing.get_origin(hint) is dict:
         return {"action": _NamedWeights, "nargs": "+", "metavar": "NAME=WEIGHT"}
-    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
+    return {"type": hint, "metavar": {int: "N", float: "X", Quantity: "N"}.get(hint, "TEXT")}
 
 
 def config_from_args(args: argparse.Namespace) -> Config:

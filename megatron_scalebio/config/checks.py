@@ -19,6 +19,18 @@ def option(default: Any, help: str) -> Any:
     return field(metadata={"help": help}, **factory)
 
 
+class Quantity(float):
+    """A number that may be written as 20B, 1.5T, 300k or 64M."""
+
+    def __new__(cls, given: Any) -> Quantity:
+        text = str(given).strip()
+        scale = _SCALES.get(text[-1:], 1)
+        return super().__new__(cls, float(text[:-1] if text[-1:] in _SCALES else text) * scale)
+
+
+_SCALES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
 def require_positive(section: Any, *names: str, or_zero: bool = False) -> None:
     for name in names:
         value = getattr(section, name)

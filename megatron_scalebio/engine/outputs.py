@@ -24,7 +24,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config, ValidationConfig
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.sources import Source
-from megatron_scalebio.data.weights_file import drawn_from
+from megatron_scalebio.engine.epochs import natural_counts
 from megatron_scalebio.engine.state import RunState, TokenCost
 from megatron_scalebio.errors import UserError, disk_errors_named
 from megatron_scalebio.formatting import told_apart
@@ -84,10 +84,9 @@ def now() -> str:
 def natural_shares(sources: Sequence[Source]) -> list[float]:
     """What training on all sources put together amounts to: each one's share of the examples.
 
-    Of sequences, for packed prefixes. A source that `sample --per-source` drew counts by what it
-    was drawn from.
+    Of sequences, for packed prefixes.
     """
-    counts = [drawn_from(Path(source.prefix).parent) or len(source) for source in sources]
+    counts = natural_counts(sources)
     return [count / sum(counts) for count in counts]
 
 

@@ -21,11 +21,10 @@ from megatron_scalebio.core.batch import MicroBatch
 from megatron_scalebio.core.sampler import BlendSampler, Picks
 from megatron_scalebio.core.training import Training
 from megatron_scalebio.data.batch import BatchLayout, micro_batches
+from megatron_scalebio.data.reuse import Reused, reused
 from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
-from megatron_scalebio.data.weights_file import read_weights
 from megatron_scalebio.engine.clock import StepClock
 from megatron_scalebio.engine.schedule import Schedule
-from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs.opening import opening
 from megatron_scalebio.model.init import initialize_weights, seed_generators
 from megatron_scalebio.model.provider import model_provider
@@ -125,23 +124,21 @@ class Data:
         """The configured weights of the sources, not normalised; equal where none are given."""
         data = self.config.data
         if data.weights:
-            return weights_by_name(Path(data.weights), [source.name for source in self.sources])
+            return self._reused(data.weights).weights
         return [1.0 if s.initial_weight is None else s.initial_weight for s in data.sources]
 
+    def known_sources(self) -> list[bool]:
+        """Which of the sources the run that `weights` names has had."""
+        return self._reused(self.config.data.weights or "").known
 
-def weights_by_name(path: Path, names: list[str]) -> list[float]:
-    """The weights of the named sources in a run's weights.json (or in its folder).
+    def _reused(self, path: str) -> Reused:
+        names = [source.name for source in self.sources]
+        return reused(Path(path), names, self.config.data.new_share)
 
-    Raises:
-        UserError: if it is of other sources.
-    """
-    weights = read_weights(path / "weights.json" if path.is_dir() else path)
-    if set(weights) != set(names):
-        raise UserError(
-            f"{path}: holds weights of {sorted(weights)}, data.sources are {sorted(names)} (give "
-            "the weights that were learned for these sources)"
-        )
-    return [weights[name][0] for name in names]
+    def facts(self) -> dict[str, object]:
+        """What the banner says of the weights that the run begins with."""
+        data = self.config.data
+        return {"weights": self._reused(data.weights).described()} if data.weights else {}
 
 
 class RunState:

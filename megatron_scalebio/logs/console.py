@@ -141,19 +141,22 @@ class RunConsole:
         self.stop()
         confidence = f"{100 * float(weights.get('confidence', 0.95)):.0f}% interval"
         table = _table(
-            "source", "weight", confidence, "initial", "natural", *(["known"] if known else [])
-        )
+            "source", "weight", confidence, "initial", "natural", *(["known"] if known else []),
+            *(["epochs"] if "epochs" in weights["sources"][0] else []),
+        )  # fmt: skip
         natural = {source.name: source.natural for source in self._sources}
         ranked = sorted(weights["sources"], key=lambda entry: -entry["weight"])
         for entry in ranked[:ROWS_SHOWN]:
             name = entry["name"]
             row: list[str | Text] = [
-                plain(name), percent(entry["weight"]),
+                plain(name), percent(entry["weight"]) + _at(entry.get("bound")),
                 _interval(entry),
                 percent(entry["initial_weight"]), percent(natural.get(name)),
             ]  # fmt: skip
             if known:
                 row.append(percent(known.get(name, 0.0)))
+            if "epochs" in entry:
+                row.append(f"{entry['epochs']:.2g}")
             table.add_row(*row)
         self.console.print(table)
         self._note_hidden(len(ranked) - ROWS_SHOWN)
@@ -224,6 +227,10 @@ class RunConsole:
 
     def _print(self, *parts: str | Text) -> None:
         self.console.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def _at(bound: str | None) -> str:
+    return f" ({bound})" if bound else ""
 
 
 def _interval(entry: Mapping[str, Any]) -> str:

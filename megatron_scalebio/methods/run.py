@@ -20,6 +20,7 @@ from megatron_scalebio.formatting import few
 from megatron_scalebio.logs.console import RunConsole, SourceLine
 from megatron_scalebio.logs.records import METRICS_FILE
 from megatron_scalebio.methods import fixed
+from megatron_scalebio.methods.bounds import refuse_bounds
 from megatron_scalebio.methods.found import Found, write_found
 from megatron_scalebio.report.html import write_report
 
@@ -41,6 +42,8 @@ def find_mixture(config: Config) -> int:
     method = config.baseline.method
     if method == "manual":
         fixed.require_weights(config)
+    if method != "scalebio":
+        refuse_bounds(config)
     module = importlib.import_module(f"megatron_scalebio.methods.{METHODS[method]}")
     with start_job(config) as job:
         found: Found | None = module.find(config, job)

@@ -23,6 +23,8 @@ class SourceWeight:
     low: float | None = None
     high: float | None = None
     initial: float | None = None
+    epochs: float | None = None  # of the final training, where its length is given
+    bound: str = ""  # that holds the weight: fixed, min or max
 
 
 @dataclass
@@ -177,4 +179,5 @@ def _source_weight(entry: Any, where: str) -> SourceWeight:
         examples=None if examples is None else int(examples),
         low=number_or_none(entry.get("ci_low")), high=number_or_none(entry.get("ci_high")),
         initial=number_or_none(entry.get("initial_weight")),
+        epochs=number_or_none(entry.get("epochs")), bound=str(entry.get("bound") or ""),
     )  # fmt: skip
