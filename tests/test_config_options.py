@@ -13,14 +13,20 @@ from megatron_scalebio.config import SECTIONS, Config
 from megatron_scalebio.config_loader import add_arguments, config_from_args, load_config
 
 A, B = {"name": "a", "path": "x/a"}, {"name": "b", "path": "x/b"}
+FREE = dict.fromkeys(("initial_weight", "min_weight", "max_weight", "fixed_weight"))
 
 # section: {option: (its default, another value)}
 OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     "data": {
-        "sources": ([], [{**A, "initial_weight": None}, {**B, "initial_weight": None}]),
+        "sources": ([], [{**FREE, **A}, {**FREE, **B}]),
         "validation": ([], [{**A, "weight": 1.0}]),
         "test": ([], [{**A, "weight": 1.0}, {**B, "weight": 1.0}]),
         "weights": (None, "x/weights.json"),
+        "new_share": (None, 0.2),
+        "keep_ratios": (False, True),
+        "target_tokens": (None, 3e9),
+        "target_examples": (None, 2e6),
+        "max_epochs": (4.0, 2.5),
         "seq_length": (1024, 96),
         "loss_mean": ("sample", "token"),
         "known_weights": (None, {"a": 0.25, "b": 0.75}),
@@ -104,6 +110,8 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "average_fraction": (0.5, 0.2),
         "confidence": (0.95, 0.8),
         "tolerance": (0.05, 0.1),
+        "kl_to_prior": (0.0, 0.3),
+        "prior": ("natural", "initial"),
         "early_stop": (False, True),
         "blend_floor": (1e-3, 0.01),
     },
@@ -155,11 +163,16 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     },
 }
 # In files alone, or naming a folder that has to be there: tests of their own; or refused.
-ELSEWHERE = {("model", "rope_scaling"), ("model", "hf"), ("parallel", "fp8_param_gather")}
+ELSEWHERE = {
+    ("model", "rope_scaling"), ("model", "hf"), ("parallel", "fp8_param_gather"),
+    ("data", "data_args_path"),
+}  # fmt: skip
 
 # Options that another one cannot be without.
 NEEDS: dict[str, dict[str, dict[str, Any]]] = {
     "known_weights": {"data": {"sources": [A, B]}},
+    "new_share": {"data": {"weights": "x/weights.json"}},
+    "keep_ratios": {"data": {"weights": "x/weights.json"}},
     "window_attn_skip_freq": {"model": {"window_size": [6, 0]}},
     "num_layers_per_virtual_pipeline_stage": {"parallel": {"pipeline_model_parallel_size": 4}},
     "sequence_parallel": {"parallel": {"tensor_model_parallel_size": 2}},
@@ -217,7 +230,10 @@ def test_the_table_holds_every_option() -> None:
 
 def test_defaults_are_those_that_are_told() -> None:
     told = {f"{s}.{name}": OPTIONS[s][name][0] for s, name in CASES}
-    elsewhere = {"model.rope_scaling": None, "model.hf": None, "parallel.fp8_param_gather": False}
+    elsewhere = {
+        "model.rope_scaling": None, "model.hf": None, "parallel.fp8_param_gather": False,
+        "data.data_args_path": None,
+    }  # fmt: skip
     assert flat(Config()) == {**told, **elsewhere}
 
 

@@ -75,6 +75,12 @@ class BilevelConfig:
     tolerance: float = option(
         BilevelOptions.tolerance, "widest half-interval that counts as converged"
     )
+    kl_to_prior: float = option(
+        0.0, "pull of the mixture to `prior`: weight of their KL divergence in the objective"
+    )
+    prior: str = option(
+        "natural", "what kl_to_prior pulls to: natural, initial, or a former run's weights.json"
+    )
     early_stop: bool = option(False, "stop once converged")
     blend_floor: float = option(1e-3, "weights below this are left out of the blend files")
 
@@ -83,6 +89,7 @@ class BilevelConfig:
             self, "alpha", "alpha_growth", "outer_rounds", "lr_lambda", "tolerance",
             "resync_interval",
         )  # fmt: skip
+        require_positive(self, "kl_to_prior", or_zero=True)
         for name in ("floor_share", "average_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(

@@ -23,6 +23,8 @@ class SourceWeight:
     low: float | None = None
     high: float | None = None
     initial: float | None = None
+    epochs: float | None = None  # of the final training, where its length is given
+    bound: str = ""  # that holds the weight: fixed, min or max
 
 
 @dataclass
@@ -131,7 +133,7 @@ def _read_json(path: Path, notices: list[str]) -> dict[str, Any]:
 
 def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -177,4 +179,5 @@ def _source_weight(entry: Any, where: str) -> SourceWeight:
         examples=None if examples is None else int(examples),
         low=number_or_none(entry.get("ci_low")), high=number_or_none(entry.get("ci_high")),
         initial=number_or_none(entry.get("initial_weight")),
+        epochs=number_or_none(entry.get("epochs")), bound=str(entry.get("bound") or ""),
     )  # fmt: skip
