@@ -161,7 +161,9 @@ def test_the_core_reads_no_file_prints_nothing_and_keeps_nothing(path: Path) -> 
 
 
 def test_the_core_is_small() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in CORE) < 3000
+    # A mixture of experts takes about 150: losses and biases of its routers, gradient buffers and
+    # masters of its experts.
+    assert sum(len(path.read_text().splitlines()) for path in CORE) < 3150
 
 
 @pytest.mark.parametrize("stage", ["reweight", "train"])
