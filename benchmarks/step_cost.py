@@ -78,6 +78,7 @@ def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
             "hidden_size": args.hidden,
             "num_attention_heads": args.hidden // args.head_dim,
             **({"ffn_hidden_size": args.ffn} if args.ffn else {}),
+            **(_experts(args.experts, args.hidden) if args.experts else {}),
             "transformer_impl": args.transformer_impl,
         },
         "parallel": precision(args),
@@ -88,6 +89,18 @@ def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
             "micro_batch_size": args.micro_batch_size,
         },
         **sections,
+    }
+
+
+def _experts(number: int, hidden: int) -> dict[str, Any]:
+    """Two for each token, whose MLPs are half the width of the dense one of 8/3 · hidden."""
+    return {
+        "num_experts": number,
+        "moe_ffn_hidden_size": 4 * hidden // 3,
+        "moe_aux_loss_coeff": 0.01,
+        "moe_z_loss_coeff": 0.001,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
     }
 
 
@@ -297,6 +310,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--ffn", type=int, help="width of the MLP [4 times hidden]")
+    parser.add_argument("--experts", type=int, help="so many in the place of each dense MLP")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--lisa-layers", type=int, default=2)
     parser.add_argument("--seq-length", type=int, default=128)

@@ -322,9 +322,9 @@ def _default_text(spec: Field) -> str:
 
 
 def _whole_numbers(text: str) -> list[int]:
-    """`1,2` or `(1,2)`, as Megatron-LM's flags take them."""
+    """`1,2`, `(1,2)` or `[1,2]`, as Megatron-LM's flags take them."""
     try:
-        return [int(number) for number in text.strip("()").split(",")]
+        return [int(number) for number in text.strip("()[]").split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not N,N") from None
 

@@ -15,6 +15,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_scalebio.compat import require
@@ -31,6 +32,7 @@ _BORROWED: list[tuple[Any, ...]] = [
     (helpers, "build_sample_idx"),
     (indexed_dataset, "_INDEX_HEADER"),
     (p2p_communication, *_EXCHANGES),
+    (TopKRouter, "_apply_expert_bias"),
     (TransformerLayer, "_forward_attention", "_forward_pre_mlp_layernorm", "_forward_post_mlp"),
 ]  # fmt: skip
 _adapted = False
