@@ -132,6 +132,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "tolerance": (0.05, 0.1),
         "kl_to_prior": (0.0, 0.3),
         "prior": ("natural", "initial"),
+        "final_train_iters": (None, 300),
         "early_stop": (False, True),
         "blend_floor": (1e-3, 0.01),
     },

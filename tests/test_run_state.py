@@ -46,7 +46,7 @@ BILEVEL = {
 }  # fmt: skip
 JUDGING: dict[str, Any] = {
     "average_fraction": 0.3, "confidence": 0.9, "tolerance": 0.2, "early_stop": True,
-    "blend_floor": 0.01,
+    "blend_floor": 0.01, "final_train_iters": 30,
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from megatron_scalebio.core.confidence import (
     WeightIntervals,
 )
 from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
+from megatron_scalebio.data.weights_file import much_shorter
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.epochs import target_examples
 from megatron_scalebio.engine.loop import logged_steps
@@ -34,7 +35,8 @@ FEWEST_AVERAGED = 20  # steps: the wandering of fewer says nothing of an interva
 MANY_PASSES = 10  # over a source or a validation set, from which on weights are no longer trusted
 # Options of the bilevel section that judge or write what was learned.
 _JUDGING = {
-    "preset", "average_fraction", "confidence", "tolerance", "early_stop", "blend_floor",
+    "preset", "average_fraction", "confidence", "tolerance", "early_stop",
+    "final_train_iters", "blend_floor",
 }  # fmt: skip
 
 
@@ -46,6 +48,12 @@ def find(config: Config, job: Job) -> Found:
         warnings.append(
             "fp8_recipe delayed: w and u get scales of their own, and the weights learn from their "
             "noise as well (use tensorwise)"
+        )
+    final = config.bilevel.final_train_iters or config.train.train_iters
+    if much_shorter(final, config.train.train_iters):
+        warnings.append(
+            f"final_train_iters {final}: the search has {config.train.train_iters} steps, and so "
+            f"much shorter a training may want another mixture (search with train_iters {final})"
         )
     parameters = outputs.parameter_count(state)
     initial_S = state.training.mixture.initial_S.tolist()
@@ -67,6 +75,7 @@ def find(config: Config, job: Job) -> Found:
         verdict=verdict(state),
         details={
             "confidence": config.bilevel.confidence,
+            "final_train_iters": final,
             "indistinguishable": [
                 [state.data.sources[i].name for i in group] for group in intervals.lookalikes
             ],
