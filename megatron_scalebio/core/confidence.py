@@ -45,7 +45,7 @@ MIN_TAIL_STEPS = 200  # a shorter tail cannot show convergence
 # Of an error b / t, t from T/2 to T: its mean, in units of what it loses from half to half of that.
 LEFT_OF_DRIFT = 2 * math.log(2) / (4 * math.log(9 / 8))
 MANY_SOURCES = 20  # with more, the tolerance is that share of an equal weight
-RESOLUTION = 0.01  # softmax never reaches 0: an estimate below this cannot be told from 0
+RESOLUTION = 0.01  # softmax never reaches 0 or 1: what is nearer than this cannot be told from them
 
 # Two-sided confidence → critical value of the random-scaling ratio (Abadir and Paruolo 1997).
 CRITICAL_VALUES = {0.80: 3.875, 0.90: 5.323, 0.95: 6.747, 0.98: 8.613}
@@ -217,7 +217,7 @@ def weight_intervals(
             weight may be all of their sum, or nothing.
 
     A weight whose truth is 0 is approached from above and never reached, so the lower end of an
-    estimate below ``RESOLUTION`` is 0.
+    estimate below ``RESOLUTION`` is 0; and the upper end of one as near to 1 is 1.
     """
     weight_S = tail_average(blocks_BS)
     wandering_S = random_scaling_half_width(blocks_BS, confidence)
@@ -230,6 +230,7 @@ def weight_intervals(
     low_S = (weight_S - half_width_S).clamp(0.0, 1.0)
     low_S = torch.where(weight_S < RESOLUTION, torch.zeros_like(low_S), low_S)
     high_S = (weight_S + half_width_S).clamp(0.0, 1.0)
+    high_S = torch.where(weight_S > 1 - RESOLUTION, torch.ones_like(high_S), high_S)
     groups = [group for group in lookalikes if weight_S[group].sum() >= RESOLUTION]
     for group in groups:
         sum_B1 = blocks_BS[:, group].sum(1, keepdim=True)

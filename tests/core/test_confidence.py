@@ -208,6 +208,9 @@ def test_intervals_are_the_weights_and_half_widths_cut_to_shares() -> None:
     still = weight_intervals(torch.tensor([[0.01, 0.0099], [0.01, 0.0099]], dtype=torch.float64))
     assert still.low_S.tolist() == [0.01, 0.0], "below 0.01 a weight can't be told from none"
     assert still.high_S.tolist() == [0.01, 0.0099]
+    whole = weight_intervals(torch.tensor([[0.0099, 0.9901], [0.0099, 0.9901]]).double())
+    assert whole.high_S.tolist() == [0.0099, 1.0], "nor above 0.99 from all there is"
+    assert weight_intervals(torch.tensor([[0.01, 0.99]] * 2).double()).high_S[1] == 0.99
 
 
 def test_one_block_knows_nothing() -> None:
