@@ -231,7 +231,7 @@ def weight_intervals(
     low_S = torch.where(weight_S < RESOLUTION, torch.zeros_like(low_S), low_S)
     high_S = (weight_S + half_width_S).clamp(0.0, 1.0)
     high_S = torch.where(weight_S > 1 - RESOLUTION, torch.ones_like(high_S), high_S)
-    groups = [group for group in lookalikes if weight_S[group].sum() >= RESOLUTION]
+    groups = [g for g in lookalikes if len(g) > 1 and weight_S[g].sum() >= RESOLUTION]
     for group in groups:
         sum_B1 = blocks_BS[:, group].sum(1, keepdim=True)
         low_S[group] = 0.0

@@ -243,19 +243,19 @@ class ScaleBiO(Training):
             constant_rate: lr_lambda was the same over the averaged steps.
             validation_examples: as of `intervals`.
         """
-        kept, tail, names = self.mixture.constraints, self._tail(), self.sources
-        if kept is not None:
-            tail = tail[:, kept.free_S]
-            names = [name for name, is_free in zip(names, kept.free_S, strict=True) if is_free]
+        tail = self._tail()
+        groups = self.mixture.lookalike_groups(tail)
+        kept = self.mixture.constraints
+        free = [i for i in range(len(self.sources)) if kept is None or kept.free_S[i]]
         return judge_convergence(
-            tail,
-            names,
+            tail[:, free],
+            [self.sources[i] for i in free],
             block_length=self.mixture.trajectory.block_length,
             tolerance=self.options.tolerance,
             confidence=self.options.confidence,
             constant_rate=constant_rate,
             validation_examples=validation_examples,
-            lookalikes=self.mixture.lookalike_groups(self._tail()),
+            lookalikes=[[free.index(i) for i in group if i in free] for group in groups],
         )
 
     def _tail(self) -> torch.Tensor:
