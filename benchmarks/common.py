@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -36,6 +37,18 @@ def prepare(files: dict[str, Path], out: Path, pieces: int, seq_length: int) -> 
     for name, file in files.items():
         command += ["--input", f"{name}={file}"]
     subprocess.run(command, check=True, cwd=ROOT)
+
+
+def add_precision_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--transformer-impl", default="auto")
+    parser.add_argument("--fp8-recipe", help="FP8 (hybrid) with this scaling; needs --bf16")
+
+
+def precision(args: Any) -> dict[str, Any]:
+    """Section `parallel` of a configuration, as `add_precision_arguments` says."""
+    fp8 = {"fp8_format": "hybrid", "fp8_recipe": args.fp8_recipe} if args.fp8_recipe else {}
+    return {"bf16": args.bf16, **fp8}
 
 
 def build(settings: dict[str, dict[str, Any]], cache: Path) -> TrainState:

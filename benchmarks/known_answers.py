@@ -38,7 +38,15 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from common import PUBLISHED, build, learn, table, write_json
+from common import (
+    PUBLISHED,
+    add_precision_arguments,
+    build,
+    learn,
+    precision,
+    table,
+    write_json,
+)
 from scipy.optimize import minimize
 
 from tests.markov import write_source
@@ -225,9 +233,11 @@ def one_run(name: str, rule: str, alpha: float, steps: int, seed: int, args: Any
             Path(folder), problem, np.random.default_rng((seed, 32)), args.examples
         )
         found = learn(build({
-            "data": {"seq_length": 2, "sources": sources, "validation": validation},
+            "data": {"seq_length": 16 if args.fp8_recipe else 2,  # FP8 products go by sixteens
+                     "sources": sources, "validation": validation},
             "model": {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 1,
-                      "make_vocab_size_divisible_by": V},
+                      "make_vocab_size_divisible_by": V, "transformer_impl": args.transformer_impl},
+            "parallel": precision(args),
             "optimizer": {"lr": args.lr},
             "bilevel": {"alpha": alpha, **RULES[rule]},
             "train": {"train_iters": steps, "global_batch_size": batch, "micro_batch_size": batch,
@@ -270,6 +280,7 @@ def main() -> None:
     parser.add_argument(
         "--examples", type=int, default=200_000, help="of all sources together, and of validation"
     )
+    add_precision_arguments(parser)
     parser.add_argument("--json", type=Path, help="write the runs here")
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []

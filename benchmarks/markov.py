@@ -24,6 +24,8 @@ PROBLEMS: dict[int, tuple[list[float], int, float]] = {
     20: ([0.3, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05] + [0.0] * 12, 40, 0.25),
 }
 LENGTH = 32
+# Four experts of half the dense MLP's width, two for each token: as many parameters at work.
+EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 64, "moe_aux_loss_coeff": 0.01}
 
 
 def settings(problem: tuple[list, list], alpha: float, seed: int, args: Any) -> dict[str, dict]:
@@ -31,7 +33,12 @@ def settings(problem: tuple[list, list], alpha: float, seed: int, args: Any) -> 
     batch = PROBLEMS[len(sources)][1]
     return {
         "data": {"seq_length": LENGTH, "sources": sources, "validation": validation},
-        "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2},
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            **(EXPERTS if args.experts else {}),
+        },
         "optimizer": {"lr": 5e-3},
         "bilevel": {"alpha": alpha, **(PUBLISHED if args.published else {})},
         "train": {
@@ -80,6 +87,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--published", action="store_true", help="AdamW on λ, as published")
+    parser.add_argument("--experts", action="store_true", help="a mixture of four experts")
     parser.add_argument("--json", type=Path, help="write every run here")
     args = parser.parse_args()
     truth, _, bar = PROBLEMS[args.sources]

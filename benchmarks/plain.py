@@ -16,6 +16,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_scalebio import runtime
+from megatron_scalebio.compat.transformer_engine import fuse_weight_gradients
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch
 from megatron_scalebio.model.init import initialize_weights
@@ -31,6 +32,7 @@ class PlainTraining:
         megatron = transformer_config(config)
         [chunk] = build_model(config, megatron, vocab_size)
         initialize_weights([chunk], config.train.seed, 0.02, config.model.num_layers)
+        fuse_weight_gradients([chunk], True)
         megatron.finalize_model_grads_func = finalize_model_grads
         self.ddp = DistributedDataParallel(
             megatron, DistributedDataParallelConfig(grad_reduce_in_fp32=True), chunk
@@ -61,12 +63,8 @@ class PlainTraining:
 
 
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Any]:
-    batch, device = next(batches), runtime.device()
-    output = model(
-        batch.tokens_BS.to(device), batch.positions_BS.to(device), None,
-        labels=batch.labels_BS.to(device),
-    )  # fmt: skip
-    return output, partial(_loss_func, batch)
+    batch = next(batches)
+    return model(**batch.inputs(runtime.device())), partial(_loss_func, batch)
 
 
 def _loss_func(batch: MicroBatch, loss_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:

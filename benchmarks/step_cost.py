@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import build, table, write_json
+from common import add_precision_arguments, build, precision, table, write_json
 from plain import PlainTraining
 
 from megatron_scalebio.core import training
@@ -71,7 +71,6 @@ def write_data(folder: Path, sources: int, seq_length: int) -> dict[str, Any]:
 
 def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
     batch = args.micro_batches * args.micro_batch_size
-    fp8 = {"fp8_format": "hybrid", "fp8_recipe": args.fp8_recipe} if args.fp8_recipe else {}
     return {
         "data": data,
         "model": {
@@ -79,9 +78,10 @@ def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
             "hidden_size": args.hidden,
             "num_attention_heads": args.hidden // args.head_dim,
             **({"ffn_hidden_size": args.ffn} if args.ffn else {}),
+            **(_experts(args.experts, args.hidden) if args.experts else {}),
             "transformer_impl": args.transformer_impl,
         },
-        "parallel": {"bf16": args.bf16, **fp8},
+        "parallel": precision(args),
         "logging": {"log_interval": 10**6},
         "train": {
             "train_iters": 1000,
@@ -89,6 +89,18 @@ def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
             "micro_batch_size": args.micro_batch_size,
         },
         **sections,
+    }
+
+
+def _experts(number: int, hidden: int) -> dict[str, Any]:
+    """Two for each token, whose MLPs are half the width of the dense one of 8/3 · hidden."""
+    return {
+        "num_experts": number,
+        "moe_ffn_hidden_size": 4 * hidden // 3,
+        "moe_aux_loss_coeff": 0.01,
+        "moe_z_loss_coeff": 0.001,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
     }
 
 
@@ -298,14 +310,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--ffn", type=int, help="width of the MLP [4 times hidden]")
+    parser.add_argument("--experts", type=int, help="so many in the place of each dense MLP")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--lisa-layers", type=int, default=2)
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=4, help="m, a third of a step's")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--transformer-impl", default="auto")
-    parser.add_argument("--fp8-recipe", help="FP8 (hybrid) with this scaling; needs --bf16")
+    add_precision_arguments(parser)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()

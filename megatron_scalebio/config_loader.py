@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ import yaml
 from megatron_scalebio.config import (
     SECTIONS,
     Config,
+    DataConfig,
     ModelConfig,
     SourceConfig,
     ValidationConfig,
 )
+from megatron_scalebio.config.checks import Quantity
 from megatron_scalebio.config.presets import PRESETS
+from megatron_scalebio.config.source_lists import with_sources_listed
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.families import read_family
 
@@ -64,6 +68,8 @@ def load_config(
         section_where = f"{where}: {name}"
         make = build if cls is not ModelConfig or not merged.get("hf") else _model_from_hf
         try:
+            if cls is DataConfig:
+                merged = with_sources_listed(merged, section_where)
             sections[name] = make(cls, merged, section_where)
         except UserError as error:
             flags = (overrides or {}).get(name, {}) if from_flags else {}
@@ -92,14 +98,18 @@ def _preset(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def config_text(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back unchanged."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return yaml.dump(asdict(config), Dumper=dumper, sort_keys=False, allow_unicode=True)
 
 
 class _TwiceError(yaml.constructor.ConstructorError):
     """A key that a mapping has twice."""
 
 
-class _Loader(yaml.SafeLoader):
+_FASTEST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_FASTEST):
     """Refuses a key that stands twice: YAML forbids it, and PyYAML lets the last one win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -167,9 +177,14 @@ def _check_keys(values: dict[str, Any], known: Iterable[str], where: str) -> Non
             raise UserError(f"{where}: unknown key {key!r} ({fix})")
 
 
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
     """An instance of a dataclass from plain values, each checked against its field's type."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     _check_keys(values, hints, where)
     converted = {k: _convert(v, hints[k], f"{where}.{k}") for k, v in values.items()}
     for spec in fields(cls):
@@ -229,18 +244,30 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return _convert_scalar(value, hint, where)
 
 
-_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text in quotes"}
+_WANTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text in quotes",
+    Quantity: "a number, or one such as 20B",
+}
 
 
 def _convert_scalar(value: Any, hint: type, where: str) -> Any:
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if hint is Quantity and not isinstance(value, bool):
+        try:
+            return float(Quantity(value))
+        except ValueError:
+            pass
+    elif hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError:
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{where}: {value!r} is not of type {hint.__name__} (give {_WANTED[hint]})")
+    kind = "float" if hint is Quantity else hint.__name__
+    raise UserError(f"{where}: {value!r} is not of type {kind} (give {_WANTED[hint]})")
 
 
 class _NamedPaths(argparse.Action):
@@ -295,9 +322,9 @@ def _default_text(spec: Field) -> str:
 
 
 def _whole_numbers(text: str) -> list[int]:
-    """`1,2` or `(1,2)`, as Megatron-LM's flags take them."""
+    """`1,2`, `(1,2)` or `[1,2]`, as Megatron-LM's flags take them."""
     try:
-        return [int(number) for number in text.strip("()").split(",")]
+        return [int(number) for number in text.strip("()[]").split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not N,N") from None
 
@@ -316,7 +343,7 @@ def _flag_type(hint: Any) -> dict[str, Any]:
         return {"action": _NamedPaths, "nargs": "+", "metavar": "NAME=PATH"}
     if typing.get_origin(hint) is dict:
         return {"action": _NamedWeights, "nargs": "+", "metavar": "NAME=WEIGHT"}
-    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
+    return {"type": hint, "metavar": {int: "N", float: "X", Quantity: "N"}.get(hint, "TEXT")}
 
 
 def config_from_args(args: argparse.Namespace) -> Config:

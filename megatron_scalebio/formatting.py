@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 
 def percent(share: float | None) -> str:
     """A share for reading: 0.0314 as "3.1%"."""
@@ -39,3 +42,22 @@ def shorten(name: str, length: int) -> str:
 def printable(text: str) -> str:
     """The text without control characters and broken letters."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+FEW = 8  # names that a line may hold
+
+
+def few(names: Sequence[str]) -> str:
+    """Names in a line, the first ones where they are many."""
+    shown = ", ".join(names[:FEW])
+    return f"{shown} and {len(names) - FEW:,} more" if len(names) > FEW else shown
+
+
+def told_apart(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """Two lists of names, as a line tells them apart: by the first difference, if they are long."""
+    if max(len(theirs), len(ours)) <= FEW:
+        return f"{list(theirs)}, not {list(ours)}"
+    pairs = enumerate(zip_longest(theirs, ours, fillvalue="nothing"))
+    place, (one, other) = next((n, pair) for n, pair in pairs if pair[0] != pair[1])
+    counts = f"{len(theirs):,} and not {len(ours):,}, " if len(theirs) != len(ours) else ""
+    return f"{counts}number {place + 1} of them {one!r}, not {other!r}"

@@ -337,7 +337,7 @@ def test_the_real_command_says_one_line(problem: Path) -> None:
     process = start_command("reweight", *flags, "--output", problem / "never")
     said, complained = finish(process)
     assert process.returncode == 2
-    assert "nowhere/a: source 'a' is neither" in the_only_line(complained)
+    assert "nowhere/a: is neither" in the_only_line(complained)
     assert said == ""
 
 
@@ -376,7 +376,7 @@ def log_on_a_full_disk(folder: Path) -> tuple[int | None, str]:
 def test_two_ranks_end_together(problem: Path) -> None:
     run_distributed(two_ranks, 2, str(problem))
     for name, words in (
-        ("two: no source", "nowhere/a: source 'a' is neither"),
+        ("two: no source", "nowhere/a: is neither"),
         ("two: output", "x.yaml/run: can't write: Not a directory"),
         ("two: full log", "metrics.jsonl: can't write: No space left on device"),
     ):

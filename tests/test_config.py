@@ -146,6 +146,26 @@ REFUSED = [
     ("data", "sources", [{"name": "a"}], "data.sources[0]: path is missing"),
     ("data", "sources", [{"name": "a", "path": "p", "initial_weight": -1}],
      "data.sources[0].initial_weight: -1.0 must be above 0"),
+    ("data", "sources", [{"name": "a", "path": "p", "min_weight": 0.5, "max_weight": 0.4}],
+     "data.sources[0].min_weight: 0.5 is above max_weight 0.4"),
+    ("data", "sources", [{"name": "a", "path": "p", "max_weight": 1.5}],
+     "data.sources[0].max_weight: 1.5 is above 1"),
+    ("data", "sources", [{"name": "a", "path": "p", "max_weight": 0}],
+     "data.sources[0].max_weight: 0.0 must be above 0"),
+    ("data", "sources", [{"name": "a", "path": "p", "max_weight": 0.5, "fixed_weight": 0.5}],
+     "data.sources[0].max_weight: 0.5 and fixed_weight exclude each other"),
+    ("data", "sources", [{"name": n, "path": "p", "min_weight": 0.6} for n in "ab"],
+     "data.sources: their min_weight and fixed_weight add up to 1.2"),
+    ("data", "sources", [{"name": n, "path": "p", "max_weight": 0.4} for n in "ab"],
+     "data.sources: their max_weight and fixed_weight add up to 0.8"),
+    ("data", "sources", [{"name": n, "path": "p", "fixed_weight": 0.5} for n in "ab"],
+     "data.sources: 0 of them have no fixed_weight: nothing is left to learn"),
+    ("data", "new_share", 0.1, "data.new_share: needs the weights of a former run"),
+    ("data", "keep_ratios", True, "data.keep_ratios: needs the weights of a former run"),
+    ("data", "target_tokens", "20Q", "data.target_tokens: '20Q' is not of type float (give a num"),
+    ("data", "target_tokens", 0, "data.target_tokens: 0.0 must be above 0"),
+    ("data", "max_epochs", -1, "data.max_epochs: -1.0 must be above 0"),
+    ("bilevel", "kl_to_prior", -1, "bilevel.kl_to_prior: -1.0 must be at least 0"),
     ("data", "sources", [{"name": "a b", "path": "p"}], "data.sources: 'a b' cannot name a source"),
     ("data", "validation", [{"name": "../v", "path": "p"}], "data.validation: '../v' cannot name"),
     ("data", "sources", 2 * [{"name": "a", "path": "p"}], "data.sources: 'a' names two entries"),
@@ -313,3 +333,27 @@ def test_epochs_become_steps() -> None:
     config = from_flags("--train-epochs", "1.5", "--global-batch-size", "32")
     config.train.resolve_epochs(100)
     assert (config.train.train_iters, config.train.train_epochs) == (5, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [("20B", 2e10), ("1.5T", 1.5e12), ("300k", 3e5), (64000, 64e3)],
+)
+def test_quantities_are_read_as_people_write_them(given: object, number: float) -> None:
+    config = load_config(None, {"data": {"target_tokens": given}})
+    assert config.data.target_tokens == number
+    assert from_flags("--target-tokens", str(given)) == config
+
+
+def test_the_two_targets_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="target_examples: 10 and target_tokens exclude each other"):
+        load_config(None, {"data": {"target_tokens": 9, "target_examples": 10}})
+
+
+def test_a_fixed_weight_is_both_bounds() -> None:
+    sources = [
+        {**DATA["sources"][0], "fixed_weight": 0.25}, DATA["sources"][1],
+        {"name": "c", "path": "x", "min_weight": 0.1, "max_weight": 0.2},
+    ]  # fmt: skip
+    found = load_config(None, {"data": {**DATA, "sources": sources}}).data.sources
+    assert [(s.low, s.high) for s in found] == [(0.25, 0.25), (0.0, 1.0), (0.1, 0.2)]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_scalebio.data.sources import _packed_fingerprint, same_data
+from megatron_scalebio.data.scan import packed_fingerprint, same_data
 from megatron_scalebio.fingerprint import of_files
 
 
@@ -53,8 +51,7 @@ def test_which_file_holds_what_counts(tmp_path: Path) -> None:
 def test_packed_documents_are_told_apart_by_their_lengths_and_tokens(tmp_path: Path) -> None:
     def told(tokens: list[int], lengths: list[int]) -> str:
         np.array(tokens, np.uint16).tofile(tmp_path / "tokens.bin")
-        indexed: Any = SimpleNamespace(sequence_lengths=np.array(lengths, np.int32))
-        return _packed_fingerprint(str(tmp_path / "tokens"), indexed)
+        return packed_fingerprint(str(tmp_path / "tokens"), np.array(lengths, np.int32))
 
     first = told([1, 2, 3], [1, 2])
     assert first.startswith("3-2-6-")

@@ -34,6 +34,11 @@ COMPANIONS = [
     "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--fp8-format", "e4m3",
     "--window-size", "9,0", "--lr", "0.5",
 ]  # fmt: skip
+OF_EXPERTS = [
+    "--num-experts", "64", "--sequence-parallel", "--moe-router-num-groups", "4",
+    "--moe-router-group-topk", "2", "--moe-router-score-function", "sigmoid",
+    "--moe-shared-expert-intermediate-size", "64",
+]  # fmt: skip
 WORDS = {int: ["2", "4", "64"], float: ["0.25"], str: ["a/folder"]}
 
 
@@ -73,19 +78,21 @@ def differences(
     megatrons = theirs._option_string_actions[flag].dest
     if flag != "--" + name.partition(".")[2].replace("_", "-"):
         yield f"{flag}: sets {name}"
-    tried = 0
+    tried, before = 0, COMPANIONS + (OF_EXPERTS if "-expert" in flag or "--moe" in flag else [])
     for words in words_after(ours._option_string_actions[flag]):
         if set(words) & OURS_ALONE.get(flag, set()):
             continue
         read = getattr(ours.parse_args([flag, *words]), name)
         meant = getattr(theirs.parse_args([flag, *words]), megatrons)
+        if isinstance(meant, list) and len(meant) == 1:  # as Megatron's own checks make it
+            meant = meant[0]
         if not same(read, meant):
             yield f"{flag} {words}: {read!r}, Megatron reads {meant!r}"
-        kept = arguments_kept(ours, [*COMPANIONS, flag, *words])
+        kept = arguments_kept(ours, [*before, flag, *words])
         if kept is None:
             continue
         tried += 1
-        shows = megatrons in kept or kept != arguments_kept(ours, COMPANIONS)
+        shows = megatrons in kept or kept != arguments_kept(ours, before)
         wanted = name.startswith(("model.", "parallel.")) and flag not in NOT_KEPT
         if (shows or wanted) and not same(kept.get(megatrons, "nothing"), meant):
             yield f"{flag} {words}: a checkpoint has {kept.get(megatrons)!r} as {megatrons}"
@@ -97,6 +104,8 @@ def words_after(action: argparse.Action) -> list[list[str]]:
     """What a flag may be followed by: each of its choices, or a few values of its type."""
     if action.nargs == 0:
         return [[]]
+    if action.dest == "model.moe_layer_freq":
+        return [["[" + ",".join("0" + "1" * 15) + "]"]]
     values = action.choices or WORDS.get(action.type, ["7,0"])  # type: ignore[call-overload]
     return [[str(value)] for value in values]
 

@@ -20,9 +20,10 @@ from megatron_scalebio.config import (
     TrainConfig,
     ValidationConfig,
 )
+from megatron_scalebio.data.reuse import reused
 from megatron_scalebio.data.sources import shared_vocab_size
 from megatron_scalebio.engine import state as module
-from megatron_scalebio.engine.state import Data, RunState, weights_by_name
+from megatron_scalebio.engine.state import Data, RunState
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.scalebio import TrainState
 from tests.markov import write_problem
@@ -45,7 +46,7 @@ BILEVEL = {
 }  # fmt: skip
 JUDGING: dict[str, Any] = {
     "average_fraction": 0.3, "confidence": 0.9, "tolerance": 0.2, "early_stop": True,
-    "blend_floor": 0.01,
+    "blend_floor": 0.01, "final_train_iters": 30,
 }  # fmt: skip
 
 
@@ -71,7 +72,19 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
     common = {f"{name}.{k}": v for name, each in sections.items() for k, v in each.items()}
     assert bare(RunState, config_of()).settings() == common
     learned = {f"bilevel.{name}": value for name, value in BILEVEL.items()}
-    assert bare(TrainState, config_of()).settings() == {**common, **learned}
+    limits = dict.fromkeys((
+        "bilevel.kl_to_prior", "bilevel.prior", "data.target", "data.max_epochs",
+        "data.keep_ratios", "bounds of data.sources",
+    ))  # fmt: skip
+    assert bare(TrainState, config_of()).settings() == {**common, **learned, **limits}
+    data = {"weights": "x", "keep_ratios": True, "target_examples": 9.0, "max_epochs": 2.0}
+    sources = [SourceConfig("a", "p", min_weight=0.1), SourceConfig("b", "p")]
+    config = config_of(data=DataConfig(sources=sources, **DATA, **data))
+    config.bilevel.kl_to_prior = 0.5
+    limited = bare(TrainState, config).settings()
+    assert [limited[name] for name in limits][:5] == [0.5, "natural", 9.0, 2.0, True]
+    sources[0].min_weight = 0.2
+    assert bare(TrainState, config).settings() != limited
 
 
 # ---- its data ------------------------------------------------------------------------------------
@@ -98,7 +111,8 @@ def open_data(problem: tuple[list, list], parallel: ParallelConfig, **options: A
     sets = [ValidationConfig(f"v{weight}", validation["path"], weight) for weight in (1.0, 4.0)]
     data = DataConfig(sources=sources, validation=sets, **DATA, **options)
     train = TrainConfig(**TRAIN, micro_batch_size=3)
-    return Data(config_of(data=data, train=train, parallel=parallel), Path("unused"))
+    cache = Path(validation["path"]).parent / "cache"
+    return Data(config_of(data=data, train=train, parallel=parallel), cache)
 
 
 def test_samplers_are_as_configured(problem: tuple[list, list]) -> None:
@@ -156,8 +170,41 @@ def test_initial_weights_are_those_given(problem: tuple[list, list], tmp_path: P
     file = tmp_path / "weights.json"
     file.write_text(json.dumps({"sources": [*learned, {**learned[0], "name": "s1"}]}))
     data = open_data(problem, ParallelConfig(), weights=str(file))
-    assert data.initial_weights() == [0.7, 0.2, 0.2], "by name"
-    assert weights_by_name(tmp_path, ["s1", "s2", "s0"]) == [0.2, 0.2, 0.7], "a run's folder"
-    assert weights_by_name(file, ["s1", "s0"]) == [0.2, 0.7], "a source was dropped"
-    with pytest.raises(UserError, match="holds no weight for s3, s4, which data"):
-        weights_by_name(file, ["s3", "s0", "s4"])
+    assert data.initial_weights() == pytest.approx([7 / 11, 2 / 11, 2 / 11]), "by name"
+    assert data.known_sources() == [True] * 3
+    assert data.facts() == {"weights": "3 sources"}
+
+
+def former(folder: Path, **weights: float) -> Path:
+    sources = [{"name": n, "path": "x", "weight": w} for n, w in weights.items()]
+    (folder / "weights.json").write_text(json.dumps({"sources": sources}))
+    return folder
+
+
+def test_known_sources_keep_their_ratios_and_new_ones_enter_at_their_share(tmp_path: Path) -> None:
+    path = former(tmp_path, a=0.6, b=0.2, gone=0.2)
+    found = reused(path, ["new", "b", "a", "other"], 0.1)
+    assert found.weights == pytest.approx([0.05, 0.225, 0.675, 0.05])
+    assert (found.known, found.gone) == ([False, True, True, False], ["gone"])
+    assert found.described() == (
+        "2 sources; 2 new ones; left out, as they are no sources any more: gone"
+    )
+    assert reused(path / "weights.json", ["b", "a"], None).weights == pytest.approx([0.25, 0.75])
+    prior = reused(path, ["new", "b", "a"], None, [0.4, 0.3, 0.3])
+    assert prior.weights == pytest.approx([0.4, 0.15, 0.45])
+
+
+@pytest.mark.parametrize(
+    ("names", "share", "words"),
+    [
+        (["x", "y"], 0.1, "has a weight of none of the sources x, y; its own are a, b"),
+        (["a", "x"], None, "has no weight of x (give new_share"),
+        (["a", "b"], 0.1, "new_share: 0.1 is for sources that"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    tmp_path: Path, names: list[str], share: float | None, words: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        reused(former(tmp_path, a=0.6, b=0.4), names, share)
+    assert words in str(refused.value)

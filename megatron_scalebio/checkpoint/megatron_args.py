@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,10 @@ _WITHOUT: dict[str, Any] = {
     "init_method_xavier_uniform": False,
     "init_model_with_meta_device": False,
     "is_hybrid_model": False,
-    "moe_grouped_gemm": False,
     "moe_use_legacy_grouped_gemm": False,
     "mtp_num_layers": None,
     "multi_latent_attention": False,
     "no_persist_layer_norm": True,
-    "num_experts": None,
     "qk_l2_norm": False,
     "rotary_interleaved": False,
     "spec": None,
@@ -86,6 +85,7 @@ def megatron_args(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
         context_parallel_size=parallel.context_parallel_size,
+        **_experts(config),
         overlap_p2p_comm=parallel.num_layers_per_virtual_pipeline_stage is not None,
         cp_comm_type=["p2p"],
         transformer_impl="transformer_engine" if uses_transformer_engine(config) else "local",
@@ -112,6 +112,21 @@ def _tokenizer(tokenizer: Mapping[str, Any] | None) -> dict[str, str]:
     return {
         "tokenizer_type": tokenizer["type"],
         "tokenizer_model": str(model.absolute() if model.exists() else model),
+    }
+
+
+def _experts(config: Config) -> dict[str, Any]:
+    model, parallel = config.model, config.parallel
+    kept = {spec.name: getattr(model, spec.name) for spec in fields(model)}
+    return {
+        **{name: value for name, value in kept.items() if name.startswith("moe_")},
+        "num_experts": model.num_experts,
+        "moe_layer_freq": model.moe_layer_freq or 1,
+        "moe_grouped_gemm": model.num_experts is not None and uses_transformer_engine(config),
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": (
+            parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+        ),
     }
 
 

@@ -48,8 +48,9 @@ from megatron_scalebio.core.state import (
     optimizer_states,
     state_of_u_to_load,
 )
-from megatron_scalebio.data.sources import same_data
+from megatron_scalebio.data.scan import same_data
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.formatting import told_apart
 
 # What Megatron and torch raise where a disk or a file fails them.
 _CHECKPOINT_ERRORS = (
@@ -265,11 +266,11 @@ def _check_sources(state: Run, common: dict[str, Any], source: Path) -> None:
         )
     ours = state.common_state()["sources"]
     theirs = common["run"]["sources"]
-    if [name for name, _ in ours] != [name for name, _ in theirs]:
+    names, saved_names = ([name for name, _ in each] for each in (ours, theirs))
+    if names != saved_names:
         raise UserError(
-            f"{source}: was made for sources {[name for name, _ in theirs]}, not "
-            f"{[n for n, _ in ours]} (choose a new train.output, or the same data.sources in the "
-            "same order)"
+            f"{source}: was made for sources {told_apart(saved_names, names)} (choose a new "
+            "train.output, or the same data.sources in the same order)"
         )
     changed = [a[0] for a, b in zip(ours, theirs, strict=True) if not same_data(b[1], a[1])]
     if changed:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.utils._device
 
 from megatron_scalebio.compat import require
@@ -31,6 +32,9 @@ def adapt() -> None:
     _adapt_random_states()
     _adapt_optimizers()
     _adapt_devices()
+    _adapt_experts()
+    # Megatron-Core compiles some functions, which takes a C++ compiler and longer than they do.
+    torch.compiler.set_stance("force_eager")
     _adapted = True
 
 
@@ -38,6 +42,7 @@ def _adapt_devices() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.current_stream = torch.cpu.current_stream
+    cuda.Stream, cuda.stream = _Stream, torch.cpu.stream
     cuda.synchronize = lambda *args, **kwargs: None
     # `with torch.device(...)` knows factories by identity: it must learn them before they change.
     torch.utils._device._device_constructors()
@@ -46,6 +51,11 @@ def _adapt_devices() -> None:
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.type = _cuda_type_names(tensor.type)
+
+
+class _Stream(torch.cpu.Stream):
+    def record_event(self) -> Any:
+        return torch.cpu.Event()  # has happened
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -83,6 +93,49 @@ def _adapt_random_states() -> None:
     cuda.set_rng_state = random._set_cuda_rng_state = lambda state, *args, **kwargs: (
         torch.set_rng_state(state)
     )
+
+
+def _adapt_experts() -> None:
+    """What sends tokens to experts: sizes as numbers, and gloo's collectives of unequal parts.
+
+    Megatron makes numbers of the sizes on a GPU alone. Gloo gathers and scatters equal parts only.
+    """
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
+
+    require(token_dispatcher, "maybe_move_tensor_to_cpu")
+    require(mappings, "_gather_along_first_dim", "_reduce_scatter_along_first_dim")
+
+    def as_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_parts(
+        part: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if sizes is None or group.size() == 1:
+            return gather(part, group, sizes, use_global_buffer)
+        whole = part.new_empty(int(sum(sizes)), *part.shape[1:])
+        copies = part.repeat(group.size(), *[1] * (part.ndim - 1))
+        dist.all_to_all_single(whole, copies, list(sizes), [len(part)] * group.size(), group=group)
+        return whole
+
+    def scatter_parts(
+        whole: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if sizes is None or group.size() == 1:
+            return scatter(whole, group, sizes, use_global_buffer)
+        mine = int(sizes[group.rank()])
+        parts = whole.new_empty(group.size() * mine, *whole.shape[1:])
+        dist.all_to_all_single(
+            parts, whole.contiguous(), [mine] * group.size(), list(sizes), group=group
+        )
+        return parts.view(group.size(), mine, *whole.shape[1:]).sum(0)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = as_asked
+    mappings._gather_along_first_dim = gather_parts
+    mappings._reduce_scatter_along_first_dim = scatter_parts
 
 
 def _adapt_optimizers() -> None:

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from typing import Any
 
+import numpy as np
 import torch
-from megatron.core.datasets import indexed_dataset
+from megatron.core.datasets import gpt_dataset, helpers, indexed_dataset
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_scalebio.compat import require
@@ -26,8 +28,11 @@ _BORROWED: list[tuple[Any, ...]] = [
     ),
     (RotaryEmbedding, "_apply_scaling"),
     (filesystem_async, "_results_queue", "get_write_results_queue"),
+    (gpt_dataset, "_build_document_index", "_build_shuffle_index"),
+    (helpers, "build_sample_idx"),
     (indexed_dataset, "_INDEX_HEADER"),
     (p2p_communication, *_EXCHANGES),
+    (TopKRouter, "_apply_expert_bias"),
     (TransformerLayer, "_forward_attention", "_forward_pre_mlp_layernorm", "_forward_post_mlp"),
 ]  # fmt: skip
 _adapted = False
@@ -144,6 +149,24 @@ def start_manager_of_writers(initializer: Callable[..., None], *args: Any) -> No
 def index_magic() -> bytes:
     """What every `.idx` file begins with."""
     return indexed_dataset._INDEX_HEADER
+
+
+def packing_order(
+    lengths_D: np.ndarray, seq_length: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How Megatron's GPTDataset packs one epoch of documents: its three indices.
+
+    Returns:
+        The documents in their order; where each sample begins, (place in that order, token) [N + 1,
+        2]; the samples in their order [N].
+    """
+    random = np.random.RandomState(seed)
+    documents = np.arange(len(lengths_D), dtype=np.int32)
+    order_D = gpt_dataset._build_document_index(documents, 1, random, False)
+    tokens = int(lengths_D.sum(dtype=np.int64))
+    starts = helpers.build_sample_idx(lengths_D, order_D, seq_length, 1, tokens, True, 1)
+    samples = len(starts) - 1
+    return order_D, starts, gpt_dataset._build_shuffle_index(samples, samples, random)
 
 
 def exchanges() -> list[tuple[Any, str, type]]:

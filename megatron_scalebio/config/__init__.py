@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 
 from megatron_scalebio.config.baseline import BaselineConfig
 from megatron_scalebio.config.data import DataConfig, SourceConfig, ValidationConfig
+from megatron_scalebio.config.experts import check_expert_layout
 from megatron_scalebio.config.model import ModelConfig
 from megatron_scalebio.config.parallel import ParallelConfig
 from megatron_scalebio.config.training import (
@@ -125,6 +126,7 @@ class Config:
                 f"model.ffn_hidden_size: {model.ffn_hidden_size!r} is not divisible by TP {tp} "
                 "(choose a multiple)"
             )
+        check_expert_layout(model, parallel, world_size)
         self._validate_lengths(tp)
         if parallel.fp8_format:
             self._validate_fp8(tp)

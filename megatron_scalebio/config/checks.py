@@ -19,6 +19,18 @@ def option(default: Any, help: str) -> Any:
     return field(metadata={"help": help}, **factory)
 
 
+class Quantity(float):
+    """A number that may be written as 20B, 1.5T, 300k or 64M."""
+
+    def __new__(cls, given: Any) -> Quantity:
+        text = str(given).strip()
+        scale = _SCALES.get(text[-1:], 1)
+        return super().__new__(cls, float(text[:-1] if text[-1:] in _SCALES else text) * scale)
+
+
+_SCALES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
 def require_positive(section: Any, *names: str, or_zero: bool = False) -> None:
     for name in names:
         value = getattr(section, name)
@@ -31,9 +43,13 @@ def require_positive(section: Any, *names: str, or_zero: bool = False) -> None:
             raise UserError(f"{name}: {value!r} must be {bound} (set {name} {bound})")
 
 
-def require_name(where: str, name: str) -> None:
-    """Refuses what can't name a source or a set: names become names of files and folders."""
-    if not NAME.fullmatch(name):
+def require_name(where: str, name: str, grouped: bool = False) -> None:
+    """Refuses what can't name a source or a set: names become names of files and folders.
+
+    Args:
+        grouped: it may name its groups before it, as in topic/format/source.
+    """
+    if not all(NAME.fullmatch(part) for part in (name.split("/") if grouped else [name])):
         raise UserError(
             f"{name!r} cannot name a source or a set",
             where=where,

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_scalebio.config.checks import option, require_name, require_positive
+from megatron_scalebio.config.checks import Quantity, option, require_name, require_positive
 from megatron_scalebio.errors import UserError
 
 
-@dataclass
+@dataclass(slots=True)
 class SourceConfig:
     """One data source: a prepared folder, or a Megatron `.bin/.idx` prefix."""
 
     name: str
     path: str
     initial_weight: float | None = None
+    min_weight: float | None = None
+    max_weight: float | None = None
+    fixed_weight: float | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "initial_weight")
+        require_positive(self, "initial_weight", "max_weight", "fixed_weight")
+        require_positive(self, "min_weight", or_zero=True)
+        bounds = {name: getattr(self, name) for name in ("min_weight", "max_weight")}
+        for name, value in {**bounds, "fixed_weight": self.fixed_weight}.items():
+            if value is not None and value > 1:
+                raise UserError(f"{name}: {value!r} is above 1 (give a share of 1)")
+            if value is not None and self.fixed_weight is not None and name in bounds:
+                raise UserError(f"{name}: {value!r} and fixed_weight exclude each other (drop one)")
+        if self.low > self.high:
+            raise UserError(f"min_weight: {self.low!r} is above max_weight {self.high} (swap them)")
+
+    @property
+    def low(self) -> float:
+        """The least weight it may have."""
+        return self.min_weight or self.fixed_weight or 0.0
+
+    @property
+    def high(self) -> float:
+        """The largest weight it may have."""
+        given = self.max_weight if self.fixed_weight is None else self.fixed_weight
+        return 1.0 if given is None else given
 
 
 @dataclass
@@ -36,6 +60,9 @@ class ValidationConfig:
 @dataclass
 class DataConfig:
     sources: list[SourceConfig] = option(list, "training sources, NAME=PATH ...")
+    data_args_path: str | None = option(
+        None, "file of sources in place of these, as Megatron-LM takes it, such as a blend.txt"
+    )
     validation: list[ValidationConfig] = option(list, "validation sets, NAME=PATH ...")
     test: list[ValidationConfig] = option(
         list, "test sets, NAME=PATH ...: `train` and `evaluate` report their loss, nothing else"
@@ -45,6 +72,17 @@ class DataConfig:
         "weights.json of a `reweight` run: the initial weights of the sources, by name (it may "
         "name more)",
     )
+    new_share: float | None = option(
+        None, "share that the sources which `weights` lacks begin with, all together"
+    )
+    keep_ratios: bool = option(
+        False, "the ratios of `weights` stay: what is learned is the share of each new source"
+    )
+    target_tokens: Quantity | None = option(
+        None, "tokens that the final training will draw, such as 20B: bounds how often each repeats"
+    )
+    target_examples: Quantity | None = option(None, "the same in examples")
+    max_epochs: float = option(4.0, "most passes of the final training over a source")
     seq_length: int = option(1024, "tokens of model input per sequence")
     loss_mean: Literal["sample", "token"] = option(
         "sample", "mean over examples of their token means, or over all target tokens"
@@ -54,14 +92,14 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        require_positive(self, "seq_length")
+        require_positive(self, "seq_length", "target_tokens", "target_examples", "max_epochs")
         for kind, entries in (
             ("sources", self.sources), ("validation", self.validation), ("test", self.test),
         ):  # fmt: skip
-            names = [entry.name for entry in entries]
+            names = Counter(entry.name for entry in entries)
             for name in names:
-                require_name(kind, name)
-            twice = sorted({name for name in names if names.count(name) > 1})
+                require_name(kind, name, grouped=kind == "sources")
+            twice = sorted(name for name, count in names.items() if count > 1)
             if twice:
                 raise UserError(f"{kind}: {twice[0]!r} names two entries (rename one of them)")
         given = [source.initial_weight is not None for source in self.sources]
@@ -75,8 +113,39 @@ class DataConfig:
             raise UserError(
                 f"weights: {self.weights!r} and initial_weight both give weights (drop one of them)"
             )
+        self._check_mixture()
         unknown = sorted(set(self.known_weights or {}) - {source.name for source in self.sources})
         if unknown:
             raise UserError(
                 f"known_weights: {unknown[0]!r} is not a source (use the names in data.sources)"
             )
+
+    def _check_mixture(self) -> None:
+        """That a mixture within the bounds exists, and what goes with `weights` comes with it."""
+        least, most = (sum(getattr(s, of) for s in self.sources) for of in ("low", "high"))
+        if least > 1 + 1e-9:
+            raise UserError(
+                f"sources: their min_weight and fixed_weight add up to {least:g} (lower them to 1 "
+                "or less)"
+            )
+        if self.sources and most < 1 - 1e-9:
+            raise UserError(
+                f"sources: their max_weight and fixed_weight add up to {most:g} (raise them to 1 "
+                "or more)"
+            )
+        free = sum(source.low < source.high for source in self.sources)
+        if len(self.sources) > 1 and free < 2:
+            raise UserError(
+                f"sources: {free} of them have no fixed_weight: nothing is left to learn (free two "
+                "or more)"
+            )
+        if self.target_tokens is not None and self.target_examples is not None:
+            raise UserError(
+                f"target_examples: {self.target_examples:g} and target_tokens exclude each other "
+                "(drop one)"
+            )
+        if self.new_share is not None and not 0 < self.new_share < 1:
+            raise UserError(f"new_share: {self.new_share!r} is outside (0, 1) (choose within)")
+        for name in ("new_share", "keep_ratios"):
+            if getattr(self, name) and not self.weights:
+                raise UserError(f"{name}: needs the weights of a former run (give --weights)")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_scalebio.config.checks import option, require_positive, require_within_one
+from megatron_scalebio.config.experts import check_experts, refuse_without_experts
 from megatron_scalebio.config.rope import RopeScaling
 from megatron_scalebio.errors import UserError
 
@@ -38,6 +39,40 @@ class ModelConfig:
     activation: Literal["gelu", "gelu_tanh", "geglu_tanh"] = option(
         "gelu", "MLP without swiglu: exact GELU, its tanh approximation, or gated by the latter"
     )
+    num_experts: int | None = option(None, "experts in the MLP's place (MoE) [none]")
+    moe_layer_freq: list[int] | None = option(
+        None, "which layers have experts, a 1 or 0 for each layer; or N: every N-th [all]"
+    )
+    moe_ffn_hidden_size: int | None = option(None, "width of an expert [ffn_hidden_size]")
+    moe_shared_expert_intermediate_size: int | None = option(
+        None, "width of the shared expert, which every token goes through [none]"
+    )
+    moe_shared_expert_gate: bool = option(False, "weigh the shared expert by a gate (Qwen 2 MoE)")
+    moe_router_topk: int = option(2, "experts that a token goes through")
+    moe_router_score_function: Literal["softmax", "sigmoid"] = option(
+        "softmax", "a router's scores of its logits"
+    )
+    moe_router_pre_softmax: bool = option(False, "softmax over all experts, not the chosen ones")
+    moe_router_num_groups: int | None = option(
+        None, "groups of experts, of which the best come into question (DeepSeek) [no groups]"
+    )
+    moe_router_group_topk: int | None = option(None, "groups that come into question")
+    moe_router_topk_scaling_factor: float | None = option(None, "factor of the routers' weights")
+    moe_router_dtype: Literal["fp32", "fp64"] | None = option(
+        None, "in which routers compute [the model's]"
+    )
+    moe_router_enable_expert_bias: bool = option(
+        False, "balance the experts by a bias on their scores (DeepSeek-V3); needs sigmoid"
+    )
+    moe_router_bias_update_rate: float = option(1e-3, "by how much that bias moves in a step")
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = option(
+        "aux_loss", "balance over a micro-batch or over each sequence"
+    )
+    moe_aux_loss_coeff: float = option(0.0, "coefficient of the load-balancing loss")
+    moe_z_loss_coeff: float | None = option(None, "coefficient of the routers' z-loss [0]")
+    moe_token_dispatcher_type: Literal["alltoall", "flex"] = option(
+        "alltoall", "how tokens get to their experts; flex: DeepEP"
+    )
     add_bias_linear: bool = option(False, "biases in linear layers")
     add_qkv_bias: bool = option(False, "biases in the QKV projection (Qwen 2)")
     window_size: list[int] | None = option(
@@ -68,7 +103,9 @@ class ModelConfig:
             self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups",
             "kv_channels", "ffn_hidden_size", "max_position_embeddings", "vocab_size",
             "make_vocab_size_divisible_by", "norm_epsilon", "init_method_std", "rotary_base",
-            "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping",
+            "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping", "num_experts",
+            "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
+            "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor",
         )  # fmt: skip
         if self.window_size is not None:
             self._check_window(self.window_size)
@@ -81,6 +118,10 @@ class ModelConfig:
             )
         if self.post_norms and self.add_bias_linear:
             raise UserError("post_norms: True does not go with add_bias_linear (drop one of them)")
+        if self.num_experts is not None:
+            check_experts(self)
+        else:
+            refuse_without_experts(self)
         require_within_one(self, "hidden_dropout", "attention_dropout")
         if not 0 < self.rotary_percent <= 1:
             raise UserError(f"rotary_percent: {self.rotary_percent!r} is outside (0, 1] (use 1)")

@@ -14,6 +14,12 @@ class ParallelConfig:
     tensor_model_parallel_size: int = option(1, "ranks that share each layer (TP)")
     pipeline_model_parallel_size: int = option(1, "pipeline stages (PP)")
     context_parallel_size: int = option(1, "ranks that share each sequence (CP)")
+    expert_model_parallel_size: int = option(
+        1, "data-parallel ranks that share the experts of a layer (EP)"
+    )
+    expert_tensor_parallel_size: int | None = option(
+        None, "ranks that share each expert [tensor_model_parallel_size]"
+    )
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "layers per virtual chunk: interleaved pipeline (VPP)"
     )
@@ -44,7 +50,8 @@ class ParallelConfig:
         require_positive(
             self, "tensor_model_parallel_size", "pipeline_model_parallel_size",
             "context_parallel_size", "num_layers_per_virtual_pipeline_stage",
-            "recompute_num_layers", "distributed_timeout_minutes",
+            "recompute_num_layers", "distributed_timeout_minutes", "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
         )  # fmt: skip
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError(

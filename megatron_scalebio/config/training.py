@@ -75,14 +75,24 @@ class BilevelConfig:
     tolerance: float = option(
         BilevelOptions.tolerance, "widest half-interval that counts as converged"
     )
+    kl_to_prior: float = option(
+        0.0, "pull of the mixture to `prior`: weight of their KL divergence in the objective"
+    )
+    prior: str = option(
+        "natural", "what kl_to_prior pulls to: natural, initial, or a former run's weights.json"
+    )
+    final_train_iters: int | None = option(
+        None, "steps of the training that the weights are for [as many as the search has]"
+    )
     early_stop: bool = option(False, "stop once converged")
     blend_floor: float = option(1e-3, "weights below this are left out of the blend files")
 
     def __post_init__(self) -> None:
         require_positive(
             self, "alpha", "alpha_growth", "outer_rounds", "lr_lambda", "tolerance",
-            "resync_interval",
+            "resync_interval", "final_train_iters",
         )  # fmt: skip
+        require_positive(self, "kl_to_prior", or_zero=True)
         for name in ("floor_share", "average_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(

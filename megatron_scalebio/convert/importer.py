@@ -103,8 +103,9 @@ class ImportPlan:
     """What is read and what it becomes; all that can be known to be wrong is refused here.
 
     Args:
-        shapes: of each tensor as written, padded, by its stacked key, without the axis of layers.
-        dtypes: by stacked key.
+        shapes: of each tensor as written, padded, by its key, without the axes of layers and
+            experts.
+        dtypes: by key.
     """
 
     def __init__(self, hf: Path, divisible_by: int, tp: int) -> None:
@@ -124,7 +125,7 @@ class ImportPlan:
         self._check_head()
         self.args = _arguments(config, self.dtypes)
         self.shapes = {
-            whole.stacked_key: (
+            whole.key: (
                 (self.args.padded_vocab_size, *whole.shape[1:]) if whole.map.vocab else whole.shape
             )
             for whole in self.table.wholes
@@ -132,7 +133,7 @@ class ImportPlan:
 
     def nbytes(self, whole: Whole) -> int:
         """Bytes of a tensor as written."""
-        key = whole.stacked_key
+        key = whole.key
         return math.prod(self.shapes[key]) * self.dtypes[key].itemsize
 
     def in_file_order(self) -> list[Whole]:
@@ -143,11 +144,11 @@ class ImportPlan:
     def read(self, whole: Whole) -> Tensor:
         """One tensor of Megatron, padded."""
         names = [self._names[part.name] for part in whole.parts]
-        shape = self.shapes[whole.stacked_key]
+        shape = self.shapes[whole.key]
         if shape == whole.shape:
             return whole.to_megatron([self.source.read(name) for name in names])
         assert len(names) == 1 and whole.map.rule == "copy", "a padded tensor is read in place"
-        padded = torch.zeros(shape, dtype=self.dtypes[whole.stacked_key])
+        padded = torch.zeros(shape, dtype=self.dtypes[whole.key])
         self.source.read(names[0], padded[: whole.shape[0]])
         return padded
 
@@ -159,10 +160,10 @@ class ImportPlan:
                     f"{info.file}: {self._names[part.name]} has shape {list(info.shape)}, "
                     f"config.json asks for {list(part.shape)} (take both from the same model)"
                 )
-            if self.dtypes.setdefault(whole.stacked_key, info.dtype) != info.dtype:
+            if self.dtypes.setdefault(whole.key, info.dtype) != info.dtype:
                 raise UserError(
                     f"{info.file}: {self._names[part.name]} is {info.dtype}, its like in another "
-                    f"layer or part {self.dtypes[whole.stacked_key]} (save the model in one dtype)"
+                    f"layer or part {self.dtypes[whole.key]} (save the model in one dtype)"
                 )
 
     def _check_head(self) -> None:
@@ -192,7 +193,8 @@ def _arguments(config: Config, dtypes: dict[str, torch.dtype]) -> argparse.Names
     assert config.model.vocab_size is not None, "a family sets it"
     tokenizer = {"type": "HuggingFaceTokenizer", "model": config.model.hf}
     args = megatron_args(config, config.model.vocab_size, tokenizer)
-    args.params_dtype = dtypes["decoder.layers.self_attention.linear_proj.weight"]
+    linear = next(key for key in dtypes if key.endswith("self_attention.linear_proj.weight"))
+    args.params_dtype = dtypes[linear]
     args.bf16 = args.params_dtype == torch.bfloat16
     args.fp16 = args.params_dtype == torch.float16
     return args

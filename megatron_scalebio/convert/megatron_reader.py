@@ -58,20 +58,20 @@ class MegatronFolder:
         return self._key(whole) is not None
 
     def shape(self, whole: Whole) -> tuple[int, ...]:
-        """Its global shape; of a layer's tensor, without the axis of layers.
+        """Its global shape; of a layer's tensor, without the axes of layers and experts.
 
         Raises:
-            UserError: if the checkpoint has another number of layers.
+            UserError: if the checkpoint has another number of them.
         """
         key, size = self._key_and_size(whole)
-        if key != whole.stacked_key or whole.layer is None:
-            return size
-        if not size or size[0] != whole.layers:
+        _, sizes = whole.place_in(key)
+        if size[: len(sizes)] != sizes:
+            what = "layers and experts" if whole.expert is not None else "layers"
             raise UserError(
-                f"{self.folder}: {key} has {size[0] if size else 0} layers, the reference "
-                f"{whole.layers} (use the model that the checkpoint came from)"
+                f"{self.folder}: {key} has {list(size[: len(sizes)])} {what}, the reference "
+                f"{list(sizes)} (use the model that the checkpoint came from)"
             )
-        return size[1:]
+        return size[len(sizes) :]
 
     def dtype(self, whole: Whole) -> torch.dtype:
         return self._held[self._key_and_size(whole)[0]].properties.dtype
@@ -88,12 +88,9 @@ class MegatronFolder:
             UserError: if its bytes are damaged.
         """
         key, size = self._key_and_size(whole)
-        stacked = key == whole.stacked_key and whole.layer is not None
-        size = (rows, *(size[2:] if stacked else size[1:]))
-        offset = (0,) * len(size)
-        if stacked:
-            assert whole.layer is not None
-            size, offset = (1, *size), (whole.layer, *offset)
+        place, _ = whole.place_in(key)
+        offset = (*place, *(0,) * (len(size) - len(place)))
+        size = (*(1,) * len(place), rows, *size[len(place) + 1 :])
         region = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
         out = torch.empty(size, dtype=self._held[key].properties.dtype)
         items = create_read_items_for_chunk_list(self._prefix + key, self._held[key], [region])
@@ -105,7 +102,7 @@ class MegatronFolder:
                 f"{self.folder}: could not read {self._prefix + key}: {line} (the checkpoint is "
                 "damaged: use another)"
             ) from None
-        return out[0] if stacked else out
+        return out[(0,) * len(place)]
 
     def _key(self, whole: Whole) -> str | None:
         for key in (whole.stacked_key, whole.layer_key):

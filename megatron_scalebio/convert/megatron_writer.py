@@ -4,9 +4,10 @@
     __R_0.distcp    the chunks that rank R wrote, one after the other, each as by torch.save
     metadata.json   the format's name
 
-Tensors of layers are one global tensor (layers, …) with a chunk for each layer, as Megatron-Core
-saves them. It also expects an (empty) object `._extra_state` for each module that might hold FP8
-scales.
+Tensors of layers are one global tensor (layers, …) with a chunk for each layer, and those of
+experts (layers, experts, …), as Megatron-Core saves them; where only some layers have experts, each
+layer's tensors are their own. It also expects an (empty) object `._extra_state` for each module
+that might hold FP8 scales.
 """
 
 from __future__ import annotations
@@ -53,18 +54,17 @@ class ChunkWriter:
         self.results: list[WriteResult] = []
 
     def write(self, whole: Whole, tensor: Tensor) -> None:
-        """Appends one tensor; of a layer's, its chunk (1, …) of the global tensor.
+        """Appends one tensor; of a layer's or expert's, its chunk (1, …) of the global tensor.
 
         Raises:
             UserError: if the disk refuses.
         """
-        offset = (0,) * tensor.dim()
-        if whole.layer is not None:
-            offset, tensor = (whole.layer, *offset), tensor[None]
-        tensor = tensor.contiguous()
+        place, _ = whole.place_in(whole.key)
+        offset = (*place, *(0,) * tensor.dim())
+        tensor = tensor[(None,) * len(place)].contiguous()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # torch.save writes the storage
-        self._append(MetadataIndex(whole.stacked_key, offset), tensor)
+        self._append(MetadataIndex(whole.key, offset), tensor)
 
     def write_object(self, key: str, content: Any = None) -> None:
         self._append(MetadataIndex(key), [content])
@@ -108,11 +108,14 @@ def objects(wholes: Iterable[Whole]) -> list[str]:
     """The keys of the `_extra_state` objects that Megatron-Core's modules may look for."""
     keys: dict[str, None] = {}
     for whole in wholes:
-        if whole.stacked_key.startswith("decoder."):
-            place = "shard_0_1" if whole.layer is None else f"shard_{whole.layer}_{whole.layers}"
-            keys[f"{_module(whole.stacked_key)}._extra_state/{place}"] = None
+        if whole.key.startswith("decoder."):
+            place, sizes = (".".join(map(str, each)) for each in whole.place_in(whole.key))
+            shard = f"_extra_state/shard_{place or 0}_{sizes or 1}"
+            module = _module(whole.key)
+            keys[f"{module}.{shard}"] = None
             if whole.map.megatron == f"{LAYER}self_attention.linear_proj.weight":
-                keys[f"decoder.layers.self_attention.core_attention._extra_state/{place}"] = None
+                attention = module.removesuffix("linear_proj") + "core_attention"
+                keys[f"{attention}.{shard}"] = None
     return list(keys)
 
 
@@ -129,7 +132,8 @@ def common_state(args: argparse.Namespace) -> dict[str, Any]:
 def _module(key: str) -> str:
     """The module of a tensor; Transformer Engine's linear layers hold the norm before them."""
     module, _, name = key.rpartition(".")
-    assert name in ("weight", "bias", "layer_norm_weight", "layer_norm_bias"), key
+    known = ("weight", "bias", "layer_norm_weight", "layer_norm_bias", "expert_bias", "gate_weight")
+    assert name in known, key
     return module
 
 
@@ -143,18 +147,16 @@ def finish(
     """Completes a checkpoint whose chunks all ranks have written.
 
     Args:
-        shapes: of each tensor as written, by stacked key, without the axis of layers.
-        dtypes: by stacked key.
+        shapes: of each tensor as written, by key, without the axes of layers and experts.
+        dtypes: by key.
         results: each rank's.
     """
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for whole in wholes:
-        key, shape = whole.stacked_key, shapes[whole.stacked_key]
-        if whole.layer is None:
-            size, offset, chunk = shape, (0,) * len(shape), shape
-        else:
-            size = (whole.layers, *shape)
-            offset, chunk = (whole.layer, *(0,) * len(shape)), (1, *shape)
+        key, shape = whole.key, shapes[whole.key]
+        place, sizes = whole.place_in(key)
+        size, offset = (*sizes, *shape), (*place, *(0,) * len(shape))
+        chunk = (*(1,) * len(place), *shape)
         if key not in described:
             described[key] = TensorStorageMetadata(
                 TensorProperties(dtype=dtypes[key]), torch.Size(size), []

@@ -18,6 +18,8 @@ def heads_of(model: ModelConfig) -> Heads:
 def megatron_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
     """The shape of one tensor over all TP ranks, before the vocabulary is padded.
 
+    Of what each expert has, that of one expert's.
+
     Args:
         name: as in a family's table, with `{}` for the layer.
     """
@@ -26,6 +28,8 @@ def megatron_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
     heads = heads_of(model)
     gated = model.swiglu or model.activation == "geglu_tanh"
     fc1 = 2 * ffn if gated else ffn
+    experts, of_expert = model.num_experts or 0, model.moe_ffn_hidden_size or ffn
+    shared = model.moe_shared_expert_intermediate_size or 0
     vocab = (model.vocab_size, hidden)
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.word_embeddings.weight": vocab,
@@ -41,6 +45,13 @@ def megatron_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
         "mlp.linear_fc1.bias": (fc1,),
         "mlp.linear_fc2.weight": (hidden, ffn),
         "mlp.linear_fc2.bias": (hidden,),
+        "mlp.router.weight": (experts, hidden),
+        "mlp.router.expert_bias": (experts,),
+        "mlp.experts.experts.linear_fc1.weight": (2 * of_expert if gated else of_expert, hidden),
+        "mlp.experts.experts.linear_fc2.weight": (hidden, of_expert),
+        "mlp.shared_experts.linear_fc1.weight": (2 * shared if gated else shared, hidden),
+        "mlp.shared_experts.linear_fc2.weight": (hidden, shared),
+        "mlp.shared_experts.gate_weight": (1, hidden),
     }
     shape = shapes.get(name.removeprefix(LAYER))
     if shape is None:

@@ -42,6 +42,9 @@ class Whole:
         map: its row of the family's table.
         layer: None outside the layers.
         layers: how many layers the model has.
+        stacked: all its layers are alike, and one tensor in a checkpoint.
+        expert: None but for an expert's own.
+        experts: of a layer.
         shape: over all TP ranks, without the padding of the vocabulary.
         parts: what it is made of.
         heads: the sizes of the model's attention.
@@ -50,9 +53,17 @@ class Whole:
     map: TensorMap
     layer: int | None
     layers: int
+    stacked: bool
+    expert: int | None
+    experts: int
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     heads: Heads
+
+    @property
+    def key(self) -> str:
+        """Its name in a checkpoint that is written here."""
+        return self.stacked_key if self.stacked else self.layer_key
 
     @property
     def stacked_key(self) -> str:
@@ -63,6 +74,13 @@ class Whole:
     def layer_key(self) -> str:
         """Its name where each layer is a tensor of its own."""
         return self.map.megatron.format(self.layer)
+
+    def place_in(self, key: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where it is in a checkpoint's tensor of that name: index and sizes of the first axes."""
+        axes = [(self.layer, self.layers)] if key == self.stacked_key else []
+        axes.append((self.expert, self.experts))
+        held = [(at, size) for at, size in axes if at is not None]
+        return tuple(at for at, _ in held), tuple(size for _, size in held)
 
     def to_megatron(self, parts: list[Tensor]) -> Tensor:
         return RULES[self.map.rule].to_megatron(parts, self.heads)
@@ -88,23 +106,35 @@ class Table:
         rows = [row for row in family.tensors if row.when is None or getattr(model, row.when)]
         outer = [row for row in rows if "{}" not in row.megatron]
         inner = [row for row in rows if "{}" in row.megatron]
+        pattern = model.moe_layer_freq or [1] * model.num_layers
+        has_experts = [model.num_experts is not None and bool(each) for each in pattern]
         self.wholes = [self._whole(row, None) for row in outer if not row.megatron.startswith("d")]
-        self.wholes += [self._whole(row, n) for n in range(model.num_layers) for row in inner]
+        self.wholes += [
+            self._whole(row, layer, expert)
+            for layer, experts in enumerate(has_experts)
+            for row in inner
+            if row.layers is None or row.layers == ("experts" if experts else "dense")
+            for expert in (range(model.num_experts or 0) if row.per_expert else [None])
+        ]
         self.wholes += [self._whole(row, None) for row in outer if row.megatron.startswith("d")]
         self.parts = {part.name: whole for whole in self.wholes for part in whole.parts}
         names = {row.megatron: row.hf[0] for row in family.tensors}
         is_tied = not model.untie_embeddings_and_output_weights and _HEAD in names
         self.tied = (names[_HEAD], names[_EMBEDDING]) if is_tied else None
 
-    def _whole(self, row: TensorMap, layer: int | None) -> Whole:
+    def _whole(self, row: TensorMap, layer: int | None, expert: int | None = None) -> Whole:
         shape = megatron_shape(row.megatron, self._model)
         heads = heads_of(self._model)
         shapes = RULES[row.rule].to_hf(torch.empty(shape, device="meta"), heads)
         parts = tuple(
-            Part(name.format(layer), tuple(part.shape))
+            Part(name.format(layer, expert), tuple(part.shape))
             for name, part in zip(row.hf, shapes, strict=True)
         )
-        return Whole(row, layer, self._model.num_layers, shape, parts, heads)
+        model = self._model
+        return Whole(
+            row, layer, model.num_layers, model.moe_layer_freq is None, expert,
+            model.num_experts or 0, shape, parts, heads,
+        )  # fmt: skip
 
     def ignores(self, name: str) -> bool:
         """True for a buffer that is computed, not learned."""

@@ -5,6 +5,7 @@ Both models run in fp32, one after the other, so that one of them is in memory a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from megatron_scalebio.errors import UserError
 _PROMPTS, _LENGTH = 4, 64  # sequences, tokens
 # Rounding in fp32 gives about 1e-6 a layer; a wrong tensor or option gives far more.
 TOLERANCE = 1e-3
+# An expert's number in the names of its weights, one by one or grouped.
+_EXPERT = re.compile(r"local_experts\.(\d+)\.|experts\.linear_fc\d\.weight(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -149,13 +152,14 @@ def _outputs_of(
 
 def _fill(model: Any, plan: ExportPlan) -> None:
     """Loads the checkpoint's tensors, rounded as they are in the Hugging Face folder."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-
-    wholes = {whole.layer_key: whole for whole in plan.table.wholes}
+    wholes = {(whole.layer_key, whole.expert): whole for whole in plan.table.wholes}
     filled = set()
-    for entry in nested_values(model.sharded_state_dict(metadata={"non_homogeneous_layers": True})):
-        whole = wholes.get(entry.key)
+    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    for name, entry in state.items():
+        expert = _EXPERT.search(name)
+        key = (entry.key, int(expert[1] or expert[2]) if expert else None)
+        whole = wholes.get(key)
         if whole is not None:
             entry.data[: whole.shape[0]].copy_(plan.read_rounded(whole))
-            filled.add(entry.key)
+            filled.add(key)
     assert filled == set(wholes), filled ^ set(wholes)

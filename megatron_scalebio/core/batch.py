@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
 
-from megatron_scalebio.core.collectives import summed
+from megatron_scalebio.core.collectives import device, summed
 
 
 class Batch(Protocol):
@@ -47,6 +48,8 @@ class MicroBatch:
         positions_BS: position ids, int64.
         group_B: source or validation set of each sequence, int64.
         tokens: input tokens here, padding left out.
+        padding_BS: true where a sequence has ended, for the routers of a mixture of experts; None:
+            nowhere.
         member_B: its place in the global batch, int64, for whoever wants to know; a step does not.
     """
 
@@ -57,6 +60,7 @@ class MicroBatch:
     group_B: torch.Tensor
     tokens: int = 0
     member_B: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    padding_BS: torch.Tensor | None = None
 
     def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
         """The arguments of Megatron's GPTModel, whose output is then the loss of each label."""
@@ -69,9 +73,13 @@ class MicroBatch:
 
 
 def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From pinned memory: a copy from other memory may wait for all that is queued before it."""
-    here = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-    return here.to(device, non_blocking=True)
+    """From pinned memory: a copy from other memory may wait for all that is queued before it.
+
+    Memory is pinned as it lies, which an expanded tensor (positions) refuses.
+    """
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.contiguous().pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def gpt_losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:
@@ -80,7 +88,23 @@ def gpt_losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     Returns:
         The loss of each label, [B, S], on the last pipeline stage; else what the next one takes.
     """
-    return model(**batch.inputs(next(model.parameters()).device))
+    inputs = batch.inputs(next(model.parameters()).device)
+    padding_BS = getattr(batch, "padding_BS", None)
+    if padding_BS is not None and unwrap_model(model).config.num_moe_experts:
+        inputs["padding_mask"] = _for_routers(padding_BS, unwrap_model(model))
+    return model(**inputs)
+
+
+def _for_routers(padding_BS: torch.Tensor, gpt: Any) -> torch.Tensor:
+    """A stage's padding, of its own part of the sequences where tensor ranks share them.
+
+    The first pipeline stage takes its part by itself.
+    """
+    ranks = gpt.pg_collection.tp
+    padding_BS = padding_BS.to(device())
+    if gpt.config.sequence_parallel and not gpt.pre_process:
+        return padding_BS.chunk(ranks.size(), dim=1)[ranks.rank()]
+    return padding_BS
 
 
 def mean_coefficients(

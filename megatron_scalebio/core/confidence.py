@@ -21,6 +21,8 @@ went within the tail (``drift_left``), and the draw of the validation set: had e
 examples come from one of the sources, its own mixture would be off by sqrt(p (1 − p) / n). Other
 validation sets are known no better.
 
+Of near-duplicates (``lookalikes``) only the sum is known, so their intervals reach from 0 to it.
+
 What an interval does not hold: the bias of a finite α; what u's memory still leaves out where the
 weights no longer move (under LISA it is as short as a period); a final training much shorter than
 the search; and it says nothing if the mixture's learning rate decayed to zero. Measured in
@@ -30,6 +32,7 @@ docs/experiments.md, "Right where validation is not made of the sources".
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -42,7 +45,7 @@ MIN_TAIL_STEPS = 200  # a shorter tail cannot show convergence
 # Of an error b / t, t from T/2 to T: its mean, in units of what it loses from half to half of that.
 LEFT_OF_DRIFT = 2 * math.log(2) / (4 * math.log(9 / 8))
 MANY_SOURCES = 20  # with more, the tolerance is that share of an equal weight
-RESOLUTION = 0.01  # softmax never reaches 0: an estimate below this cannot be told from 0
+RESOLUTION = 0.01  # softmax never reaches 0 or 1: what is nearer than this cannot be told from them
 
 # Two-sided confidence → critical value of the random-scaling ratio (Abadir and Paruolo 1997).
 CRITICAL_VALUES = {0.80: 3.875, 0.90: 5.323, 0.95: 6.747, 0.98: 8.613}
@@ -161,6 +164,7 @@ class WeightIntervals:
     drift_S: Tensor  # of what the weights have still to go
     sampling_S: Tensor  # of the validation set's own draw
     confidence: float
+    lookalikes: list[list[int]]  # sources of which only the sum is known, and within its interval
 
 
 def tail_average(blocks_BS: Tensor) -> Tensor:
@@ -198,7 +202,10 @@ def drift_left(blocks_BS: Tensor) -> Tensor:
 
 
 def weight_intervals(
-    blocks_BS: Tensor, confidence: float = 0.95, validation_examples: float | None = None
+    blocks_BS: Tensor,
+    confidence: float = 0.95,
+    validation_examples: float | None = None,
+    lookalikes: Sequence[list[int]] = (),
 ) -> WeightIntervals:
     """Confidence intervals of the tail-averaged weights.
 
@@ -206,9 +213,11 @@ def weight_intervals(
         blocks_BS: tail of the trajectory, shape ``[B, S]``, B >= 1.
         confidence: two-sided, per source (not simultaneous); a key of ``CRITICAL_VALUES``.
         validation_examples: in the validation set; None: its own draw is left out.
+        lookalikes: sources that can't be told from each other (`Lookalikes.groups`): each one's
+            weight may be all of their sum, or nothing.
 
     A weight whose truth is 0 is approached from above and never reached, so the lower end of an
-    estimate below ``RESOLUTION`` is 0.
+    estimate below ``RESOLUTION`` is 0; and the upper end of one as near to 1 is 1.
     """
     weight_S = tail_average(blocks_BS)
     wandering_S = random_scaling_half_width(blocks_BS, confidence)
@@ -221,8 +230,14 @@ def weight_intervals(
     low_S = (weight_S - half_width_S).clamp(0.0, 1.0)
     low_S = torch.where(weight_S < RESOLUTION, torch.zeros_like(low_S), low_S)
     high_S = (weight_S + half_width_S).clamp(0.0, 1.0)
+    high_S = torch.where(weight_S > 1 - RESOLUTION, torch.ones_like(high_S), high_S)
+    groups = [g for g in lookalikes if len(g) > 1 and weight_S[g].sum() >= RESOLUTION]
+    for group in groups:
+        sum_B1 = blocks_BS[:, group].sum(1, keepdim=True)
+        low_S[group] = 0.0
+        high_S[group] = weight_intervals(sum_B1, confidence, validation_examples).high_S
     return WeightIntervals(
-        weight_S, low_S, high_S, half_width_S, wandering_S, drift_S, sampling_S, confidence
+        weight_S, low_S, high_S, half_width_S, wandering_S, drift_S, sampling_S, confidence, groups
     )
 
 
@@ -247,6 +262,7 @@ def judge_convergence(
     confidence: float = 0.95,
     constant_rate: bool = True,
     validation_examples: float | None = None,
+    lookalikes: Sequence[list[int]] = (),
 ) -> Verdict:
     """Converged only if the tail is long enough and every interval is within the tolerance.
 
@@ -260,6 +276,7 @@ def judge_convergence(
         tolerance: largest acceptable half-width, a share of 1; with more than ``MANY_SOURCES`` it
             shrinks as an equal weight does.
         confidence, validation_examples: of the intervals.
+        lookalikes: sources of which the sum alone has to be known.
         constant_rate: whether the mixture's learning rate was constant over the tail; if it
             decayed, stillness is no evidence and the verdict is never "converged".
     """
@@ -276,8 +293,17 @@ def judge_convergence(
         return Verdict(
             False, f"only {tail_steps} steps are averaged, at least {MIN_TAIL_STEPS} are needed"
         )
+    alone = weight_intervals(blocks_BS, confidence, validation_examples, lookalikes)
+    members = [[i] for i in range(num_sources) if not any(i in g for g in alone.lookalikes)]
+    members += alone.lookalikes
+    alike = "".join(
+        f"; only the sum of {', '.join(names[i] for i in group)} is known, which look alike"
+        for group in alone.lookalikes
+    )
+    names = [" + ".join(names[i] for i in group) for group in members]
+    blocks_BS = torch.stack([blocks_BS[:, group].sum(1) for group in members], 1)
     found = weight_intervals(blocks_BS, confidence, validation_examples)
-    if num_sources > 1 and not found.wandering_S.any():
+    if num_sources > 1 and not alone.wandering_S.any():
         return Verdict(False, "no weight has moved over the averaged steps")
     tolerance *= min(1.0, MANY_SOURCES / num_sources)
     widest = int(found.half_width_S.argmax())
@@ -286,12 +312,13 @@ def judge_convergence(
         return Verdict(
             False,
             f"the weight of {names[widest]} is known to ±{half_width:.3f} only, "
-            f"the tolerance is ±{tolerance:g}: {_why(found, widest, tolerance)}",
+            f"the tolerance is ±{tolerance:g}: {_why(found, widest, tolerance)}{alike}",
         )
     return Verdict(
         True,
         f"every weight is known to ±{half_width:.3f} or better "
-        f"({confidence:.0%} confidence, tolerance ±{tolerance:g}), with what it still drifts",
+        f"({confidence:.0%} confidence, tolerance ±{tolerance:g}), with what it still drifts"
+        + alike,
     )
 
 

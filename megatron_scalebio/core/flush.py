@@ -39,6 +39,7 @@ class Pass:
     Attributes:
         coefficient_B: of each sequence's summed token loss in its group's mean loss, float64.
         weight_B: of that in the objective, float64.
+        router_scale: of the losses of a mixture's routers, in this rank's part of the objective.
         last: no later pass of the step goes through the same model.
         target_BS: where labels count, on the device [of the batch's mask].
     """
@@ -47,6 +48,7 @@ class Pass:
     batch: Any  # a Batch, and whatever the forward pass takes of it
     coefficient_B: torch.Tensor
     weight_B: torch.Tensor
+    router_scale: float = 0.0
     last: bool = False
     target_BS: torch.Tensor | None = None
 
@@ -83,11 +85,15 @@ def passes_of(
         weight_G: of each source, or validation set, in the loss.
     """
     coefficients = mean_coefficients(batches, len(weight_G), loss_mean, groups)
+    micro_batches = len(batches) * groups.dp.size()
     return [
-        Pass(role, batch, each_B, (weight_G * scale)[batch.group_B] * each_B)
+        Pass(
+            role, batch, each_B, (weight_G * scale)[batch.group_B] * each_B,
+            0.0 if role is Role.VALID_W else scale / micro_batches,
+        )
         for batch, each_B in zip(batches, coefficients, strict=True)
         for role, scale in scales.items()
-    ]
+    ]  # fmt: skip
 
 
 def flush(
@@ -185,7 +191,7 @@ def forward_step(
     """Megatron's forward_step_func for one pass."""
     this = next(passes)
     with observe("forward"):
-        output = twin(this.role is Role.TRAIN_U, this.batch, this.last)
+        output = twin(this.role is Role.TRAIN_U, this.batch, this.last, this.router_scale)
     return output, partial(loss_func, this)
 
 

@@ -17,6 +17,7 @@ that round to it (`dither`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_scalebio.core.collectives import device
 
 _KEPT = "_low_bits"
+# Of a parameter: the ranks that share its masters.
+SharingGroup = Callable[[torch.nn.Parameter], dist.ProcessGroup | None]
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,15 @@ def restore(
 
 def sharing_group(
     ddp: DistributedDataParallelConfig, groups: ProcessGroupCollection
-) -> dist.ProcessGroup | None:
-    """The ranks that share each parameter's masters; None: each has them all."""
-    if not ddp.use_distributed_optimizer:
-        return None
-    return groups.intra_dp_cp if ddp.num_distributed_optimizer_instances > 1 else groups.dp_cp
+) -> SharingGroup:
+    """Tells the ranks that share a parameter's masters; None: each has them all."""
+    several = ddp.num_distributed_optimizer_instances > 1
+
+    def group(parameter: torch.nn.Parameter) -> dist.ProcessGroup | None:
+        if not ddp.use_distributed_optimizer:
+            return None
+        if getattr(parameter, "allreduce", True):
+            return groups.intra_dp_cp if several else groups.dp_cp
+        return groups.intra_expt_dp if several else groups.expt_dp  # of a mixture's experts
+
+    return group

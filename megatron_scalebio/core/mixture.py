@@ -4,7 +4,7 @@
 logits by the hypergradient in units of its own usual size:
 
     v ← β v + (1 − β) Σ_i p_i g_i²        (g less its mean under p)
-    λ_i −= lr · g_i / √(v / (1 − βᵗ))
+    λ_i −= lr · g_i / √(v / (1 − βᵗ))             (at most 15 lr, either way)
 
 A step moves p a Fisher distance of about lr, whatever α, the loss or the models' learning rate. v
 is one number for all sources: unlike Adam's, it does not blow the vanishing gradient of a small
@@ -28,17 +28,24 @@ from typing import Any
 import torch
 
 from megatron_scalebio.core.confidence import TrajectoryBlocks
+from megatron_scalebio.core.constraints import Constraints
+from megatron_scalebio.core.lookalikes import Lookalikes
 from megatron_scalebio.core.objective import logits_gradient, mixture_probs
 
 # A source never falls below this share of a uniform weight: it can still come back.
 LEAST_SHARE = 1e-4
 SIZE_DECAY = 0.99  # β: the hypergradient's size is known from about its last 100 steps
 LARGEST_STEP = 6.0  # in units of that size; noise almost never gets there
+# Of one source, in the same units. Where a batch has fewer places than there are sources, each that
+# is in it stands for 1 / inclusion of its like: uncut, one example of a heavy tail makes its source
+# the mixture, and no other comes back.
+LARGEST_OF_ONE = 15.0
 SIZE_WARMUP = 30  # steps before anything is cut
 # Once u's memory grows: the rate, as a share, and the weight of the hypergradient's recent change.
 DAMPED = 0.2
 LEAD = 5.0
 LEAD_STEPS = 10  # over which that change is seen
+BLOCKS_OF_ALL = 2**18  # of the trajectory, of all sources together
 
 
 class Mixture:
@@ -47,13 +54,23 @@ class Mixture:
     Args:
         initial_S: starting weights, normalised here.
         optimizer: "eg" or "adamw".
+        constraints: what the weights have to keep to; None: nothing.
     """
 
-    def __init__(self, initial_S: list[float], optimizer: str) -> None:
+    def __init__(
+        self, initial_S: list[float], optimizer: str, constraints: Constraints | None = None
+    ) -> None:
         weights_S = torch.tensor(initial_S, dtype=torch.float64)
+        self.constraints = constraints
         self.initial_S = weights_S / weights_S.sum()
+        if constraints is not None:
+            least = LEAST_SHARE / len(initial_S)
+            self.initial_S = constraints.project(self.initial_S.clamp_min(least))
         self.logits_S = self.initial_S.log()
-        self.trajectory = TrajectoryBlocks(len(initial_S))
+        # 512 blocks, or with many sources fewer: a kilobyte of each would be the run's memory.
+        capacity = max(32, min(512, BLOCKS_OF_ALL // len(initial_S) // 2 * 2))
+        self.trajectory = TrajectoryBlocks(len(initial_S), capacity)
+        self.lookalikes = Lookalikes(len(initial_S))
         self.steps = 0
         self.mean_square = 0.0  # v
         self.recent_S = torch.zeros_like(self.initial_S)  # g over about its last LEAD_STEPS
@@ -74,11 +91,17 @@ class Mixture:
             memory: as of `Training`; where it is above 1, g tells more of what λ leads to, and
                 later: eg goes slower, and ahead.
         """
+        self.lookalikes.append(hypergradient_S)
+        kept = self.constraints
+        if kept is not None:
+            hypergradient_S = kept.tie(hypergradient_S, self.probs_S)
+            if self._adamw is not None:
+                hypergradient_S = hypergradient_S + kept.pull_gradient(self.probs_S)
         gradient_S = logits_gradient(hypergradient_S, self.probs_S)
         with torch.no_grad():
             self.steps += 1
             if self._adamw is None:
-                step_S = self._eg_step(hypergradient_S, lr, memory)
+                step_S, size = self._eg_step(hypergradient_S, lr, memory)
                 if memory > 1.0 and not self.is_slow:
                     # The fast steps leave λ somewhere around the answer, and slow ones would take
                     # long from there.
@@ -86,23 +109,35 @@ class Mixture:
                     if self.trajectory.num_blocks:
                         self.logits_S.copy_(self.trajectory.tail().mean(0).log())
                 self.logits_S -= step_S
+                if kept is not None:
+                    self.logits_S.copy_(kept.pull(self.logits_S, size))
                 least = LEAST_SHARE / len(self.logits_S)
                 self.logits_S.copy_(self.probs_S.clamp_min(least).log())
             else:
                 self.logits_S.grad = gradient_S
                 self._adamw.param_groups[0]["lr"] = lr
                 self._adamw.step()
+            if kept is not None:
+                self.logits_S.copy_(kept.project(self.probs_S).log())
         self.trajectory.append(self.probs_S)
         return float(gradient_S.norm())
 
-    def _eg_step(self, hypergradient_S: torch.Tensor, lr: float, memory: float) -> torch.Tensor:
+    def lookalike_groups(self, tail_BS: torch.Tensor) -> list[list[int]]:
+        """Sources of which only the sum is known, in the mixtures that the weights average."""
+        return self.lookalikes.groups(tail_BS.mean(0) / self.initial_S)
+
+    def _eg_step(
+        self, hypergradient_S: torch.Tensor, lr: float, memory: float
+    ) -> tuple[torch.Tensor, float]:
+        """The step of λ; its size, by which g was multiplied."""
         cut_S = self._cut(hypergradient_S)
         self.recent_S += (cut_S - self.recent_S) / min(LEAD_STEPS, self.steps)
         if memory > 1.0:
             cut_S = cut_S + LEAD * (cut_S - self.recent_S)
             lr *= DAMPED / math.sqrt(memory)
         # Zero while u is still equal to w: then the hypergradient is zero too.
-        return lr * cut_S / (math.sqrt(self._usual_square(self.steps)) or 1.0)
+        usual = math.sqrt(self._usual_square(self.steps)) or 1.0
+        return lr * (cut_S / usual).clamp(-LARGEST_OF_ONE, LARGEST_OF_ONE), lr / usual
 
     def _cut(self, hypergradient_S: torch.Tensor) -> torch.Tensor:
         """g, cut to LARGEST_STEP times √v, with v the running mean of Σ_i p_i g_i² (cut alike).
@@ -130,6 +165,7 @@ class Mixture:
             "recent": self.recent_S.clone(),
             "is_slow": self.is_slow,
             "trajectory": self.trajectory.state_dict(),
+            "lookalikes": self.lookalikes.state_dict(),
             "adamw": self._adamw.state_dict()["state"] if self._adamw else {},
         }
 
@@ -141,7 +177,11 @@ class Mixture:
         recent_S = state.get("recent")
         self.recent_S = torch.zeros_like(self.initial_S) if recent_S is None else recent_S.clone()
         self.is_slow = state.get("is_slow", False)
+        blocks = len(state["trajectory"]["block_sums"])  # earlier versions had others
+        self.trajectory = TrajectoryBlocks(len(self.initial_S), blocks)
         self.trajectory.load_state_dict(state["trajectory"])
+        if "lookalikes" in state:  # checkpoints of earlier versions have none
+            self.lookalikes.load_state_dict(state["lookalikes"])
         if self._adamw and state["adamw"]:
             groups = self._adamw.state_dict()["param_groups"]
             self._adamw.load_state_dict({"state": state["adamw"], "param_groups": groups})

@@ -22,7 +22,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
 from megatron_scalebio.compat.megatron import start_of_shard
-from megatron_scalebio.core import low_bits
+from megatron_scalebio.compat.transformer_engine import fuse_weight_gradients
+from megatron_scalebio.core import experts, low_bits
 from megatron_scalebio.core.batch import gpt_losses
 from megatron_scalebio.core.twin import TwinModel, copy_buffers, named_parameters, unshare_storage
 
@@ -77,7 +78,8 @@ class Period:
         sharing = low_bits.sharing_group(ddp, groups)
         for name, model in self._models.items():
             for held in masters(model, self.optimizers[name]):
-                low_bits.restore(*held, sharing)
+                low_bits.restore(*held, sharing(held[0]))
+            fuse_weight_gradients(model, True)
 
     def gather_parameters(self) -> None:
         """Makes this rank's weights whole, where gathering them was left to the next forward pass.
@@ -103,8 +105,10 @@ class Period:
     def add_gradients_of_u(self, scale: float) -> None:
         """Adds u's reduced gradients times `scale` to w's: both are of the same weights."""
         for ddp_w, ddp_u in zip(self.ddp["w"], self.ddp["u"], strict=True):
-            for of_w, of_u in zip(ddp_w.buffers, ddp_u.buffers, strict=True):
+            pairs = (ddp.buffers + ddp.expert_parallel_buffers for ddp in (ddp_w, ddp_u))
+            for of_w, of_u in zip(*pairs, strict=True):
                 of_w.grad_data.add_(of_u.grad_data, alpha=scale)
+        experts.copy_load(self.ddp["u"], self.ddp["w"])
 
     @torch.no_grad()
     def resync(self, share: float = 1.0) -> None:
@@ -145,6 +149,7 @@ class Period:
                 if chunk.ddp_config.use_distributed_optimizer:
                     chunk.start_param_sync(force_sync=True)  # a tie is rounded where its master is
         for model in self._models.values():
+            fuse_weight_gradients(model, False)
             for _, parameter in named_parameters(model):
                 for name in _LEFT_ON_PARAMETERS:
                     if hasattr(parameter, name):

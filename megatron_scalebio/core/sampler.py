@@ -78,7 +78,7 @@ class BlendSampler:
     ) -> None:
         self.sizes_S = np.asarray(sizes_S, dtype=np.int64)
         if (self.sizes_S < 1).any():
-            raise ValueError(f"sizes_S is {list(sizes_S)}: every source needs an example")
+            raise ValueError(f"sizes_S is {min(sizes_S)} somewhere: every source needs an example")
         if batch_size < 1 or batch_size != int(batch_size):
             raise ValueError(f"batch_size is {batch_size}, it must be a whole number above 0")
         if not 0 < floor_share <= 1:

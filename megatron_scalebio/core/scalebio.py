@@ -30,6 +30,7 @@ from megatron_scalebio.core.confidence import (
     judge_convergence,
     weight_intervals,
 )
+from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.core.flush import Losses, Pass, passes_of
 from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.objective import Role, hypergradient, mixed, role_scale
@@ -78,6 +79,7 @@ class ScaleBiO(Training):
         model_provider, ddp, optimizer, **training: as of `Training`.
         validation: weight of each validation set in L1, by name, in the order of their numbers.
         initial_weights: of the sources, normalised here [equal ones].
+        constraints: what the weights have to keep to [nothing].
 
     Attributes:
         mixture: λ and its trajectory.
@@ -96,6 +98,7 @@ class ScaleBiO(Training):
         *,
         validation: Mapping[str, float] | None = None,
         initial_weights: Sequence[float] | None = None,
+        constraints: Constraints | None = None,
         **training: Any,
     ) -> None:
         validation = {"validation": 1.0} if validation is None else validation
@@ -112,7 +115,7 @@ class ScaleBiO(Training):
         self.options, self.sources = options, list(sources)
         shares_V = torch.tensor(list(validation.values()), dtype=torch.float64)
         self.validation_shares_V = shares_V / shares_V.sum()
-        self.mixture = Mixture(initial, options.mixture_optimizer)
+        self.mixture = Mixture(initial, options.mixture_optimizer, constraints)
 
     @property
     def weights(self) -> Floats:
@@ -224,7 +227,12 @@ class ScaleBiO(Training):
         Args:
             validation_examples: in the validation set, whose own draw then counts.
         """
-        return weight_intervals(self._tail(), self.options.confidence, validation_examples)
+        found = weight_intervals(
+            self._tail(), self.options.confidence, validation_examples,
+            self.mixture.lookalike_groups(self._tail()),
+        )  # fmt: skip
+        kept = self.mixture.constraints
+        return found if kept is None else kept.narrow(found)
 
     def verdict(
         self, constant_rate: bool = True, validation_examples: float | None = None
@@ -235,14 +243,19 @@ class ScaleBiO(Training):
             constant_rate: lr_lambda was the same over the averaged steps.
             validation_examples: as of `intervals`.
         """
+        tail = self._tail()
+        groups = self.mixture.lookalike_groups(tail)
+        kept = self.mixture.constraints
+        free = [i for i in range(len(self.sources)) if kept is None or kept.free_S[i]]
         return judge_convergence(
-            self._tail(),
-            self.sources,
+            tail[:, free],
+            [self.sources[i] for i in free],
             block_length=self.mixture.trajectory.block_length,
             tolerance=self.options.tolerance,
             confidence=self.options.confidence,
             constant_rate=constant_rate,
             validation_examples=validation_examples,
+            lookalikes=[[free.index(i) for i in group if i in free] for group in groups],
         )
 
     def _tail(self) -> torch.Tensor:

@@ -119,18 +119,14 @@ def state_of_u_to_load(u: Chunks, keys: Collection[str]) -> dict[str, Any]:
     return _of_u(u, lambda entry: f"u.{_key(entry)}" in keys)
 
 
-def low_bits_state(models: Mapping[str, Chunks], group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """Sharded state of the low bits of w, and of u's where they are not w's. A collective.
-
-    Args:
-        group: as of `low_bits.whole`.
-    """
+def low_bits_state(models: Mapping[str, Chunks], group: low_bits.SharingGroup) -> dict[str, Any]:
+    """Sharded state of the low bits of w, and of u's where they are not w's. A collective."""
     of_w = {id(low_bits.kept(p)) for _, p in named_parameters(models["w"])}
 
     def bits(name: str, entry: Any, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         held = low_bits.kept(parameter)
         is_ws = name == "u" and id(held) in of_w
-        return None if held is None or is_ws else low_bits.whole(parameter, group)
+        return None if held is None or is_ws else low_bits.whole(parameter, group(parameter))
 
     return _in_place_of_weights(models, bits)
 
@@ -150,7 +146,7 @@ def low_bits_to_load(models: Mapping[str, Chunks], keys: Collection[str]) -> dic
 
 
 def load_low_bits(
-    models: Mapping[str, Chunks], loaded: Mapping[str, Any], group: dist.ProcessGroup | None
+    models: Mapping[str, Chunks], loaded: Mapping[str, Any], group: low_bits.SharingGroup
 ) -> None:
     """Keeps what was loaded for `low_bits_to_load`, and nothing else."""
     for name, chunks in models.items():
@@ -160,7 +156,7 @@ def load_low_bits(
             for key, parameter in unwrap_model(chunk).named_parameters():
                 low_bits.forget(parameter)
                 if key in tensors:
-                    low_bits.keep_part(parameter, tensors[key], group)
+                    low_bits.keep_part(parameter, tensors[key], group(parameter))
 
 
 def _in_place_of_weights(

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -26,8 +25,8 @@ from megatron.core.safe_globals import register_safe_globals
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
+from megatron_scalebio.core import experts, low_bits
 from megatron_scalebio.core import lisa as lisa_layers
-from megatron_scalebio.core import low_bits
 from megatron_scalebio.core import state as states
 from megatron_scalebio.core.batch import gpt_losses
 from megatron_scalebio.core.collectives import of_first_rank
@@ -204,7 +203,7 @@ class Training:
         for chunks in self.models.values():
             for _, parameter in named_parameters(chunks):
                 if parameter.requires_grad and parameter.dtype is torch.bfloat16:
-                    low_bits.dither(parameter, self._seed, self.sharing_group)
+                    low_bits.dither(parameter, self._seed, self.sharing_group(parameter))
 
     def flush_takes(self, passes: int) -> bool:
         """Whether one flush may have so many micro-batches: interleaved pipelines are choosy."""
@@ -241,6 +240,7 @@ class Training:
             skipped = None
             for name, optimizer in optimizers.items():
                 step_with(optimizer, rates[name])
+                experts.move_biases(self.models[name], self.groups)
             for twin in self.period.twins:
                 twin.weights_have_moved()
         else:
@@ -346,7 +346,7 @@ class Training:
             self.leave_period()
 
     @property
-    def sharing_group(self) -> dist.ProcessGroup | None:
+    def sharing_group(self) -> low_bits.SharingGroup:
         return low_bits.sharing_group(self._ddp, self.groups)
 
     @property
@@ -370,7 +370,7 @@ class Training:
 
 def _require_right_losses(config: TransformerConfig, ddp: DistributedDataParallelConfig) -> None:
     """Refuses a model of whose losses a step's gradients would not be right."""
-    others = any(np.ravel(config.moe_aux_loss_coeff)) or config.moe_z_loss_coeff
+    experts.require_right_routers(config)
     for wrong, why in (
         (
             not config.calculate_per_token_loss,
@@ -384,9 +384,9 @@ def _require_right_losses(config: TransformerConfig, ddp: DistributedDataParalle
             "False",
         ),
         (
-            config.mtp_num_layers or (config.num_moe_experts and others),
-            "mtp_num_layers, moe_aux_loss_coeff or moe_z_loss_coeff is set, losses that are scaled "
-            "for a division by tokens that a step does not make; switch them off",
+            config.mtp_num_layers,
+            "mtp_num_layers is set, a loss that is scaled for a division by tokens that a step "
+            "does not make; switch it off",
         ),
     ):
         if wrong:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,7 +29,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megatron_scalebio.compat import fp8_state
 from megatron_scalebio.compat.transformer_engine import share_copies
-from megatron_scalebio.core import low_bits
+from megatron_scalebio.core import experts, low_bits
 from megatron_scalebio.core.batch import Batch, gpt_losses
 from megatron_scalebio.core.collectives import device
 
@@ -53,6 +54,7 @@ def build_chunks(provider: ModelProvider, groups: ProcessGroupCollection) -> lis
         chunk = chunk.to(device())
         half = config.bf16 and not isinstance(chunk, Float16Module)
         chunks.append(Float16Module(config, chunk) if half else chunk)
+    experts.prepare(chunks)
     return chunks
 
 
@@ -119,12 +121,16 @@ class TwinModel(torch.nn.Module):
         self.w, self.u = w, u
         self._losses = losses
         self.config: TransformerConfig = gpt.config
-        self.model_type = gpt.model_type
-        self.share_embeddings_and_output_weights = gpt.share_embeddings_and_output_weights
-        self.vp_stage = gpt.vp_stage
+        # What Megatron's schedules ask of a model; those that are no GPTModel may lack it.
+        self.model_type = getattr(gpt, "model_type", ModelType.encoder_or_decoder)
+        self.share_embeddings_and_output_weights = getattr(
+            gpt, "share_embeddings_and_output_weights", False
+        )
+        self.vp_stage = getattr(gpt, "vp_stage", None)
         self._input: torch.Tensor | None = None
         self._period = object()  # a twin lives as long
         self._moved = True
+        self._routers = {True: list(experts.routers([u])), False: list(experts.routers([w]))}
         self._one_copy: list[tuple[Any, Any]] | None = None  # modules of w and of u
         self._unclaimed = False
 
@@ -184,10 +190,13 @@ class TwinModel(torch.nn.Module):
         for ddp in (self.w, self.u):
             _reduce_as_they_come(ddp, False)
 
-    def forward(self, on_u: bool, batch: Batch, last: bool = False) -> torch.Tensor:
+    def forward(
+        self, on_u: bool, batch: Batch, last: bool = False, router_scale: float = 0.0
+    ) -> torch.Tensor:
         """A pass of w or u.
 
         Args:
+            router_scale: of its routers' losses.
             last: the model's last one in this flush. Where reduction overlaps the backward pass,
                 the gradients are reduced as this pass completes them.
         """
@@ -196,7 +205,12 @@ class TwinModel(torch.nn.Module):
         ddp = self.u if on_u else self.w
         gpt: Any = unwrap_model(ddp)
         gpt.set_input_tensor(self._input)
+        routers = self._routers[on_u]
+        if routers:
+            experts.set_pass(routers, router_scale)
         output = self._losses(ddp, batch)
+        if routers and output.requires_grad:
+            output.register_hook(lambda gradient: experts.set_pass(routers, router_scale))
         if last and ddp.ddp_config.overlap_grad_reduce and output.requires_grad:
             # Not before its backward pass begins: other passes of the pipeline end in between.
             output.register_hook(lambda gradient: _reduce_as_they_come(ddp, True))
@@ -228,9 +242,10 @@ def finalize_twin_grads(
     model: list[TwinModel], num_tokens: torch.Tensor | None = None, **kwargs: Any
 ) -> None:
     """Reduces the gradients of w, then of u. Coefficients are global: no division by tokens."""
-    finalize_model_grads([twin.w for twin in model], None, **kwargs)
-    if model[0].u is not model[0].w:
-        finalize_model_grads([twin.u for twin in model], None, **kwargs)
+    w, u = [twin.w for twin in model], [twin.u for twin in model]
+    for chunks in (w,) if u[0] is w[0] else (w, u):
+        experts.take_load(chunks)
+        finalize_model_grads(chunks, None, **kwargs)
 
 
 def named_parameters(chunks: Iterable[torch.nn.Module]) -> Iterable[tuple[str, torch.nn.Parameter]]:

@@ -80,6 +80,7 @@ def micro_batches(sources: Sequence[Source], picks: Picks, layout: BatchLayout) 
                 positions_BS=torch.from_numpy(held_S).expand(len(members), -1),
                 group_B=torch.from_numpy(picks.group_B[members]),
                 member_B=torch.from_numpy(members),
+                padding_BS=torch.from_numpy(held_S >= length_B[members, None]),
                 tokens=int((held_S < length_B[members, None]).sum()),
             )
         )

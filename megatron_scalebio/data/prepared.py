@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_scalebio.data.indexed import open_indexed
+from megatron_scalebio.data.scan import read_description
 from megatron_scalebio.data.source_writer import (
     LEFT_OUT_FILE,
     LOSS_MASK,
@@ -19,7 +21,6 @@ from megatron_scalebio.data.source_writer import (
     SOURCE_FILE,
     TOKENS,
 )
-from megatron_scalebio.data.sources import open_indexed, read_description
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
 

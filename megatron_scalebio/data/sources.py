@@ -9,24 +9,22 @@ arrays of one more than the input length: token ids, and 1 where a token is a ta
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
-from megatron.core.datasets.utils import Split
 
-from megatron_scalebio.compat.megatron import index_magic
 from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
+from megatron_scalebio.data.catalog import Catalog, OnOpened, open_catalog
+from megatron_scalebio.data.indexed import IndexedPair
+from megatron_scalebio.data.scan import (
+    Facts,
+    look_at_examples,
+    read_description,
+)
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.fingerprint import of_files
 
 Example = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]
 UNBOUNDED = 2**31  # until all sources are open, and tell the vocabulary
@@ -37,124 +35,143 @@ class Source(Protocol):
 
     name: str
     prefix: str  # path prefix of its .bin/.idx, as Megatron-LM's --data-path takes it
-    tokens: int
-    largest_id: int  # among the first tokens
-    fingerprint: str  # changes when the data does; to be compared by `same_data`
     vocab_size: int  # a token at or above it is damage
-    tokenizer: dict[str, Any] | None  # of prepared sets: type, model, vocab_size, fingerprint
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def largest_id(self) -> int:
+        """Among the first tokens."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the data does; to be compared by `same_data`."""
+
+    @property
+    def tokenizer(self) -> dict[str, Any] | None:
+        """Of prepared sets: type, model, vocab_size, fingerprint."""
 
     def __len__(self) -> int: ...
     def length(self, index: int) -> int: ...
     def example(self, index: int) -> Example: ...
 
 
-class ExampleSource:
+class Describes(Protocol):
+    """Has what was seen of sources, by number."""
+
+    def facts(self, number: int) -> Facts: ...
+
+
+class Looked:
+    """Has it of one that was just looked at."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+
+    def facts(self, number: int) -> Facts:
+        return self._facts
+
+
+class _Described:
+    """A source by what a first look at it has told; few bytes: a run may have ten thousand."""
+
+    __slots__ = ("_described_by", "_number", "name", "prefix", "vocab_size")
+
+    def __init__(self, name: str, prefix: str, described_by: Describes, number: int) -> None:
+        self.name, self.prefix, self.vocab_size = name, prefix, UNBOUNDED
+        self._described_by, self._number = described_by, number
+
+    @property
+    def facts(self) -> Facts:
+        return self._described_by.facts(self._number)
+
+    @property
+    def tokens(self) -> int:
+        return self.facts.tokens
+
+    @property
+    def largest_id(self) -> int:
+        return self.facts.largest_id
+
+    @property
+    def fingerprint(self) -> str:
+        return self.facts.fingerprint
+
+    @property
+    def tokenizer(self) -> dict[str, Any] | None:
+        return self.facts.tokenizer
+
+    def __len__(self) -> int:
+        return self.facts.examples
+
+
+class ExampleSource(_Described):
     """A prepared folder: one example per sequence."""
 
-    vocab_size = UNBOUNDED
+    __slots__ = ()
 
-    def __init__(self, name: str, folder: Path, seq_length: int) -> None:
-        self.name, self.prefix = name, str(folder / "tokens")
-        description = read_description(folder / "source.json")
-        self.tokenizer = description["tokenizer"]
-        self.fingerprint, self.tokens = description["fingerprint"], description["tokens"]
-        self._tokens = open_indexed(folder / "tokens")
-        self._mask = open_indexed(folder / "loss_mask")
-        self._lengths = self._tokens.sequence_lengths
-        self.largest_id = _largest_id(self.prefix, self._tokens)
-        if not np.array_equal(self._lengths, self._mask.sequence_lengths):
-            raise UserError(
-                f"{folder}: tokens and loss_mask differ in their sequences (run prepare again)"
-            )
-        longest = int(self._lengths.max()) - 1
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        seq_length: int,
+        described_by: Describes | None = None,
+        number: int = 0,
+    ) -> None:
+        described_by = described_by or Looked(look_at_examples(folder))
+        super().__init__(name, str(folder / "tokens"), described_by, number)
+        longest = self.facts.longest
         if longest > seq_length:
             raise UserError(
                 f"{folder}: holds an example of {longest} tokens, above seq_length {seq_length} "
                 f"(prepare it with --seq-length {seq_length}, or raise data.seq_length)"
             )
 
-    def __len__(self) -> int:
-        return len(self._lengths)
-
     def length(self, index: int) -> int:
-        return int(self._lengths[index]) - 1
+        facts = self.facts
+        return IndexedPair(self.prefix, facts.code, facts.sequences).length(index) - 1
 
     def example(self, index: int) -> Example:
-        tokens, mask = self._tokens[index].astype(np.int64), self._mask[index]
+        facts, masks = self.facts, self.prefix.removesuffix("tokens") + "loss_mask"
+        pair = IndexedPair(self.prefix, facts.code, facts.sequences)
+        tokens = pair.tokens(index).astype(np.int64)
+        mask = IndexedPair(masks, facts.mask_code, facts.sequences).tokens(index, 0, len(tokens))
         _check_ids(self, index, tokens)
         if len(mask) and mask.max() > 1:
             raise UserError(
-                f"{self.prefix.removesuffix('tokens') + 'loss_mask.bin'}: example {index} of "
-                f"source {self.name!r} holds {mask.max()}, not 0 or 1 (the file is damaged: run "
-                "prepare again)"
+                f"{masks}.bin: example {index} of source {self.name!r} holds {mask.max()}, not 0 "
+                "or 1 (the file is damaged: run prepare again)"
             )
         return tokens, mask.astype(np.uint8)
 
 
-class PackedSource:
+class PackedSource(_Described):
     """A Megatron `.bin/.idx` prefix: documents run together and cut to seq_length."""
 
-    tokenizer: dict[str, Any] | None = None
-    vocab_size = UNBOUNDED
-
-    def __init__(self, name: str, prefix: str, config: Config, cache: Path) -> None:
-        self.name, self.prefix = name, prefix
-        indexed = open_indexed(Path(prefix))
-        self.tokens = int(indexed.sequence_lengths.sum())
-        self.fingerprint = _packed_fingerprint(prefix, indexed)
-        self.largest_id = _largest_id(prefix, indexed)
-        self._length = config.data.seq_length
-        if self.tokens <= self._length:
-            raise UserError(
-                f"{prefix}: holds {self.tokens} tokens, not one sequence of {self._length} (lower "
-                "data.seq_length or drop the source)"
-            )
-        settings = GPTDatasetConfig(
-            random_seed=config.train.seed,
-            sequence_length=self._length,
-            blend=([prefix], None),
-            split="1,0,0",
-            path_to_cache=str(cache),
-            tokenizer=_Vocabulary(),
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-        documents = np.arange(len(indexed.document_indices) - 1, dtype=np.int32)
-        self._dataset = GPTDataset(indexed, prefix, documents, None, Split.train, settings)
-
-    def __len__(self) -> int:
-        return len(self._dataset)
+    __slots__ = ()
+    _described_by: Catalog
 
     def length(self, index: int) -> int:
-        return self._length
+        return self.facts.longest
 
     def example(self, index: int) -> Example:
-        item = self._dataset[index]
-        tokens = np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
-        targets = np.append(0, item["loss_mask"].numpy())
+        """As Megatron's GPTDataset gives it, for the same seed."""
+        order_D, starts, shuffled = self._described_by.packing(self._number)
+        facts = self.facts
+        pair = IndexedPair(self.prefix, facts.code, facts.sequences)
+        sample = int(shuffled[index])
+        (first, skipped), (last, end) = starts[sample : sample + 2].tolist()
+        parts = []
+        for place in range(first, last + 1):
+            begin = skipped if place == first else 0
+            # One more than the input: the last label.
+            count = end + 1 - begin if place == last else None
+            parts.append(pair.tokens(int(order_D[place]), begin, count))
+        tokens = np.concatenate(parts).astype(np.int64)
         _check_ids(self, index, tokens)
-        return tokens.astype(np.int64), targets.astype(np.uint8)
-
-
-_SAMPLES = 8  # few: a run may have thousands of prefixes on a slow disk
-
-
-def _packed_fingerprint(prefix: str, indexed: IndexedDataset) -> str:
-    """Sizes, then a hash of all documents' lengths and of samples of their tokens."""
-    path, lengths = Path(f"{prefix}.bin"), indexed.sequence_lengths
-    content = hashlib.sha256(lengths)
-    content.update(of_files([path], _SAMPLES).encode())
-    return f"{lengths.sum()}-{len(lengths)}-{path.stat().st_size}-{content.hexdigest()}"
-
-
-def same_data(saved: str, now: str) -> bool:
-    """Whether two fingerprints are of the same data, by all that the saved one tells.
-
-    Those of packed prefixes were sizes alone in earlier versions.
-    """
-    return f"{now}-".startswith(f"{saved}-")
+        targets = np.ones(len(tokens), np.uint8)
+        targets[0] = 0
+        return tokens, targets
 
 
 def _check_ids(source: Source, index: int, tokens: npt.NDArray[np.integer]) -> None:
@@ -168,114 +185,34 @@ def _check_ids(source: Source, index: int, tokens: npt.NDArray[np.integer]) -> N
         )
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """What GPTDataset asks of a tokenizer when nothing is masked or reset at document ends."""
-
-    eod: int = -1
-    pad: int = -1
-    vocab_size: None = None
-
-    @property
-    def unique_identifiers(self) -> dict[str, str]:
-        return {"class": "none"}
-
-
 def open_sources(
-    entries: Sequence[SourceConfig | ValidationConfig], config: Config, cache: Path
+    entries: Sequence[SourceConfig | ValidationConfig],
+    config: Config,
+    cache: Path,
+    on_opened: OnOpened = lambda done, of: None,
+    check: bool = True,
 ) -> list[Source]:
     """Opens every named source.
 
     Args:
-        cache: folder for the sample indices that Megatron builds of packed prefixes.
+        cache: folder for the run's one file about them.
+        on_opened: is told how far it is.
+        check: whether files have changed since that was written; needless on all ranks but one.
 
     Raises:
         UserError: naming the path that is missing, damaged, empty or too long.
     """
-    return [_open(entry.name, entry.path, config, cache) for entry in entries]
-
-
-def _open(name: str, path: str, config: Config, cache: Path) -> Source:
-    if (Path(path) / "source.json").is_file():
-        return ExampleSource(name, Path(path), config.data.seq_length)
-    if Path(path + ".idx").is_file() and Path(path + ".bin").is_file():
-        return PackedSource(name, path, config, cache)
-    raise UserError(
-        f"{path}: source {name!r} is neither a prepared folder nor a .bin/.idx prefix (run "
-        "`megatron-scalebio prepare`, or correct the path)"
-    )
-
-
-def read_description(path: Path) -> dict[str, Any]:
-    def refuse(problem: str) -> UserError:
-        return UserError(f"{path}: {problem} (run prepare again)")
-
-    try:
-        description = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise refuse(f"unreadable: {error}") from None
-    if not isinstance(description, dict):
-        raise refuse("is not a JSON object")
-    _check_fields(description, {"fingerprint": str, "tokens": int, "tokenizer": dict}, refuse)
-    kinds = {"fingerprint": str, "vocab_size": int, "model": str}
-    _check_fields(description["tokenizer"], kinds, refuse)
-    return description
-
-
-def _check_fields(
-    values: dict[str, Any], kinds: dict[str, type], refuse: Callable[[str], UserError]
-) -> None:
-    for name, kind in kinds.items():
-        if name not in values:
-            raise refuse(f"lacks {name!r}")
-        if not isinstance(values[name], kind):
-            raise refuse(f"{name!r} is {values[name]!r}, not of type {kind.__name__}")
-
-
-def open_indexed(prefix: Path) -> IndexedDataset:
-    """Opens a `.bin/.idx` pair after checking that the .bin holds all that the .idx lists."""
-    for suffix in (".idx", ".bin"):
-        if not Path(f"{prefix}{suffix}").is_file():
-            raise UserError(f"{prefix}{suffix}: no such file (run prepare again)")
-    # First: IndexedDataset maps both files unseen, and breaks in its destructor if it cannot.
-    need, have = _bytes_listed(Path(f"{prefix}.idx")), Path(f"{prefix}.bin").stat().st_size
-    if have < need:
-        raise UserError(f"{prefix}.bin: truncated: {have} bytes of {need} (write it again)")
-    return IndexedDataset(str(prefix))
-
-
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, type of token, sequences, documents
-
-
-def _bytes_listed(path: Path) -> int:
-    """Size that the .bin of a Megatron .idx must have, in bytes.
-
-    header | length of each sequence, int32 | its offset in .bin, int64 | documents, int64
-    """
-    content = path.open("rb").read(_HEADER.size)
-    broken = UserError(f"{path}: not a whole Megatron index (write it again)")
-    if len(content) < _HEADER.size:
-        raise broken
-    magic, version, code, sequences, documents = _HEADER.unpack(content)
-    whole = _HEADER.size + 12 * sequences + 8 * documents
-    codes = {dtype.value for dtype in DType}
-    if magic != index_magic() or version != 1 or code not in codes or path.stat().st_size < whole:
-        raise broken
-    if sequences == 0:
-        raise UserError(f"{path}: holds no sequence (drop it or refill it)")
-    lengths = np.memmap(path, np.int32, "r", _HEADER.size, (sequences,))
-    offsets = np.memmap(path, np.int64, "r", _HEADER.size + 4 * sequences, (sequences,))
-    if lengths.min() < 0 or offsets.min() < 0:
-        raise broken
-    return int((offsets + lengths * np.int64(DType.size(DType.dtype_from_code(code)))).max())
-
-
-IDS_LOOKED_AT = 65536
-
-
-def _largest_id(prefix: str, indexed: IndexedDataset) -> int:
-    """Largest token id at the head of a .bin: tells a wrong vocabulary, not every wrong token."""
-    return int(np.fromfile(f"{prefix}.bin", indexed.index.dtype, IDS_LOOKED_AT).max(initial=0))
+    length, seed = config.data.seq_length, config.train.seed
+    paths = [entry.path for entry in entries]
+    catalog = open_catalog(cache, paths, length, seed, on_opened, check)
+    sources: list[Source] = []
+    for number, entry in enumerate(entries):
+        if catalog.facts(number).packed:
+            sources.append(PackedSource(entry.name, entry.path, catalog, number))
+        else:
+            folder = Path(entry.path)
+            sources.append(ExampleSource(entry.name, folder, length, catalog, number))
+    return sources
 
 
 def vocab_size_told(config: Config) -> int | None:

@@ -24,9 +24,10 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config, ValidationConfig
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.sources import Source
-from megatron_scalebio.data.weights_file import drawn_from
+from megatron_scalebio.engine.epochs import natural_counts
 from megatron_scalebio.engine.state import RunState, TokenCost
 from megatron_scalebio.errors import UserError, disk_errors_named
+from megatron_scalebio.formatting import few
 from megatron_scalebio.logs.records import METRICS_FILE
 
 MEMORY_FILE = "memory.json"
@@ -81,9 +82,9 @@ def _difference(earlier: list[str], now: list[str]) -> str:
     gone = [name for name in earlier if name not in now]
     new = [name for name in now if name not in earlier]
     if not gone and not new:
-        return f"the order was {', '.join(earlier)}"
+        return f"the order was {few(earlier)}"
     parts = {"no longer there": gone, "not there before": new}
-    return "; ".join(f"{', '.join(names)} {what}" for what, names in parts.items() if names)
+    return "; ".join(f"{few(names)} {what}" for what, names in parts.items() if names)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -97,10 +98,9 @@ def now() -> str:
 def natural_shares(sources: Sequence[Source]) -> list[float]:
     """What training on all sources put together amounts to: each one's share of the examples.
 
-    Of sequences, for packed prefixes. A source that `sample --per-source` drew counts by what it
-    was drawn from.
+    Of sequences, for packed prefixes.
     """
-    counts = [drawn_from(Path(source.prefix).parent) or len(source) for source in sources]
+    counts = natural_counts(sources)
     return [count / sum(counts) for count in counts]
 
 

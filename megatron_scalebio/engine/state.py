@@ -16,16 +16,16 @@ import numpy as np
 import torch
 
 from megatron_scalebio import runtime
-from megatron_scalebio.config import Config
+from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
 from megatron_scalebio.core.batch import MicroBatch
 from megatron_scalebio.core.sampler import BlendSampler, Picks
 from megatron_scalebio.core.training import Training
 from megatron_scalebio.data.batch import BatchLayout, micro_batches
+from megatron_scalebio.data.reuse import Reused, reused
 from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
-from megatron_scalebio.data.weights_file import read_weights
 from megatron_scalebio.engine.clock import StepClock
 from megatron_scalebio.engine.schedule import Schedule
-from megatron_scalebio.errors import UserError
+from megatron_scalebio.logs.opening import opening
 from megatron_scalebio.model.init import initialize_weights, seed_generators
 from megatron_scalebio.model.provider import model_provider
 from megatron_scalebio.model.settings import ddp_config, optimizer_config, transformer_config
@@ -57,7 +57,7 @@ class Data:
         self.sources: list[Source] = []
         self.validation: list[Source] = []
         self.test: list[Source] = []
-        # One rank writes the sample indices of packed sources, then the others read them.
+        # One rank looks at all sources and writes down what it saw, then the others read that.
         runtime.on_main(lambda: self._open(cache))
         if not runtime.is_main():
             self._open(cache)
@@ -100,10 +100,14 @@ class Data:
         )
 
     def _open(self, cache: Path) -> None:
-        data = self.config.data
-        self.sources = open_sources(data.sources, self.config, cache)
-        self.validation = open_sources(data.validation, self.config, cache)
-        self.test = open_sources(data.test, self.config, cache)
+        data, first = self.config.data, runtime.is_main()
+        entries: list[SourceConfig | ValidationConfig]
+        entries = [*data.sources, *data.validation, *data.test]
+        with opening(quiet=not first) as on_opened:
+            every = iter(open_sources(entries, self.config, cache, on_opened, check=first))
+        self.sources, self.validation, self.test = (
+            [next(every) for _ in part] for part in (data.sources, data.validation, data.test)
+        )
 
     def next(
         self, probs_S: torch.Tensor
@@ -120,25 +124,21 @@ class Data:
         """The configured weights of the sources, not normalised; equal where none are given."""
         data = self.config.data
         if data.weights:
-            return weights_by_name(Path(data.weights), [source.name for source in self.sources])
+            return self._reused(data.weights).weights
         return [1.0 if s.initial_weight is None else s.initial_weight for s in data.sources]
 
+    def known_sources(self) -> list[bool]:
+        """Which of the sources the run that `weights` names has had."""
+        return self._reused(self.config.data.weights or "").known
 
-def weights_by_name(path: Path, names: list[str]) -> list[float]:
-    """The weights of the named sources in a run's weights.json (or in its folder), as they stand
-    there: it may hold more sources.
+    def _reused(self, path: str) -> Reused:
+        names = [source.name for source in self.sources]
+        return reused(Path(path), names, self.config.data.new_share)
 
-    Raises:
-        UserError: if it has no weight for one of them.
-    """
-    weights = read_weights(path / "weights.json" if path.is_dir() else path)
-    unknown = [name for name in names if name not in weights]
-    if unknown:
-        raise UserError(
-            f"{path}: holds no weight for {', '.join(unknown)}, which data.sources names (give "
-            "each source's initial_weight instead)"
-        )
-    return [weights[name][0] for name in names]
+    def facts(self) -> dict[str, object]:
+        """What the banner says of the weights that the run begins with."""
+        data = self.config.data
+        return {"weights": self._reused(data.weights).described()} if data.weights else {}
 
 
 class RunState:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.families import gemma2, gpt, llama
+from megatron_scalebio.families import experts, gemma2, gpt, llama
 from megatron_scalebio.families.base import Family, HfConfig, TensorMap
 
 __all__ = ["FAMILIES", "Family", "TensorMap", "read_family"]
 
 FAMILIES = {
     name: family
-    for family in (*gpt.FAMILIES, *llama.FAMILIES, *gemma2.FAMILIES)
+    for family in (*gpt.FAMILIES, *llama.FAMILIES, *gemma2.FAMILIES, *experts.FAMILIES)
     for name in family.architectures
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_scalebio.errors import UserError
 
@@ -44,7 +44,9 @@ _KIND_OF = {
     key: kind
     for keys, kind in (
         ("num_hidden_layers hidden_size num_attention_heads intermediate_size vocab_size n_embd "
-         "max_position_embeddings n_layer n_head n_positions", _Kind(_whole, "a whole number")),
+         "max_position_embeddings n_layer n_head n_positions num_experts num_local_experts "
+         "num_experts_per_tok moe_intermediate_size decoder_sparse_step",
+         _Kind(_whole, "a whole number")),
         ("head_dim num_key_value_heads n_inner sliding_window original_max_position_embeddings",
          _Kind(lambda value: value is None or _whole(value), "a whole number or null")),
         ("rms_norm_eps layer_norm_epsilon layer_norm_eps query_pre_attn_scalar",
@@ -52,7 +54,7 @@ _KIND_OF = {
         ("attn_logit_softcapping final_logit_softcapping",
          _Kind(lambda value: value is None or (is_number(value) and value > 0),
                "a number above 0 or null")),
-        ("tie_word_embeddings use_parallel_residual",
+        ("tie_word_embeddings use_parallel_residual norm_topk_prob",
          _Kind(lambda value: isinstance(value, bool), "true or false")),
         ("rope_parameters", _Kind(lambda value: isinstance(value, dict), "an object")),
         ("architectures layer_types",
@@ -114,10 +116,12 @@ class TensorMap:
 
     Args:
         megatron: its name; `{}` stands for the layer.
-        hf: names of its parts, in the order that the rule expects.
+        hf: names of its parts, in the order that the rule expects; a second `{}` stands for the
+            expert.
         rule: a name in `convert.rules.RULES`.
         vocab: rows are vocabulary entries, which Megatron pads.
         when: the field of ModelConfig that must be set for the tensor to exist.
+        layers: which layers have it [all].
     """
 
     megatron: str
@@ -125,6 +129,11 @@ class TensorMap:
     rule: str = "copy"
     vocab: bool = False
     when: str | None = None
+    layers: Literal["dense", "experts"] | None = None
+
+    @property
+    def per_expert(self) -> bool:
+        return self.hf[0].count("{}") == 2
 
 
 @dataclass(frozen=True)

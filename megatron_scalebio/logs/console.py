@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
@@ -29,7 +30,7 @@ LIVE_REFRESH_S = 0.25
 LINE_EVERY_S = 60.0
 
 
-@dataclass
+@dataclass(slots=True)
 class SourceLine:
     """A source as the banner and the result table show it; shares are fractions of 1."""
 
@@ -144,19 +145,22 @@ class RunConsole:
         self.stop()
         confidence = f"{100 * float(weights.get('confidence', 0.95)):.0f}% interval"
         table = _table(
-            "source", "weight", confidence, "initial", "natural", *(["known"] if known else [])
-        )
+            "source", "weight", confidence, "initial", "natural", *(["known"] if known else []),
+            *(["epochs"] if "epochs" in weights["sources"][0] else []),
+        )  # fmt: skip
         natural = {source.name: source.natural for source in self._sources}
         ranked = sorted(weights["sources"], key=lambda entry: -entry["weight"])
         for entry in ranked[:ROWS_SHOWN]:
             name = entry["name"]
             row: list[str | Text] = [
-                plain(name), percent(entry["weight"]),
+                plain(name), percent(entry["weight"]) + _at(entry.get("bound")),
                 _interval(entry),
                 percent(entry["initial_weight"]), percent(natural.get(name)),
             ]  # fmt: skip
             if known:
                 row.append(percent(known.get(name, 0.0)))
+            if "epochs" in entry:
+                row.append(f"{entry['epochs']:.2g}")
             table.add_row(*row)
         self.console.print(table)
         self._note_hidden(len(ranked) - ROWS_SHOWN)
@@ -216,7 +220,7 @@ class RunConsole:
         return "  ".join(parts)
 
     def _top_weights(self, weights: Sequence[float]) -> str:
-        top = sorted(range(len(weights)), key=lambda i: -weights[i])[:TOP_SHOWN]
+        top = np.argsort(-np.asarray(weights), kind="stable")[:TOP_SHOWN].tolist()
         names = [shorten(printable(self._sources[i].name), TOP_NAME_CHARS) for i in top]
         shares = [f"{100 * weights[i]:.0f}%" for i in top]
         return ", ".join(f"{name} {share}" for name, share in zip(names, shares, strict=True))
@@ -227,6 +231,10 @@ class RunConsole:
 
     def _print(self, *parts: str | Text) -> None:
         self.console.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def _at(bound: str | None) -> str:
+    return f" ({bound})" if bound else ""
 
 
 def _interval(entry: Mapping[str, Any]) -> str:

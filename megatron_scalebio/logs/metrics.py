@@ -1,5 +1,7 @@
 """What a run logs, one record a step: a line of `metrics.jsonl`, and the same in TensorBoard.
 
+Of many sources a line has the heaviest; all of them are in `sources.npy`, at intervals.
+
 `metrics.jsonl` is the record, TensorBoard a view of it. Both are cut back to the checkpoint's step
 when a run resumes, so that no step appears twice.
 """
@@ -18,6 +20,7 @@ from megatron_scalebio.logs.records import (
     truncate_metrics,
     write_whole,
 )
+from megatron_scalebio.logs.source_table import LISTED_SOURCES, TABLE_FILE, SourceTable
 from megatron_scalebio.logs.tensorboard import TensorBoardLog
 
 
@@ -57,6 +60,10 @@ class MetricsLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             truncate_metrics(self.path, resume_step)
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            self._table = None
+            if len(sources) > LISTED_SOURCES:
+                table = Path(run_dir) / TABLE_FILE
+                self._table = SourceTable(table, len(sources), resume_step)
             self._tensorboard = TensorBoardLog(
                 self.tensorboard_dir, sources, validation, global_batch_size,
                 tensorboard_log_interval, resume_step,
@@ -75,7 +82,8 @@ class MetricsLog:
             UserError: when the disk is full or gone.
         """
         try:
-            write_whole(self._file, encode_record(record))
+            line = self._table.take(record) if self._table else record
+            write_whole(self._file, encode_record(line))
             self._tensorboard.log(record)
         except OSError as error:
             raise self._disk_error(error) from None
@@ -84,6 +92,8 @@ class MetricsLog:
         """Writes what TensorBoard still holds and closes both."""
         self._file.close()
         try:
+            if self._table:
+                self._table.close()
             self._tensorboard.close()
         except OSError as error:
             raise self._disk_error(error) from None

@@ -10,6 +10,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -28,6 +30,8 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
 def _encode(value: Any) -> str:
     if isinstance(value, float):
         return float.__repr__(value) if math.isfinite(value) else "null"  # numpy has its own repr
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, (list, tuple)):
         # Nine digits are quicker to write than repr's 17, and halve the file of 1,000 sources.
         items = [

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -52,20 +53,26 @@ SOURCE_TAGS = {
     "mixture/loss_u": "loss_u",
 }
 # A TensorBoard scalar costs about 10 us of Python, so per-source scalars come seldom enough to
-# average at most this many a step: every step up to 50 sources, every 20th with 1,000.
+# average at most this many a step: every step up to 50 sources, every other with 100.
 SOURCE_SCALARS_PER_STEP = 200
+# Nobody looks at 40,000 curves, and TensorBoard does not load them: of more sources, those among
+# the heaviest at some time, and no more than this.
+SOURCES_DRAWN = 100
+HEAVIEST = 20
 
 
 def source_interval(num_sources: int, interval: int) -> int:
     """Steps between points of the sources, where others come every `interval`."""
-    spread = math.ceil(len(SOURCE_TAGS) * num_sources / SOURCE_SCALARS_PER_STEP)
+    drawn = min(num_sources, SOURCES_DRAWN)
+    spread = math.ceil(len(SOURCE_TAGS) * drawn / SOURCE_SCALARS_PER_STEP)
     return interval * max(1, spread)
 
 
 class TensorBoardLog:
     """One event a step, which holds all of that step's scalars, in a new file for each start.
 
-    Per-source scalars (4 S of them) come every `source_interval` steps; all else every `interval`.
+    Per-source scalars (4 S of them, of at most SOURCES_DRAWN sources) come every `source_interval`
+    steps; all else every `interval`.
     """
 
     def __init__(
@@ -82,9 +89,8 @@ class TensorBoardLog:
         self._global_batch_size = global_batch_size
         self._resume_step = resume_step
         self._validation_tags = [f"lm loss validation-{name}" for name in validation]
-        self._source_tags = {
-            field: [f"{prefix}/{name}" for name in sources] for prefix, field in SOURCE_TAGS.items()
-        }
+        self._sources = sources
+        self._drawn = dict.fromkeys(range(len(sources) if len(sources) <= SOURCES_DRAWN else 0))
         self._last_without_sources: Mapping[str, Any] | None = None
         directory.mkdir(parents=True, exist_ok=True)
         # Readers take a folder's files in the order of their names, and a run may resume within
@@ -144,11 +150,16 @@ class TensorBoardLog:
             yield f"time/{phase}", seconds
 
     def _source_scalars(self, record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
-        return [
-            scalar
-            for field, tags in self._source_tags.items()
-            for scalar in zip(tags, record.get(field) or (), strict=False)
-        ]
+        weights = record.get("weights")
+        if len(self._sources) > SOURCES_DRAWN and weights is not None:
+            heaviest = np.argsort(-np.asarray(weights), kind="stable")[:HEAVIEST].tolist()
+            self._drawn.update(dict.fromkeys(heaviest[: SOURCES_DRAWN - len(self._drawn)]))
+        scalars = []
+        for prefix, field in SOURCE_TAGS.items():
+            values: Any = record.get(field)
+            for number in self._drawn if values is not None and len(values) else ():
+                scalars.append((f"{prefix}/{self._sources[number]}", values[number]))
+        return scalars
 
 
 def _event(step: int, scalars: Sequence[tuple[str, float | None]]) -> Event:

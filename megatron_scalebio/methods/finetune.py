@@ -20,6 +20,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.sampler import Picks
 from megatron_scalebio.data.batch import micro_batches
+from megatron_scalebio.data.weights_file import much_shorter, searched_for
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.evaluate import HeldOutLoss, held_out_losses
 from megatron_scalebio.engine.loop import is_due, logged_steps
@@ -51,6 +52,13 @@ def train_begun(config: Config, job: Job, part_of: Path | None = None) -> tuple[
     home = part_of or job.folder
     state = FinetuneState(config, home / "cache")
     warnings = resume_or_start(state, home, job.save_to)
+    iterations, found = config.train.train_iters, config.data.weights
+    searched = searched_for(Path(found)) if found else None
+    if searched and much_shorter(iterations, searched):
+        warnings.append(
+            f"{found}: was searched for a training of {searched} steps, this one has {iterations} "
+            f"and may want another mixture (reweight with final_train_iters {iterations})"
+        )
     parameters = outputs.parameter_count(state)
     reporter = runtime.only_on_main(lambda: Reporter(state, job.folder, parameters, warnings))
     finished = logged_steps(state, job, reporter, job.save_to)

@@ -19,6 +19,7 @@ from megatron_scalebio.core.confidence import Verdict
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.data.weights_file import SELECTED_FILE
 from megatron_scalebio.engine import outputs
+from megatron_scalebio.engine.epochs import epochs, target_examples
 from megatron_scalebio.engine.state import TokenCost
 
 
@@ -35,6 +36,8 @@ class Found:
         complete: the method came to its end; otherwise these are the weights so far.
         low_S, high_S: the weights' intervals; None: the method has none.
         verdict: whether they have converged, and why; None: the method can't tell.
+        at_bound_S: the bound that holds each weight: "fixed", "min", "max", or none; None: it has
+            no bounds.
         selected_S: chosen examples of each source, indices, ascending; None: it chooses none.
         remarks: what speaks against trusting the weights.
         details: what else a reader may want, by name; goes into weights.json.
@@ -49,6 +52,7 @@ class Found:
     low_S: list[float] | None = None
     high_S: list[float] | None = None
     verdict: Verdict | None = None
+    at_bound_S: list[str | None] | None = None
     selected_S: list[list[int]] | None = None
     remarks: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +80,18 @@ def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, A
     verdict = found.verdict or Verdict(
         False, "; ".join([f"{method} gives no intervals", *found.remarks])
     )
+    entries = outputs.weight_entries(
+        found.sources, found.weight_S, found.initial_S, found.low_S, found.high_S
+    )
+    passes = epochs(config, found.sources, found.weight_S)
+    target: dict[str, Any] = {}
+    if passes is not None:
+        target["target_examples"] = round(target_examples(config, found.sources) or 0)
+        target["max_epochs"] = config.data.max_epochs
+        for entry, times in zip(entries, passes, strict=True):
+            entry["epochs"] = times
+    for entry, bound in zip(entries, found.at_bound_S or (), strict=False):
+        entry["bound"] = bound
     content = {
         "method": method,
         "step": found.step,
@@ -84,9 +100,8 @@ def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, A
         "reason": verdict.reason,
         "cost": outputs.cost_entry(found.cost),
         **found.details,
-        "sources": outputs.weight_entries(
-            found.sources, found.weight_S, found.initial_S, found.low_S, found.high_S
-        ),
+        **target,
+        "sources": entries,
     }
     return content, outputs.write_weights(folder, content, config)
 

@@ -16,9 +16,11 @@ from megatron_scalebio.data.weights_file import SELECTED_FILE, WEIGHTS_FILE
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.start import Job, start_job
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
+from megatron_scalebio.formatting import few
 from megatron_scalebio.logs.console import RunConsole, SourceLine
 from megatron_scalebio.logs.records import METRICS_FILE
 from megatron_scalebio.methods import fixed
+from megatron_scalebio.methods.bounds import refuse_bounds
 from megatron_scalebio.methods.found import Found, write_found
 from megatron_scalebio.report.html import write_report
 
@@ -40,6 +42,8 @@ def find_mixture(config: Config) -> int:
     method = config.baseline.method
     if method == "manual":
         fixed.require_weights(config)
+    if method != "scalebio":
+        refuse_bounds(config)
     module = importlib.import_module(f"megatron_scalebio.methods.{METHODS[method]}")
     with start_job(config) as job:
         found: Found | None = module.find(config, job)
@@ -73,4 +77,4 @@ def _finish(config: Config, found: Found, job: Job) -> None:
         console.warn(lost)
     if left_out:
         floor = outputs.blend_floor(config)
-        console.warn(f"below {floor:g}, left out of the blend: {', '.join(left_out)}")
+        console.warn(f"below {floor:g}, left out of the blend: {few(left_out)}")

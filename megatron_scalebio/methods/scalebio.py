@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -11,21 +12,31 @@ import numpy as np
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.confidence import MIN_TAIL_STEPS, RESOLUTION, Verdict
+from megatron_scalebio.core.confidence import (
+    MIN_TAIL_STEPS,
+    RESOLUTION,
+    Verdict,
+    WeightIntervals,
+)
 from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
+from megatron_scalebio.data.weights_file import much_shorter
 from megatron_scalebio.engine import outputs
+from megatron_scalebio.engine.epochs import target_examples
 from megatron_scalebio.engine.loop import logged_steps
 from megatron_scalebio.engine.run_log import RunLog
 from megatron_scalebio.engine.start import Job, resume_or_start
 from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import with_names
+from megatron_scalebio.formatting import quantity
+from megatron_scalebio.methods.bounds import constraints_of
 from megatron_scalebio.methods.found import Found
 
 FEWEST_AVERAGED = 20  # steps: the wandering of fewer says nothing of an interval
 MANY_PASSES = 10  # over a source or a validation set, from which on weights are no longer trusted
 # Options of the bilevel section that judge or write what was learned.
 _JUDGING = {
-    "preset", "average_fraction", "confidence", "tolerance", "early_stop", "blend_floor",
+    "preset", "average_fraction", "confidence", "tolerance", "early_stop",
+    "final_train_iters", "blend_floor",
 }  # fmt: skip
 
 
@@ -38,10 +49,16 @@ def find(config: Config, job: Job) -> Found:
             "fp8_recipe delayed: w and u get scales of their own, and the weights learn from their "
             "noise as well (use tensorwise)"
         )
+    final = config.bilevel.final_train_iters or config.train.train_iters
+    if much_shorter(final, config.train.train_iters):
+        warnings.append(
+            f"final_train_iters {final}: the search has {config.train.train_iters} steps, and so "
+            f"much shorter a training may want another mixture (search with train_iters {final})"
+        )
     parameters = outputs.parameter_count(state)
     initial_S = state.training.mixture.initial_S.tolist()
     log = runtime.only_on_main(
-        lambda: RunLog(state, job.folder, parameters, initial_S, warnings, _facts(config))
+        lambda: RunLog(state, job.folder, parameters, initial_S, warnings, _facts(state))
     )
     finished = logged_steps(state, job, log, job.save_to)
     intervals = state.training.intervals(state.data.validation_examples)
@@ -56,7 +73,14 @@ def find(config: Config, job: Job) -> Found:
         low_S=intervals.low_S.tolist() if known else None,
         high_S=intervals.high_S.tolist() if known else None,
         verdict=verdict(state),
-        details={"confidence": config.bilevel.confidence},
+        details={
+            "confidence": config.bilevel.confidence,
+            "final_train_iters": final,
+            "indistinguishable": [
+                [state.data.sources[i].name for i in group] for group in intervals.lookalikes
+            ],
+        },
+        at_bound_S=at_bounds(state.training, intervals),
     )
 
 
@@ -78,6 +102,7 @@ class TrainState(RunState):
                 for source, share in zip(data.validation, data.shares_V, strict=True)
             },
             initial_weights=data.initial_weights(),
+            constraints=constraints_of(config, data),
             **self.training_options(),
         )
 
@@ -86,6 +111,22 @@ class TrainState(RunState):
         return {
             **super().settings(),
             **{f"bilevel.{k}": v for k, v in bilevel.items() if k not in _JUDGING},
+            **self._limits(),
+        }
+
+    def _limits(self) -> dict[str, Any]:
+        """What the mixture keeps to; None where it is nothing, as in runs of earlier versions."""
+        data, bilevel = self.config.data, self.config.bilevel
+        bounds = [(source.low, source.high) for source in data.sources]
+        digest = hashlib.sha256(repr(bounds).encode()).hexdigest()[:8]
+        target = data.target_tokens or data.target_examples
+        return {
+            "bilevel.kl_to_prior": bilevel.kl_to_prior or None,
+            "bilevel.prior": bilevel.prior if bilevel.kl_to_prior else None,
+            "data.target": target,
+            "data.max_epochs": data.max_epochs if target else None,
+            "data.keep_ratios": data.keep_ratios or None,
+            "bounds of data.sources": digest if set(bounds) - {(0.0, 1.0)} else None,
         }
 
     def make_step(self) -> Record:
@@ -128,10 +169,10 @@ def step_record(state: TrainState, report: StepReport) -> Record:
         "validation_losses": losses.validation_V.tolist(),
         "train_loss_w": report.train_loss_w,
         "train_loss_u": report.train_loss_u,
-        "weights": report.weights_S.tolist(),
-        "loss_w": losses.w_S.tolist(),
-        "loss_u": losses.u_S.tolist(),
-        "excess_loss": (losses.w_S - losses.u_S).tolist(),
+        "weights": report.weights_S.numpy(),
+        "loss_w": losses.w_S.numpy(),
+        "loss_u": losses.u_S.numpy(),
+        "excess_loss": (losses.w_S - losses.u_S).numpy(),
         "grad_norm_w": report.grad_norms["w"],
         "grad_norm_u": report.grad_norms["u"],
         "grad_norm_lambda": report.grad_norm_lambda,
@@ -175,10 +216,33 @@ def _seen_too_often(state: TrainState) -> str:
     )
 
 
-def _facts(config: Config) -> dict[str, object]:
+def _facts(state: TrainState) -> dict[str, object]:
+    config = state.config
     train, bilevel = config.train, config.bilevel
+    target = target_examples(config, state.data.sources)
+    repeated = f"{quantity(target)} examples, at most {config.data.max_epochs:g} passes of a source"
     return {
+        **state.data.facts(),
+        **({} if target is None else {"target": repeated}),
         "steps": f"{train.train_iters} of {train.global_batch_size} training and "
         f"{train.validation_batch_size} validation sequences",
         "mixture": f"{bilevel.mixture_optimizer} lr {bilevel.lr_lambda:g}, alpha {bilevel.alpha:g}",
     }
+
+
+def at_bounds(bio: ScaleBiO, intervals: WeightIntervals) -> list[str | None] | None:
+    """Which bound holds each weight, if there are any: "fixed", "min" or "max"."""
+    kept = bio.mixture.constraints
+    if kept is None:
+        return None
+    weight_S, close = intervals.weight_S, 1e-6
+    names: list[str | None] = [None] * len(weight_S)
+    for number in range(len(names)):
+        weight, low, high = (float(x[number]) for x in (weight_S, kept.low_S, kept.high_S))
+        if low == high:
+            names[number] = "fixed"
+        elif high - weight <= close * high and high < 1:
+            names[number] = "max"
+        elif weight - low <= close * weight and low > 0:
+            names[number] = "min"
+    return names

@@ -8,6 +8,7 @@ attention and MLP in parallel (GPT-NeoX).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_scalebio.compat.megatron import PartedLayer
 from megatron_scalebio.model.attention import SdpaAttention
 from megatron_scalebio.model.norm import LocalNorm
+from megatron_scalebio.model.router import Router
 
 
 @dataclass
@@ -36,26 +38,46 @@ class ModelSettings(TransformerConfig):
 
 
 def block_spec(
-    config: ModelSettings, layers: int, transformer_engine: bool
+    config: ModelSettings, layers: Iterable[int], transformer_engine: bool
 ) -> TransformerBlockSubmodules:
-    """The spec of a stage or chunk of `layers` transformer layers."""
+    """The spec of a stage or chunk with these layers (from 0)."""
+    freq = config.moe_layer_freq
+    with_experts = [
+        config.num_moe_experts is not None
+        and (freq[layer] == 1 if isinstance(freq, list) else True)
+        for layer in layers
+    ]
+    kinds = {kind: _layer_spec(config, kind, transformer_engine) for kind in set(with_experts)}
+    norm = _te_norm() if transformer_engine else LocalNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[kinds[kind] for kind in with_experts], layer_norm=norm
+    )
+
+
+def _layer_spec(config: ModelSettings, experts: bool, transformer_engine: bool) -> ModuleSpec:
     if transformer_engine:
-        layer, norm = _transformer_engine_layer(config)
+        layer, norm = _transformer_engine_layer(config, experts), _te_norm()
     else:
-        layer, norm = _local_layer(config), LocalNorm
+        layer, norm = _local_layer(config, experts), LocalNorm
+    if experts:
+        layer.submodules.mlp.keywords["submodules"].router = Router
     if config.parallel_residual:
         layer.module = ParallelResidualLayer
     if config.post_norms:
         attention = layer.submodules.self_attention.submodules
         mlp = layer.submodules.mlp.keywords["submodules"]
         attention.linear_proj = mlp.linear_fc2 = _with_post_norm(attention.linear_proj, norm)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+    return layer
 
 
-def _local_layer(config: ModelSettings) -> ModuleSpec:
+def _local_layer(config: ModelSettings, experts: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
-        normalization=config.normalization, qk_layernorm=config.qk_layernorm
+        num_experts=config.num_moe_experts if experts else None,
+        normalization=config.normalization,
+        qk_layernorm=config.qk_layernorm,
     )
+    if experts:  # the norm before them is a module of its own in Transformer Engine, too
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     layer.submodules.input_layernorm = LocalNorm
     layer.submodules.pre_mlp_layernorm = LocalNorm
     attention = layer.submodules.self_attention.submodules
@@ -65,13 +87,21 @@ def _local_layer(config: ModelSettings) -> ModuleSpec:
     return layer
 
 
-def _transformer_engine_layer(config: ModelSettings) -> tuple[ModuleSpec, Any]:
+def _te_norm() -> Any:
     from megatron.core.extensions.transformer_engine import TENorm
 
-    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return TENorm
+
+
+def _transformer_engine_layer(config: ModelSettings, experts: bool) -> ModuleSpec:
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
     if config.attn_logit_softcapping is not None:  # Transformer Engine 2.11 has no such option
         layer.submodules.self_attention.submodules.core_attention = SdpaAttention
-    return layer, TENorm
+    return layer
 
 
 def _with_post_norm(linear: type, norm: Any) -> type:

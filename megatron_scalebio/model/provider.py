@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_scalebio.config import Config
 from megatron_scalebio.config.model import ModelConfig
@@ -55,7 +56,8 @@ def build_chunk(
 ) -> GPTModel:
     """One chunk of this rank, where torch's default device says (`meta`: shapes alone)."""
     model = config.model
-    layers = get_num_layers_to_build(megatron, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(megatron, vp_stage=vp_stage)
+    layers = range(first, first + get_num_layers_to_build(megatron, vp_stage=vp_stage))
     gpt = GPTModel(
         config=megatron,
         transformer_layer_spec=block_spec(megatron, layers, uses_transformer_engine(config)),

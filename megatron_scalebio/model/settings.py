@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ def transformer_config(config: Config) -> ModelSettings:
         # Micro-batches are padded to their own longest sequence, not to one length for all; except
         # when interleaved, where two stages would swap the announced shapes (see below).
         variable_seq_lengths=parallel.num_layers_per_virtual_pipeline_stage is None,
-        moe_token_dispatcher_type="alltoall",  # unused here; the default refuses variable lengths
+        **_expert_settings(config),
         # Coefficients already divide by global counts; Megatron must not divide again.
         calculate_per_token_loss=True,
         # A sent tensor's storage is freed once the send is under way. NCCL's stream order makes
@@ -127,6 +128,34 @@ def transformer_config(config: Config) -> ModelSettings:
         bias_dropout_fusion=runtime.on_cuda(),
         masked_softmax_fusion=False,
     )
+
+
+def _expert_settings(config: Config) -> dict[str, Any]:
+    model, parallel = config.model, config.parallel
+    if model.num_experts is None:
+        # Unused; the default refuses variable lengths.
+        return {"moe_token_dispatcher_type": "alltoall"}
+    ffn = model.ffn_hidden_size or default_ffn_hidden_size(config)
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_layer_freq": model.moe_layer_freq or 1,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size or ffn,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "moe_grouped_gemm": uses_transformer_engine(config),
+        **{
+            name: getattr(model, name)
+            for name in (
+                "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+                "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
+                "moe_router_num_groups", "moe_router_group_topk",
+                "moe_router_topk_scaling_factor", "moe_router_dtype",
+                "moe_router_enable_expert_bias", "moe_router_bias_update_rate",
+                "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+                "moe_token_dispatcher_type",
+            )
+        },
+    }  # fmt: skip
 
 
 def scoring_config(megatron: ModelSettings) -> ModelSettings:

@@ -27,13 +27,13 @@ def mixture_charts(run: Run, rows: list[SourceRow], colours: dict[str, int]) -> 
     return {
         "weights": render(
             Chart(
-                history.steps, weights, "Weight of each source by step", kind="percent",
+                history.source_steps, weights, "Weight of each source by step", kind="percent",
                 zero=True, band=weights_band, targets=targets, height=380,
             )
         ),
         "excess": render(
             Chart(
-                history.steps, excess, "Excess loss of each source by step", zero=True,
+                history.source_steps, excess, "Excess loss of each source by step", zero=True,
                 band=excess_band, height=340,
             )
         ),

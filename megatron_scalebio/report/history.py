@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs.records import decode_record
+from megatron_scalebio.logs.source_table import LISTED_SOURCES, TABLE_FILE, read_table
 
 STEP_FIELDS = (
     "alpha", "lr_w", "lr_u", "lr_lambda", "validation_loss", "train_loss_w", "train_loss_u",
@@ -19,6 +20,7 @@ STEP_FIELDS = (
     "step_time_s", "memory_bytes",
 )  # fmt: skip
 SOURCE_FIELDS = ("weights", "loss_w", "excess_loss")
+ROWS_READ = 300  # of sources.npy: a chart has no more points across
 
 
 @dataclass
@@ -27,7 +29,8 @@ class History:
 
     steps: NDArray[np.int64]
     scalars: dict[str, NDArray[np.float64]]  # STEP_FIELDS, each (T,)
-    per_source: dict[str, NDArray[np.float64]]  # SOURCE_FIELDS, each (T, S)
+    source_steps: NDArray[np.int64]  # the steps of per_source: all, or with many sources few (R)
+    per_source: dict[str, NDArray[np.float64]]  # SOURCE_FIELDS, each (R, S)
     validation: NDArray[np.float64]  # (T, V)
     phases: dict[str, NDArray[np.float64]]  # seconds by phase, each (T,)
     skipped: list[tuple[int, str]]  # step and reason
@@ -42,6 +45,9 @@ def read_history(
         sources, validation: gain names, "source 0" ..., where the run names none.
         notices: gains a sentence for a missing file and for torn lines.
     """
+    place = path.with_name(TABLE_FILE)
+    table = read_table(place) if len(sources) > LISTED_SOURCES else None
+    listed = len(sources) if table is None else 0
     rows: list[_Row] = []
     torn: list[int] = []
     if not path.exists():
@@ -55,7 +61,8 @@ def read_history(
                     continue
                 _invent_names(sources, "source", record.get("weights"))
                 _invent_names(validation, "validation set", record.get("validation_losses"))
-                row = _Row(record, len(sources), len(validation), f"{path}:{number}")
+                listed = listed or (len(sources) if table is None else 0)
+                row = _Row(record, listed, len(validation), f"{path}:{number}")
                 while rows and rows[-1].step >= row.step:
                     rows.pop()
                 rows.append(row)
@@ -66,7 +73,27 @@ def read_history(
             f"that is "
             "killed while it writes leaves behind; resuming drops them."
         )
-    return _stack(rows, len(sources), len(validation))
+    history = _stack(rows, listed, len(validation))
+    if table is not None:
+        _take_table(history, table, len(sources), str(place))
+    return history
+
+
+def _take_table(history: History, table: NDArray[Any], sources: int, where: str) -> None:
+    """Puts the rows of `sources.npy` in place of the lists that the lines lack."""
+    every = table[:: math.ceil(len(table) / ROWS_READ)]
+    rows = np.concatenate([every, table[-1:]]) if every[-1]["step"] < table[-1]["step"] else every
+    history.source_steps = rows["step"].astype(np.int64)
+    for name in SOURCE_FIELDS:
+        if name not in (rows.dtype.names or ()):
+            history.per_source[name] = np.full((len(rows), sources), math.nan)
+        elif rows[name].shape[1:] != (sources,):
+            raise UserError(
+                f"{where}: has {rows[name].shape[-1]} sources, but run.json names {sources} (take "
+                "both files from the same run)"
+            )
+        else:
+            history.per_source[name] = rows[name].astype(np.float64)
 
 
 def _invent_names(names: list[str], kind: str, values: Any) -> None:
@@ -99,8 +126,10 @@ def _stack(rows: list[_Row], sources: int, validation: int) -> History:
     count = len(rows)
     scalars = np.array([row.scalars for row in rows]).reshape(count, len(STEP_FIELDS))
     phases = list(dict.fromkeys(phase for row in rows for phase in row.phases))
+    steps = np.array([row.step for row in rows], np.int64)
     return History(
-        steps=np.array([row.step for row in rows], np.int64),
+        steps=steps,
+        source_steps=steps,
         scalars={name: scalars[:, i] for i, name in enumerate(STEP_FIELDS)},
         per_source={
             name: np.array([row.per_source[i] for row in rows]).reshape(count, sources)

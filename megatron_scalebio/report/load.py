@@ -23,6 +23,8 @@ class SourceWeight:
     low: float | None = None
     high: float | None = None
     initial: float | None = None
+    epochs: float | None = None  # of the final training, where its length is given
+    bound: str = ""  # that holds the weight: fixed, min or max
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Weights:
     reason: str
     confidence: float
     sources: list[SourceWeight]
+    alike: list[list[str]] = field(default_factory=list)  # of which the sum alone is known
 
 
 @dataclass
@@ -131,7 +134,7 @@ def _read_json(path: Path, notices: list[str]) -> dict[str, Any]:
 
 def _parse_yaml(text: str, path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -159,7 +162,15 @@ def _read_weights(path: Path, notices: list[str]) -> Weights | None:
         reason=str(tree.get("reason") or ""),
         confidence=number_or_none(tree.get("confidence")) or 0.95,
         sources=[_source_weight(entry, f"{path}: sources[{i}]") for i, entry in enumerate(entries)],
+        alike=_groups(tree.get("indistinguishable"), path),
     )
+
+
+def _groups(value: Any, path: Path) -> list[list[str]]:
+    groups = value or []
+    if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
+        raise UserError(f"{path}: 'indistinguishable' is not a list of lists (restore the file)")
+    return [[str(name) for name in group] for group in groups]
 
 
 def _source_weight(entry: Any, where: str) -> SourceWeight:
@@ -177,4 +188,5 @@ def _source_weight(entry: Any, where: str) -> SourceWeight:
         examples=None if examples is None else int(examples),
         low=number_or_none(entry.get("ci_low")), high=number_or_none(entry.get("ci_high")),
         initial=number_or_none(entry.get("initial_weight")),
+        epochs=number_or_none(entry.get("epochs")), bound=str(entry.get("bound") or ""),
     )  # fmt: skip

@@ -35,6 +35,8 @@ class SourceRow:
     loss: float | None
     examples: int | None
     in_blend: bool | None
+    epochs: float | None = None
+    bound: str = ""
 
     @property
     def change(self) -> float | None:
@@ -66,6 +68,7 @@ def source_rows(run: Run) -> list[SourceRow]:
                     number_or_none(known.get(source.name, 0.0)) if isinstance(known, dict) else None
                 ),
                 excess=excess[i], loss=loss[i], examples=source.examples,
+                epochs=source.epochs, bound=source.bound,
                 in_blend=(
                     {source.path, os.path.abspath(source.path)} & blend_paths != set()
                     if blend_paths and source.path else None

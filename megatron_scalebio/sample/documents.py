@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_scalebio.data.encode_pool import cut
+from megatron_scalebio.data.indexed import open_indexed
 from megatron_scalebio.data.prepare import Progress
-from megatron_scalebio.data.sources import ExampleSource, open_indexed
+from megatron_scalebio.data.sources import ExampleSource
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.sample.contamination import EvaluationIndex, Ids, WordIds
 from megatron_scalebio.sample.rows import (

@@ -85,11 +85,25 @@ ALWAYS: dict[str, Any] = {
     "decoder_last_pipeline_num_layers": None, "experimental_attention_variant": None,
     "fp16": False, "fp16_lm_cross_entropy": False, "heterogeneous_layers_config_path": None,
     "hybrid_override_pattern": None, "init_method_xavier_uniform": False,
-    "init_model_with_meta_device": False, "is_hybrid_model": False, "moe_grouped_gemm": False,
+    "init_model_with_meta_device": False, "is_hybrid_model": False,
     "moe_use_legacy_grouped_gemm": False, "mtp_num_layers": None, "multi_latent_attention": False,
-    "no_persist_layer_norm": True, "num_experts": None, "qk_l2_norm": False,
+    "no_persist_layer_norm": True, "qk_l2_norm": False,
     "rotary_interleaved": False, "spec": None, "squared_relu": False, "use_legacy_models": False,
     "cp_comm_type": ["p2p"], "dist_ckpt_format": "torch_dist", "use_dist_ckpt": True,
+}  # fmt: skip
+
+
+# Of a model without experts.
+NO_EXPERTS: dict[str, Any] = {
+    "num_experts": None, "moe_layer_freq": 1, "moe_grouped_gemm": False,
+    "moe_ffn_hidden_size": None, "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False, "moe_router_topk": 2, "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False, "moe_router_num_groups": None, "moe_router_group_topk": None,
+    "moe_router_topk_scaling_factor": None, "moe_router_dtype": None,
+    "moe_router_enable_expert_bias": False, "moe_router_bias_update_rate": 1e-3,
+    "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.0,
+    "moe_z_loss_coeff": None, "moe_token_dispatcher_type": "alltoall",
+    "expert_model_parallel_size": 1,
 }  # fmt: skip
 
 
@@ -117,7 +131,7 @@ def test_every_argument_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -
         train=TrainConfig(micro_batch_size=5, global_batch_size=35, seed=77),
     )  # fmt: skip
     assert vars(module.megatron_args(config, 100, {"type": "Sort", "model": "a/hub"})) == {
-        **ALWAYS,
+        **ALWAYS, **NO_EXPERTS, "expert_tensor_parallel_size": 4,
         "num_layers": 12, "hidden_size": 96, "ffn_hidden_size": 272, "num_attention_heads": 8,
         "group_query_attention": True, "num_query_groups": 4, "kv_channels": 20, "seq_length": 499,
         "max_position_embeddings": 501, "rotary_base": 9000, "rotary_percent": 0.7,

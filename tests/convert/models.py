@@ -57,6 +57,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("Qwen2", {**_SMALL, "tie_word_embeddings": True}),
     "qwen2-yarn": ("Qwen2", {**_SMALL, "rope_parameters": _YARN}),
     "qwen3": ("Qwen3", {**_SMALL, "head_dim": 10}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {**_SMALL, "head_dim": 10, "num_experts": 3, "moe_intermediate_size": 14,
+         "num_experts_per_tok": 2},
+    ),
+    "qwen3-moe-some-layers": (
+        "Qwen3Moe",
+        {**_SMALL, "head_dim": 10, "num_experts": 3, "moe_intermediate_size": 14,
+         "num_experts_per_tok": 2, "decoder_sparse_step": 2},
+    ),
+    "mixtral": ("Mixtral", {**_SMALL, "num_local_experts": 3}),
     "gemma2": (
         "Gemma2",
         {**_SMALL, "head_dim": 10, "query_pre_attn_scalar": 12, "sliding_window": 8},

@@ -114,7 +114,9 @@ def test_megatron_is_given_what_the_period_is_given(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(period, "unshare_storage", lambda w, u: None)
     monkeypatch.setattr(period, "unwrap_model", lambda chunk: chunk)
     monkeypatch.setattr(period, "masters", lambda model, optimizer: ())
-    monkeypatch.setattr(period.low_bits, "sharing_group", lambda ddp, groups: None)
+    monkeypatch.setattr(
+        period.low_bits, "sharing_group", lambda ddp, groups: lambda parameter: None
+    )
     of_megatron = SimpleNamespace(use_mpu_process_groups=lambda: "those of parallel_state")
     monkeypatch.setattr(period, "ProcessGroupCollection", of_megatron)
     w, u = ([SimpleNamespace(config=f"{name}{n}") for n in range(2)] for name in ("w", "u"))

@@ -140,3 +140,18 @@ def test_a_gpt_model_is_called_with_all_of_a_batch() -> None:
     assert set(inputs) == {"input_ids", "labels", "position_ids"}
     assert inputs["input_ids"].equal(held.tokens_BS) and inputs["labels"].equal(held.labels_BS)
     assert inputs["position_ids"].equal(held.positions_BS)
+
+
+def test_a_batch_reaches_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its strides: positions are often one row, expanded. Without a GPU, torch pins none:
+    memory is copied as it lies, as pinning does."""
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *rest, **options: tensor)
+    ids_BS = torch.arange(12).view(3, 4)
+    one = MicroBatch(ids_BS, ids_BS, ids_BS, torch.arange(4).expand(3, -1), torch.zeros(3))
+    sent = one.inputs(torch.device("cuda"))["position_ids"]
+    assert sent is not None and sent.tolist() == [[0, 1, 2, 3]] * 3

@@ -208,6 +208,9 @@ def test_intervals_are_the_weights_and_half_widths_cut_to_shares() -> None:
     still = weight_intervals(torch.tensor([[0.01, 0.0099], [0.01, 0.0099]], dtype=torch.float64))
     assert still.low_S.tolist() == [0.01, 0.0], "below 0.01 a weight can't be told from none"
     assert still.high_S.tolist() == [0.01, 0.0099]
+    whole = weight_intervals(torch.tensor([[0.0099, 0.9901], [0.0099, 0.9901]]))
+    assert whole.high_S.tolist() == [pytest.approx(0.0099), 1.0], "nor above 0.99 from all there is"
+    assert weight_intervals(torch.tensor([[0.02, 0.98]] * 2).double()).high_S[1] < 1
 
 
 def test_one_block_knows_nothing() -> None:
@@ -369,7 +372,12 @@ def verdict_of(validation_examples: int = 10**6, **options: object) -> Verdict:
         trajectory.append(torch.tensor([first, 1 - first]))
     config = load_config(None, {"bilevel": options})
     bio: Any = ScaleBiO.__new__(ScaleBiO)
-    bio.mixture, bio.sources = SimpleNamespace(trajectory=trajectory), ["web", "math"]
+    bio.mixture, bio.sources = (
+        SimpleNamespace(
+            trajectory=trajectory, constraints=None, lookalike_groups=lambda tail_BS: []
+        ),
+        ["web", "math"],
+    )
     bio.options = config.bilevel.options("sample")
     bio.mixture.probs_S = torch.tensor([0.6, 0.4])
     sampler = SimpleNamespace(drawn_S=np.zeros(2), sizes_S=np.ones(2))
@@ -390,7 +398,9 @@ def test_a_runs_verdict_goes_by_its_options() -> None:
     assert not verdict_of(average_fraction=1.0).converged, "the way there is no rest"
     assert "validation set is too small" in verdict_of(validation_examples=100).reason
     short = verdict_of(average_fraction=0.1)
-    assert short.reason == "only 100 steps are averaged, at least 200 are needed"
+    assert short.reason == (
+        "only 100 steps are averaged, at least 200 are needed (set train_iters to 2000 or more)"
+    )
     assert "learning rate decays" in verdict_of(lr_lambda_decay_style="cosine").reason
 
 

@@ -141,13 +141,13 @@ def test_a_forward_step_takes_the_next_pass_to_the_model_of_its_role() -> None:
         seen.append((part, len(calls)))
 
     planned = [
-        Pass(role, held, *[torch.ones(len(held.group_B)).double()] * 2, last=last)
+        Pass(role, held, *[torch.ones(len(held.group_B)).double()] * 2, 0.5 * role, last=last)
         for role in (U, W, VALID) for held in TRAIN for last in (False, True)
     ]  # fmt: skip
     iterator = iter(planned)
     for this in planned:
         output, loss = forward_step(iterator, twin, observe)  # type: ignore[arg-type]
-        assert calls[-1] == (this.role is U, this.batch, this.last)
+        assert calls[-1] == (this.role is U, this.batch, this.last, 0.5 * this.role)
         for got, want in zip(loss(output)[:2], loss_func(this, output)[:2], strict=True):
             assert torch.equal(got, want)
     assert seen == [("forward", n // 2 + n % 2) for n in range(2 * len(planned))], "around each"
@@ -253,6 +253,17 @@ def test_a_pass_counts_what_its_role_counts() -> None:
     assert planned[0].coefficient_B.tolist() == [0.5, 1.0] == planned[1].coefficient_B.tolist()
     assert planned[0].weight_B.tolist() == [0.25, 0.25]
     assert planned[1].weight_B.tolist() == [0.0625, 0.0625]
+
+
+def test_losses_of_routers_are_means_over_training_micro_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of all data-parallel ranks; validation has none of them."""
+    ones = [torch.ones(len(each.group_B)) for each in TRAIN]
+    monkeypatch.setattr(module, "mean_coefficients", lambda *given: ones)
+    scales, of_four = {U: 1.0, W: 0.25, VALID: 0.75}, groups(dp=Group(0, 4))
+    planned = passes_of(scales, TRAIN, tensor([0.5, 0.25, 0.25]), "token", of_four)
+    assert [each.router_scale for each in planned] == [1 / 8, 1 / 32, 0.0] * 2
 
 
 class OtherRank:

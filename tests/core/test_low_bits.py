@@ -138,11 +138,16 @@ def test_u_goes_on_from_ws_masters_and_keeps_its_own() -> None:
 
 
 def test_masters_are_shared_within_an_instance_of_the_distributed_optimizer() -> None:
-    groups: Any = SimpleNamespace(dp="dp", dp_cp="dp_cp", intra_dp_cp="intra_dp_cp")
+    groups: Any = SimpleNamespace(
+        dp="dp", dp_cp="dp_cp", intra_dp_cp="intra_dp_cp", expt_dp="expt", intra_expt_dp="intra"
+    )
+    weight, of_expert = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    of_expert.allreduce = False  # type: ignore[attr-defined]
     for sharded, instances, expected in (
-        (False, 1, None), (True, 1, "dp_cp"), (True, 2, "intra_dp_cp"),
+        (False, 1, (None, None)), (True, 1, ("dp_cp", "expt")), (True, 2, ("intra_dp_cp", "intra")),
     ):  # fmt: skip
         ddp: Any = SimpleNamespace(
             use_distributed_optimizer=sharded, num_distributed_optimizer_instances=instances
         )
-        assert low_bits.sharing_group(ddp, groups) == expected
+        group = low_bits.sharing_group(ddp, groups)
+        assert (group(weight), group(of_expert)) == expected

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_scalebio.core.confidence import TrajectoryBlocks
 from megatron_scalebio.core.mixture import LARGEST_STEP, Mixture
-from megatron_scalebio.core.objective import logits_gradient, mixture_probs
+from megatron_scalebio.core.objective import hypergradient, logits_gradient, mixture_probs
+from megatron_scalebio.core.sampler import BlendSampler
 from tests.distributed import naive_loop
 
 KINDS = ["eg", "adamw"]
@@ -71,8 +74,9 @@ def exponentiated_gradient(
 ) -> tuple[list[list[float]], list[float], float]:
     """The weights after each step, the norms of Jᵀ g, and v: the equations of `mixture`, by hand.
 
-    v ← .99 v + .01 Σ_i p_i g_i²,  λ_i −= lr g_i / √(v / (1 − .99ᵗ)), no p below 1e-4 / S. From
-    step 31 on a g of more than 6 √(v / (1 − .99ᵗ⁻¹)) is cut to that size, if there is a size.
+    v ← .99 v + .01 Σ_i p_i g_i²,  λ_i −= lr g_i / √(v / (1 − .99ᵗ)), cut at 15 lr, no p below
+    1e-4 / S. From step 31 on a g of more than 6 √(v / (1 − .99ᵗ⁻¹)) is cut to that size, if there
+    is a size.
     """
     probs = [x / sum(initial) for x in initial]
     v, trajectory, norms = 0.0, [], []
@@ -87,7 +91,8 @@ def exponentiated_gradient(
                 square = most
         v = 0.99 * v + 0.01 * square
         size = math.sqrt(v / (1 - 0.99**number)) or 1.0
-        raised = [p * math.exp(-lr * x / size) for p, x in zip(probs, g, strict=True)]
+        sizes = [max(-15.0, min(15.0, x / size)) for x in g]
+        raised = [p * math.exp(-lr * x) for p, x in zip(probs, sizes, strict=True)]
         raised = [max(x / sum(raised), 1e-4 / len(raised)) for x in raised]
         probs = [x / sum(raised) for x in raised]
         trajectory.append(probs)
@@ -263,3 +268,56 @@ def test_resume_is_exact(kind: str, cut: int) -> None:
     assert torch.equal(whole.initial_S, resumed.initial_S)
     assert torch.equal(whole.trajectory.tail(1.0), resumed.trajectory.tail(1.0))
     assert (resumed.steps, resumed.mean_square) == (whole.steps, whole.mean_square)
+
+
+def rarely_seen(sources: int, places: int, steps: int) -> tuple[Mixture, list[float], np.ndarray]:
+    """A batch of few places, and excess losses of a heavy tail around those of 24 topics.
+
+    Returns:
+        The mixture; its largest weight after each step; the topic of each source. Topic 0 is the
+        best, topic 1 half as good, all others are bad.
+    """
+    generator = np.random.default_rng(0)
+    topic_S = np.arange(sources) % 24
+    worth_S = np.where(topic_S == 0, -1.0, np.where(topic_S == 1, -0.5, 0.3))
+    mixture, sampler = Mixture([1.0] * sources, "eg"), BlendSampler([10**4] * sources, places, 0)
+    largest = []
+    for step in range(steps):
+        probs_S = mixture.probs_S
+        picks = sampler.next(probs_S.numpy())
+        count_S = np.bincount(picks.group_B, minlength=sources)
+        there = count_S > 0
+        excess_S = np.full(sources, np.nan)
+        tail = generator.standard_t(3, there.sum()) / np.sqrt(count_S[there])
+        # u is reset to w every ten steps, and parts from it over five.
+        excess_S[there] = min(1.0, step % 10 / 5) * (worth_S[there] + tail)
+        inclusion_S = torch.from_numpy(picks.inclusion_S)
+        g_S = hypergradient(torch.from_numpy(excess_S), probs_S, inclusion_S, 10.0)
+        mixture.step(g_S, 0.1)
+        largest.append(float(mixture.probs_S.max()))
+    return mixture, largest, topic_S
+
+
+@pytest.mark.parametrize(("sources", "places"), [(6000, 128), (1000, 64)])
+def test_no_example_decides_where_batches_are_smaller_than_the_sources(
+    sources: int, places: int
+) -> None:
+    """Each stands for 50 or more that are not there; uncut, it makes its source the mixture."""
+    mixture, largest, topic_S = rarely_seen(sources, places, 400)
+    assert largest[2] < 20 / sources, "by step 3"
+    assert max(largest) < 0.15
+    share = np.bincount(topic_S, mixture.probs_S.numpy())
+    assert share.argmax() == 0 and share[0] > 0.35 and share[0] > 2 * share[1] > 0.04
+
+
+def test_the_trajectory_of_many_sources_is_short_and_earlier_ones_are_read() -> None:
+    assert [Mixture([1.0] * n, "eg").trajectory.capacity for n in (3, 512, 1000, 10**5)] == [
+        512, 512, 262, 32,
+    ]  # fmt: skip
+    mixture = Mixture([1.0] * 1000, "eg")
+    mixture.trajectory = TrajectoryBlocks(1000)
+    for g_S in noise(5, 1000):
+        mixture.step(g_S, 0.1)
+    again = Mixture([1.0] * 1000, "eg")
+    again.load_state_dict(mixture.state_dict())
+    assert torch.equal(again.trajectory.tail(1.0), mixture.trajectory.tail(1.0))

@@ -26,7 +26,7 @@ def test_an_interleaved_pipeline_takes_multiples_of_its_stages(
 
 USUAL = {
     "calculate_per_token_loss": True, "fp16": False, "fp8_param": False, "mtp_num_layers": None,
-    "num_moe_experts": None, "moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None,
+    "num_moe_experts": None, "moe_router_load_balancing_type": "aux_loss",
 }  # fmt: skip
 
 
@@ -37,13 +37,15 @@ USUAL = {
         ({"fp16": True}, "fp16 is True"),
         ({"fp8_param": True}, "fp8_param is True"),
         ({"mtp_num_layers": 1}, "mtp_num_layers"),
-        ({"num_moe_experts": 4, "moe_aux_loss_coeff": [0.0, 0.1]}, "moe_aux_loss_coeff"),
-        ({"num_moe_experts": 4, "moe_z_loss_coeff": 1e-3}, "moe_z_loss_coeff"),
+        (
+            {"num_moe_experts": 4, "moe_router_load_balancing_type": "global_aux_loss"},
+            "moe_router_load_balancing_type is 'global_aux_loss', which would count validation",
+        ),
     ],
 )
 def test_a_model_whose_losses_megatron_would_scale_is_refused(changed: dict, words: str) -> None:
     ddp: Any = SimpleNamespace(check_for_nan_in_grad=False)
-    for fine in ({}, {"num_moe_experts": 4}, {"moe_aux_loss_coeff": 0.1}):  # without experts
+    for fine in ({}, {"num_moe_experts": 4}):
         module._require_right_losses(SimpleNamespace(**USUAL | fine), ddp)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=words):
         module._require_right_losses(SimpleNamespace(**USUAL | changed), ddp)  # type: ignore[arg-type]

@@ -92,7 +92,8 @@ class Mixture:
     """λ under exponentiated gradient, λ_i −= lr g_i / √(v / (1 − βᵗ)), or under AdamW.
 
     v ← β v + (1 − β) Σ_i p_i g_i² with β = 0.99. No weight falls below 1e-4 / S. From the 31st
-    step on a g of more than 6 times its usual size √(v / (1 − βᵗ)) is cut to that. Where u's memory
+    step on a g of more than 6 times its usual size √(v / (1 − βᵗ)) is cut to that. No g_i counts as
+    more than 15 times that size. Where u's memory
     is m > 1 resets long, λ_i −= lr · 0.2 / √m · (g_i + 5 (g_i − ḡ_i)) / √(v / (1 − βᵗ)), with ḡ the
     mean of the cut g, this one included: ḡ += (g − ḡ) / min(10, t); before the first such step p
     becomes the mean of the second half of those so far.
@@ -132,7 +133,7 @@ class Mixture:
                     self.p = np.mean(self.past[-(len(self.past) // 2) :], axis=0)
             if memory > 1:
                 g, lr = 6 * g - 5 * self.mean, 0.2 * lr / math.sqrt(memory)
-            moved = self.p * np.exp(-lr * (g / usual if usual else g))
+            moved = self.p * np.exp(-lr * np.clip(g / usual if usual else g, -15, 15))
             moved = np.maximum(moved / moved.sum(), 1e-4 / len(g))
             self.p = moved / moved.sum()
         self.past.append(self.p)

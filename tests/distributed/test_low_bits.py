@@ -157,7 +157,7 @@ def values(training: Any, side: str) -> Values:
         resting = like.get(parameter, parameter)
         found[parameter] = active.get(name, parameter.detach().float())
         if name not in active and low_bits.kept(resting):
-            bits = low_bits.whole(resting, training.sharing_group)
+            bits = low_bits.whole(resting, training.sharing_group(resting))
             found[parameter] = low_bits.join(parameter.detach(), bits)
     return global_tensors(training.models[side], found.get)
 

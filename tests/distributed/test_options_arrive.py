@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.distributed.harness import run_distributed
@@ -191,14 +193,31 @@ def batch_layouts(folder: str) -> list[list[int]]:
     return found
 
 
-def packed(folder: str, seed: int, length: int) -> list[int]:
-    """What Megatron's dataset of a prefix is given."""
-    from megatron_scalebio.data.sources import PackedSource
+def packed(folder: str, seed: int, length: int) -> list[Any]:
+    """A prefix as it is opened, and Megatron's own dataset of it."""
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
 
+    from megatron_scalebio.config import SourceConfig
+    from megatron_scalebio.data.sources import open_sources
+
+    prefix = str(Path(folder) / "a" / "tokens")
     config = load({"train": {"seed": seed}, "data": {"seq_length": length}})
-    source = PackedSource("p", str(Path(folder) / "a" / "tokens"), config, Path(folder) / "cache")
-    settings = source._dataset.config
-    return [settings.random_seed, settings.sequence_length, source.length(0), source.tokens]
+    [source] = open_sources([SourceConfig("p", prefix)], config, Path(folder) / "cache")
+    nothing: Any = SimpleNamespace(eod=-1, pad=-1, vocab_size=None, unique_identifiers={})
+    settings = GPTDatasetConfig(
+        random_seed=seed, sequence_length=length, blend=([prefix], None), split="1,0,0",
+        path_to_cache=str(Path(folder) / "theirs"), tokenizer=nothing, reset_position_ids=False,
+        reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+    )  # fmt: skip
+    documents = np.arange(20, dtype=np.int32)
+    theirs = GPTDataset(IndexedDataset(prefix), prefix, documents, None, Split.train, settings)
+    same = len(source) == len(theirs)
+    for number in range(len(source)):
+        tokens, item = source.example(number)[0].tolist(), theirs[number]
+        same &= (tokens[:-1], tokens[1:]) == (item["tokens"].tolist(), item["labels"].tolist())
+    return [same, source.length(0), source.tokens]
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +265,7 @@ def test_options_reach_samplers_and_batches(found: dict[str, Any]) -> None:
 
 
 def test_options_reach_packed_sources(found: dict[str, Any]) -> None:
-    assert found["packed"] == [[7, 16, 16, 340], [11, 24, 24, 340]]
+    assert found["packed"] == [[True, 16, 340], [True, 24, 340]]
 
 
 def test_collectives_wait_a_minute_longer_than_the_watchdog(found: dict[str, Any]) -> None:

@@ -14,11 +14,16 @@ from tests.markov import write_problem
 
 pytestmark = pytest.mark.distributed
 STEPS = 9
+EXPERTS = {
+    "num_experts": 4, "moe_router_score_function": "sigmoid", "moe_aux_loss_coeff": 0.1,
+    "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.05,
+}  # fmt: skip
 CASES: dict[str, tuple[int, dict, dict]] = {
     "one": (1, {}, {}),
     "one-lisa": (1, {}, {"lisa_layers": 1, "lisa_interval": 3}),
     "dp2-distributed-optimizer": (2, {"use_distributed_optimizer": True}, {}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
+    "experts-ep2": (2, {"expert_model_parallel_size": 2}, {}),
 }
 
 
@@ -31,7 +36,8 @@ def on_ranks(folder: str, sources: list, validation: list, names: list[str]) -> 
         _, parallel, lisa = CASES[name]
         config = load_config(None, {
             "data": {"seq_length": 16, "sources": sources, "validation": validation},
-            "model": MODEL, "parallel": parallel, "lisa": lisa,
+            "model": {**MODEL, **(EXPERTS if "experts" in name else {})},
+            "parallel": parallel, "lisa": lisa,
             # An eps that rounding noise does not reach, as in test_exact_step.
             "optimizer": {"lr": 3e-3, "adam_eps": 1e-5},
             "bilevel": {"resync_interval": 3},

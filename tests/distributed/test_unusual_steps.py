@@ -30,10 +30,13 @@ from tests.distributed.small_runs import (
 
 pytestmark = pytest.mark.distributed
 
-# stage and the model of which one gradient is spoilt, by what
-SPOILT = [
-    ("reweight", "w", math.inf), ("reweight", "u", -math.inf), ("reweight", "u", math.nan),
-    ("train", "w", math.inf),
+EXPERTS = {
+    "num_experts": 4, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True
+}  # fmt: skip
+# stage and the model of which one gradient is spoilt, by what; and what the models are
+SPOILT: list[tuple[str, str, float, dict]] = [
+    ("reweight", "w", math.inf, {}), ("reweight", "u", -math.inf, {}),
+    ("reweight", "u", math.nan, EXPERTS), ("train", "w", math.inf, {}),
 ]  # fmt: skip
 DROPS = {"hidden": {"hidden_dropout": 0.4}, "attention": {"attention_dropout": 0.3}}
 FEW = 3  # examples of a set
@@ -91,8 +94,8 @@ def everything(state: Any) -> dict[str, Any]:
     return held
 
 
-def spoilt_step(folder: Path, stage: str, model: str, value: float) -> dict:
-    state = begun(folder, stage)
+def spoilt_step(folder: Path, stage: str, model: str, value: float, sizes: dict) -> dict:
+    state = begun(folder, stage, model=sizes)
     spoiling(model, value, when=[3, 4])
     result: dict[str, list] = {"said": [], "loss": [], "held": [], "in_a_row": [], "step": []}
     for _ in range(5):
@@ -209,7 +212,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 @pytest.mark.parametrize("number", range(len(SPOILT)))
 def test_a_gradient_that_is_not_finite_is_not_applied(ran: tuple[Path, dict], number: int) -> None:
     """Though the losses are: nothing moves, and the step counts as one of a row."""
-    _, model, value = SPOILT[number]
+    _, model, value, _ = SPOILT[number]
     got = torch.load(ran[0] / f"spoilt-{number}.pt", weights_only=True)
     assert all(math.isfinite(loss) for loss in got["loss"])
     said = f"{model}: gradient norm is {'nan' if math.isnan(value) else 'inf'}"

@@ -149,15 +149,57 @@ def test_float32_values_survive_the_nine_digits() -> None:
     assert np.array_equal(np.array(read["weights"], np.float32), values)
 
 
-def test_per_source_scalars_of_many_sources_come_seldom_and_at_the_end(tmp_path: Path) -> None:
-    names = [f"source {i}" for i in range(1000)]
-    log = MetricsLog(tmp_path, names, VALIDATION, global_batch_size=32)
-    for record in records(45, 1000):
-        log.log(record)
-    log.close()
+def many(tmp_path: Path, steps: list[dict[str, Any]], *starts: tuple[int, int]) -> Any:
+    """Logs the records of many sources in the given starts (from, to); the rows of all sources."""
+    names = [f"source {i}" for i in range(len(steps[0]["weights"]))]
+    for resume_step, end in starts:
+        log = MetricsLog(tmp_path, names, VALIDATION, global_batch_size=32, resume_step=resume_step)
+        for record in steps[resume_step:end]:
+            log.log(record)
+        log.close()
+    return np.load(tmp_path / "sources.npy", mmap_mode="r")
+
+
+def test_a_line_of_many_sources_has_the_heaviest_and_a_table_has_all(tmp_path: Path) -> None:
+    """1,000 sources: a row every other step, whose losses are means over both."""
+    steps = records(5, 1000)
+    table = many(tmp_path, steps, (0, 5))
+    assert table["step"].tolist() == [2, 4, 5]
+    np.testing.assert_allclose(table["weights"], [steps[n - 1]["weights"] for n in (2, 4, 5)], 1e-6)
+    for row, held in zip(table, ([0, 1], [2, 3], [4]), strict=True):
+        values = np.array([steps[n]["loss_w"] for n in held], float)
+        means = np.ma.masked_invalid(values).mean(0).filled(np.nan)
+        np.testing.assert_allclose(row["loss_w"], means, 1e-6)
+    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()][-1]
+    assert not {"weights", "loss_w", "loss_u", "excess_loss"} & set(last)
+    weights = np.array(steps[-1]["weights"])
+    expected = np.sort(weights)[::-1][:20]
+    assert last["heaviest"]["weights"] == pytest.approx(expected.tolist(), rel=1e-8)
+    assert weights[last["heaviest"]["source"]] == pytest.approx(expected)
+    losses = [steps[-1]["loss_w"][source] for source in last["heaviest"]["source"]]
+    np.testing.assert_allclose(
+        np.array(last["heaviest"]["loss_w"], float), np.array(losses, float), 1e-8
+    )
+
+
+def test_a_resumed_table_has_no_step_twice(tmp_path: Path) -> None:
+    steps = records(9, 1000)
+    table = many(tmp_path, steps, (0, 7), (5, 9))  # 7, the end of the first start, is dropped
+    assert table["step"].tolist() == [2, 4, 6, 8, 9]
+    np.testing.assert_allclose(table["weights"][2], steps[5]["weights"], 1e-6)
+    assert many(tmp_path, steps, (0, 2))["step"].tolist() == [2]
+
+
+def test_tensorboard_draws_few_of_many_sources(tmp_path: Path) -> None:
+    steps = records(45, 1000)
+    for number, record in enumerate(steps):  # others are on top each time
+        record["weights"] = np.roll(np.linspace(1, 0, 1000), 20 * number).tolist()
+    many(tmp_path, steps, (0, 45))
     read = scalars(tmp_path)
-    assert [step for step, _ in read["mixture/weight/source 7"]] == [20, 40, 45]
-    assert len(read["lm loss"]) == 45
+    drawn = [tag for tag in read if tag.startswith("mixture/weight/")]
+    assert len(drawn) == 100 and len(read["lm loss"]) == 45
+    steps_of_first = [step for step, _ in read["mixture/weight/source 20"]]
+    assert steps_of_first == [*range(2, 46, 2), 45]
 
 
 def test_an_interval_thins_out_all_points_before_a_resume_and_after(tmp_path: Path) -> None:

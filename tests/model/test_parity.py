@@ -36,6 +36,7 @@ SHAPE = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 NEOX = {**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}, "hidden_size": 64}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 
 # name: (transformers' class prefix, configuration)
@@ -69,6 +70,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("Qwen3", {**SHAPE, **UNTIED, "head_dim": 16}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {**SHAPE, **EXPERTS, **UNTIED, "head_dim": 16, "norm_topk_prob": True,
+         "mlp_only_layers": [1]},
+    ),
+    "qwen3-moe-all-scores": (
+        "Qwen3Moe", {**SHAPE, **EXPERTS, **TIED, "head_dim": 16, "norm_topk_prob": False},
+    ),
+    "mixtral": (
+        "Mixtral",
+        {**SHAPE, **UNTIED, "intermediate_size": 20, "num_local_experts": 4, "sliding_window": 7},
+    ),
     "gemma2": (
         "Gemma2",
         {
@@ -80,6 +93,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "tp2": (2, TP2),
@@ -89,7 +103,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2": (2, {"context_parallel_size": 2}),
     "recompute": (1, {"recompute_granularity": "full"}),
     "tp2-pp2": (4, {**TP2, **PP2}),
+    "ep2": (2, EP2),
+    "ep2-tp2": (4, {**EP2, **TP2, "sequence_parallel": True}),
 }
+OF_EXPERTS = ("one", "pp2", "ep2", "ep2-tp2")
+WITH_EXPERTS = ("qwen3-moe", "qwen3-moe-all-scores", "mixtral")
 NOT_DIVISIBLE_BY_2 = ("llama-9-heads-3-groups", "llama-mqa-linear-rope")
 # One of each way to know positions and to mask: learned, part of a head turned, windows, caps.
 UNDER_CP = ("gpt2", "gpt-neox", "llama-mqa-linear-rope", "qwen2-window", "gemma2")
@@ -104,15 +122,31 @@ def cases(ranks: int | None = None) -> list[tuple[str, str]]:
         for layout, (world_size, _) in LAYOUTS.items()
         for model in MODELS
         if ranks in (None, world_size)
+        and (layout in OF_EXPERTS if model in WITH_EXPERTS else "ep2" not in layout)
         and not (model in NOT_DIVISIBLE_BY_2 and "tp2" in layout)
         and (layout in OF_STRETCHED if model in STRETCHED else layout != "recompute")
         and (model in UNDER_CP + STRETCHED or layout != "cp2")
     ]
 
 
-def name_in_file(name: str, prefix: str) -> str:
-    """GPT-NeoX's output head has one name in transformers' module, another in its files."""
-    return name.replace("lm_head.", "embed_out.") if prefix == "GPTNeoX" else name
+def as_in_files(name: str, tensor: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
+    """What a tensor of transformers' module is in its files: another name, a matrix an expert."""
+    if prefix == "GPTNeoX":
+        name = name.replace("lm_head.", "embed_out.")
+    if prefix == "Mixtral":
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+    names = ("w1", "w3", "w2") if prefix == "Mixtral" else ("gate_proj", "up_proj", "down_proj")
+    block, _, last = name.rpartition(".")
+    if last not in ("gate_up_proj", "down_proj"):
+        return {name: tensor}
+    found = {}
+    for expert, matrix in enumerate(tensor):
+        parts = matrix.chunk(2) if last == "gate_up_proj" else [matrix]
+        for each, part in zip(
+            names[: len(parts)] if len(parts) == 2 else names[2:], parts, strict=True
+        ):
+            found[f"{block}.{expert}.{each}.weight"] = part
+    return found
 
 
 def write_reference(folder: Path, name: str) -> None:
@@ -136,7 +170,10 @@ def write_reference(folder: Path, name: str) -> None:
     logits = model(tokens[:, :-1]).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
-    gradients = {name_in_file(n, prefix): p.grad for n, p in model.named_parameters()}
+    gradients = {
+        key: part
+        for n, p in model.named_parameters() for key, part in as_in_files(n, p.grad, prefix).items()
+    }  # fmt: skip
     content = {"tokens": tokens, "logits": logits.detach(), "gradients": gradients}
     torch.save({**content, "loss": loss.item()}, folder / f"{name}.pt")
 
@@ -195,8 +232,9 @@ def run_model(config, folder: Path, name: str, layout: str) -> None:
         )  # fmt: skip
 
     def mean(loss_BS):
-        loss = loss_BS.sum() / (BATCH * LENGTH * passes)
-        return loss, torch.tensor(0, dtype=torch.int), {"loss": loss.item() * passes}
+        loss = loss_BS.sum() / (BATCH * LENGTH * passes * runtime.dp_size())
+        part = loss.item() * passes * runtime.dp_size()
+        return loss, torch.tensor(0, dtype=torch.int), {"loss": part}
 
     def keep(logits_BSV):
         return logits_BSV.sum(), torch.tensor(0, dtype=torch.int), {"logits": logits_BSV.detach()}
@@ -207,6 +245,7 @@ def run_model(config, folder: Path, name: str, layout: str) -> None:
         "gradients": global_tensors(chunks, lambda p: p.main_grad.clone()),
         "logits": outputs[0]["logits"] if outputs else None,
         "held": held,
+        "replica": runtime.dp_rank(),
         "loss": losses[0]["loss"] if losses else None,
     }
     rank = torch.distributed.get_rank()
@@ -246,7 +285,8 @@ def compare(results: Path, name: str, layout: str) -> None:
     paths = sorted(results.glob(f"{name}-{layout}-[0-9].pt"))
     parts = [torch.load(path, weights_only=True) for path in paths]
     vocab = want["logits"].shape[-1]
-    last = [p for p in parts if p["logits"] is not None]
+    # Data-parallel ranks, which experts are shared by, have the same logits.
+    last = [p for p in parts if p["logits"] is not None and p["replica"] == 0]
     if layout == "cp2":
         logits = torch.zeros(BATCH, LENGTH, last[0]["logits"].shape[-1])
         for part in last:
@@ -261,8 +301,7 @@ def compare(results: Path, name: str, layout: str) -> None:
     model = load_config(None, {"model": {"hf": str(results / name)}}).model
     compared = set()
     for whole in Table(family, model).wholes:
-        got = gradients[whole.stacked_key]
-        got = got if whole.layer is None else got[whole.layer]
+        got = gradients[whole.key][whole.place_in(whole.key)[0]]
         for key, part in whole.to_hf(got[:vocab] if whole.map.vocab else got).items():
             compared.add(key)
             assert relative(part, want["gradients"][key]) <= 1e-4, key

@@ -28,6 +28,7 @@ RIVALS = {
     "train": ["train", *RECIPES["delayed"], *LISA["-lisa"]],
     "doremi": ["reweight", "--method", "doremi", *RECIPES["delayed"]],
     "doge": ["reweight", "--method", "doge", *RECIPES["tensorwise"], *LISA["-lisa"]],
+    "less": ["reweight", "--method", "less"],
 }
 
 # Optimizers: torch's in a process without Transformer Engine, its own in one with it.
@@ -46,8 +47,17 @@ def reweight(folder: Path, name: str, *flags: object) -> None:
     note(folder / "noted", name, command(*words))
 
 
-def note_copies(path: Path) -> None:
-    """Has every step leave the bytes of FP8 copies that are held, beside those of the plan."""
+def note_steps(folder: Path) -> None:
+    """Has every step leave what the tests below read.
+
+    copies.jsonl: the bytes of FP8 copies that are held, beside those of the plan.
+    fused.jsonl: active layers; the weights whose gradients matrix products added to DDP's buffers.
+    """
+
+    def leave(name: str, line: object) -> None:
+        with (folder / f"{name}.jsonl").open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+
     from megatron_scalebio.core.training import Training
     from megatron_scalebio.plan.holdings import fp8_copies
 
@@ -62,8 +72,10 @@ def note_copies(path: Path) -> None:
             real = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
             recipe = self.model_config.fp8_recipe
             planned = fp8_copies(self.models.values(), recipe)
-            with path.open("a") as notes:
-                notes.write(json.dumps([recipe, self.active_layers is None, real, planned]) + "\n")
+            leave("copies", [recipe, self.active_layers is None, real, planned])
+            named = [entry for c in self.w for entry in c.named_parameters()]
+            added = [name for name, p in named if getattr(p, "grad_added_to_main_grad", False)]
+            leave("fused", [self.active_layers, added])
         return update(self, *words, **options)
 
     Training.update = noting  # type: ignore[method-assign]
@@ -90,7 +102,7 @@ def with_te(folder_name: str) -> None:
         FP8GlobalStateManager.reset()  # as in a process of its own
         reweight(folder, name, *flags)
 
-    note_copies(folder / "copies.jsonl")
+    note_steps(folder)
     for recipe, lisa in RESUMED:
         flags = [*RECIPES[recipe], *LISA[lisa]]
         FP8GlobalStateManager.reset()
@@ -172,6 +184,14 @@ def test_copies_take_what_the_plan_says(runs: Path) -> None:
     with_lisa = {recipe: real for recipe, whole, real, _ in noted if not whole}
     shared = of_u_and_w * 3 // 4  # one of two layers
     assert with_lisa == {"tensorwise": shared, "blockwise": shared, "delayed": of_u_and_w}
+
+
+def test_products_add_gradients_to_the_buffers(runs: Path) -> None:
+    """Of the layers that train, every matrix's: Megatron's gradient_accumulation_fusion."""
+    for line in (runs / "fused.jsonl").read_text().splitlines():
+        active, added = json.loads(line)
+        matrices = [name for name in added if ".linear_" in name and not name.endswith("bias")]
+        assert len(matrices) == 4 * (2 if active is None else len(active)), added
 
 
 @pytest.mark.parametrize("move", MOVES)

@@ -1,0 +1,162 @@
+"""Sources named by the thousand: globs, lists of files, and the lists that Megatron-LM takes.
+
+    sources: {glob: "corpus/*/*.idx", name: "{parent}/{stem}"}
+    sources: [{list: corpus/parts.txt}, {name: math, path: data/math}]
+    data_args_path: runs/first/blend.txt
+
+become the entries {name, path, …} that the same sources would have one by one.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_scalebio.errors import UserError
+
+_PREPARED = "source.json"
+_PARTS = ("tokens", "loss_mask")  # of a prepared folder
+
+
+def with_sources_listed(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """The section `data` with every source an entry of its own.
+
+    Raises:
+        UserError: if a list names nothing, or what is no source, or no names follow from it.
+    """
+    data, sources = dict(data), data.get("sources")
+    given = data.pop("data_args_path", None)
+    if given is not None:
+        if sources:
+            raise UserError(
+                f"{where}.data_args_path: {given!r} and sources both name sources (drop one of "
+                "them)"
+            )
+        data["sources"] = _of_megatron(str(given), f"{where}.data_args_path")
+        return data
+    if isinstance(sources, dict):
+        sources = [sources]
+    if isinstance(sources, list):
+        entries: list[Any] = []
+        for number, entry in enumerate(sources):
+            entries += _expanded(entry, f"{where}.sources[{number}]")
+        data["sources"] = entries
+    return data
+
+
+def _expanded(entry: Any, where: str) -> list[Any]:
+    kinds = [kind for kind in ("glob", "list") if isinstance(entry, dict) and kind in entry]
+    if not kinds:
+        return [entry]
+    if len(kinds) > 1 or "path" in entry:
+        both = " and ".join([*kinds, "path"][:2])
+        raise UserError(f"{where}: {both} both name sources (drop one of them)")
+    others = {key: value for key, value in entry.items() if key not in ("glob", "list", "name")}
+    given, where = str(entry[kinds[0]]), f"{where}.{kinds[0]}"
+    found = _matches(given, where) if kinds[0] == "glob" else _lines(given, where)
+    paths = list(dict.fromkeys(map(_source_of, found)))
+    names = _names(paths, entry.get("name"), where)
+    return [{"name": name, "path": path, **others} for name, path in zip(names, paths, strict=True)]
+
+
+def _matches(pattern: str, where: str) -> list[str]:
+    found = sorted(glob.glob(pattern, recursive=True))
+    if not found:
+        raise UserError(f"{where}: {pattern!r} matches nothing (check the pattern)")
+    for path in found:
+        is_source = path.endswith((".idx", ".bin", f"/{_PREPARED}"))
+        if not is_source and not os.path.isfile(os.path.join(path, _PREPARED)):
+            raise UserError(
+                f"{where}: {pattern!r} matches {path}, which is no source (match .idx files, or "
+                f"the {_PREPARED} of prepared folders)"
+            )
+    return found
+
+
+def _lines(file: str, where: str) -> list[str]:
+    """Paths, one a line; relative ones are relative to the list."""
+    text = _read(file, where)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and line[0] != "#"]
+    if not lines:
+        raise UserError(f"{where}: {file}: names no source (one path a line)")
+    return [str(Path(file).parent / line) for line in lines]
+
+
+def _of_megatron(file: str, where: str) -> list[dict[str, Any]]:
+    """`weight path weight path …` or `path path …`, as Megatron-LM's --data-args-path has it."""
+    try:
+        words = shlex.split(_read(file, where))
+    except ValueError as error:
+        raise UserError(f"{where}: {file}: is no list of paths: {error}") from None
+    weights: Sequence[float | None] = [None] * len(words)
+    numbers = [_number(word) for word in words]
+    if len(words) % 2 == 0 and None not in numbers[::2]:
+        weights, words = numbers[::2], words[1::2]
+    if not words:
+        raise UserError(f"{where}: {file}: names no source (weight path weight path …)")
+    paths = [_source_of(word) for word in words]
+    _refuse_twice(paths, f"{where}: {file}")
+    names = _names(paths, None, where)
+    return [
+        {"name": name, "path": path} | ({} if weight is None else {"initial_weight": weight})
+        for name, path, weight in zip(names, paths, weights, strict=True)
+    ]
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _read(file: str, where: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or "is not text"
+        raise UserError(f"{where}: {file}: {problem} (name a list of paths)") from None
+
+
+def _source_of(path: str) -> str:
+    """The source that a file belongs to: a prefix, or the prepared folder it lies in."""
+    path = os.path.normpath(path)
+    folder, name = os.path.split(path)
+    stem, suffix = os.path.splitext(name)
+    bare = stem if suffix in (".idx", ".bin") else name
+    in_folder = bare in _PARTS and os.path.isfile(os.path.join(folder, _PREPARED))
+    return folder if in_folder or name == _PREPARED else os.path.join(folder, bare)
+
+
+def _names(paths: Sequence[str], template: Any, where: str) -> list[str]:
+    """Names by a template, or the last part of each path and the folders that tell them apart."""
+    parts = [path.split("/") for path in paths]
+    if template is not None:
+        return [_named(str(template), one, where) for one in parts]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(filter(None, one[-count:])) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    return names
+
+
+def _named(template: str, parts: Sequence[str], where: str) -> str:
+    folders = ["", "", *parts]
+    fields = {"stem": folders[-1], "parent": folders[-2], "grandparent": folders[-3]}
+    try:
+        return template.format(**fields)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        where = where.rpartition(".")[0]
+        known = ", ".join(f"{{{field}}}" for field in fields)
+        raise UserError(f"{where}.name: {template!r} is no name (it may hold {known})") from None
+
+
+def _refuse_twice(paths: Sequence[str], where: str) -> None:
+    path, count = Counter(paths).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{where}: names {path} {count} times (name it once)")

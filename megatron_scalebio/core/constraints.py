@@ -1,0 +1,112 @@
+"""What a mixture has to keep to: bounds of weights, a pull to a prior, ratios that stay.
+
+A mirror step under all of them has an exact form. Where q_i = e^{λ_i} is the step alone, π the
+prior and η the step's size,
+
+    log q_i ← (log q_i + η κ log π_i) / (1 + η κ)            the pull, κ KL(p ‖ π) in the objective
+    p_i = min(high_i, max(low_i, c q_i)),  Σ_i p_i = 1        the bounds: KL projection of q
+
+is the p that minimises ⟨g, p⟩ + κ KL(p ‖ π) + KL(p ‖ p_t) / η within the bounds. Sources that keep
+their ratios move by the mean of their g under p, as one source of their sum would.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from megatron_scalebio.core.confidence import WeightIntervals
+
+
+class Constraints:
+    """Of S sources.
+
+    Args:
+        low, high: bounds of each weight; a weight of equal ones is fixed [0 and 1].
+        prior: mixture that the weights are pulled to, normalised here.
+        kl_to_prior: how strongly (κ), in units of the hypergradient.
+        tied: sources that keep the ratios they begin with.
+
+    Raises:
+        ValueError: if no mixture is within the bounds, or the prior is none.
+    """
+
+    def __init__(
+        self,
+        low: Sequence[float],
+        high: Sequence[float],
+        *,
+        prior: Sequence[float] | None = None,
+        kl_to_prior: float = 0.0,
+        tied: Sequence[bool] | None = None,
+    ) -> None:
+        self.low_S = torch.tensor(low, dtype=torch.float64)
+        self.high_S = torch.tensor(high, dtype=torch.float64)
+        ordered = ((self.low_S >= 0) & (self.low_S <= self.high_S) & (self.high_S > 0)).all()
+        least, most = float(self.low_S.sum()), float(self.high_S.sum())
+        if not ordered or not least - 1e-9 <= 1 <= most + 1e-9:
+            raise ValueError("no mixture is within the bounds")
+        self.kl_to_prior = kl_to_prior
+        self._log_prior_S = torch.zeros_like(self.low_S)
+        if kl_to_prior:
+            prior_S = torch.tensor(prior, dtype=torch.float64)
+            if not (prior_S > 0).all() or not kl_to_prior > 0:
+                raise ValueError("a prior needs a weight above 0 of every source")
+            self._log_prior_S = (prior_S / prior_S.sum()).log()
+        self._tied_S = torch.tensor(tied or [False] * len(low))
+
+    @property
+    def free_S(self) -> torch.Tensor:
+        """The sources whose weights are not fixed."""
+        return self.low_S < self.high_S
+
+    def tie(self, hypergradient_S: torch.Tensor, probs_S: torch.Tensor) -> torch.Tensor:
+        """g, with the mean of those that keep their ratios in place of each."""
+        if not self._tied_S.any():
+            return hypergradient_S
+        mass_S = probs_S * self._tied_S
+        mean = (mass_S * hypergradient_S).sum() / mass_S.sum()
+        return torch.where(self._tied_S, mean, hypergradient_S)
+
+    def pull(self, logits_S: torch.Tensor, size: float) -> torch.Tensor:
+        """λ after a step of size η, pulled to the prior."""
+        pull = size * self.kl_to_prior
+        return (logits_S - logits_S.logsumexp(0) + pull * self._log_prior_S) / (1 + pull)
+
+    def pull_gradient(self, probs_S: torch.Tensor) -> torch.Tensor:
+        """The gradient of κ KL(p ‖ π) in p, for optimizers that take gradients."""
+        return self.kl_to_prior * (probs_S.log() - self._log_prior_S)
+
+    def project(self, weights_S: torch.Tensor) -> torch.Tensor:
+        """The mixture within the bounds that is nearest to q, positive weights, in KL(p ‖ q).
+
+        Σ_i min(high_i, max(low_i, c q_i)) grows with c, in straight pieces between the c at which
+        a source leaves its lower bound or meets its upper one: the piece is searched, then solved.
+        """
+        edges = torch.cat([self.low_S / weights_S, self.high_S / weights_S]).sort().values.tolist()
+
+        def clipped(scale: float) -> torch.Tensor:
+            return (scale * weights_S).clamp(self.low_S, self.high_S)
+
+        place = bisect_left(edges, 1.0, key=lambda scale: float(clipped(scale).sum()))
+        if not 0 < place < len(edges):  # all at a bound
+            return clipped(edges[min(place, len(edges) - 1)])
+        # Within the piece; not the mean, which two far ends round to one of them.
+        inside = math.sqrt(max(edges[place - 1], 1e-300) * edges[place])
+        bound_S = clipped(inside)
+        is_free = bound_S == inside * weights_S
+        scale = (1 - float(bound_S[~is_free].sum())) / float(weights_S[is_free].sum())
+        return clipped(scale)
+
+    def narrow(self, found: WeightIntervals) -> WeightIntervals:
+        """Intervals without what is out of bounds."""
+        return replace(
+            found,
+            low_S=found.low_S.clamp(self.low_S, self.high_S),
+            high_S=found.high_S.clamp(self.low_S, self.high_S),
+            half_width_S=found.half_width_S.minimum(self.high_S - self.low_S),
+        )

@@ -1,0 +1,89 @@
+"""Mixtures of experts on Llama's attention: Qwen 3 MoE, Mixtral."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megatron_scalebio.families.base import Family, HfConfig, TensorMap, sliding_window
+from megatron_scalebio.families.llama import TENSORS, common_fields
+
+_LAYER, _HF_LAYER = "decoder.layers.{}.", "model.layers.{}."
+_DENSE = (f"{_LAYER}mlp.linear_fc1.", f"{_LAYER}mlp.linear_fc2.")
+# Of Llama's tensors, which layers have them.
+_LLAMA = tuple(
+    replace(row, layers="dense") if row.megatron.startswith(_DENSE) else row for row in TENSORS
+)
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[TensorMap, ...]:
+    """Router, experts and the norm before them.
+
+    Args:
+        block: where they are in a layer; the others, the names of an expert's matrices.
+    """
+    expert = f"{_HF_LAYER}{block}.experts.{{}}."
+    rows = {
+        "pre_mlp_layernorm.weight": (f"{_HF_LAYER}post_attention_layernorm.weight",),
+        "mlp.router.weight": (f"{_HF_LAYER}{block}.gate.weight",),
+        "mlp.experts.experts.linear_fc1.weight": (f"{expert}{gate}.weight", f"{expert}{up}.weight"),
+        "mlp.experts.experts.linear_fc2.weight": (f"{expert}{down}.weight",),
+    }
+    return tuple(
+        TensorMap(f"{_LAYER}{name}", hf, "stack_rows" if len(hf) == 2 else "copy", layers="experts")
+        for name, hf in rows.items()
+    )
+
+
+def _no_losses(config: HfConfig) -> None:
+    """transformers adds a balance loss on request alone; here `moe_aux_loss_coeff` asks for one."""
+    config.take("router_aux_loss_coef"), config.take("output_router_logits")
+
+
+def _qwen3_moe(config: HfConfig) -> dict[str, Any]:
+    config.require("hidden_act", "silu")
+    config.require("attention_bias", False)
+    config.require("use_sliding_window", False)
+    config.take("sliding_window")
+    _no_losses(config)
+    layers, every = config.take("num_hidden_layers"), config.take("decoder_sparse_step")
+    dense = config.take("mlp_only_layers") or []
+    experts = config.take("num_local_experts")
+    return {
+        **common_fields(config),
+        "swiglu": True,
+        "qk_layernorm": True,
+        "num_experts": experts,
+        "moe_layer_freq": [
+            int(layer not in dense and (layer + 1) % every == 0) for layer in range(layers)
+        ],
+        "moe_ffn_hidden_size": config.take("moe_intermediate_size"),
+        "moe_router_topk": config.take("num_experts_per_tok"),
+        "moe_router_pre_softmax": not config.take("norm_topk_prob"),
+    }
+
+
+def _mixtral(config: HfConfig) -> dict[str, Any]:
+    config.require("hidden_act", "silu")
+    config.require("router_jitter_noise", 0.0)
+    _no_losses(config)
+    return {
+        **common_fields(config),
+        "swiglu": True,
+        "num_experts": config.take("num_local_experts"),
+        "moe_ffn_hidden_size": config.take("intermediate_size"),
+        "moe_router_topk": config.take("num_experts_per_tok"),
+        **sliding_window(config),
+    }
+
+
+FAMILIES = (
+    Family(
+        ("Qwen3MoeForCausalLM",), _qwen3_moe,
+        (*_LLAMA, *_experts("mlp", "gate_proj", "up_proj", "down_proj")),
+    ),
+    Family(
+        ("MixtralForCausalLM",), _mixtral,
+        (*_LLAMA, *_experts("block_sparse_moe", "w1", "w3", "w2")),
+    ),
+)  # fmt: skip

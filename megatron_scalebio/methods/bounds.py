@@ -1,0 +1,93 @@
+"""What a run's configuration asks the mixture to keep to, as the core takes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_scalebio.config import Config
+from megatron_scalebio.core.constraints import Constraints
+from megatron_scalebio.data.reuse import reused
+from megatron_scalebio.engine.epochs import caps
+from megatron_scalebio.engine.outputs import natural_shares
+from megatron_scalebio.engine.state import Data
+from megatron_scalebio.errors import UserError
+
+LEAST_PRIOR = 1e-4  # of an equal weight: a prior of nothing would have no logarithm
+
+
+def constraints_of(config: Config, data: Data) -> Constraints | None:
+    """Bounds of sources and of their repetition, the prior, and the ratios that stay.
+
+    Raises:
+        UserError: if no mixture keeps to them.
+    """
+    low_S, high_S = bounds_of(config, data)
+    kappa, tied_S = config.bilevel.kl_to_prior, None
+    if config.data.keep_ratios:
+        tied_S = data.known_sources()
+        if all(tied_S):
+            raise UserError(
+                f"data.keep_ratios: {config.data.weights} has all sources, and nothing is left to "
+                "learn (add sources, or drop keep_ratios)"
+            )
+        if any(source.low > 0 or source.high < 1 for source in config.data.sources):
+            raise UserError(
+                "data.keep_ratios: True and bounds of single sources exclude each other (drop one)"
+            )
+    if not kappa and tied_S is None and not any(low_S) and min(high_S) == 1.0:
+        return None
+    prior_S = prior_of(config, data) if kappa else None
+    return Constraints(low_S, high_S, prior=prior_S, kl_to_prior=kappa, tied=tied_S)
+
+
+def bounds_of(config: Config, data: Data) -> tuple[list[float], list[float]]:
+    """The least and the largest weight of each source."""
+    low_S = [source.low for source in config.data.sources]
+    high_S = [source.high for source in config.data.sources]
+    caps_S = caps(config, data.sources)
+    if caps_S is None:
+        return low_S, high_S
+    for source, cap in zip(config.data.sources, caps_S, strict=True):
+        if source.low > cap:
+            raise UserError(
+                f"data.max_epochs: {config.data.max_epochs:g} passes over {source.name!r} are a "
+                f"weight of {cap:.3g}, below its least, {source.low:g} (raise max_epochs, or lower "
+                "that)"
+            )
+    high_S = [min(pair) for pair in zip(high_S, caps_S, strict=True)]
+    if sum(high_S) < 1:
+        raise UserError(
+            f"data.max_epochs: {config.data.max_epochs:g} and the sources' max_weight leave "
+            f"weights that add up to {sum(high_S):.3g} (raise one of them, or lower the target)"
+        )
+    return low_S, high_S
+
+
+def prior_of(config: Config, data: Data) -> list[float]:
+    """The mixture that `bilevel.prior` names."""
+    given = config.bilevel.prior
+    if given == "natural":
+        prior = natural_shares(data.sources)
+    elif given == "initial":
+        prior = data.initial_weights()
+    else:
+        names, natural_S = [s.name for s in data.sources], natural_shares(data.sources)
+        prior = reused(Path(given), names, None, natural_S).weights
+    least = LEAST_PRIOR * sum(prior) / len(prior)
+    return [max(weight, least) for weight in prior]
+
+
+def refuse_bounds(config: Config) -> None:
+    """For the methods that know no bounds."""
+    method, sources = config.baseline.method, config.data.sources
+    bound = next((s for s in sources if s.low > 0 or s.high < 1), None)
+    asked = {
+        f"data.sources: the bounds of {bound.name if bound else None!r}": bound is not None,
+        "data.keep_ratios": config.data.keep_ratios,
+        "bilevel.kl_to_prior": config.bilevel.kl_to_prior > 0,
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise UserError(
+                f"{what}: the method {method!r} can't keep to it (drop it, or baseline.method)"
+            )

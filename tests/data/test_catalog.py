@@ -1,0 +1,122 @@
+"""Thousands of sources: few descriptors, one cache file, nothing seen twice, nothing stale."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_scalebio.data import indexed, scan
+from megatron_scalebio.data.catalog import CATALOG_FILE, open_catalog
+from megatron_scalebio.data.indexed import IndexedPair, OpenFiles
+from megatron_scalebio.data.sources import ExampleSource, PackedSource
+from megatron_scalebio.errors import UserError
+from tests.markov import write_source
+
+ROWS = [np.arange(1, 8 + n % 5) % 30 for n in range(12)]
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[str]:
+    """Prepared folders and prefixes, in turn."""
+    folders = [write_source(tmp_path, f"s{n}", ROWS[n:]) for n in range(6)]
+    return [f"{path}/tokens" if n % 2 else path for n, path in enumerate(folders)]
+
+
+def opened(cache: Path, paths: list[str], **options: Any) -> list[tuple[int, int]]:
+    """Opens the catalog; what it had to look at."""
+    seen: list[tuple[int, int]] = []
+    open_catalog(cache, paths, 8, 3, lambda done, of: seen.append((done, of)), **options)
+    return seen
+
+
+def test_sources_are_looked_at_once(tmp_path: Path, paths: list[str]) -> None:
+    cache = tmp_path / "cache"
+    assert opened(cache, paths) == [(n + 1, 6) for n in range(6)]
+    assert [path.name for path in cache.iterdir()] == [CATALOG_FILE]
+    assert opened(cache, paths) == []
+    assert opened(cache, paths[::-1]) == [], "in any order"
+
+
+@pytest.mark.parametrize("change", ["tokens", "mask", "another", "torn", "foreign"])
+def test_a_change_is_seen(tmp_path: Path, paths: list[str], change: str) -> None:
+    cache = tmp_path / "cache"
+    opened(cache, paths)
+    part = {"tokens": "s1/tokens.bin", "mask": "s2/loss_mask.bin"}.get(change)
+    if part:
+        stream = tmp_path / part
+        stream.write_bytes(stream.read_bytes())  # as large as before
+    elif change == "another":
+        paths = paths[:-1]
+    elif change == "torn":
+        os.truncate(cache / CATALOG_FILE, 100)
+    else:
+        (cache / CATALOG_FILE).write_bytes(b"x" * 1000)
+    assert len(opened(cache, paths)) == len(paths)
+    assert opened(cache, paths) == []
+
+
+def test_a_rank_that_need_not_check_asks_no_file(tmp_path: Path, paths: list[str]) -> None:
+    cache = tmp_path / "cache"
+    opened(cache, paths)
+    os.remove(tmp_path / "s1" / "tokens.bin")
+    assert opened(cache, paths, check=False) == []
+    with pytest.raises(UserError, match=r"s1/tokens: is neither a prepared folder nor"):
+        opened(cache, paths)
+
+
+def test_what_is_read_back_is_what_was_seen(tmp_path: Path, paths: list[str]) -> None:
+    for _ in range(2):
+        catalog = open_catalog(tmp_path / "cache", paths, 8, 3, lambda done, of: None)
+        for number, path in enumerate(paths):
+            facts, packing = scan.look_at(path, 1, 8, 3)
+            assert catalog.facts(number) == replace(facts, stamp="")
+            if packing is not None:
+                for ours, theirs in zip(catalog.packing(number), packing, strict=True):
+                    np.testing.assert_array_equal(ours, theirs)
+                    assert ours.dtype == theirs.dtype
+    assert len({id(catalog.facts(number).tokenizer) for number in (0, 2, 4)}) == 1
+
+
+def test_few_files_are_open_however_many_are_read(
+    tmp_path: Path, paths: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = OpenFiles(limit=3)
+    monkeypatch.setattr(indexed, "FILES", files)
+    catalog = open_catalog(tmp_path / "cache", paths, 8, 3, lambda done, of: None)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        for number, path in enumerate(paths):
+            if catalog.facts(number).packed:
+                PackedSource("p", path, catalog, number).example(0)
+            else:
+                source = ExampleSource("e", Path(path), 99, catalog, number)
+                tokens, mask = source.example(len(source) - 1)
+                np.testing.assert_array_equal(tokens, ROWS[-1])
+                assert mask.all() and len(source) == 12 - number
+            assert len(os.listdir("/proc/self/fd")) - before <= 3
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, paths: list[str]) -> None:
+    code, lengths_D = indexed.check_pair(Path(paths[1]))
+    pair = IndexedPair(paths[1], code, len(lengths_D))
+    os.truncate(f"{paths[1]}.bin", 4)
+    with pytest.raises(UserError, match=r"tokens.bin: ends within a sequence"):
+        pair.tokens(3)
+
+
+def test_a_disk_without_room_for_the_catalog_is_named(tmp_path: Path, paths: list[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"sources.catalog: can't write"):
+        opened(tmp_path / "file" / "cache", paths)
+
+
+def test_nothing_is_left_of_a_look_that_failed(tmp_path: Path, paths: list[str]) -> None:
+    os.truncate(tmp_path / "s3" / "tokens.bin", 4)
+    with pytest.raises(UserError, match=r"s3/tokens.bin: truncated: 4 bytes of"):
+        opened(tmp_path / "cache", paths)
+    assert not (tmp_path / "cache" / CATALOG_FILE).exists()

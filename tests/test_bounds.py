@@ -1,0 +1,139 @@
+"""Bounds, priors, repetition and reused weights: from the command line to what a run writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.commands import command, note, noted, the_only_line, write_config
+from tests.distributed.harness import run_distributed
+from tests.markov import write_problem
+
+pytestmark = pytest.mark.distributed
+SIZES = [400, 40, 200]  # examples
+
+
+def run(folder: Path, name: str, changes: dict[str, Any], *words: object) -> None:
+    """A run of three sources, whose entries and sections `changes` add to."""
+    sources, validation = yaml.safe_load((folder / "problem.yaml").read_text())
+    changes = dict(changes)
+    for entry in sources:
+        entry.update(changes.pop(entry["name"], {}))
+    without = changes.pop("without", ())
+    sources = [entry for entry in sources if entry["name"] not in without]
+    changes |= {"train": {"train_iters": 4}, "checkpoint": {"save_interval": 0}}
+    config = write_config(folder / f"{name}.yaml", sources, validation, **changes)
+    outcome = command("reweight", "--config", config, "--output", folder / name, *words)
+    note(folder / "noted", name, outcome)
+
+
+def on_one_rank(folder_name: str) -> None:
+    import torch.distributed as dist
+
+    folder = Path(folder_name)
+    dist.init_process_group("gloo")
+    bounds = {"s0": {"fixed_weight": 0.5}, "s1": {"max_weight": 0.2}, "s2": {"min_weight": 0.31}}
+    run(folder, "bounds", bounds)
+    still = ("--lr-lambda", 1e-9)  # stays where it begins: at the cap
+    run(folder, "target", {}, "--target-examples", 1000, "--max-epochs", 2, *still)
+    run(folder, "tokens", {}, "--target-tokens", "33k", "--max-epochs", 9, "--method", "natural")
+    pulled = {"bilevel": {"kl_to_prior": 1e4}}
+    run(folder, "pulled", pulled)
+    run(folder, "former", {"without": ["s1"]})
+    words = ("--weights", folder / "former", "--new-share", 0.2)
+    run(folder, "reused", {}, *words, "--keep-ratios")
+    run(folder, "bad target", {}, "--target-examples", 7)
+    run(folder, "bad epochs", {}, "--target-examples", 10000)
+    run(folder, "bad cap", {"s1": {"min_weight": 0.3}}, "--target-examples", 1000)
+    tight = {"s0": {"max_weight": 0.3}, "s2": {"max_weight": 0.3}}
+    run(folder, "bad sum", tight, "--target-examples", 1000)
+    run(folder, "bad method", {"s1": {"min_weight": 0.3}}, "--method", "doge")
+    run(folder, "bad reuse", {}, "--weights", folder / "former")
+    run(folder, "bad ratios", {}, "--weights", folder / "target", "--keep-ratios")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bounds")
+    problem = write_problem(folder / "data", [0.3, 0.6, 0.1], 0, 17, SIZES, 200)
+    (folder / "problem.yaml").write_text(yaml.safe_dump(problem))
+    run_distributed(on_one_rank, 1, str(folder))
+    return folder
+
+
+def outcome(folder: Path, name: str) -> tuple[dict[str, Any], str]:
+    code, said = noted(folder / "noted", name)
+    assert code == 0, said
+    return json.loads((folder / name / "weights.json").read_text()), said
+
+
+def weights(content: dict[str, Any]) -> list[float]:
+    return [source["weight"] for source in content["sources"]]
+
+
+def test_weights_are_within_the_bounds_of_their_sources(folder: Path) -> None:
+    content, said = outcome(folder, "bounds")
+    s0, s1, s2 = content["sources"]
+    assert (s0["weight"], s0["ci_low"], s0["ci_high"]) == pytest.approx((0.5, 0.5, 0.5))
+    assert s1["ci_high"] <= 0.2 + 1e-9 and s2["ci_low"] >= 0.31 - 1e-9
+    assert 0 < s1["weight"] <= 0.19 and sum(weights(content)) == pytest.approx(1)
+    assert s0["bound"] == "fixed" and "50.0% (fixed)" in said
+
+
+def test_no_source_is_repeated_more_than_is_allowed(folder: Path) -> None:
+    """1,000 examples, 40 of them in s1, which validation wants: two passes are 8 %."""
+    content, said = outcome(folder, "target")
+    assert (content["target_examples"], content["max_epochs"]) == (1000, 2.0)
+    for source, size in zip(content["sources"], SIZES, strict=True):
+        assert source["epochs"] == pytest.approx(source["weight"] * 1000 / size)
+        assert source["epochs"] <= 2 + 1e-9
+    assert content["sources"][1]["weight"] == pytest.approx(0.08)
+    assert content["sources"][1]["bound"] == "max" and "8.0% (max)" in said
+    assert "target   1 k examples, at most 2 passes of a source" in said
+    page = (folder / "target" / "report.html").read_text()
+    assert ">Epochs</th>" in page and "8.0% (max)" in page
+    assert ">Epochs</th>" not in (folder / "bounds" / "report.html").read_text()
+
+
+def test_epochs_are_told_of_any_method(folder: Path) -> None:
+    """33,000 tokens, 17 of each example; the natural mixture passes all sources alike."""
+    content, said = outcome(folder, "tokens")
+    passes = [source["epochs"] for source in content["sources"]]
+    assert passes == pytest.approx([33000 / 17 / sum(SIZES)] * 3) and "epochs" in said
+
+
+def test_a_strong_prior_holds_the_mixture(folder: Path) -> None:
+    natural = np.array(SIZES) / sum(SIZES)
+    last = json.loads((folder / "pulled" / "metrics.jsonl").read_text().splitlines()[-1])
+    np.testing.assert_allclose(last["weights"], natural, atol=1e-3)
+
+
+def test_a_former_runs_sources_keep_their_ratios(folder: Path) -> None:
+    former = dict(zip(("s0", "s2"), weights(outcome(folder, "former")[0]), strict=True))
+    content, said = outcome(folder, "reused")
+    s0, s1, s2 = content["sources"]
+    assert s1["initial_weight"] == pytest.approx(0.2) and s1["weight"] != pytest.approx(0.2)
+    assert s0["weight"] / s2["weight"] == pytest.approx(former["s0"] / former["s2"])
+    assert "weights  2 sources; 1 new ones" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("bad target", "data.target_examples: 7 is less than a batch of 8 sequences"),
+        ("bad epochs", "data.max_epochs: 4 passes over all sources are 2.56 k examples, the final"),
+        ("bad cap", "data.max_epochs: 4 passes over 's1' are a weight of 0.16, below its least, 0"),
+        ("bad sum", "the sources' max_weight leave weights that add up to 0.76"),
+        ("bad method", "data.sources: the bounds of 's1': the method 'doge' can't keep to it"),
+        ("bad reuse", "has no weight of s1 (give new_share"),
+        ("bad ratios", "data.keep_ratios: "),
+    ],
+)
+def test_what_no_mixture_can_keep_to_is_one_line(folder: Path, name: str, words: str) -> None:
+    code, said = noted(folder / "noted", name)
+    assert code == 2 and words in the_only_line(said), said
