@@ -93,6 +93,7 @@ def test_init_writes_the_run_and_the_commands_before_it(here: Path, capsys: Capt
     given = [word for word, flag in zip(prepare[1:], prepare, strict=False) if flag == "--input"]
     assert given == ["a-test=raw/a-test.csv", "chat-data=raw/chat data.jsonl.gz", "math=raw/math",
                      "val=raw/val.json"]  # fmt: skip
+    assert prepare[prepare.index("--train-sentencepiece") + 1] == "500", "of a small text"
     assert reweight == ["megatron-scalebio", "reweight", "--config", "run.yaml"]
     assert all(f"#   {line.strip()}" in Path("run.yaml").read_text() for line in told[-2:])
     assert main(["init", "raw"]) == 2 and "run.yaml: is there already" in capsys.readouterr().err

@@ -25,6 +25,7 @@ _SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 # For new data and models, without a GPU and with one: tokens; layers, width, heads.
 _LENGTH = (256, 1024)
 _SIZES = ((4, 256, 4), (12, 768, 12))
+_SMALL_BYTES = 5_000_000  # of raw files
 _TEST = "  test:                   # measured by `train` and `evaluate`, and never learned from"
 _NEW_MODEL = """\
   num_layers: {:<12}# a new model, from scratch; for yours: hf: FOLDER in place of these
@@ -148,11 +149,18 @@ def _steps(found: Sequence[Found], prepared: Path, hf: str | None, target: Path)
         "--seq-length",
         str(_LENGTH[_has_gpu()]),
     ]
-    words += ["--tokenizer", hf] if hf else ["--train-sentencepiece", "8000"]
+    words += ["--tokenizer", hf] if hf else ["--train-sentencepiece", str(_pieces(raw))]
     for each in raw:
         words += ["--input", f"{each.name}={each.raw}"]
     reweight = ["megatron-scalebio", "reweight", "--config", str(target)]
     return [shlex.join(step) for step in ([words] if raw else []) + [reweight]]
+
+
+def _pieces(raw: Sequence[Found]) -> int:
+    """How many pieces a new tokenizer gets: a small text has not many."""
+    paths = [each.raw for each in raw if each.raw]
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return 8000 if sum(file.stat().st_size for file in files) > _SMALL_BYTES else 500
 
 
 def _text(

@@ -51,8 +51,11 @@ def run(args: argparse.Namespace) -> int:
     info, records = _json(folder / "run.json"), _last_records(folder / METRICS_FILE)
     weights = _json(folder / "weights.json")
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    state = "ended" if info.get("ended") else _state(folder)
-    console.print(f"{folder}: {state}" + (f", {info['ended']}" if info.get("ended") else ""))
+    # A run that a signal stopped has ended in order, and is not at its end.
+    done = weights.get("complete", True) if weights else (folder / "evaluation.json").is_file()
+    ended = bool(info.get("ended")) and done
+    state = "ended" if ended else _state(folder)
+    console.print(f"{folder}: {state}" + (f", {info['ended']}" if ended else ""))
     config = load_config(str(folder / "config.yaml"))
     if records:
         for line in _progress(records, config.train.train_iters, running=state == "runs"):
@@ -60,13 +63,13 @@ def run(args: argparse.Namespace) -> int:
     elif not weights:
         console.print("no step has been recorded yet")
     _show_weights(console, info, records, weights)
-    if not info.get("ended"):
+    if not ended:
         board = read_board(folder)
         for rank in board["ranks"]:
             console.print(f"rank {rank['rank']} ({rank['process']['host']}): {rank['where']}")
         if board["verdict"]:
             console.print(f"why it ended: {board['verdict']}")
-    if weights.get("reason") and info.get("ended"):
+    if weights.get("reason") and ended:
         console.print(
             ("converged: " if weights["converged"] else "not converged: ") + weights["reason"]
         )

@@ -7,6 +7,7 @@ Byte fallback and identity normalization make it lossless; it adds no leading sp
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -64,9 +65,15 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        if most := re.search(r"too high .*<= (\d+)", said):
+            raise UserError(
+                f"--train-sentencepiece: the text has no {vocab_size} pieces (take "
+                f"--train-sentencepiece {most[1]} or fewer, or give more text)"
+            ) from error
         raise UserError(
-            f"--train-sentencepiece: SentencePiece cannot train {vocab_size} pieces: "
-            f"{str(error).splitlines()[0]} (choose another vocabulary size, or give more text)"
+            f"--train-sentencepiece: SentencePiece cannot train {vocab_size} pieces: {said} "
+            "(choose another vocabulary size, or give more text)"
         ) from error
     model_path.write_bytes(model.getvalue())
 

@@ -52,7 +52,7 @@ def advice(run: Run, rows: list[SourceRow]) -> list[Advice]:
 
 def _of_verdict(run: Run, rows: list[SourceRow]) -> Iterator[Advice]:
     weights, folder = run.weights, shlex.quote(str(run.path))
-    if weights is None:
+    if weights is None or not weights.complete:
         yield Advice(
             "Wait, or start it again",
             "The same command goes on from the last checkpoint. How far it is:",

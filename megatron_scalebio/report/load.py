@@ -35,6 +35,7 @@ class Weights:
     confidence: float
     sources: list[SourceWeight]
     alike: list[list[str]] = field(default_factory=list)  # of which the sum alone is known
+    complete: bool = True  # False: those so far of a run that a signal stopped
 
 
 @dataclass
@@ -162,6 +163,7 @@ def _read_weights(path: Path, notices: list[str]) -> Weights | None:
         reason=str(tree.get("reason") or ""),
         confidence=number_or_none(tree.get("confidence")) or 0.95,
         sources=[_source_weight(entry, f"{path}: sources[{i}]") for i, entry in enumerate(entries)],
+        complete=tree.get("complete", True) is not False,
         alike=_groups(tree.get("indistinguishable"), path),
     )
 

@@ -36,6 +36,17 @@ def test_status_of_a_run_that_ended(make_run: Callable[..., Path], capsys: Captu
     assert lines[-1].startswith("converged: every 95% interval")
 
 
+def test_status_of_a_run_that_a_signal_stopped(
+    make_run: Callable[..., Path], capsys: Capture
+) -> None:
+    run = make_run(steps=20, train_iters=50)
+    weights = json.loads((run / "weights.json").read_text())
+    (run / "weights.json").write_text(json.dumps(weights | {"complete": False}))
+    lines = told(capsys, run)
+    assert lines[0] == f"{run}: stopped" and lines[1].endswith("more to go")
+    assert lines[-1].startswith("to go on, start it again: ")
+
+
 def test_status_of_a_run_in_progress(
     make_run: Callable[..., Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

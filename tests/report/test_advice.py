@@ -137,6 +137,10 @@ def test_a_run_without_a_result_is_to_go_on(make_run: MakeRun) -> None:
     run = make_run(converged=None, steps=30)
     assert told(run) == ["Wait, or start it again"]
     assert f"megatron-scalebio status {run}" in write_report(run).read_text()
+    stopped = make_run(steps=30)
+    content = json.loads((stopped / "weights.json").read_text())
+    (stopped / "weights.json").write_text(json.dumps(content | {"complete": False}))
+    assert told(stopped)[0] == "Wait, or start it again"
 
 
 @pytest.mark.parametrize(
