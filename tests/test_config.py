@@ -134,7 +134,7 @@ REFUSED = [
     ("model", "rope_scaling", {"rope_type": "yarn", "factor": 2, "attention_factor": 0},
      "rope_scaling.attention_factor: 0.0 must be above 0"),
     ("model", "rope_scaling", {"rope_type": "longrope", "factor": 2, "short_factor": [1, 0]},
-     "rope_scaling.short_factor: [1.0, 0.0] is no list of numbers above 0"),
+     "rope_scaling.short_factor: [1.0, 0.0] is not a list of numbers above 0"),
     ("model", "rope_scaling", {"rope_type": "longrope", "factor": 2, "long_factor": [2] * 16,
                                "short_factor": [1] * 15},
      "rope_scaling.short_factor: [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, "

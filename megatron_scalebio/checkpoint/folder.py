@@ -218,7 +218,7 @@ def find_checkpoint(load: Path) -> Path:
     if tracker.is_file():
         step = tracker.read_text(errors="replace").strip()
         if step != "release" and not step.isdecimal():
-            raise UserError(f"{tracker}: {step[:40]!r} is no step (write it again)")
+            raise UserError(f"{tracker}: {step[:40]!r} is not a step (write it again)")
         return load / step if step == "release" else iteration_folder(load, int(step))
     if (load / "metadata.json").is_file():
         return load

@@ -65,7 +65,7 @@ def changed_file(folder: Path, rank: int = 0, ranks: int = 1) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{manifest}: unreadable ({error})"
     if algorithm != "sha256":
-        return f"{manifest}: {algorithm!r} is no checksum that is known here"
+        return f"{manifest}: {algorithm!r} is not a checksum that is known here"
     for name in sorted(sums)[rank::ranks]:
         path = folder / name
         try:

@@ -100,7 +100,7 @@ class CompareConfig:
         for method in self.methods:
             if method not in known:
                 raise UserError(
-                    f"methods: {method!r} is no method (choose from {', '.join(known)})"
+                    f"methods: {method!r} is not a method (choose from {', '.join(known)})"
                 )
         if "manual" in self.methods and set(self.weights) != set(self.sources):
             raise UserError(

@@ -94,7 +94,7 @@ class RopeScaling:
         values: list[float] | None = getattr(self, name)
         if not values or not all(math.isfinite(value) and value > 0 for value in values):
             raise UserError(
-                f"{name}: {values!r} is no list of numbers above 0 (give one a frequency)"
+                f"{name}: {values!r} is not a list of numbers above 0 (give one a frequency)"
             )
 
     def check_model(self, rotary_base: int, turned: int, head: int) -> None:

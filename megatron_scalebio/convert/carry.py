@@ -26,7 +26,7 @@ def files_to_carry(reference: Path) -> list[Path]:
         UserError: if a file links out of the folder.
     """
     if not reference.is_dir():
-        raise UserError(f"{reference}: is no folder (point to a Hugging Face folder)")
+        raise UserError(f"{reference}: is not a folder (point to a Hugging Face folder)")
     names = [
         path.relative_to(reference)
         for path in sorted([*reference.iterdir(), *(reference / _TEMPLATES).glob("*")])

@@ -210,7 +210,7 @@ def _check_fields(dialogue: Dialogue, template: str | None, where: str) -> None:
                 f"{whose} has no place for {name!r}",
                 reason=f"no place for {name}",
                 where=where,
-                fix=f"use --chat-template with a file that has, or --ignore-fields {name}",
+                fix=f"use --chat-template with a file that has one, or --ignore-fields {name}",
             )
 
 

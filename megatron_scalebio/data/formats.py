@@ -186,7 +186,7 @@ class _Record:
         for number, pair in enumerate(history if isinstance(history, list) else [None]):
             where = f"{self.where}: history[{number}]"
             if not isinstance(pair, list) or len(pair) != 2:
-                raise self._error("is no pair [question, answer]", "history", where)
+                raise self._error("is not a pair [question, answer]", "history", where)
             question, answer = (self._string({"text": text}, "text", where) for text in pair)
             turns += [Turn("user", question), Turn("assistant", answer, AS_PROMPT)]
         return turns
@@ -297,7 +297,7 @@ class _Record:
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise RecordError(
                     f"a part of the content is of type {kind!r}",
-                    reason="content that is no text",
+                    reason="content that is not text",
                     where=where,
                     fix="keep text parts alone, or leave the record out",
                 )
@@ -311,7 +311,7 @@ class _Record:
             kind = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
             raise RecordError(
                 f"field {key!r} is {kind.get(type(text), 'a number')}, not a string",
-                reason=f"field {key} is no text",
+                reason=f"field {key} is not text",
                 where=where,
                 fix="write it as text, or leave the record out by --bad-records skip",
             )

@@ -147,7 +147,7 @@ def _saved(folder: Path) -> list[Path]:
         state = json.loads(path.read_text(encoding="utf-8"))
         files = [folder / entry["filename"] for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no state of a saved data set ({error!r})") from None
+        raise UserError(f"{path}: is not the state of a saved data set ({error!r})") from None
     if state.get("_indices_files"):
         raise UserError(
             f"{folder}: was saved with a selection of rows (call .flatten_indices() before "

@@ -88,7 +88,7 @@ def _try_template(tokenizer: HuggingFaceTokenizer, where: str) -> None:
         if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
             problem = f"line {error.__cause__.lineno}: {error.__cause__.message}"
     if problem:
-        raise UserError(f"{where}: is no chat template: {problem} (give a Jinja file, or plain)")
+        raise UserError(f"{where}: is not a chat template: {problem} (give a Jinja file, or plain)")
 
 
 def _open(path: Path) -> Tokenizer:

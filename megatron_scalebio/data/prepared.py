@@ -59,7 +59,7 @@ class PreparedFolder:
     def __init__(self, folder: Path) -> None:
         if not (folder / SOURCE_FILE).is_file():
             raise UserError(
-                f"{folder}: is no prepared folder: {SOURCE_FILE} is missing (name a folder that "
+                f"{folder}: is not a prepared folder: {SOURCE_FILE} is missing (name a folder that "
                 "prepare or sample wrote)"
             )
         self.folder = folder

@@ -96,7 +96,7 @@ def parse_columns(values: list[str]) -> tuple[tuple[str, str], ...]:
         name, separator, column = value.partition("=")
         if not separator or not column or name not in known:
             raise UserError(
-                f"--map: {value!r} is no FIELD=COLUMN (FIELD is one of {', '.join(sorted(known))})"
+                f"--map: {value!r} is not FIELD=COLUMN (FIELD is one of {', '.join(sorted(known))})"
             )
         pairs.append((name, column))
     return tuple(pairs)

@@ -224,7 +224,7 @@ class Staging:
         if target.is_dir() and not (target / SOURCE_FILE).exists() and not _is_sample(target):
             # It may be the directory of the raw data.
             raise UserError(
-                f"{target}: is no prepared source (it has no {SOURCE_FILE}) and no sample, so "
+                f"{target}: is not a prepared source (it has no {SOURCE_FILE}) and no sample, so "
                 "--overwrite leaves it alone (choose another --out or source name)"
             )
 

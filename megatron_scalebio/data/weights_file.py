@@ -87,4 +87,4 @@ def drawn_from(folder: Path) -> int | None:
         sources = json.loads(path.read_text(encoding="utf-8"))["sources"]
         return int(sources[0]["usable"]) if len(sources) == 1 else None
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: is no manifest ({error!r})") from None
+        raise UserError(f"{path}: is not a manifest ({error!r})") from None

@@ -53,7 +53,9 @@ class ChatClient:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"--judge-url: {self.url!r} is no http(s) URL (as in https://host/v1)")
+            raise UserError(
+                f"--judge-url: {self.url!r} is not an http(s) URL (as in https://host/v1)"
+            )
         if self.key_variable and not os.environ.get(self.key_variable):
             raise UserError(
                 f"--judge-key-env: the environment variable {self.key_variable} is not set (export "

@@ -41,9 +41,9 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 def _parse(record: dict[str, Any], where: str) -> Question:
     number, category = record.get("question_id"), record.get("category")
     if not isinstance(number, int | str) or isinstance(number, bool):
-        raise UserError(f"{where}: question_id is no number or text")
+        raise UserError(f"{where}: question_id is neither a number nor text")
     if not isinstance(category, str):
-        raise UserError(f"{where}: category is no text")
+        raise UserError(f"{where}: category is not text")
     turns = _texts(record, "turns", where)
     if not turns:
         raise UserError(f"{where}: turns is empty")
@@ -55,7 +55,7 @@ def _texts(record: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
     value = record.get(name)
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise UserError(
-            f"{where}: {name} is no list of texts (FastChat's format: question_id, category, "
+            f"{where}: {name} is not a list of texts (FastChat's format: question_id, category, "
             "turns, perhaps reference)"
         )
     return tuple(value)

@@ -93,7 +93,9 @@ def _locate_folder(name: str, folder: Path) -> Located:
     description = read_description(folder / SOURCE_FILE)
     inputs = description.get("inputs", [])
     if not isinstance(inputs, list) or not all(isinstance(i, dict) and "path" in i for i in inputs):
-        raise UserError(f"{folder / SOURCE_FILE}: 'inputs' is no list of files (prepare it again)")
+        raise UserError(
+            f"{folder / SOURCE_FILE}: 'inputs' is not a list of files (prepare it again)"
+        )
     files = tuple(Path(entry["path"]) for entry in inputs)
     return Located(name, files, str(folder / TOKENS), folder, description)
 

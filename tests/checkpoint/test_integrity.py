@@ -92,7 +92,7 @@ def test_one_rank_finds_a_changed_byte(folder: Path, ranks: int, name: str) -> N
             lambda folder: (folder / "integrity.json").write_text(
                 '{"algorithm": "x", "files": {}}'
             ),
-            "integrity.json: 'x' is no checksum that is known here",
+            "integrity.json: 'x' is not a checksum that is known here",
         ),
     ],
     ids=["missing file", "cut short", "no manifest", "unknown algorithm"],

@@ -133,7 +133,7 @@ def test_the_models_of_a_search_are_not_kept(compared: Path) -> None:
 
 
 REFUSED = [
-    ({"methods": ["lesss"]}, "methods: 'lesss' is no method (choose from scalebio, uniform"),
+    ({"methods": ["lesss"]}, "methods: 'lesss' is not a method (choose from scalebio, uniform"),
     ({"sources": {"good": "good.jsonl"}}, "sources: ['good'] is no mixture"),
     ({"seeds": []}, "seeds: [] is empty"),
     ({"seeds": [1, 1]}, "seeds: [1, 1] names one twice"),

@@ -299,7 +299,7 @@ def test_megatron_prefixes(world: World) -> None:
     (world.root / "site").mkdir()
     for content in ('{"name": "a web application", "sources": []}', "[]", "nonsense"):
         (world.root / "site/manifest.json").write_text(content)
-        with pytest.raises(UserError, match=r"is no prepared source .* and no sample"):
+        with pytest.raises(UserError, match=r"is not a prepared source .* and no sample"):
             world.sample("site", long, short, num_samples=30, overwrite=True)
         assert (world.root / "site/manifest.json").read_text() == content
     # With prepared sources, documents are cut to examples of their length.

@@ -53,7 +53,10 @@ def test_show_marks_what_trains_and_says_where_it_is_from(
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: (f / "source.json").unlink(), ": is no prepared folder: source.json is missing"),
+        (
+            lambda f: (f / "source.json").unlink(),
+            ": is not a prepared folder: source.json is missing",
+        ),
         (lambda f: (f / "tokens.idx").write_bytes(b"x"), "/tokens.idx: not a whole Megatron index"),
         (lambda f: (f / "loss_mask.bin").write_bytes(b"x"), "/loss_mask.bin: truncated"),
         (lambda f: (f / "rows.npy").write_bytes(b"x"), "/rows.npy: is damaged"),

@@ -333,7 +333,7 @@ def test_a_file_that_is_no_template_is_refused(
 ) -> None:
     path = tmp_path / "bad.jinja"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"bad\.jinja: is no chat template: ") as refusal:
+    with pytest.raises(UserError, match=r"bad\.jinja: is not a chat template: ") as refusal:
         load_tokenizer(byte_level, chat_template=str(path))
     assert words in str(refusal.value)
 

@@ -74,9 +74,9 @@ def test_questions(tmp_path: Path) -> None:
     assert found[1] == Question(101, "math", ("1+1?", "+1?"), ("2", "3"))
     assert len(read_questions(tmp_path / "q.jsonl", 2)) == 2
     for message, record in (
-        ("q.jsonl:2: question_id is no number", {**QUESTIONS[1], "question_id": None}),
-        ("category is no text", {**QUESTIONS[1], "category": 3}),
-        ("turns is no list of texts", {**QUESTIONS[1], "turns": "1+1?"}),
+        ("q.jsonl:2: question_id is neither a number", {**QUESTIONS[1], "question_id": None}),
+        ("category is not text", {**QUESTIONS[1], "category": 3}),
+        ("turns is not a list of texts", {**QUESTIONS[1], "turns": "1+1?"}),
         ("turns is empty", {**QUESTIONS[1], "turns": []}),
         ("question_id 81 stands twice", QUESTIONS[0]),
     ):
