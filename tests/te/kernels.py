@@ -313,7 +313,7 @@ def multi_tensor_scale(
 KERNELS: list[Callable[..., Any]] = [
     torch.no_grad()(kernel) for kernel in (
         create_empty_quantized_tensor, quantize, bgrad_quantize, fp8_transpose, generic_gemm,
-        te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd, layernorm_fwd, layernorm_bwd, multi_tensor_adam,
-        multi_tensor_l2norm, multi_tensor_scale,
+        te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd, layernorm_fwd, layernorm_bwd,
+        multi_tensor_adam, multi_tensor_l2norm, multi_tensor_scale,
     )
 ]  # fmt: skip
