@@ -3,6 +3,7 @@
 # make test-long   the tests left out above: large configurations, layout search, GGUF
 # make mutants  which small changes of the core would no test notice?  (mutants/report.txt)
 # make bench   run the benchmarks         make clean    remove what make made
+# make docs    the documentation's site, in site/         make dist   sdist and wheel, in dist/
 
 # PYTHON=...   the Python to make the environment with, 3.12 or 3.13 [the first that is found]
 # TORCH=...    cpu or cuda: the build of torch, on Linux [cuda where there is an NVIDIA driver]
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-long mutants checks lint types bench clean environment
+.PHONY: demo test test-long mutants checks lint types bench docs dist clean environment
 # Nothing that the tests start may wait for a hub. They start many processes, which share what Python
 # has compiled, even where the shell says not to keep it.
 test: export HF_HUB_OFFLINE = 1
@@ -59,5 +60,13 @@ types: environment
 bench: environment
 	$(BIN)/python benchmarks/step_cost.py
 
+docs: environment
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements-test.txt mkdocs-material
+	$(BIN)/mkdocs build --strict --site-dir site
+
+dist: environment
+	rm -rf dist
+	$(BIN)/python -c "from setuptools.build_meta import *; build_sdist('dist'); build_wheel('dist')"
+
 clean:
-	rm -rf $(VENV) demo-run mutants *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-run mutants site dist build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -50,35 +50,44 @@ def built(source: Path, kind: str, into: Path) -> str:
     ).stdout.splitlines()[-1]
 
 
-def environment(folder: Path, wheel: Path, extra: str) -> Path:
+def environment(
+    folder: Path, wheel: Path | None, extra: str, *more: str, without: str = ""
+) -> Path:
     """A new environment with the wheel, and of this one's packages those that it declares."""
     venv.create(folder, symlinks=True)
     [packages] = (folder / "lib").glob("python*/site-packages")
     wanted = [Requirement(line) for line in PROJECT["dependencies"]]
     wanted += [Requirement(line) for line in PROJECT["optional-dependencies"].get(extra, [])]
-    done = set()
+    wanted += [Requirement(name) for name in more]
+    done: set[tuple[str, ...]] = set()
     while wanted:
         requirement = wanted.pop()
-        if requirement.name in done or (requirement.marker and not requirement.marker.evaluate()):
+        asked = (requirement.name, *sorted(requirement.extras))
+        if requirement.name == without or asked in done:
             continue
-        done.add(requirement.name)
+        done.add(asked)
         found = importlib.metadata.distribution(requirement.name)
         assert requirement.specifier.contains(found.version, prereleases=True), requirement
         for top in {file.parts[0] for file in found.files or []} - {"..", "__pycache__"}:
             if not (packages / top).exists():
                 (packages / top).symlink_to(Path(str(found.locate_file(top))))
-        wanted += [Requirement(line) for line in found.requires or [] if "extra ==" not in line]
+        for each in map(Requirement, found.requires or []):
+            extras = ("", *requirement.extras)
+            if each.marker is None or any(each.marker.evaluate({"extra": e}) for e in extras):
+                wanted.append(each)
+    if wheel is None:
+        return folder / "bin"
     pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install"]
     quiet = ["--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
     subprocess.run([*pip, *quiet, wheel], check=True)
     return folder / "bin"
 
 
-def ran(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
+def ran(folder: Path, *command: object, **variables: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [str(word) for word in command], cwd=folder, env={**clean, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
+        [str(word) for word in command], cwd=folder, capture_output=True, text=True, timeout=300,
+        env={**clean, "OMP_NUM_THREADS": "1", **variables},
     )  # fmt: skip
 
 
@@ -89,24 +98,30 @@ def said(folder: Path, *command: object) -> str:
 
 
 def test_the_command_learns_a_mixture_from_outside_the_checkout(
-    wheel: Path, tmp_path: Path
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = environment(tmp_path / "environment", wheel, "cli") / "megatron-scalebio"
     assert said(tmp_path, command, "--version") == megatron_scalebio.__version__ + "\n"
-    for name, word in (("one", "spam"), ("two", "eggs"), ("goal", "ham")):
-        rows = [json.dumps({"text": f"{word} {number} " * 4}) for number in range(12)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    inputs = [
-        word for name in ("one", "two", "goal") for word in ("--input", f"{name}={name}.jsonl")
-    ]
-    said(tmp_path, command, "prepare", "--tokenizer", TOKENIZER, "--seq-length", 16,
-         "--out", "data", *inputs)  # fmt: skip
-    model = ["--num-layers", 1, "--hidden-size", 16, "--num-attention-heads", 2]
-    steps = ["--train-iters", 2, "--global-batch-size", 4, "--micro-batch-size", 2]
-    said(tmp_path, command, "reweight", "--sources", "one=data/one", "two=data/two", "--validation",
-         "goal=data/goal", "--seq-length", 16, *model, *steps, "--output", "run")  # fmt: skip
-    assert len(json.loads((tmp_path / "run" / "weights.json").read_text())["sources"]) == 2
-    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    said(tmp_path, "bash", ROOT / "tests" / "first_run.sh", TOKENIZER)
+    assert len(json.loads((tmp_path / "runs/first/weights.json").read_text())["sources"]) == 2
+
+
+def test_an_environment_that_has_pytorch_keeps_it(wheel: Path, tmp_path: Path) -> None:
+    """What the Dockerfile runs in NVIDIA's image."""
+    bin_folder = environment(tmp_path / "environment", None, "cli", "pip", "setuptools")
+    [packages] = (tmp_path / "environment" / "lib").glob("python*/site-packages")
+    before = sorted(path.name for path in packages.iterdir())
+    shutil.copytree(wheel.parent / "checkout", tmp_path / "checkout")
+    environ = {"PYTHON": str(bin_folder / "python"), "EXTRAS": "cli", "PIP_NO_INDEX": "1"}
+    shown = ran(tmp_path, "bash", "checkout/tools/install.sh", **environ)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[-1] == megatron_scalebio.__version__
+    new = {path.name for path in packages.iterdir()} - {*before}
+    assert {name.partition("-")[0] for name in new} == {"megatron_scalebio"}
+    empty = environment(tmp_path / "bare", None, "nothing", without="torch")
+    refused = ran(tmp_path, "bash", "checkout/tools/install.sh", PYTHON=str(empty / "python"))
+    assert refused.returncode == 1 and "install: error: PyTorch is not here" in refused.stderr
 
 
 def test_the_library_does_without_the_command_lines_packages(wheel: Path, tmp_path: Path) -> None:

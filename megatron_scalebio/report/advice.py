@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_scalebio.formatting import percent
 from megatron_scalebio.report.history import number_or_none
 from megatron_scalebio.report.load import Run
 from megatron_scalebio.report.summary import SourceRow
@@ -113,7 +114,8 @@ def _times(run: Run, rows: list[SourceRow], drifting: bool) -> float:
     falls with the root of the steps, drift in proportion."""
     tolerance = number_or_none(run.setting("bilevel", "tolerance")) or 0.05
     tolerance *= min(1.0, MANY_SOURCES / max(1, len(rows)))
-    widest = max((_half(row) for row in rows), default=0.0)
+    alike = {name for group in (run.weights.alike if run.weights else ()) for name in group}
+    widest = max((_half(row) for row in rows if row.name not in alike), default=0.0)
     return max(1.0, widest / tolerance) ** (1 if drifting else 2)
 
 
@@ -125,7 +127,15 @@ def _half(row: SourceRow) -> float:
 
 
 def _merging(run: Run, rows: list[SourceRow]) -> Iterator[Advice]:
-    """Of many sources, those whose weights are not told from where they began."""
+    """Near-duplicates; and of many sources, those whose weights are not told from their start."""
+    weight = {row.name: row.weight for row in rows}
+    for group in run.weights.alike if run.weights else ():
+        whole = percent(sum(weight.get(name, 0.0) for name in group))
+        yield Advice(
+            f"Merge {', '.join(group[:-1])} and {group[-1]}",
+            f"They look alike: of their weights only the sum, {whole}, is known. Prepare them as "
+            "one source, or deal the sum among them as you like.",
+        )
     if len(rows) <= MANY_SOURCES or (run.weights and run.weights.converged):
         return
     unsure = [

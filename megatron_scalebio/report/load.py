@@ -34,6 +34,7 @@ class Weights:
     reason: str
     confidence: float
     sources: list[SourceWeight]
+    alike: list[list[str]] = field(default_factory=list)  # of which the sum alone is known
 
 
 @dataclass
@@ -161,7 +162,15 @@ def _read_weights(path: Path, notices: list[str]) -> Weights | None:
         reason=str(tree.get("reason") or ""),
         confidence=number_or_none(tree.get("confidence")) or 0.95,
         sources=[_source_weight(entry, f"{path}: sources[{i}]") for i, entry in enumerate(entries)],
+        alike=_groups(tree.get("indistinguishable"), path),
     )
+
+
+def _groups(value: Any, path: Path) -> list[list[str]]:
+    groups = value or []
+    if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
+        raise UserError(f"{path}: 'indistinguishable' is not a list of lists (restore the file)")
+    return [[str(name) for name in group] for group in groups]
 
 
 def _source_weight(entry: Any, where: str) -> SourceWeight:

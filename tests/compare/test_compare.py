@@ -24,7 +24,7 @@ from tests.processes import finish
 
 pytestmark = pytest.mark.slow
 ALLOCATION = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
-TEXT = (ROOT / "README.md").read_text().split()
+TEXT = (ROOT / "docs" / "experiments.md").read_text().split()
 
 
 def rows(kind: str, count: int, offset: int) -> str:

@@ -119,6 +119,20 @@ def test_many_unsure_sources_are_to_be_merged_and_spikes_looked_at(make_run: Mak
     ]
 
 
+def test_near_duplicates_are_to_be_merged_whatever_the_verdict(make_run: MakeRun) -> None:
+    run = judged(make_run(), mixtures(300, 0.001), validation_examples=10_000)
+    path = run / "weights.json"
+    content = json.loads(path.read_text())
+    names = [entry["name"] for entry in content["sources"]]
+    path.write_text(json.dumps(content | {"indistinguishable": [names[:2], names[2:5]]}))
+    assert told(run) == [
+        "Use the weights",
+        f"Merge {names[0]} and {names[1]}",
+        f"Merge {names[2]}, {names[3]} and {names[4]}",
+    ]
+    assert "only the sum, 40.0%, is known" in write_report(run).read_text()
+
+
 def test_a_run_without_a_result_is_to_go_on(make_run: MakeRun) -> None:
     run = make_run(converged=None, steps=30)
     assert told(run) == ["Wait, or start it again"]

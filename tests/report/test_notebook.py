@@ -1,0 +1,52 @@
+"""examples/weights.ipynb runs on a run's folder, and shows what is in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import ROOT
+
+NOTEBOOK = ROOT / "examples" / "weights.ipynb"
+ABSENT = [name for name in ("nbclient", "ipykernel") if find_spec(name) is None]
+
+
+def said(notebook: Any) -> str:
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    return "".join(out.get("text", "") for out in outputs)
+
+
+@pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}")
+def test_the_notebook_runs_from_top_to_bottom(
+    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    run = make_run(steps=60)
+    path = run / "weights.json"
+    content = json.loads(path.read_text())
+    names = [entry["name"] for entry in content["sources"]]
+    path.write_text(json.dumps(content | {"indistinguishable": [names[:2]]}))
+    monkeypatch.setenv("RUN", str(run))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=120).execute()
+    text = said(notebook)
+    assert "The mixture has settled" in text and "- Use the weights." in text
+    assert f"only their sum is known: {names[0]}, {names[1]}" in text
+    heaviest = max(content["sources"], key=lambda entry: entry["weight"])["name"]
+    assert f"--weights {heaviest}=" in text
+    pictures = [out for cell in notebook.cells for out in cell.get("outputs", [])
+                if "image/png" in out.get("data", {})]  # fmt: skip
+    assert len(pictures) == 3
+
+
+def test_the_notebook_is_kept_without_outputs() -> None:
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    assert all(not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
