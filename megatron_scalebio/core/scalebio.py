@@ -32,6 +32,7 @@ from megatron_scalebio.core.confidence import (
 )
 from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.core.flush import Losses, Pass, passes_of
+from megatron_scalebio.core.levels import Levels
 from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.objective import Role, hypergradient, mixed, role_scale
 from megatron_scalebio.core.options import BilevelOptions
@@ -80,6 +81,7 @@ class ScaleBiO(Training):
         validation: weight of each validation set in L1, by name, in the order of their numbers.
         initial_weights: of the sources, normalised here [equal ones].
         constraints: what the weights have to keep to [nothing].
+        levels: groups of the sources, which step as groups, too [none].
 
     Attributes:
         mixture: λ and its trajectory.
@@ -99,6 +101,7 @@ class ScaleBiO(Training):
         validation: Mapping[str, float] | None = None,
         initial_weights: Sequence[float] | None = None,
         constraints: Constraints | None = None,
+        levels: Levels | None = None,
         **training: Any,
     ) -> None:
         validation = {"validation": 1.0} if validation is None else validation
@@ -115,7 +118,7 @@ class ScaleBiO(Training):
         self.options, self.sources = options, list(sources)
         shares_V = torch.tensor(list(validation.values()), dtype=torch.float64)
         self.validation_shares_V = shares_V / shares_V.sum()
-        self.mixture = Mixture(initial, options.mixture_optimizer, constraints)
+        self.mixture = Mixture(initial, options.mixture_optimizer, constraints, levels)
 
     @property
     def weights(self) -> Floats:
@@ -221,35 +224,45 @@ class ScaleBiO(Training):
         on_train = passes_of(scales, train, weight_S, mean, groups)
         return on_train + passes_of(on_validation, validation, weight_V, mean, groups)
 
-    def intervals(self, validation_examples: float | None = None) -> WeightIntervals:
+    def intervals(
+        self, validation_examples: float | None = None, level: int | None = None
+    ) -> WeightIntervals:
         """The learned weights, averaged over the last steps, and how sure they are.
 
         Args:
             validation_examples: in the validation set, whose own draw then counts.
+            level: of `levels`, whose groups are asked for [the sources].
         """
+        tail, kept = self._tail(level), self.mixture.constraints
+        if level is not None:
+            return weight_intervals(tail, self.options.confidence, validation_examples)
         found = weight_intervals(
-            self._tail(), self.options.confidence, validation_examples,
-            self.mixture.lookalike_groups(self._tail()),
-        )  # fmt: skip
-        kept = self.mixture.constraints
+            tail, self.options.confidence, validation_examples, self.mixture.lookalike_groups(tail)
+        )
         return found if kept is None else kept.narrow(found)
 
     def verdict(
-        self, constant_rate: bool = True, validation_examples: float | None = None
+        self,
+        constant_rate: bool = True,
+        validation_examples: float | None = None,
+        level: int | None = None,
+        names_of_groups: Sequence[str] | None = None,
     ) -> Verdict:
         """Whether the weights have converged by now, and why.
 
         Args:
             constant_rate: lr_lambda was the same over the averaged steps.
-            validation_examples: as of `intervals`.
+            validation_examples, level: as of `intervals`.
+            names_of_groups: of that level.
         """
-        tail = self._tail()
-        groups = self.mixture.lookalike_groups(tail)
-        kept = self.mixture.constraints
-        free = [i for i in range(len(self.sources)) if kept is None or kept.free_S[i]]
+        kept, tail = self.mixture.constraints, self._tail(level)
+        names, groups = self.sources, self.mixture.lookalike_groups(self._tail())
+        if level is not None:
+            names, groups, kept = list(names_of_groups or ()), [], None
+        free = [i for i in range(len(names)) if kept is None or kept.free_S[i]]
         return judge_convergence(
             tail[:, free],
-            [self.sources[i] for i in free],
+            [names[i] for i in free],
             block_length=self.mixture.trajectory.block_length,
             tolerance=self.options.tolerance,
             confidence=self.options.confidence,
@@ -258,8 +271,12 @@ class ScaleBiO(Training):
             lookalikes=[[free.index(i) for i in group if i in free] for group in groups],
         )
 
-    def _tail(self) -> torch.Tensor:
-        return self.mixture.trajectory.tail(self.options.average_fraction)
+    def _tail(self, level: int | None = None) -> torch.Tensor:
+        tail_BS = self.mixture.trajectory.tail(self.options.average_fraction)
+        if level is None:
+            return tail_BS
+        assert self.mixture.levels is not None
+        return self.mixture.levels.sums(tail_BS, level)
 
     def made_for(self) -> dict[str, Any]:
         return {"sources": self.sources}

@@ -34,6 +34,8 @@ class Weights:
     reason: str
     confidence: float
     sources: list[SourceWeight]
+    groups: list[SourceWeight] = field(default_factory=list)
+    levels: list[dict[str, Any]] = field(default_factory=list)  # verdict on each level of groups
 
 
 @dataclass
@@ -161,7 +163,17 @@ def _read_weights(path: Path, notices: list[str]) -> Weights | None:
         reason=str(tree.get("reason") or ""),
         confidence=number_or_none(tree.get("confidence")) or 0.95,
         sources=[_source_weight(entry, f"{path}: sources[{i}]") for i, entry in enumerate(entries)],
+        groups=[
+            _source_weight(entry, f"{path}: groups[{i}]")
+            for i, entry in enumerate(_list(tree, "groups"))
+        ],
+        levels=[level for level in _list(tree, "levels") if isinstance(level, dict)],
     )
+
+
+def _list(tree: dict[str, Any], name: str) -> list[Any]:
+    found = tree.get(name)
+    return found if isinstance(found, list) else []
 
 
 def _source_weight(entry: Any, where: str) -> SourceWeight:
