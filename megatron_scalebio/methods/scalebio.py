@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
@@ -28,6 +29,7 @@ from megatron_scalebio.engine.start import Job, resume_or_start
 from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import with_names
 from megatron_scalebio.formatting import quantity
+from megatron_scalebio.logs.source_table import LISTED_SOURCES
 from megatron_scalebio.methods.bounds import constraints_of
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.groups import (
@@ -171,6 +173,8 @@ def train_step(state: TrainState) -> StepReport:
 def step_record(state: TrainState, report: StepReport) -> Record:
     """A step's record; lists follow the order of sources and validation sets."""
     losses = report.losses
+    # Of many sources no step is written as a list, and to make four of them takes time.
+    held = torch.Tensor.tolist if len(losses.w_S) <= LISTED_SOURCES else torch.Tensor.numpy
     groups = coarse_weights(state.levels, report.weights_S)
     return {
         **({} if groups is None else {"group_weights": groups}),
@@ -184,10 +188,10 @@ def step_record(state: TrainState, report: StepReport) -> Record:
         "validation_losses": losses.validation_V.tolist(),
         "train_loss_w": report.train_loss_w,
         "train_loss_u": report.train_loss_u,
-        "weights": report.weights_S.numpy(),
-        "loss_w": losses.w_S.numpy(),
-        "loss_u": losses.u_S.numpy(),
-        "excess_loss": (losses.w_S - losses.u_S).numpy(),
+        "weights": held(report.weights_S),
+        "loss_w": held(losses.w_S),
+        "loss_u": held(losses.u_S),
+        "excess_loss": held(losses.w_S - losses.u_S),
         "grad_norm_w": report.grad_norms["w"],
         "grad_norm_u": report.grad_norms["u"],
         "grad_norm_lambda": report.grad_norm_lambda,
