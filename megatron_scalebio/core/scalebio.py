@@ -224,45 +224,35 @@ class ScaleBiO(Training):
         on_train = passes_of(scales, train, weight_S, mean, groups)
         return on_train + passes_of(on_validation, validation, weight_V, mean, groups)
 
-    def intervals(
-        self, validation_examples: float | None = None, level: int | None = None
-    ) -> WeightIntervals:
+    def intervals(self, validation_examples: float | None = None) -> WeightIntervals:
         """The learned weights, averaged over the last steps, and how sure they are.
 
         Args:
             validation_examples: in the validation set, whose own draw then counts.
-            level: of `levels`, whose groups are asked for [the sources].
         """
-        tail, kept = self._tail(level), self.mixture.constraints
-        if level is not None:
-            return weight_intervals(tail, self.options.confidence, validation_examples)
         found = weight_intervals(
-            tail, self.options.confidence, validation_examples, self.mixture.lookalike_groups(tail)
-        )
+            self._tail(), self.options.confidence, validation_examples,
+            self.mixture.lookalike_groups(self._tail()),
+        )  # fmt: skip
+        kept = self.mixture.constraints
         return found if kept is None else kept.narrow(found)
 
     def verdict(
-        self,
-        constant_rate: bool = True,
-        validation_examples: float | None = None,
-        level: int | None = None,
-        names_of_groups: Sequence[str] | None = None,
+        self, constant_rate: bool = True, validation_examples: float | None = None
     ) -> Verdict:
         """Whether the weights have converged by now, and why.
 
         Args:
             constant_rate: lr_lambda was the same over the averaged steps.
-            validation_examples, level: as of `intervals`.
-            names_of_groups: of that level.
+            validation_examples: as of `intervals`.
         """
-        kept, tail = self.mixture.constraints, self._tail(level)
-        names, groups = self.sources, self.mixture.lookalike_groups(self._tail())
-        if level is not None:
-            names, groups, kept = list(names_of_groups or ()), [], None
-        free = [i for i in range(len(names)) if kept is None or kept.free_S[i]]
+        tail = self._tail()
+        groups = self.mixture.lookalike_groups(tail)
+        kept = self.mixture.constraints
+        free = [i for i in range(len(self.sources)) if kept is None or kept.free_S[i]]
         return judge_convergence(
             tail[:, free],
-            [names[i] for i in free],
+            [self.sources[i] for i in free],
             block_length=self.mixture.trajectory.block_length,
             tolerance=self.options.tolerance,
             confidence=self.options.confidence,
@@ -271,12 +261,8 @@ class ScaleBiO(Training):
             lookalikes=[[free.index(i) for i in group if i in free] for group in groups],
         )
 
-    def _tail(self, level: int | None = None) -> torch.Tensor:
-        tail_BS = self.mixture.trajectory.tail(self.options.average_fraction)
-        if level is None:
-            return tail_BS
-        assert self.mixture.levels is not None
-        return self.mixture.levels.sums(tail_BS, level)
+    def _tail(self) -> torch.Tensor:
+        return self.mixture.trajectory.tail(self.options.average_fraction)
 
     def made_for(self) -> dict[str, Any]:
         return {"sources": self.sources}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_scalebio.core.confidence import judge_convergence, weight_intervals
 from megatron_scalebio.core.levels import Levels
 from megatron_scalebio.core.scalebio import ScaleBiO
 
@@ -51,18 +52,21 @@ def described(
     bio: ScaleBiO, levels: Sequence[Level], constant_rate: bool, validation_examples: float | None
 ) -> dict[str, Any]:
     """Weights of groups with their intervals, and a verdict on each level, for weights.json."""
+    core, options, path = core_levels(levels), bio.options, bio.mixture.trajectory
     groups, verdicts = [], []
     for number, level in enumerate(levels):
-        found = bio.intervals(validation_examples, number)
-        for name, weight, low, high in zip(
-            level.names, *(x.tolist() for x in (found.weight_S, found.low_S, found.high_S)),
-            strict=True,
-        ):  # fmt: skip
-            groups.append({
-                "level": level.depth, "name": name, "weight": weight, "ci_low": low,
-                "ci_high": high,
-            })  # fmt: skip
-        judged = bio.verdict(constant_rate, validation_examples, number, level.names)
+        assert core is not None
+        tail_BG = core.sums(path.tail(options.average_fraction), number)
+        found = weight_intervals(tail_BG, options.confidence, validation_examples)
+        ends = (x.tolist() for x in (found.weight_S, found.low_S, found.high_S))
+        for name, weight, low, high in zip(level.names, *ends, strict=True):
+            entry = {"name": name, "weight": weight, "ci_low": low, "ci_high": high}
+            groups.append({"level": level.depth, **entry})
+        judged = judge_convergence(
+            tail_BG, level.names, block_length=path.block_length, tolerance=options.tolerance,
+            confidence=options.confidence, constant_rate=constant_rate,
+            validation_examples=validation_examples,
+        )  # fmt: skip
         verdicts.append({
             "level": level.depth, "groups": len(level.names), "converged": judged.converged,
             "reason": judged.reason,
