@@ -268,7 +268,7 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
             axes[row, column].set_ylabel(label if column == 0 else "")
             axes[row, column].grid(alpha=0.3)
         # ε^(-7/2) gradients for a hypergradient of ε: a line of slope −2/7.
-        x = np.array([p["gradients"] for p in here if p["rule"] != "implicit"], float)
+        x = np.unique([p["gradients"] for p in here if p["rule"] != "implicit"]).astype(float)
         start = max(p["norm"] for p in here)
         axes[1, column].loglog(x, start * (x / x.min()) ** (-2 / 7), "k:", label="slope −2/7")
         axes[0, column].set_title(f"condition {condition:g}")
