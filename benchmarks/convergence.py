@@ -95,12 +95,16 @@ class Problem:
         y = (x @ teacher.T + draw.gumbel(size=(EXAMPLES, CLASSES))).argmax(1)
         return torch.tensor(x), torch.tensor(y)
 
-    def of_set(self, number: int, weight: Array) -> tuple[float, Array, Array]:
-        """A set's mean loss, its gradient (flat) and its Hessian, without the ridge."""
+    def of_set(
+        self, number: int, weight: Array, deep: bool = True
+    ) -> tuple[float, Array, Array | None]:
+        """A set's mean loss, its gradient (flat) and, if asked, its Hessian, without the ridge."""
         x, y = (each.numpy() for each in self.sets[number])
         q_BC = _softmax(x @ weight.reshape(CLASSES, FEATURES).T)
         loss = -np.log(q_BC[np.arange(len(y)), y]).mean()
         gradient = (q_BC - np.eye(CLASSES)[y]).T @ x / len(x)
+        if not deep:
+            return float(loss), gradient.ravel(), None
         curvature_BCC = np.einsum("bc,cd->bcd", q_BC, np.eye(CLASSES)) - np.einsum(
             "bc,bd->bcd", q_BC, q_BC
         )
@@ -111,20 +115,29 @@ class Problem:
     def hypergradient(self, probs_S: Array) -> tuple[float, Array]:
         """F(p) and Jᵀ ∇F, by Newton's method and implicit differentiation."""
         weight = self.weight
-        for _ in range(50):
+        for _ in range(100):
             parts = [self.of_set(i, weight) for i in range(SOURCES)]
-            gradient = sum(p * part[1] for p, part in zip(probs_S, parts, strict=True))
-            hessian = sum(p * part[2] for p, part in zip(probs_S, parts, strict=True))
-            hessian = hessian + RIDGE * np.eye(len(weight))
-            step = np.linalg.solve(hessian, gradient + RIDGE * weight)
-            if np.linalg.norm(step) < 1e-10:
+            value = self._inner(probs_S, weight)
+            gradient = RIDGE * weight
+            gradient = gradient + sum(p * part[1] for p, part in zip(probs_S, parts, strict=True))
+            hessian = RIDGE * np.eye(len(weight))
+            hessian = hessian + sum(p * part[2] for p, part in zip(probs_S, parts, strict=True))
+            step = np.linalg.solve(hessian, gradient)
+            if np.linalg.norm(gradient) < 1e-10:
                 break
+            while self._inner(probs_S, weight - step) > value and np.linalg.norm(step) > 1e-12:
+                step = step / 2
             weight = weight - step
         self.weight = weight  # where the next one begins
         value, wanted, _ = self.of_set(SOURCES, weight)
         towards = np.linalg.solve(hessian, wanted)
         g_S = np.array([-part[1] @ towards for part in parts])
         return value, probs_S * (g_S - probs_S @ g_S)
+
+    def _inner(self, probs_S: Array, weight: Array) -> float:
+        """Σ_i p_i ℓ_i(w) + μ/2 |w|²."""
+        losses = [self.of_set(i, weight, deep=False)[0] for i in range(SOURCES)]
+        return float(probs_S @ np.array(losses) + RIDGE / 2 * weight @ weight)
 
     def best(self) -> tuple[Array, list[Array]]:
         """The best mixture, and those on the way to it: one for each step of L-BFGS on λ."""
@@ -255,7 +268,7 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
             axes[row, column].set_ylabel(label if column == 0 else "")
             axes[row, column].grid(alpha=0.3)
         # ε^(-7/2) gradients for a hypergradient of ε: a line of slope −2/7.
-        x = np.array([p["gradients"] for p in here if p["rule"] != "implicit"], float)
+        x = np.unique([p["gradients"] for p in here if p["rule"] != "implicit"]).astype(float)
         start = max(p["norm"] for p in here)
         axes[1, column].loglog(x, start * (x / x.min()) ** (-2 / 7), "k:", label="slope −2/7")
         axes[0, column].set_title(f"condition {condition:g}")

@@ -68,7 +68,7 @@ def run_all(folder_name: str) -> None:
     outcome = command("train", "--config", folder / "x.yaml", *words, *apart, *few)
     note(folder / "noted", "trained", outcome)
     measured = one_step(folder)
-    (folder / "measured.json").write_text(json.dumps(measured, default=np.ndarray.tolist))
+    (folder / "measured.json").write_text(json.dumps(measured))
 
 
 def stopped_early(folder: Path) -> tuple[int | None, str]:

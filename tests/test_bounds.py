@@ -47,6 +47,8 @@ def on_one_rank(folder_name: str) -> None:
     run(folder, "former", {"without": ["s1"]})
     words = ("--weights", folder / "former", "--new-share", 0.2)
     run(folder, "reused", {}, *words, "--keep-ratios")
+    named = {"s0": {"name": "math/s0"}, "s1": {"name": "math/s1"}, "s2": {"name": "code/s2"}}
+    run(folder, "groups", named)
     run(folder, "bad target", {}, "--target-examples", 7)
     run(folder, "bad epochs", {}, "--target-examples", 10000)
     run(folder, "bad cap", {"s1": {"min_weight": 0.3}}, "--target-examples", 1000)
@@ -120,6 +122,21 @@ def test_a_former_runs_sources_keep_their_ratios(folder: Path) -> None:
     assert s1["initial_weight"] == pytest.approx(0.2) and s1["weight"] != pytest.approx(0.2)
     assert s0["weight"] / s2["weight"] == pytest.approx(former["s0"] / former["s2"])
     assert "weights  2 sources; 1 new ones" in said
+
+
+def test_groups_are_sums_of_their_sources(folder: Path) -> None:
+    content, said = outcome(folder, "groups")
+    math, code = content["groups"]
+    assert (math["name"], code["name"]) == ("math", "code")
+    assert math["weight"] == pytest.approx(sum(weights(content)[:2]))
+    assert code["weight"] == pytest.approx(weights(content)[2])
+    assert math["ci_low"] <= math["weight"] <= math["ci_high"]
+    [level] = content["levels"]
+    assert (level["groups"], level["converged"]) == (2, False) and "steps are averaged" in said
+    assert "2 groups, not converged: " in said and "3 sources, not converged: " in said
+    assert "Groups of sources" in (folder / "groups" / "report.html").read_text()
+    last = json.loads((folder / "groups" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["group_weights"]["math"] == pytest.approx(sum(last["weights"][:2]))
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,19 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
 from megatron_scalebio import launcher
-from megatron_scalebio.data.inputs import parse_input
+from megatron_scalebio.data.inputs import parse_inputs
 from megatron_scalebio.data.prepare import (
     BAD_RECORDS,
     TOO_LONG,
@@ -35,6 +41,8 @@ USUAL = (
     "--format", "--map", "--bad-records", "--overwrite",
 )  # fmt: skip
 _LINE_EVERY_S = 10.0
+_FEW = 10  # sources with a bar and a closing line of their own
+ROWS_SHOWN = 50  # of the table; every source.json has its own
 _MANY = 0.05  # of the examples, above which truncation is warned of
 
 
@@ -48,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]PATH[,PATH...]",
         help="a source: files (JSON, JSONL, Parquet, Arrow, CSV, TSV; also .gz, .zst, .xz, .bz2), "
         "folders of them, globs, @FILE with a path a line, or - for standard input; repeat for "
-        "more sources; the name defaults to the file's stem",
+        "more sources; the name defaults to the file's stem; a NAME of {stem}, {parent} or "
+        "{grandparent} makes every file a source of its own",
     )
     add("--out", required=True, metavar="DIR", help="receives one directory a source")
     add("--tokenizer", default="", metavar="PATH", help="Hugging Face directory or tokenizer.json,"
@@ -102,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     """
     config = PrepareConfig(
         out=Path(args.out),
-        sources=tuple(parse_input(value) for value in args.input),
+        sources=tuple(source for value in args.input for source in parse_inputs(value)),
         tokenizer=args.tokenizer,
         train_sentencepiece=args.train_sentencepiece,
         **record_options(args),
@@ -123,7 +132,7 @@ def run_config(config: PrepareConfig) -> int:
     quiet = not launcher.is_first_rank()
     console = Console(stderr=True, quiet=quiet)
     try:
-        with sigterm_interrupts(), _display(console) as display:
+        with sigterm_interrupts(), _display(console, len(config.sources)) as display:
             reports = prepare(config, display)
     except KeyboardInterrupt:
         console.print("prepare: stopped; nothing was written")
@@ -141,7 +150,7 @@ def report_table(reports: Sequence[dict[str, Any]], out: Path) -> Table:
     table.add_column("source", overflow="fold")
     for heading in ("examples", "tokens", "targets", "mean length", "dropped", "truncated"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for report in reports:
+    for report in reports[:ROWS_SHOWN]:
         dropped = [f"{n:,} {why}" for why, n in report["dropped"].items() if n]
         bad = sum(report.get("skipped", {}).values())
         dropped += [f"{bad:,} bad"] if bad else []
@@ -154,6 +163,10 @@ def report_table(reports: Sequence[dict[str, Any]], out: Path) -> Table:
             "\n".join(dropped) or "none",
             f"{report['truncated']:,}",
         )
+    if len(reports) > ROWS_SHOWN:
+        examples, tokens = (sum(each[of] for each in reports) for of in ("examples", "tokens"))
+        rest = f"all {len(reports):,}, of which {ROWS_SHOWN} are shown"
+        table.add_row(rest, f"{examples:,}", f"{tokens:,}")
     return table
 
 
@@ -195,18 +208,21 @@ def counted(counts: dict[str, int]) -> str:
 class _Lines:
     """Progress for logs: one line at most every few seconds, and one at the end of a source."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._next = 0.0
+    def __init__(self, console: Console, sources: int = 1) -> None:
+        self._console, self._sources = console, sources
+        self._next, self._done = 0.0, 0
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        if now < self._next and not progress.finished:
+        self._done += progress.finished
+        last = progress.finished and (self._sources <= _FEW or self._done == self._sources)
+        if now < self._next and not last:
             return
         self._next = now + _LINE_EVERY_S
         percent = 100 * progress.bytes_done / progress.bytes_total
+        many = f"{self._done:,} of {self._sources:,} sources, " if self._sources > _FEW else ""
         self._console.print(
-            f"prepare: {progress.source} {percent:.0f} %, {progress.examples:,} examples",
+            f"prepare: {many}{progress.source} {percent:.0f} %, {progress.examples:,} examples",
             highlight=False,
             soft_wrap=True,
             markup=False,
@@ -214,13 +230,20 @@ class _Lines:
 
 
 class _Bars:
-    """Progress for terminals: one bar a source."""
+    """Progress for terminals: one bar a source, or one of all where they are many."""
 
-    def __init__(self, bar: Bar) -> None:
+    def __init__(self, bar: Bar, sources: int) -> None:
         self._bar = bar
         self._tasks: dict[str, Any] = {}
+        self._many = sources > _FEW
+        if self._many:
+            self._tasks[""] = bar.add_task("", total=sources, examples=0)
 
     def __call__(self, progress: Progress) -> None:
+        if self._many:
+            done = 1 if progress.finished else 0
+            self._bar.update(self._tasks[""], description=progress.source, advance=done)
+            return
         if progress.source not in self._tasks:
             self._tasks[progress.source] = self._bar.add_task(
                 progress.source, total=progress.bytes_total, examples=0
@@ -230,16 +253,17 @@ class _Bars:
 
 
 @contextmanager
-def _display(console: Console) -> Iterator[_Lines | _Bars]:
+def _display(console: Console, sources: int) -> Iterator[_Lines | _Bars]:
     if not console.is_terminal:
-        yield _Lines(console)
+        yield _Lines(console, sources)
         return
+    counted = (DownloadColumn(), TextColumn("{task.fields[examples]:,} examples"))
+    of_many = (MofNCompleteColumn(), TextColumn("sources"))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TextColumn("{task.fields[examples]:,} examples"),
+        *(of_many if sources > _FEW else counted),
         TimeRemainingColumn(),
     )
     with Bar(*columns, console=console) as bar:
-        yield _Bars(bar)
+        yield _Bars(bar, sources)

@@ -137,7 +137,7 @@ def _names(paths: Sequence[str], template: Any, where: str) -> list[str]:
     """Names by a template, or the last part of each path and the folders that tell them apart."""
     parts = [path.split("/") for path in paths]
     if template is not None:
-        return [_named(str(template), one, where) for one in parts]
+        return [named(str(template), one, f"{where.rpartition('.')[0]}.name") for one in parts]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(filter(None, one[-count:])) for one in parts]
         if len(set(names)) == len(names):
@@ -145,15 +145,15 @@ def _names(paths: Sequence[str], template: Any, where: str) -> list[str]:
     return names
 
 
-def _named(template: str, parts: Sequence[str], where: str) -> str:
+def named(template: str, parts: Sequence[str], where: str) -> str:
+    """A name made of the last parts of a path: {stem}, {parent}, {grandparent}."""
     folders = ["", "", *parts]
     fields = {"stem": folders[-1], "parent": folders[-2], "grandparent": folders[-3]}
     try:
         return template.format(**fields)
     except (KeyError, IndexError, ValueError, AttributeError):
-        where = where.rpartition(".")[0]
         known = ", ".join(f"{{{field}}}" for field in fields)
-        raise UserError(f"{where}.name: {template!r} is no name (it may hold {known})") from None
+        raise UserError(f"{where}: {template!r} is no name (it may hold {known})") from None
 
 
 def _refuse_twice(paths: Sequence[str], where: str) -> None:

@@ -29,6 +29,7 @@ import torch
 
 from megatron_scalebio.core.confidence import TrajectoryBlocks
 from megatron_scalebio.core.constraints import Constraints
+from megatron_scalebio.core.levels import Levels
 from megatron_scalebio.core.lookalikes import Lookalikes
 from megatron_scalebio.core.objective import logits_gradient, mixture_probs
 
@@ -55,13 +56,19 @@ class Mixture:
         initial_S: starting weights, normalised here.
         optimizer: "eg" or "adamw".
         constraints: what the weights have to keep to; None: nothing.
+        levels: groups of the sources, each level of which eg steps by itself; None: there are none.
     """
 
     def __init__(
-        self, initial_S: list[float], optimizer: str, constraints: Constraints | None = None
+        self,
+        initial_S: list[float],
+        optimizer: str,
+        constraints: Constraints | None = None,
+        levels: Levels | None = None,
     ) -> None:
         weights_S = torch.tensor(initial_S, dtype=torch.float64)
-        self.constraints = constraints
+        self.constraints, self.levels = constraints, levels
+        self.level_squares = [0.0] * (len(levels) if levels else 0)  # v of each level
         self.initial_S = weights_S / weights_S.sum()
         if constraints is not None:
             least = LEAST_SHARE / len(initial_S)
@@ -130,14 +137,23 @@ class Mixture:
         self, hypergradient_S: torch.Tensor, lr: float, memory: float
     ) -> tuple[torch.Tensor, float]:
         """The step of λ; its size, by which g was multiplied."""
-        cut_S = self._cut(hypergradient_S)
+        cut_S, probs_S = self._cut(hypergradient_S), self.probs_S
+        for level, part_S in enumerate(self.levels.parts(cut_S, probs_S) if self.levels else ()):
+            square = float((probs_S * part_S.square()).sum())
+            self.level_squares[level] += (1 - SIZE_DECAY) * (square - self.level_squares[level])
         self.recent_S += (cut_S - self.recent_S) / min(LEAD_STEPS, self.steps)
         if memory > 1.0:
             cut_S = cut_S + LEAD * (cut_S - self.recent_S)
             lr *= DAMPED / math.sqrt(memory)
         # Zero while u is still equal to w: then the hypergradient is zero too.
         usual = math.sqrt(self._usual_square(self.steps)) or 1.0
-        return lr * (cut_S / usual).clamp(-LARGEST_OF_ONE, LARGEST_OF_ONE), lr / usual
+        parts, sizes = [cut_S], [usual]
+        if self.levels:
+            parts, whole = self.levels.parts(cut_S, probs_S), 1 - SIZE_DECAY**self.steps
+            sizes = [math.sqrt(square / whole) or 1.0 for square in self.level_squares]
+        in_units = [part_S / size for part_S, size in zip(parts, sizes, strict=True)]
+        steps = [lr * part_S.clamp(-LARGEST_OF_ONE, LARGEST_OF_ONE) for part_S in in_units]
+        return torch.stack(steps).sum(0), lr / usual
 
     def _cut(self, hypergradient_S: torch.Tensor) -> torch.Tensor:
         """g, cut to LARGEST_STEP times √v, with v the running mean of Σ_i p_i g_i² (cut alike).
@@ -162,6 +178,7 @@ class Mixture:
             "initial": self.initial_S,
             "steps": self.steps,
             "mean_square": self.mean_square,
+            "level_squares": list(self.level_squares),
             "recent": self.recent_S.clone(),
             "is_slow": self.is_slow,
             "trajectory": self.trajectory.state_dict(),
@@ -174,6 +191,7 @@ class Mixture:
             self.logits_S.copy_(state["logits"])
         self.initial_S = state["initial"]
         self.steps, self.mean_square = state["steps"], state["mean_square"]
+        self.level_squares = list(state.get("level_squares", self.level_squares))
         recent_S = state.get("recent")
         self.recent_S = torch.zeros_like(self.initial_S) if recent_S is None else recent_S.clone()
         self.is_slow = state.get("is_slow", False)

@@ -32,6 +32,7 @@ from megatron_scalebio.core.confidence import (
 )
 from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.core.flush import Losses, Pass, passes_of
+from megatron_scalebio.core.levels import Levels
 from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.objective import Role, hypergradient, mixed, role_scale
 from megatron_scalebio.core.options import BilevelOptions
@@ -80,6 +81,7 @@ class ScaleBiO(Training):
         validation: weight of each validation set in L1, by name, in the order of their numbers.
         initial_weights: of the sources, normalised here [equal ones].
         constraints: what the weights have to keep to [nothing].
+        levels: groups of the sources, which step as groups, too [none].
 
     Attributes:
         mixture: λ and its trajectory.
@@ -99,6 +101,7 @@ class ScaleBiO(Training):
         validation: Mapping[str, float] | None = None,
         initial_weights: Sequence[float] | None = None,
         constraints: Constraints | None = None,
+        levels: Levels | None = None,
         **training: Any,
     ) -> None:
         validation = {"validation": 1.0} if validation is None else validation
@@ -115,7 +118,7 @@ class ScaleBiO(Training):
         self.options, self.sources = options, list(sources)
         shares_V = torch.tensor(list(validation.values()), dtype=torch.float64)
         self.validation_shares_V = shares_V / shares_V.sum()
-        self.mixture = Mixture(initial, options.mixture_optimizer, constraints)
+        self.mixture = Mixture(initial, options.mixture_optimizer, constraints, levels)
 
     @property
     def weights(self) -> Floats:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_scalebio.config.checks import NAME, require_name
+from megatron_scalebio.config.source_lists import named
 from megatron_scalebio.data.tables import (
     COMPRESSED,
     JSON_SUFFIXES,
@@ -64,6 +65,25 @@ def parse_input(value: str) -> SourceInput:
     files = [file for entry in entries for file in _files(entry, unread)]
     _refuse_twice(files)
     return SourceInput(name, tuple(files), tuple(unread))
+
+
+def parse_inputs(value: str) -> list[SourceInput]:
+    """The sources of one ``--input``: with a name of fields such as {stem}, one for each file.
+
+    Raises:
+        UserError: as of `parse_input`, or the name is none.
+    """
+    template, _, paths = value.partition("=")
+    if "{" not in template or exists(Path(value)):
+        return [parse_input(value)]
+    whole = parse_input(f"files={paths}")
+    sources = []
+    for number, file in enumerate(whole.files):
+        parts = (*Path(os.path.abspath(file)).parent.parts, _stem(str(file)))
+        name = named(template, parts, "--input")
+        require_name("--input", name)
+        sources.append(SourceInput(name, (file,), whole.unread if number == 0 else ()))
+    return sources
 
 
 def exists(path: Path) -> bool:

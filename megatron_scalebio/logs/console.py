@@ -167,16 +167,30 @@ class RunConsole:
         if known:
             distance = sum(abs(e["weight"] - known.get(e["name"], 0.0)) for e in ranked)
             self._print(f"L1 distance from the known mixture: {distance:.3f}")
+        if weights.get("groups"):
+            self._groups(weights, confidence)
         if "confidence" in weights:  # of methods that can tell
-            self._verdict(weights)
+            of = f"{len(ranked):,} sources, " if weights.get("groups") else ""
+            self._verdict(weights, of)
         self.places(outputs)
 
-    def _verdict(self, weights: Mapping[str, Any]) -> None:
+    def _groups(self, weights: Mapping[str, Any], confidence: str) -> None:
+        """The heaviest groups of each level, and whether the level has converged."""
+        for level in weights["levels"]:
+            of_level = [g for g in weights["groups"] if g["level"] == level["level"]]
+            table = _table("group", "weight", confidence)
+            for entry in sorted(of_level, key=lambda entry: -entry["weight"])[:ROWS_SHOWN]:
+                table.add_row(plain(entry["name"]), percent(entry["weight"]), _interval(entry))
+            self.console.print(table)
+            self._note_hidden(len(of_level) - ROWS_SHOWN, "groups")
+            self._verdict(level, f"{len(of_level):,} groups, ")
+
+    def _verdict(self, weights: Mapping[str, Any], of: str = "") -> None:
         converged = bool(weights["converged"])
         verdict = Text(
             "converged" if converged else "not converged", style="green" if converged else "yellow"
         )
-        self._print(verdict, plain(f": {weights.get('reason', '')}"))
+        self._print(of, verdict, plain(f": {weights.get('reason', '')}"))
 
     def stopped(self, step: int) -> None:
         """Says that a signal ended the run, and that nothing is lost."""
@@ -225,9 +239,9 @@ class RunConsole:
         shares = [f"{100 * weights[i]:.0f}%" for i in top]
         return ", ".join(f"{name} {share}" for name, share in zip(names, shares, strict=True))
 
-    def _note_hidden(self, count: int) -> None:
+    def _note_hidden(self, count: int, what: str = "sources") -> None:
         if count > 0:
-            self._print(Text(f"... and {count:,} more sources", style="dim"))
+            self._print(Text(f"... and {count:,} more {what}", style="dim"))
 
     def _print(self, *parts: str | Text) -> None:
         self.console.print(Text.assemble(*parts), soft_wrap=True)

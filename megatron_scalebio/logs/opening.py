@@ -1,4 +1,4 @@
-"""How far a run is with opening its sources, shown where that takes longer than a moment."""
+"""How far a run is with opening its sources, shown where they are many and it takes a moment."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_scalebio.progress import PROGRESS
 
+_MANY = 100  # sources; fewer take long on a busy machine alone
 _SILENT_S = 1.0
 _LINE_EVERY_S = 10.0
 
@@ -29,6 +30,8 @@ def opening(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
         nonlocal shown_at
         PROGRESS.mark()
         now = time.monotonic()
+        if of < _MANY:
+            return
         if console.is_terminal:
             if now - begun > _SILENT_S:
                 bar.start()

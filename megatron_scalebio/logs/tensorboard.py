@@ -146,6 +146,8 @@ class TensorBoardLog:
         yield from zip(self._validation_tags, record.get("validation_losses") or (), strict=False)
         for field in ("rank", "ratio") if record.get("straggler") else ():
             yield f"straggler/{field}", record["straggler"][field]
+        for name, weight in (record.get("group_weights") or {}).items():
+            yield f"mixture/group/{name}", weight
         for phase, seconds in (record.get("time_s") or {}).items():
             yield f"time/{phase}", seconds
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
@@ -28,8 +29,16 @@ from megatron_scalebio.engine.start import Job, resume_or_start
 from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import with_names
 from megatron_scalebio.formatting import quantity
+from megatron_scalebio.logs.source_table import LISTED_SOURCES
 from megatron_scalebio.methods.bounds import constraints_of
 from megatron_scalebio.methods.found import Found
+from megatron_scalebio.methods.groups import (
+    Level,
+    coarse_weights,
+    core_levels,
+    described,
+    levels_of,
+)
 
 FEWEST_AVERAGED = 20  # steps: the wandering of fewer says nothing of an interval
 MANY_PASSES = 10  # over a source or a validation set, from which on weights are no longer trusted
@@ -79,6 +88,9 @@ def find(config: Config, job: Job) -> Found:
             "indistinguishable": [
                 [state.data.sources[i].name for i in group] for group in intervals.lookalikes
             ],
+            **described(
+                state.training, state.levels, _is_constant(config), state.data.validation_examples
+            ),
         },
         at_bound_S=at_bounds(state.training, intervals),
     )
@@ -88,12 +100,14 @@ class TrainState(RunState):
     """The state of a `reweight` run on this rank."""
 
     training: ScaleBiO
+    levels: list[Level]
 
     def __init__(self, config: Config, cache: Path) -> None:
         super().__init__(config, "reweight", cache)
 
     def _training(self) -> ScaleBiO:
         config, data = self.config, self.data
+        self.levels = levels_of([source.name for source in data.sources])
         return ScaleBiO(
             config.bilevel.options(config.data.loss_mean),
             [source.name for source in data.sources],
@@ -103,6 +117,7 @@ class TrainState(RunState):
             },
             initial_weights=data.initial_weights(),
             constraints=constraints_of(config, data),
+            levels=core_levels(self.levels),
             **self.training_options(),
         )
 
@@ -158,7 +173,11 @@ def train_step(state: TrainState) -> StepReport:
 def step_record(state: TrainState, report: StepReport) -> Record:
     """A step's record; lists follow the order of sources and validation sets."""
     losses = report.losses
+    # Of many sources no step is written as a list, and to make four of them takes time.
+    held = torch.Tensor.tolist if len(losses.w_S) <= LISTED_SOURCES else torch.Tensor.numpy
+    groups = coarse_weights(state.levels, report.weights_S)
     return {
+        **({} if groups is None else {"group_weights": groups}),
         "step": report.step,
         "alpha": report.alpha,
         "outer_round": state.schedule.at(report.step - 1).outer_round,
@@ -169,10 +188,10 @@ def step_record(state: TrainState, report: StepReport) -> Record:
         "validation_losses": losses.validation_V.tolist(),
         "train_loss_w": report.train_loss_w,
         "train_loss_u": report.train_loss_u,
-        "weights": report.weights_S.numpy(),
-        "loss_w": losses.w_S.numpy(),
-        "loss_u": losses.u_S.numpy(),
-        "excess_loss": (losses.w_S - losses.u_S).numpy(),
+        "weights": held(report.weights_S),
+        "loss_w": held(losses.w_S),
+        "loss_u": held(losses.u_S),
+        "excess_loss": held(losses.w_S - losses.u_S),
         "grad_norm_w": report.grad_norms["w"],
         "grad_norm_u": report.grad_norms["u"],
         "grad_norm_lambda": report.grad_norm_lambda,
@@ -185,7 +204,7 @@ def step_record(state: TrainState, report: StepReport) -> Record:
 
 def verdict(state: TrainState) -> Verdict:
     """Whether the weights have converged by now, and why."""
-    constant = state.config.bilevel.lr_lambda_decay_style == "constant"
+    constant = _is_constant(state.config)
     judged = state.training.verdict(constant, state.data.validation_examples)
     if judged.converged:
         worn = _seen_too_often(state)
@@ -194,6 +213,10 @@ def verdict(state: TrainState) -> Verdict:
     if constant and state.config.train.train_iters < enough:
         return Verdict(False, f"{judged.reason} (set train_iters to {enough} or more)")
     return judged
+
+
+def _is_constant(config: Config) -> bool:
+    return config.bilevel.lr_lambda_decay_style == "constant"
 
 
 def _seen_too_often(state: TrainState) -> str:
@@ -223,6 +246,14 @@ def _facts(state: TrainState) -> dict[str, object]:
     repeated = f"{quantity(target)} examples, at most {config.data.max_epochs:g} passes of a source"
     return {
         **state.data.facts(),
+        **(
+            {
+                "groups": ", ".join(f"{len(level.names):,}" for level in state.levels)
+                + " above the sources"
+            }
+            if state.levels
+            else {}
+        ),
         **({} if target is None else {"target": repeated}),
         "steps": f"{train.train_iters} of {train.global_batch_size} training and "
         f"{train.validation_batch_size} validation sequences",

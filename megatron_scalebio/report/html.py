@@ -68,6 +68,8 @@ def _context(run: Run) -> dict[str, Any]:
         "scale": _round_up(max((v for v in shares if v is not None), default=1.0)),
         "rest": sum(row.weight for row in rows[ROWS_DRAWN:]),
         "changes": summary.biggest_changes(rows),
+        "groups": sorted(run.weights.groups, key=lambda g: -g.weight) if run.weights else [],
+        "levels": run.weights.levels if run.weights else [],
         "repeats": any(row.epochs is not None for row in rows),
         "distance": summary.known_distance(rows),
         "left_out": [row for row in rows if row.in_blend is False],

@@ -36,6 +36,8 @@ class Weights:
     sources: list[SourceWeight]
     alike: list[list[str]] = field(default_factory=list)  # of which the sum alone is known
     complete: bool = True  # False: those so far of a run that a signal stopped
+    groups: list[SourceWeight] = field(default_factory=list)
+    levels: list[dict[str, Any]] = field(default_factory=list)  # verdict on each level of groups
 
 
 @dataclass
@@ -165,6 +167,11 @@ def _read_weights(path: Path, notices: list[str]) -> Weights | None:
         sources=[_source_weight(entry, f"{path}: sources[{i}]") for i, entry in enumerate(entries)],
         complete=tree.get("complete", True) is not False,
         alike=_groups(tree.get("indistinguishable"), path),
+        groups=[
+            _source_weight(entry, f"{path}: groups[{i}]")
+            for i, entry in enumerate(_list(tree, "groups"))
+        ],
+        levels=[level for level in _list(tree, "levels") if isinstance(level, dict)],
     )
 
 
@@ -173,6 +180,11 @@ def _groups(value: Any, path: Path) -> list[list[str]]:
     if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
         raise UserError(f"{path}: 'indistinguishable' is not a list of lists (restore the file)")
     return [[str(name) for name in group] for group in groups]
+
+
+def _list(tree: dict[str, Any], name: str) -> list[Any]:
+    found = tree.get(name)
+    return found if isinstance(found, list) else []
 
 
 def _source_weight(entry: Any, where: str) -> SourceWeight:

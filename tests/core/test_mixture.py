@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_scalebio.core.confidence import TrajectoryBlocks
+from megatron_scalebio.core.levels import Levels
 from megatron_scalebio.core.mixture import LARGEST_STEP, Mixture
 from megatron_scalebio.core.objective import hypergradient, logits_gradient, mixture_probs
 from megatron_scalebio.core.sampler import BlendSampler
@@ -270,7 +271,9 @@ def test_resume_is_exact(kind: str, cut: int) -> None:
     assert (resumed.steps, resumed.mean_square) == (whole.steps, whole.mean_square)
 
 
-def rarely_seen(sources: int, places: int, steps: int) -> tuple[Mixture, list[float], np.ndarray]:
+def rarely_seen(
+    sources: int, places: int, steps: int, levels: Levels | None = None
+) -> tuple[Mixture, list[float], np.ndarray]:
     """A batch of few places, and excess losses of a heavy tail around those of 24 topics.
 
     Returns:
@@ -280,7 +283,8 @@ def rarely_seen(sources: int, places: int, steps: int) -> tuple[Mixture, list[fl
     generator = np.random.default_rng(0)
     topic_S = np.arange(sources) % 24
     worth_S = np.where(topic_S == 0, -1.0, np.where(topic_S == 1, -0.5, 0.3))
-    mixture, sampler = Mixture([1.0] * sources, "eg"), BlendSampler([10**4] * sources, places, 0)
+    mixture = Mixture([1.0] * sources, "eg", levels=levels)
+    sampler = BlendSampler([10**4] * sources, places, 0)
     largest = []
     for step in range(steps):
         probs_S = mixture.probs_S

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_scalebio.data.files import open_records
-from megatron_scalebio.data.inputs import parse_input
+from megatron_scalebio.data.inputs import parse_input, parse_inputs
 from megatron_scalebio.data.prepare import PrepareConfig, SourceInput, prepare
 from megatron_scalebio.data.prepared import PreparedFolder
 from megatron_scalebio.data.source_writer import Staging
@@ -295,3 +295,18 @@ def test_pipes_and_standard_input_are_read(tmp_path: Path, byte_level: Path, how
     done = run(_lines(PAIRS[:2]) + b"{broken", "--overwrite")
     assert done.returncode == 2 and ".prepare-" not in done.stderr
     assert ("-:3: " if how == "standard input" else ":3: malformed JSON") in done.stderr
+
+
+def test_a_name_of_fields_makes_every_file_a_source(tmp_path: Path) -> None:
+    for name in ("math/web.jsonl.gz", "math/books.jsonl", "code/web.jsonl", "code/notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    found = parse_inputs(f"{{parent}}-{{stem}}={tmp_path}")
+    assert [(s.name, len(s.files), len(s.unread)) for s in found] == [
+        ("code-web", 1, 1), ("math-books", 1, 0), ("math-web", 1, 0),
+    ]  # fmt: skip
+    assert [s.name for s in parse_inputs(f"one={tmp_path}")] == ["one"]
+    for name, words in (("{file}", "--input: '{file}' is no name"), ("a/{stem}", "cannot name a")):
+        with pytest.raises(UserError) as refused:
+            parse_inputs(f"{name}={tmp_path}")
+        assert words in str(refused.value)

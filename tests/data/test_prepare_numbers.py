@@ -131,6 +131,23 @@ def test_progress_lines_tell_the_share_of_the_bytes(capsys: pytest.CaptureFixtur
     ]  # fmt: skip
 
 
+def test_many_sources_are_one_count_and_few_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = prepare_cli._Lines(Console(width=120, stderr=True), sources=2000)
+    for number in range(2000):
+        lines(Progress(f"s{number}", 9, 9, 5, finished=True))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("prepare: 1 of 2,000 sources, s0 100 %") and len(said) == 2
+    assert said[1].startswith("prepare: 2,000 of 2,000 sources, s1999")
+    report = {
+        "examples": 2, "tokens": 7, "target_tokens": 5, "truncated": 0, "dropped": {}
+    }  # fmt: skip
+    reports = [{"name": f"s{number}", **report} for number in range(2000)]
+    Console(width=120).print(prepare_cli.report_table(reports, Path("out")))
+    rows = capsys.readouterr().out
+    assert "s49" in rows and "s50" not in rows
+    assert "all 2,000, of which 50 are shown" in rows and "4,000" in rows and "14,000" in rows
+
+
 # flag: (what it gives, the field, its value); each is not the default
 FLAGS: list[tuple[list[str], str, Any]] = [
     (["--tokenizer", "t.model"], "tokenizer", "t.model"),

@@ -208,6 +208,26 @@ def generic_gemm(
     return [out, bias_grad, gelu_in, options["extra_output"]]
 
 
+def te_general_grouped_gemm(
+    A: list[Any], transA: bool, B: list[Any], transB: bool, D: list[torch.Tensor],
+    output_dtype: Any, splits: list[int] | None, bias: list[torch.Tensor], bias_type: Any,
+    single_output: bool, gelu_in: Any, grad: bool, workspaces: Any, workspace_size: int,
+    accumulate: bool, use_split_accumulator: bool, sms: int,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Each group's product alone; an expert without tokens has one of no rows."""
+    outputs = list(D[0].split(splits)) if single_output else D
+    for a, b, out, of_group in zip(A, B, outputs, bias, strict=True):
+        has_bias = of_group.numel() > 0
+        _, bias_grad, *_ = generic_gemm(
+            a, transA, b, transB, out, None, output_dtype, of_group if has_bias else None,
+            bias_type, False, None, grad, workspaces, workspace_size, accumulate,
+            use_split_accumulator, comm_overlap=None, alpha=1.0, extra_output=None,
+        )  # fmt: skip
+        if grad and has_bias:
+            of_group.copy_(bias_grad)
+    return bias
+
+
 def rmsnorm_fwd(
     x: torch.Tensor, weight: torch.Tensor, eps: float, out: Any, quantizer: Any, tag: Any,
     sm_margin: int, one_plus: bool,
@@ -293,7 +313,7 @@ def multi_tensor_scale(
 KERNELS: list[Callable[..., Any]] = [
     torch.no_grad()(kernel) for kernel in (
         create_empty_quantized_tensor, quantize, bgrad_quantize, fp8_transpose, generic_gemm,
-        rmsnorm_fwd, rmsnorm_bwd, layernorm_fwd, layernorm_bwd, multi_tensor_adam,
-        multi_tensor_l2norm, multi_tensor_scale,
+        te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd, layernorm_fwd, layernorm_bwd,
+        multi_tensor_adam, multi_tensor_l2norm, multi_tensor_scale,
     )
 ]  # fmt: skip

@@ -1,0 +1,83 @@
+"""Groups of sources by their names: topic/format/part is in topic, and in topic/format.
+
+Their weights are sums over their sources, and so are known where those of single sources are not:
+of near-duplicates the sum is, how it is shared is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_scalebio.core.confidence import judge_convergence, weight_intervals
+from megatron_scalebio.core.levels import Levels
+from megatron_scalebio.core.scalebio import ScaleBiO
+
+MOST_RECORDED = 100  # groups in each step's record
+
+
+@dataclass(frozen=True)
+class Level:
+    """Attributes:
+    depth: parts of a name that make a group.
+    names: of its groups, in the order in which they come.
+    group_S: number of each source's group.
+    """
+
+    depth: int
+    names: list[str]
+    group_S: list[int]
+
+
+def levels_of(sources: Sequence[str]) -> list[Level]:
+    """The levels that tell sources apart, coarse to fine; those of all in one, or one each, not."""
+    levels: list[Level] = []
+    for depth in range(1, max(name.count("/") for name in sources) + 1):
+        groups = ["/".join(name.split("/")[:depth]) for name in sources]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+        before = len(levels[-1].names) if levels else 1
+        if before < len(numbers) < len(sources):
+            levels.append(Level(depth, list(numbers), [numbers[name] for name in groups]))
+    return levels
+
+
+def core_levels(levels: Sequence[Level]) -> Levels | None:
+    return Levels([level.group_S for level in levels]) if levels else None
+
+
+def described(
+    bio: ScaleBiO, levels: Sequence[Level], constant_rate: bool, validation_examples: float | None
+) -> dict[str, Any]:
+    """Weights of groups with their intervals, and a verdict on each level, for weights.json."""
+    core, options, path = core_levels(levels), bio.options, bio.mixture.trajectory
+    groups, verdicts = [], []
+    for number, level in enumerate(levels):
+        assert core is not None
+        tail_BG = core.sums(path.tail(options.average_fraction), number)
+        found = weight_intervals(tail_BG, options.confidence, validation_examples)
+        ends = (x.tolist() for x in (found.weight_S, found.low_S, found.high_S))
+        for name, weight, low, high in zip(level.names, *ends, strict=True):
+            entry = {"name": name, "weight": weight, "ci_low": low, "ci_high": high}
+            groups.append({"level": level.depth, **entry})
+        judged = judge_convergence(
+            tail_BG, level.names, block_length=path.block_length, tolerance=options.tolerance,
+            confidence=options.confidence, constant_rate=constant_rate,
+            validation_examples=validation_examples,
+        )  # fmt: skip
+        verdicts.append({
+            "level": level.depth, "groups": len(level.names), "converged": judged.converged,
+            "reason": judged.reason,
+        })  # fmt: skip
+    return {"levels": verdicts, "groups": groups} if levels else {}
+
+
+def coarse_weights(levels: Sequence[Level], weight_S: torch.Tensor) -> dict[str, float] | None:
+    """Weight of each group of the coarsest level, for a step's record; None if that is too long."""
+    if not levels or len(levels[0].names) > MOST_RECORDED:
+        return None
+    core = core_levels(levels[:1])
+    assert core is not None
+    return dict(zip(levels[0].names, core.sums(weight_S[None], 0)[0].tolist(), strict=True))
