@@ -106,7 +106,9 @@ class Trackers:
         weights = self._folder / "weights.json"
         content = json.loads(weights.read_text()) if weights.is_file() else {}
         files = [self._folder / name for name in ARTIFACTS if (self._folder / name).is_file()]
-        return self._each(lambda tracker: tracker.finish(content.get("sources", []), files))
+        groups = [{**row, "name": f"groups/{row['name']}"} for row in content.get("groups", [])]
+        rows = [*content.get("sources", []), *groups]
+        return self._each(lambda tracker: tracker.finish(rows, files))
 
     def _each(self, do: Any) -> str:
         warnings = []

@@ -182,6 +182,19 @@ def test_a_service_that_is_away_costs_a_warning_and_not_the_run(tmp_path: Path) 
     assert away.steps == [1, 2]
 
 
+def test_groups_have_their_weights_beside_the_sources(tmp_path: Path) -> None:
+    logs, handed = Trackers(tmp_path, options(), {}), []
+    keep = SimpleNamespace(failures=(), finish=lambda rows, files: handed.append((rows, files)))
+    logs._trackers.append(keep)  # type: ignore[arg-type]
+    row = {"name": "web", "weight": 0.4, "ci_low": 0.3, "ci_high": 0.5}
+    content = {"sources": [row], "groups": [{**row, "weight": 1.0, "level": 0}]}
+    (tmp_path / "weights.json").write_text(json.dumps(content))
+    assert logs.finish() == ""
+    [(rows, files)] = handed
+    assert [(r["name"], r["weight"]) for r in rows] == [("web", 0.4), ("groups/web", 1.0)]
+    assert files == [tmp_path / "weights.json"]
+
+
 @pytest.mark.parametrize("field", ["wandb_project", "mlflow_experiment"])
 def test_a_missing_library_is_named(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
