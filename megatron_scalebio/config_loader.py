@@ -35,7 +35,9 @@ from megatron_scalebio.families import read_family
 # Options of the model section that are not the architecture's.
 _FREE_WITH_HF = {
     "hf", "make_vocab_size_divisible_by", "init_method_std", "hidden_dropout",
-    "attention_dropout", "transformer_impl", "pretrained_checkpoint",
+    "attention_dropout", "transformer_impl", "pretrained_checkpoint", "moe_aux_loss_coeff",
+    "moe_z_loss_coeff", "moe_router_load_balancing_type", "moe_router_bias_update_rate",
+    "moe_router_dtype", "moe_token_dispatcher_type",
 }  # fmt: skip
 
 
@@ -203,7 +205,9 @@ def _model_from_hf(cls: type, values: dict[str, Any], where: str) -> ModelConfig
     build(ModelConfig, architecture, f"{values['hf']}: model")  # refuses what is wrong there
     free = {key: value for key, value in values.items() if key in _FREE_WITH_HF}
     model = build(ModelConfig, {**architecture, **free}, where)
-    given = build(ModelConfig, values, where)
+    # Without experts their other options would be refused.
+    experts = {key: architecture[key] for key in ("num_experts",) if key in architecture}
+    given = build(ModelConfig, {**experts, **values}, where)
     for key in values.keys() - free.keys():
         ours, theirs = getattr(given, key), getattr(model, key)
         if ours != theirs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,3 +86,16 @@ def test_layers_with_experts_are_named_or_counted() -> None:
     assert layers([2]) == [1, 0, 1, 0] == layers([1, 0, 1, 0])
     assert layers([1]) is None is layers([1, 1, 1, 1])
     assert layers([0, 1, 1, 1]) == [0, 1, 1, 1]
+
+
+def test_losses_of_routers_are_the_users_beside_a_hugging_face_model(tmp_path: Path) -> None:
+    from transformers import Qwen3MoeConfig
+
+    published = Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"], num_experts=8)
+    published.save_pretrained(tmp_path)
+    hf = {"hf": str(tmp_path), "moe_z_loss_coeff": 0.01}
+    model = config({**hf, "moe_aux_loss_coeff": 0.1, "num_experts": 8}).model
+    assert (model.num_experts, model.moe_router_topk, model.moe_layer_freq) == (8, 8, None)
+    assert (model.moe_aux_loss_coeff, model.moe_z_loss_coeff) == (0.1, 0.01)
+    with pytest.raises(UserError, match=r"moe_router_topk: 2 is not 8, as in .* \(remove moe_rou"):
+        config({**hf, "moe_router_topk": 2})

@@ -27,13 +27,20 @@ class ModelConfig:
     max_position_embeddings: int | None = option(None, "longest sequence [seq_length]")
     position_embedding_type: Literal["rope", "learned_absolute"] = option("rope", "position code")
     rotary_base: int = option(10000, "base period of rope")
+    window_rotary_base: int | None = option(
+        None, "base of rope in layers with a window, where rope_scaling is not (Gemma 3) [the same]"
+    )
     rotary_percent: float = option(1.0, "share of a head that rope turns")
     rope_scaling: RopeScaling | None = option(None, "long-context scaling of rope")
     normalization: Literal["RMSNorm", "LayerNorm"] = option("RMSNorm", "normalization")
     norm_epsilon: float = option(1e-5, "added to the variance in normalization")
     apply_layernorm_1p: bool = option(False, "norms multiply by 1 + weight")
+    pre_norms: bool = option(True, "normalize what attention and MLP read (not OLMo 2)")
     post_norms: bool = option(False, "normalize what attention and MLP give, too (Gemma 2)")
     qk_layernorm: bool = option(False, "normalize the queries and keys of each head (Qwen 3)")
+    qk_layernorm_whole: bool = option(
+        False, "normalize them over all heads together (OLMo 2), with qk_layernorm"
+    )
     parallel_residual: bool = option(False, "attention and MLP read the same input (GPT-NeoX)")
     swiglu: bool = option(True, "gated SiLU in the MLP, else `activation`")
     activation: Literal["gelu", "gelu_tanh", "geglu_tanh"] = option(
@@ -103,6 +110,7 @@ class ModelConfig:
             self, "num_layers", "hidden_size", "num_attention_heads", "num_query_groups",
             "kv_channels", "ffn_hidden_size", "max_position_embeddings", "vocab_size",
             "make_vocab_size_divisible_by", "norm_epsilon", "init_method_std", "rotary_base",
+            "window_rotary_base",
             "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping", "num_experts",
             "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
             "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor",
@@ -115,6 +123,16 @@ class ModelConfig:
             raise UserError(
                 f"window_attn_skip_freq: {self.window_attn_skip_freq!r} needs a window_size and "
                 "two or more (set window_size, or drop it)"
+            )
+        if self.qk_layernorm_whole and not self.qk_layernorm:
+            raise UserError("qk_layernorm_whole: True needs qk_layernorm (set it)")
+        if not self.pre_norms and (not self.post_norms or self.parallel_residual):
+            raise UserError(
+                "pre_norms: False needs post_norms, and no parallel_residual (change one of them)"
+            )
+        if self.window_rotary_base is not None and self.window_size is None:
+            raise UserError(
+                f"window_rotary_base: {self.window_rotary_base!r} needs a window_size (set it)"
             )
         if self.post_norms and self.add_bias_linear:
             raise UserError("post_norms: True does not go with add_bias_linear (drop one of them)")

@@ -66,10 +66,11 @@ class MegatronFolder:
         key, size = self._key_and_size(whole)
         _, sizes = whole.place_in(key)
         if size[: len(sizes)] != sizes:
-            what = "layers and experts" if whole.expert is not None else "layers"
+            what = "layers" if whole.expert is None else "experts"
+            held, wanted = (" x ".join(map(str, each)) for each in (size[: len(sizes)], sizes))
             raise UserError(
-                f"{self.folder}: {key} has {list(size[: len(sizes)])} {what}, the reference "
-                f"{list(sizes)} (use the model that the checkpoint came from)"
+                f"{self.folder}: {key} has {held} {what}, the reference {wanted} (use the model "
+                "that the checkpoint came from)"
             )
         return size[len(sizes) :]
 

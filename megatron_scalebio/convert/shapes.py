@@ -28,6 +28,7 @@ def megatron_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
     heads = heads_of(model)
     gated = model.swiglu or model.activation == "geglu_tanh"
     fc1 = 2 * ffn if gated else ffn
+    whole = model.qk_layernorm_whole
     experts, of_expert = model.num_experts or 0, model.moe_ffn_hidden_size or ffn
     shared = model.moe_shared_expert_intermediate_size or 0
     vocab = (model.vocab_size, hidden)
@@ -39,8 +40,8 @@ def megatron_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
         "self_attention.linear_qkv.bias": (sum(heads.rows),),
         "self_attention.linear_proj.weight": (hidden, heads.rows[0]),
         "self_attention.linear_proj.bias": (hidden,),
-        "self_attention.q_layernorm.weight": (heads.channels,),
-        "self_attention.k_layernorm.weight": (heads.channels,),
+        "self_attention.q_layernorm.weight": (heads.rows[0] if whole else heads.channels,),
+        "self_attention.k_layernorm.weight": (heads.rows[1] if whole else heads.channels,),
         "mlp.linear_fc1.weight": (fc1, hidden),
         "mlp.linear_fc1.bias": (fc1,),
         "mlp.linear_fc2.weight": (hidden, ffn),

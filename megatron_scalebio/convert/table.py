@@ -9,6 +9,7 @@ It decides which names a Hugging Face checkpoint must have, and which it may hav
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,11 @@ class Table:
         )  # fmt: skip
 
     def ignores(self, name: str) -> bool:
-        """True for a buffer that is computed, not learned."""
+        """True for what does not train: a buffer that is computed, a layer after the last."""
+        if self._family.more_layers:
+            layer = re.match(rf"{re.escape(self._family.prefix)}layers\.(\d+)\.", name)
+            if layer and int(layer[1]) >= self._model.num_layers:
+                return True
         return name.endswith(self._family.ignored)
 
     def names_in(self, held: Iterable[str], where: dict[str, Path]) -> dict[str, str]:

@@ -82,10 +82,16 @@ def set_pass(model_routers: Iterable[Any], scale: float) -> None:
 
 
 def take_load(chunks: Iterable[torch.nn.Module]) -> None:
-    """After a flush, before Megatron zeroes the counts: keeps each router's load of this rank."""
+    """After a flush, before Megatron zeroes the counts: adds them to the step's, of this rank."""
     for router in routers(chunks):
         if router.expert_bias is not None:
-            router.load = router.local_tokens_per_expert.clone()
+            router.load = router.local_tokens_per_expert + getattr(router, "load", 0.0)
+
+
+def forget_load(chunks: Iterable[torch.nn.Module]) -> None:
+    """After a step."""
+    for router in routers(chunks):
+        router.load = 0.0
 
 
 def copy_load(source: Iterable[torch.nn.Module], target: Iterable[torch.nn.Module]) -> None:

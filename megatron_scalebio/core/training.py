@@ -245,6 +245,8 @@ class Training:
                 twin.weights_have_moved()
         else:
             skipped = skipped or "rank 0 refused the step"
+        for chunks in self.models.values():
+            experts.forget_load(chunks)
         self.steps += 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         return Update(norms, skipped)

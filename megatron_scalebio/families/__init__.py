@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.families import experts, gemma2, gpt, llama
+from megatron_scalebio.families import experts, gemma2, gpt, llama, olmo
 from megatron_scalebio.families.base import Family, HfConfig, TensorMap
 
 __all__ = ["FAMILIES", "Family", "TensorMap", "read_family"]
 
 FAMILIES = {
     name: family
-    for family in (*gpt.FAMILIES, *llama.FAMILIES, *gemma2.FAMILIES, *experts.FAMILIES)
+    for module in (gpt, llama, gemma2, experts, olmo)
+    for family in module.FAMILIES
     for name in family.architectures
 }
 

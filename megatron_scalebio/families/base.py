@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from megatron_scalebio.errors import UserError
@@ -45,16 +45,18 @@ _KIND_OF = {
     for keys, kind in (
         ("num_hidden_layers hidden_size num_attention_heads intermediate_size vocab_size n_embd "
          "max_position_embeddings n_layer n_head n_positions num_experts num_local_experts "
-         "num_experts_per_tok moe_intermediate_size decoder_sparse_step",
+         "num_experts_per_tok moe_intermediate_size decoder_sparse_step n_routed_experts "
+         "n_shared_experts first_k_dense_replace",
          _Kind(_whole, "a whole number")),
         ("head_dim num_key_value_heads n_inner sliding_window original_max_position_embeddings",
          _Kind(lambda value: value is None or _whole(value), "a whole number or null")),
-        ("rms_norm_eps layer_norm_epsilon layer_norm_eps query_pre_attn_scalar",
+        ("rms_norm_eps layer_norm_epsilon layer_norm_eps query_pre_attn_scalar "
+         "routed_scaling_factor",
          _Kind(lambda value: is_number(value) and value > 0, "a number above 0")),
         ("attn_logit_softcapping final_logit_softcapping",
          _Kind(lambda value: value is None or (is_number(value) and value > 0),
                "a number above 0 or null")),
-        ("tie_word_embeddings use_parallel_residual norm_topk_prob",
+        ("tie_word_embeddings use_parallel_residual norm_topk_prob use_qk_norm",
          _Kind(lambda value: isinstance(value, bool), "true or false")),
         ("rope_parameters", _Kind(lambda value: isinstance(value, dict), "an object")),
         ("architectures layer_types",
@@ -146,6 +148,8 @@ class Family:
         tensors: the table of tensors.
         prefix: what names begin with, and which checkpoints of the bare model leave out.
         ignored: endings of buffers in old checkpoints that are computed, not learned.
+        more_layers: a file may have layers after the last (multi-token prediction), which are kept
+            on the way through and do not train.
     """
 
     architectures: tuple[str, ...]
@@ -153,6 +157,7 @@ class Family:
     tensors: tuple[TensorMap, ...]
     prefix: str = "model."
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    more_layers: bool = False
 
 
 def pair(megatron: str, hf: str, **keywords: Any) -> tuple[TensorMap, TensorMap]:
@@ -169,6 +174,7 @@ _ROPE_NUMBERS = {
     "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
     "attention_factor",
 }  # fmt: skip
+_LAYER_KINDS = ("full_attention", "sliding_attention")
 _SCALINGS = ("linear", "llama3", "yarn", "longrope", "dynamic")
 
 
@@ -203,6 +209,23 @@ def rope(config: HfConfig) -> dict[str, Any]:
         values["original_max_position_embeddings"] = original
         values.setdefault("factor", config.take("max_position_embeddings") / original)
     return {**fields, "rope_scaling": {"rope_type": kind, **values}}
+
+
+def layered_rope(config: HfConfig) -> dict[str, Any]:
+    """`rope` where layers with a window have a plain one of their own, and the window's fields."""
+    given = config.take("rope_parameters")
+    if not all(isinstance(given.get(kind), dict) for kind in _LAYER_KINDS) or len(given) != 2:
+        raise config.refuse("rope_parameters", f"options of {' and '.join(_LAYER_KINDS)}")
+    full, window = (
+        rope(replace(config, values={**config.values, "rope_parameters": given[kind]}))
+        for kind in _LAYER_KINDS
+    )
+    if "rope_scaling" in window or window["rotary_percent"] != full["rotary_percent"]:
+        raise config.refuse("rope_parameters", "supported: sliding_attention without scaling")
+    windows = sliding_window(config)
+    if windows:
+        full["window_rotary_base"] = window["rotary_base"]
+    return {**full, **windows}
 
 
 def _check_rope(config: HfConfig, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Mixtures of experts on Llama's attention: Qwen 3 MoE, Mixtral."""
+"""Mixtures of experts on Llama's attention: Qwen 3 MoE, Mixtral, GLM 4.5."""
 
 from __future__ import annotations
 
@@ -33,6 +33,23 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[TensorMap, ...]
         TensorMap(f"{_LAYER}{name}", hf, "stack_rows" if len(hf) == 2 else "copy", layers="experts")
         for name, hf in rows.items()
     )
+
+
+_GLM = (
+    TensorMap(
+        f"{_LAYER}mlp.router.expert_bias", (f"{_HF_LAYER}mlp.gate.e_score_correction_bias",),
+        layers="experts",
+    ),
+    TensorMap(
+        f"{_LAYER}mlp.shared_experts.linear_fc1.weight",
+        tuple(f"{_HF_LAYER}mlp.shared_experts.{p}_proj.weight" for p in ("gate", "up")),
+        "stack_rows", layers="experts",
+    ),
+    TensorMap(
+        f"{_LAYER}mlp.shared_experts.linear_fc2.weight",
+        (f"{_HF_LAYER}mlp.shared_experts.down_proj.weight",), layers="experts",
+    ),
+)  # fmt: skip
 
 
 def _no_losses(config: HfConfig) -> None:
@@ -77,10 +94,41 @@ def _mixtral(config: HfConfig) -> dict[str, Any]:
     }
 
 
+def _glm4_moe(config: HfConfig) -> dict[str, Any]:
+    config.require("hidden_act", "silu")
+    config.require("norm_topk_prob", True)
+    config.require("n_group", 1)
+    config.require("topk_group", 1)
+    config.take("output_router_logits")
+    config.take("num_nextn_predict_layers")  # see Family.more_layers
+    layers, dense = config.take("num_hidden_layers"), config.take("first_k_dense_replace")
+    width, factor = config.take("moe_intermediate_size"), config.take("routed_scaling_factor")
+    return {
+        **common_fields(config),
+        "swiglu": True,
+        "add_qkv_bias": bool(config.take("attention_bias")),
+        "qk_layernorm": config.take("use_qk_norm"),
+        "num_experts": config.take("n_routed_experts"),
+        "moe_layer_freq": [int(layer >= dense) for layer in range(layers)],
+        "moe_ffn_hidden_size": width,
+        "moe_shared_expert_intermediate_size": width * config.take("n_shared_experts"),
+        "moe_router_topk": config.take("num_experts_per_tok"),
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": None if factor == 1 else factor,
+        "moe_router_dtype": "fp32",
+    }
+
+
 FAMILIES = (
     Family(
         ("Qwen3MoeForCausalLM",), _qwen3_moe,
         (*_LLAMA, *_experts("mlp", "gate_proj", "up_proj", "down_proj")),
+    ),
+    Family(
+        ("Glm4MoeForCausalLM",), _glm4_moe,
+        (*_LLAMA, *_experts("mlp", "gate_proj", "up_proj", "down_proj"), *_GLM),
+        more_layers=True,
     ),
     Family(
         ("MixtralForCausalLM",), _mixtral,

@@ -1,11 +1,21 @@
-"""Gemma 2: norms before and after each block, soft-capped attention and logits, every other layer
-with a sliding window, √hidden on the embeddings, norms that multiply by 1 + weight."""
+"""Gemma 2, and 3 without images: norms before and after each block, some layers with a sliding
+window, √hidden on the embeddings, norms that multiply by 1 + weight.
+
+Gemma 2 caps scores and logits. Gemma 3 normalizes queries and keys, and layers with a window have
+another base of rope.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron_scalebio.families.base import Family, HfConfig, TensorMap, sliding_window
+from megatron_scalebio.families.base import (
+    Family,
+    HfConfig,
+    TensorMap,
+    layered_rope,
+    sliding_window,
+)
 from megatron_scalebio.families.llama import COMMON, common_fields
 
 _NORMS = {
@@ -20,13 +30,22 @@ _TENSORS = COMMON + tuple(
 )
 
 
-def _gemma2(config: HfConfig) -> dict[str, Any]:
+_QK_NORMS = tuple(
+    TensorMap(
+        f"decoder.layers.{{}}.self_attention.{p}_layernorm.weight",
+        (f"model.layers.{{}}.self_attn.{p}_norm.weight",),
+    )
+    for p in "qk"
+)
+
+
+def _gemma(config: HfConfig, **common: Any) -> dict[str, Any]:
     config.require("hidden_activation", "gelu_pytorch_tanh")
     config.require("attention_bias", False)
     config.require("use_bidirectional_attention", None, False)
     config.take("hidden_act")  # an alias that the model does not read
     return {
-        **common_fields(config),
+        **common_fields(config, **common),
         "swiglu": False,
         "activation": "geglu_tanh",
         "apply_layernorm_1p": True,
@@ -35,8 +54,19 @@ def _gemma2(config: HfConfig) -> dict[str, Any]:
         "softmax_scale": config.take("query_pre_attn_scalar") ** -0.5,
         "attn_logit_softcapping": config.take("attn_logit_softcapping"),
         "final_logit_softcapping": config.take("final_logit_softcapping"),
-        **sliding_window(config),
     }
 
 
-FAMILIES = (Family(("Gemma2ForCausalLM",), _gemma2, _TENSORS),)
+def _gemma2(config: HfConfig) -> dict[str, Any]:
+    return {**_gemma(config), **sliding_window(config)}
+
+
+def _gemma3(config: HfConfig) -> dict[str, Any]:
+    config.take("sliding_window_pattern"), config.take("_sliding_window_pattern")  # in layer_types
+    return {**_gemma(config, positions=layered_rope), "qk_layernorm": True}
+
+
+FAMILIES = (
+    Family(("Gemma2ForCausalLM",), _gemma2, _TENSORS),
+    Family(("Gemma3ForCausalLM",), _gemma3, (*_TENSORS, *_QK_NORMS)),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from megatron_scalebio.families.base import Family, HfConfig, TensorMap, rope, sliding_window
@@ -58,8 +59,14 @@ TENSORS = (
 )
 
 
-def common_fields(config: HfConfig) -> dict[str, Any]:
-    """The fields whose keys all these families share."""
+def common_fields(
+    config: HfConfig, positions: Callable[[HfConfig], dict[str, Any]] = rope
+) -> dict[str, Any]:
+    """The fields whose keys all these families share.
+
+    Args:
+        positions: gives rope's fields.
+    """
     heads, hidden = config.take("num_attention_heads"), config.take("hidden_size")
     return {
         "num_layers": config.take("num_hidden_layers"),
@@ -73,7 +80,7 @@ def common_fields(config: HfConfig) -> dict[str, Any]:
         "norm_epsilon": config.take("rms_norm_eps"),
         "untie_embeddings_and_output_weights": not config.take("tie_word_embeddings"),
         "vocab_size": config.take("vocab_size"),
-        **rope(config),
+        **positions(config),
     }
 
 

@@ -62,6 +62,11 @@ def find(config: Config, job: Job) -> Found | None:
     """The mixture and the choice of LESS. None: a signal stopped it."""
     if config.lisa.lisa_layers is not None:
         raise UserError("lisa.lisa_layers: less needs the Adam state of all layers (drop it)")
+    if config.model.num_experts is not None:
+        raise UserError(
+            "model.num_experts: less needs an example's whole gradient on one rank, and experts "
+            "get tokens of others, too (choose another method)"
+        )
     if config.parallel.context_parallel_size > 1:
         raise UserError(
             "parallel.context_parallel_size: less needs an example's whole gradient on one rank, "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scalebio.compat.megatron import PartedLayer
 from megatron_scalebio.model.attention import SdpaAttention
-from megatron_scalebio.model.norm import LocalNorm
+from megatron_scalebio.model.norm import LocalNorm, WholeNorm
 from megatron_scalebio.model.router import Router
 
 
@@ -32,7 +34,10 @@ from megatron_scalebio.model.router import Router
 class ModelSettings(TransformerConfig):
     """Megatron-Core's configuration and the options that it does not have."""
 
+    pre_norms: bool = True
     post_norms: bool = False
+    qk_layernorm_whole: bool = False
+    window_softmax_scale: float | None = None  # where it is not softmax_scale
     parallel_residual: bool = False
     attn_logit_softcapping: float | None = None
 
@@ -61,10 +66,20 @@ def _layer_spec(config: ModelSettings, experts: bool, transformer_engine: bool) 
         layer, norm = _local_layer(config, experts), LocalNorm
     if experts:
         layer.submodules.mlp.keywords["submodules"].router = Router
+    attention = layer.submodules.self_attention.submodules
+    if config.qk_layernorm_whole:
+        attention.q_layernorm = partial(WholeNorm, "num_attention_heads")
+        attention.k_layernorm = partial(WholeNorm, "num_query_groups")
+    if not config.pre_norms:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
+        if transformer_engine:  # whose linear layers have the norm before them within
+            from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+            attention.linear_qkv = TEColumnParallelLinear
+            layer.submodules.mlp.keywords["submodules"].linear_fc1 = TEColumnParallelLinear
     if config.parallel_residual:
         layer.module = ParallelResidualLayer
     if config.post_norms:
-        attention = layer.submodules.self_attention.submodules
         mlp = layer.submodules.mlp.keywords["submodules"]
         attention.linear_proj = mlp.linear_fc2 = _with_post_norm(attention.linear_proj, norm)
     return layer
@@ -99,7 +114,8 @@ def _transformer_engine_layer(config: ModelSettings, experts: bool) -> ModuleSpe
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
-    if config.attn_logit_softcapping is not None:  # Transformer Engine 2.11 has no such option
+    # What Transformer Engine 2.11 has no option for.
+    if config.attn_logit_softcapping is not None or config.window_softmax_scale is not None:
         layer.submodules.self_attention.submodules.core_attention = SdpaAttention
     return layer
 

@@ -10,6 +10,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -25,6 +30,36 @@ class LocalNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class WholeNorm(torch.nn.Module):
+    """RMSNorm of queries or keys over all heads together, those of other TP ranks too.
+
+    Each rank holds the whole weight and uses its heads' part; Megatron sums its gradients over TP.
+
+    Args:
+        heads: attribute of the configuration with the number of heads.
+    """
+
+    def __init__(
+        self, heads: str, config: TransformerConfig, hidden_size: int, eps: float = 1e-5,
+        **unused: object,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.eps, width = eps, getattr(config, heads) * hidden_size
+        self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype))
+
+    def forward(self, x_SBND: torch.Tensor) -> torch.Tensor:
+        group = parallel_state.get_tensor_model_parallel_group()
+        flat = x_SBND.flatten(2).float()
+        square_SB1 = flat.square().sum(dim=-1, keepdim=True)
+        if group.size() > 1:  # summed over ranks, in the backward pass, too
+            square_SB1 = copy_to_tensor_model_parallel_region(
+                reduce_from_tensor_model_parallel_region(square_SB1, group=group), group=group
+            )
+        weight = self.weight.chunk(group.size())[group.rank()].float()
+        normalized = flat * torch.rsqrt(square_SB1 / len(self.weight) + self.eps) * weight
+        return normalized.to(x_SBND.dtype).view_as(x_SBND)
 
 
 class _ZeroCentredRMSNorm(torch.nn.RMSNorm):

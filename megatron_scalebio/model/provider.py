@@ -18,7 +18,7 @@ from megatron_scalebio.config.model import ModelConfig
 from megatron_scalebio.core.twin import ModelProvider, build_chunks
 from megatron_scalebio.model.init import seed_generators
 from megatron_scalebio.model.layers import ModelSettings, block_spec
-from megatron_scalebio.model.rope import scale_rope
+from megatron_scalebio.model.rope import scale_rope, turn_windows_apart
 from megatron_scalebio.model.settings import uses_transformer_engine
 
 
@@ -74,6 +74,8 @@ def build_chunk(
     )
     if model.rope_scaling:
         scale_rope(gpt.rotary_pos_emb, model, config.data.seq_length)
+    if model.window_rotary_base is not None:
+        turn_windows_apart(gpt, model)
     _hook_ends(gpt, model, vocab_size)
     return gpt
 

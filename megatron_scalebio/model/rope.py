@@ -19,9 +19,12 @@ what lengths are padded to, which differs between layouts.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_scalebio.compat.megatron import scaled_as_llama3
 from megatron_scalebio.config.model import ModelConfig
@@ -35,6 +38,33 @@ def softmax_scale(model: ModelConfig) -> float | None:
         return model.softmax_scale
     head = model.kv_channels or model.hidden_size // model.num_attention_heads
     return m**2 * (model.softmax_scale or 1 / math.sqrt(head))
+
+
+def window_softmax_scale(model: ModelConfig) -> float | None:
+    """That of layers with a window, if they are not scaled as the others are; None: the same."""
+    if model.window_rotary_base is None or softmax_scale(model) == model.softmax_scale:
+        return None
+    head = model.kv_channels or model.hidden_size // model.num_attention_heads
+    return model.softmax_scale or 1 / math.sqrt(head)
+
+
+def turn_windows_apart(gpt: Any, model: ModelConfig) -> None:
+    """Gives the layers of a chunk that have a window the rope of `window_rotary_base`, unscaled."""
+    head = model.kv_channels or model.hidden_size // model.num_attention_heads
+    rope = RotaryEmbedding(
+        head, model.rotary_percent, rotary_base=model.window_rotary_base,
+        use_cpu_initialization=gpt.config.use_cpu_initialization,
+    )  # fmt: skip
+
+    def turn(layer: Any, args: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        group = parallel_state.get_context_parallel_group()
+        length = len(keywords["rotary_pos_emb"]) * group.size()
+        return args, {**keywords, "rotary_pos_emb": rope(length, cp_group=group)}
+
+    size, every = gpt.config.window_size, gpt.config.window_attn_skip_freq
+    for layer in gpt.decoder.layers:
+        if is_layer_window_attention(size, every, layer.layer_number):
+            layer.register_forward_pre_hook(turn, with_kwargs=True)
 
 
 def scale_rope(rope: RotaryEmbedding, model: ModelConfig, seq_length: int) -> None:

@@ -17,7 +17,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.config.model import ModelConfig
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.layers import ModelSettings
-from megatron_scalebio.model.rope import softmax_scale
+from megatron_scalebio.model.rope import softmax_scale, window_softmax_scale
 
 try:
     import transformer_engine  # noqa: F401
@@ -77,7 +77,9 @@ def transformer_config(config: Config) -> ModelSettings:
         layernorm_epsilon=model.norm_epsilon,
         layernorm_zero_centered_gamma=model.apply_layernorm_1p,
         qk_layernorm=model.qk_layernorm,
+        pre_norms=model.pre_norms,
         post_norms=model.post_norms,
+        qk_layernorm_whole=model.qk_layernorm_whole,
         parallel_residual=model.parallel_residual,
         gated_linear_unit=model.swiglu or model.activation == "geglu_tanh",
         activation_func=_activation(model),
@@ -86,6 +88,7 @@ def transformer_config(config: Config) -> ModelSettings:
         window_size=None if model.window_size is None else tuple(model.window_size),
         window_attn_skip_freq=model.window_attn_skip_freq,
         softmax_scale=softmax_scale(model),
+        window_softmax_scale=window_softmax_scale(model),
         attn_logit_softcapping=model.attn_logit_softcapping,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,

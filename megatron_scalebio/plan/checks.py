@@ -2,7 +2,7 @@
 
 - every layer and both ends of the model lie on exactly one stage
 - the shards of every weight, by its checkpoint name, tile its global shape
-- TP ranks hold equal bytes
+- the ranks of a stage hold equal bytes
 - LISA's draws are level over stages and chunks
 - what one stage sends in a flush, the next receives: as often, in the same shape
 """
@@ -31,9 +31,9 @@ Shard = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Built:
-    """What one rank built: layers by number from 0, parameters, shards with sizes in elements."""
+    """What one rank of a stage built: layers, from 0; parameters; shards, sizes in elements."""
 
-    tp_rank: int
+    place: int
     stage: int
     layers: tuple[int, ...]
     parameters: int
@@ -42,18 +42,22 @@ class Built:
 
 
 def build_ranks(config: Config, layout: Layout) -> list[Built]:
-    """Builds the chunks of every TP × PP rank; CP and DP ranks are copies of them."""
+    """Builds the chunks of every rank of a stage that holds something else than the ones before it.
+
+    CP and DP ranks are copies, but for experts, of which EP times expert TP ranks hold parts.
+    """
     ranks = []
     config = on_shapes(config)
+    of_experts = layout.ep * (config.parallel.expert_tensor_parallel_size or layout.tp)
     for stage in range(layout.pp):
-        for tp_rank in range(layout.tp):
-            rank = stage * layout.tp * layout.cp * layout.dp + tp_rank
+        for place in range(max(layout.tp, of_experts)):
+            rank = stage * layout.tp * layout.cp * layout.dp + place
             with as_rank(config, rank, layout.world, lambda name, tensor: None):
-                ranks.append(_build(config, layout, stage, tp_rank))
+                ranks.append(_build(config, layout, stage, place))
     return ranks
 
 
-def _build(config: Config, layout: Layout, stage: int, tp_rank: int) -> Built:
+def _build(config: Config, layout: Layout, stage: int, place: int) -> Built:
     assert config.model.vocab_size is not None
     with META:
         chunks = build_model(config, settings_for(config, layout.cuda), config.model.vocab_size)
@@ -68,7 +72,7 @@ def _build(config: Config, layout: Layout, stage: int, tp_rank: int) -> Built:
                 shapes[tensor.key] = tuple(tensor.global_shape)
     layers = [one for chunk in chunks for one in _layers(chunk)]
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-    return Built(tp_rank, stage, tuple(layers), parameters, shards, shapes)
+    return Built(place, stage, tuple(layers), parameters, shards, shapes)
 
 
 def _layers(chunk: torch.nn.Module) -> list[int]:
@@ -97,8 +101,8 @@ def _placement(config: Config, layout: Layout, ranks: list[Built]) -> list[str]:
         sizes[built.stage].add(built.parameters)
     for stage, of_stage in sizes.items():
         if len(of_stage) > 1:
-            found.append(f"stage {stage}: TP ranks hold {sorted(of_stage)} parameters")
-    held = Counter(layer for built in ranks if built.tp_rank == 0 for layer in built.layers)
+            found.append(f"stage {stage}: its ranks hold {sorted(of_stage)} parameters")
+    held = Counter(layer for built in ranks if built.place == 0 for layer in built.layers)
     if held != Counter(range(config.model.num_layers)):
         found.append(f"layers are not on one stage each: {dict(held)}")
     return found

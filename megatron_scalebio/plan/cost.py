@@ -1,12 +1,13 @@
 """How long a step takes: arithmetic at a stated share of the peak, traffic, bubble, optimizer.
 
-    flush  = (n · v + p − 1) / v · slowest stage's (arithmetic + TP and CP traffic) of a micro-batch
+    flush  = (n · v + p − 1) / v · slowest stage's (arithmetic + traffic within) of a micro-batch
     step   = flush + DP traffic + optimizer
     run    = train_iters steps; loading, evaluation and saving come on top
 
 Arithmetic is what the rehearsal counted: frozen layers have no weight gradients, recomputation is
-included. Traffic is not overlapped with arithmetic, as the run does not overlap it either; pipeline
-messages are taken to hide behind it. An estimate: what the links deliver is not measured.
+included. Traffic within a micro-batch is that of TP, CP and EP. It is not overlapped with
+arithmetic, as the run does not overlap it either; pipeline messages are taken to hide behind it. An
+estimate: what the links deliver is not measured.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class StepCost:
     compute_s: float
     tensor_parallel_s: float
     context_parallel_s: float
+    expert_parallel_s: float
     bubble_s: float
     data_parallel_s: float
     optimizer_s: float
@@ -40,8 +42,8 @@ class StepCost:
     @property
     def step_s(self) -> float:
         return (
-            self.compute_s + self.tensor_parallel_s + self.context_parallel_s + self.bubble_s
-            + self.data_parallel_s + self.optimizer_s
+            self.compute_s + self.tensor_parallel_s + self.context_parallel_s
+            + self.expert_parallel_s + self.bubble_s + self.data_parallel_s + self.optimizer_s
         )  # fmt: skip
 
     @property
@@ -67,17 +69,24 @@ def step_cost(config: Config, layout: Layout, stages: list[StageMemory], mfu: fl
         """Of the link between neighbours that far apart."""
         return gpu.node_bandwidth if ranks <= gpu.node_gpus else gpu.network_bandwidth
 
-    # Sequential ranks: TP is innermost, then CP, then DP, then the pipeline.
+    # Sequential ranks: TP is innermost, then CP, then EP as a part of DP, then the pipeline.
     tp_s = [stage.sent_per_pass_bytes["TP"] / rate(layout.tp) for stage in stages]
     cp_s = [stage.sent_per_pass_bytes["CP"] / rate(layout.tp * layout.cp) for stage in stages]
+    expert_ranks = layout.ep * (config.parallel.expert_tensor_parallel_size or layout.tp)
+    ep_s = [stage.sent_per_pass_bytes["EP"] / rate(expert_ranks) for stage in stages]
     dp_rate = rate(layout.tp * layout.cp * layout.dp)
-    slowest = max(range(len(stages)), key=lambda s: compute_s[s] + tp_s[s] + cp_s[s])
-    busy_s = n * (compute_s[slowest] + tp_s[slowest] + cp_s[slowest])
+    pass_s = [
+        compute + tp + cp + ep
+        for compute, tp, cp, ep in zip(compute_s, tp_s, cp_s, ep_s, strict=True)
+    ]
+    slowest = max(range(len(stages)), key=pass_s.__getitem__)
+    busy_s = n * pass_s[slowest]
     return StepCost(
         flops=sum(stage.flops_per_pass for stage in stages) * n * layout.world // layout.pp,
         compute_s=n * compute_s[slowest],
         tensor_parallel_s=n * tp_s[slowest],
         context_parallel_s=n * cp_s[slowest],
+        expert_parallel_s=n * ep_s[slowest],
         bubble_s=busy_s * layout.bubble / (1 - layout.bubble),
         data_parallel_s=max(sum(s.sent_per_step_bytes.values()) for s in stages) / dp_rate,
         optimizer_s=max(map(_optimizer_traffic, stages)) / gpu.memory_bandwidth,

@@ -173,6 +173,7 @@ def _stage(
         sent_per_pass_bytes={
             "TP": int(sizes["TP"]),
             "CP": int(sizes["CP"]),
+            "EP": 0,  # no search over experts
             "PP": 2 * boundary_bytes,
         },
         sent_per_step_bytes={"DP": _data_parallel_bytes(config, layout, held, sizes["trainable"])},

@@ -64,14 +64,20 @@ def as_rank(
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_chunks(config.model.num_layers),
             context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         )
         stack.callback(parallel_state.destroy_model_parallel)
         yield
 
 
 def group_kinds() -> dict[str, str]:
-    """Which parallelism a process group, by its name, serves: TP, CP, PP or DP."""
+    """Which parallelism a process group, by its name, serves: TP, CP, EP, PP or DP."""
     kinds = {
+        parallel_state.get_expert_tensor_and_model_parallel_group().group_name: "EP",
+        parallel_state.get_expert_model_parallel_group().group_name: "EP",
+        parallel_state.get_expert_tensor_parallel_group().group_name: "EP",
+        parallel_state.get_expert_data_parallel_group().group_name: "DP",
         parallel_state.get_context_parallel_group().group_name: "CP",
         parallel_state.get_tensor_model_parallel_group().group_name: "TP",
         parallel_state.get_pipeline_model_parallel_group().group_name: "PP",

@@ -31,6 +31,7 @@ def on_shapes(config: Config) -> Config:
     plain = copy.deepcopy(config)
     plain.model.transformer_impl = "local"
     plain.parallel.fp8_format = None
+    plain.model.moe_token_dispatcher_type = "alltoall"
     return plain
 
 

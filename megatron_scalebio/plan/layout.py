@@ -13,7 +13,7 @@ PERIODS_LOOKED_AT = 1000
 
 @dataclass(frozen=True)
 class Layout:
-    """TP × CP × PP × VPP × DP on devices of one kind.
+    """TP × CP × PP × VPP × DP on devices of one kind; EP of the DP ranks share experts.
 
     Attributes:
         virtual: chunks per stage, 1 without interleaving.
@@ -28,6 +28,7 @@ class Layout:
     validation: int
     gpu: Gpu
     cp: int = 1
+    ep: int = 1
 
     @classmethod
     def of(cls, config: Config, gpus: int, gpu: Gpu) -> Layout:
@@ -45,6 +46,7 @@ class Layout:
             validation=train.validation_batch_size // (train.micro_batch_size * dp),
             gpu=gpu,
             cp=parallel.context_parallel_size,
+            ep=parallel.expert_model_parallel_size,
         )
 
     @property
@@ -80,7 +82,8 @@ class Layout:
 
     def __str__(self) -> str:
         context = f" x CP {self.cp}" if self.cp > 1 else ""
-        return f"TP {self.tp}{context} x PP {self.pp} x VPP {self.virtual} x DP {self.dp}"
+        experts = f" (EP {self.ep})" if self.ep > 1 else ""
+        return f"TP {self.tp}{context} x PP {self.pp} x VPP {self.virtual} x DP {self.dp}{experts}"
 
 
 def draws(config: Config, layout: Layout, most: int = PERIODS_LOOKED_AT) -> list[list[int] | None]:

@@ -83,6 +83,7 @@ class Plan:
                 "virtual_pipeline_model_parallel_size": layout.virtual,
                 "context_parallel_size": layout.cp,
                 "data_parallel_size": layout.dp,
+                "expert_model_parallel_size": layout.ep,
                 "micro_batches_train": layout.train,
                 "micro_batches_validation": layout.validation,
             },
@@ -132,7 +133,8 @@ def low_bits_bytes(
         return 0
     more = len(ever_active(set(memory.layers), drawn)) - len(memory.active_layers)
     weights = memory.trainable + more * memory.layer_parameters
-    ranks = layout.dp * layout.cp if config.parallel.use_distributed_optimizer else 1
+    # An expert's are dealt among the ranks that hold it; most weights are experts'.
+    ranks = layout.dp * layout.cp // layout.ep if config.parallel.use_distributed_optimizer else 1
     return 2 * weights * (2 if config.bilevel.resync_interval is None else 1) // ranks
 
 

@@ -31,6 +31,7 @@ from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.init import seed_generators
 from megatron_scalebio.model.provider import model_provider, padded_vocab_size
 from megatron_scalebio.model.settings import ddp_config, optimizer_config
+from megatron_scalebio.plan.experts import balanced_experts
 from megatron_scalebio.plan.fake_rank import META, as_rank, group_kinds
 from megatron_scalebio.plan.holdings import FP8_COPIES, fp8_copies, holdings
 from megatron_scalebio.plan.kernels import kernels_of, on_shapes, settings_for
@@ -39,7 +40,7 @@ from megatron_scalebio.plan.ledger import Ledger
 
 ROLE_NAMES = {Role.TRAIN_U: "u train", Role.TRAIN_W: "w train", Role.VALID_W: "w validation"}
 
-PER_PASS = ("TP", "CP", "PP")
+PER_PASS = ("TP", "CP", "EP", "PP")
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,15 @@ class StageMemory:
 
     Attributes:
         held_bytes: weights, gradients and optimizer state by kind (`holdings.KINDS`).
-        parameters, trainable, layer_parameters: of w on one rank, those that train, of one layer.
+        parameters, trainable, layer_parameters: of w on one rank, those that train, of the largest
+            layer.
         activation_bytes: what is kept for backward passes when it is most, by role, with "logits"
             and "pipeline" (received and not yet used up) apart.
         workspace_bytes: what a flush takes above these two when it takes most.
         communication_bytes: buffers that collectives keep.
         flops_per_pass: of the model's matrix products, one micro-batch forward and backward, mean
             over the roles, recomputation included.
-        sent_per_pass_bytes: "TP", "CP" and "PP" traffic of a micro-batch.
+        sent_per_pass_bytes: "TP", "CP", "EP" and "PP" traffic of a micro-batch.
         sent_per_step_bytes: "DP" and other traffic of a step.
         messages: the pipeline's sends and receives in their order.
     """
@@ -93,6 +95,7 @@ def rehearse(config: Config, layout: Layout, stage: int, active: list[int] | Non
     with (
         as_rank(config, rank, layout.world, lambda *m: ledgers[0].on_message(*m)),
         kernels_of(layout.cuda),
+        balanced_experts(),
     ):
         memory, models = _rehearse(plain, layout, stage, active, ledgers)
         if config.parallel.fp8_format:
@@ -142,7 +145,11 @@ def _rehearse(
         active_layers=_layers(w, range(config.model.num_layers) if active is None else active),
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        layer_parameters=sum(p.numel() for p in _gpt(w[0]).decoder.layers[0].parameters()),
+        layer_parameters=max(
+            sum(p.numel() for p in layer.parameters())
+            for chunk in w
+            for layer in _gpt(chunk).decoder.layers
+        ),
         held_bytes=held,
         activation_bytes={kind: n for kind, n in ledger.held.items() if n},
         workspace_bytes=ledger.peak_bytes - ledger.held.total() - communication,

@@ -56,6 +56,11 @@ def search(
     Raises:
         UserError: where none divides the model and the batch.
     """
+    if config.model.num_experts is not None:
+        raise UserError(
+            "--search: has no rule yet for how many ranks share the experts of model.num_experts "
+            "(plan layouts one by one, with --expert-model-parallel-size)"
+        )
     estimator = Estimator(mfu, on_layout)
     estimates = _estimates(config, gpus, gpu, estimator)
     if not estimates:

@@ -100,6 +100,9 @@ def _cost(cost: StepCost, plan: Plan) -> Table:
     if layout.cp > 1:
         sent = max(s.sent_per_pass_bytes["CP"] for s in plan.stages) * layout.passes
         table.add_row("CP traffic", seconds(cost.context_parallel_s), f"{gb(sent)} GB a rank")
+    if layout.ep > 1:
+        sent = max(s.sent_per_pass_bytes["EP"] for s in plan.stages) * layout.passes
+        table.add_row("EP traffic", seconds(cost.expert_parallel_s), f"{gb(sent)} GB a rank")
     table.add_row(
         "pipeline bubble", seconds(cost.bubble_s),
         f"{cost.bubble:.1%} of the flush; {gb(pipeline * layout.passes)} GB a rank sent",

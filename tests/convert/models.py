@@ -67,7 +67,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_SMALL, "head_dim": 10, "num_experts": 3, "moe_intermediate_size": 14,
          "num_experts_per_tok": 2, "decoder_sparse_step": 2},
     ),
+    "glm4-moe": (
+        "Glm4Moe",
+        {**_SMALL, "head_dim": 12, "n_routed_experts": 3, "moe_intermediate_size": 14,
+         "num_experts_per_tok": 2, "use_qk_norm": True},
+    ),
     "mixtral": ("Mixtral", {**_SMALL, "num_local_experts": 3}),
+    "olmo2": ("Olmo2", _SMALL),
+    "olmo3": ("Olmo3", {**_SMALL, "num_hidden_layers": 4, "sliding_window": 8}),
+    "gemma3": (
+        "Gemma3Text",
+        {**_SMALL, "head_dim": 10, "query_pre_attn_scalar": 12, "sliding_window": 8,
+         "num_hidden_layers": 6},
+    ),
     "gemma2": (
         "Gemma2",
         {**_SMALL, "head_dim": 10, "query_pre_attn_scalar": 12, "sliding_window": 8},
@@ -83,7 +95,7 @@ def make(
     torch.manual_seed(7)
     config = getattr(transformers, f"{family}Config")(**{**options, **keys})
     suffix = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, family + suffix)(config)
+    model = getattr(transformers, family.removesuffix("Text") + suffix)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()

@@ -10,6 +10,12 @@ TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 FP8 = {"bf16": True, "fp8_format": "hybrid"}
 
+WINDOWS = {
+    "window_size": [6, 0], "window_rotary_base": 500, "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
+    },
+}  # fmt: skip
+
 # attribute of Megatron's TransformerConfig: the sections, and what they make of it
 MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
     "num_layers": [({"model": {"num_layers": n}}, n) for n in (3, 6)],
@@ -36,6 +42,16 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
         ({"model": {"apply_layernorm_1p": on}}, on) for on in (True, False)
     ],
     "qk_layernorm": [({"model": {"qk_layernorm": on}}, on) for on in (True, False)],
+    "pre_norms": [({}, True), ({"model": {"pre_norms": False, "post_norms": True}}, False)],
+    "qk_layernorm_whole": [
+        ({"model": {"qk_layernorm": True, "qk_layernorm_whole": on}}, on) for on in (True, False)
+    ],
+    # yarn scales cos and sin, and so scores, but not in layers with a window.
+    "window_softmax_scale": [
+        ({}, None),
+        ({"model": {**WINDOWS, "kv_channels": 16}}, 0.25),
+        ({"model": {**WINDOWS, "softmax_scale": 0.5}}, 0.5),
+    ],
     "post_norms": [({"model": {"post_norms": on}}, on) for on in (True, False)],
     "parallel_residual": [({"model": {"parallel_residual": on}}, on) for on in (True, False)],
     "gated_linear_unit": [
@@ -43,6 +59,75 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
         ({"model": {"swiglu": False}}, False),
         ({"model": {"swiglu": False, "activation": "gelu_tanh"}}, False),
         ({"model": {"swiglu": False, "activation": "geglu_tanh"}}, True),
+    ],
+    "num_moe_experts": [({"model": {"num_experts": n}}, n) for n in (4, 8)],
+    "moe_layer_freq": [
+        ({"model": {"num_experts": 4}}, 1),
+        *[({"model": {"num_experts": 4, "moe_layer_freq": freq}}, freq)
+          for freq in ([0, 1, 1, 1], [1, 0, 1, 0])],
+    ],
+    "moe_ffn_hidden_size": [
+        ({"model": {"num_experts": 4, "ffn_hidden_size": 56}}, 56),
+        *[({"model": {"num_experts": 4, "moe_ffn_hidden_size": n}}, n) for n in (24, 40)],
+    ],
+    "moe_shared_expert_intermediate_size": [
+        ({"model": {"num_experts": 4, "moe_shared_expert_intermediate_size": n}}, n)
+        for n in (24, 40)
+    ],
+    "moe_shared_expert_gate": [
+        ({"model": {"num_experts": 4, "moe_shared_expert_intermediate_size": 24,
+                    "moe_shared_expert_gate": on}}, on)
+        for on in (True, False)
+    ],
+    "moe_router_topk": [({"model": {"num_experts": 8, "moe_router_topk": n}}, n) for n in (3, 5)],
+    "moe_router_score_function": [
+        ({"model": {"num_experts": 4, "moe_router_score_function": name}}, name)
+        for name in ("softmax", "sigmoid")
+    ],
+    "moe_router_pre_softmax": [
+        ({"model": {"num_experts": 4, "moe_router_pre_softmax": on}}, on) for on in (True, False)
+    ],
+    "moe_router_num_groups": [
+        ({"model": {"num_experts": 8, "moe_router_num_groups": n, "moe_router_group_topk": 2}}, n)
+        for n in (2, 4)
+    ],
+    "moe_router_group_topk": [
+        ({"model": {"num_experts": 8, "moe_router_num_groups": 4, "moe_router_group_topk": n}}, n)
+        for n in (1, 2)
+    ],
+    "moe_router_topk_scaling_factor": [
+        ({"model": {"num_experts": 4, "moe_router_topk_scaling_factor": x}}, x) for x in (1.5, 2.5)
+    ],
+    "moe_router_dtype": [
+        ({"model": {"num_experts": 4, "moe_router_dtype": name}}, name) for name in ("fp32", "fp64")
+    ],
+    "moe_router_enable_expert_bias": [
+        ({"model": {"num_experts": 4, "moe_router_score_function": "sigmoid",
+                    "moe_router_enable_expert_bias": on}}, on)
+        for on in (True, False)
+    ],
+    "moe_router_bias_update_rate": [
+        ({"model": {"num_experts": 4, "moe_router_bias_update_rate": x}}, x) for x in (0.01, 0.1)
+    ],
+    "moe_router_load_balancing_type": [
+        ({"model": {"num_experts": 4, "moe_router_load_balancing_type": name}}, name)
+        for name in ("seq_aux_loss", "none")
+    ],
+    "moe_aux_loss_coeff": [
+        ({"model": {"num_experts": 4, "moe_aux_loss_coeff": x}}, x) for x in (0.01, 0.1)
+    ],
+    "moe_z_loss_coeff": [
+        ({"model": {"num_experts": 4, "moe_z_loss_coeff": x}}, x) for x in (1e-3, 1e-2)
+    ],
+    "moe_token_dispatcher_type": [({"model": {"num_experts": 4}}, "alltoall")],
+    "expert_model_parallel_size": [
+        ({"model": {"num_experts": 4}, "parallel": {"expert_model_parallel_size": n}}, n)
+        for n in (2, 4)
+    ],
+    "expert_tensor_parallel_size": [
+        ({"model": {"num_experts": 4},
+          "parallel": {**TP2, "sequence_parallel": True, "expert_tensor_parallel_size": n}}, n)
+        for n in (1, 2)
     ],
     "add_bias_linear": [({"model": {"add_bias_linear": on}}, on) for on in (True, False)],
     "add_qkv_bias": [({"model": {"add_qkv_bias": on}}, on) for on in (True, False)],

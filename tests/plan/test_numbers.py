@@ -52,7 +52,7 @@ def stage(number: int, **changes: Any) -> StageMemory:
         trainable=75_000_000, layer_parameters=25_000_000, held_bytes=held,
         activation_bytes={"u train": 400_000_000, "logits": 60_000_000}, workspace_bytes=70_000_000,
         communication_bytes=3_000_000, flops_per_pass=4e12,
-        sent_per_pass_bytes={"TP": 8_000_000_000, "CP": 2_000_000_000, "PP": 500_000_000},
+        sent_per_pass_bytes={"TP": 8_000_000_000, "CP": 2_000_000_000, "EP": 0, "PP": 500_000_000},
         sent_per_step_bytes={"DP": 6_000_000_000, "other": 1_000_000_000}, messages=(),
     )  # fmt: skip
     return replace(memory, **changes)
@@ -152,7 +152,7 @@ def test_u_keeps_the_layers_of_all_periods_only_where_it_is_never_reset() -> Non
 def test_time_of_a_step_by_hand() -> None:
     """Slowest stage's arithmetic and traffic, bubble, gradients, optimizers: `plan.cost`."""
     layout = Layout.of(config(parallel={"bf16": True}), 24, GPU)
-    idle = {"TP": 0, "CP": 0, "PP": 0}
+    idle = {"TP": 0, "CP": 0, "EP": 0, "PP": 0}
     stages = [stage(0, flops_per_pass=5e12, sent_per_pass_bytes=idle), stage(1)]
     cost = step_cost(config(parallel={"bf16": True}), layout, stages, 0.5)
     passes = 14
@@ -239,7 +239,8 @@ def test_a_plan_as_json() -> None:
     assert found["layout"] == {
         "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
         "virtual_pipeline_model_parallel_size": 1, "context_parallel_size": 3,
-        "data_parallel_size": 2, "micro_batches_train": 6, "micro_batches_validation": 2,
+        "data_parallel_size": 2, "expert_model_parallel_size": 1, "micro_batches_train": 6,
+        "micro_batches_validation": 2,
     }  # fmt: skip
     assert (found["gpus"], found["gpu"]["memory_bytes"]) == (24, 7_000_000_000)
     assert [s["total_bytes"] for s in found["stages"]] == [4_710_000_000, 4_990_000_000]

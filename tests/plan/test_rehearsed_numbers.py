@@ -137,7 +137,7 @@ def test_parameters_and_bytes_by_kind(found: dict[str, Any]) -> None:
 
 def test_traffic_of_a_pass(found: dict[str, Any]) -> None:
     """A ring all-reduce over n ranks sends 2 (n − 1)/n of the whole, a gather or scatter half."""
-    assert found["one"]["pass"] == {"TP": 0, "CP": 0, "PP": 0}
+    assert found["one"]["pass"] == {"TP": 0, "CP": 0, "EP": 0, "PP": 0}
     hidden, row = 4 * TOKENS * HIDDEN, 4 * TOKENS
     # Two a layer forward, two backward; the embedding; the head's input gradient; and the loss:
     # largest logit, the label's, the sum.

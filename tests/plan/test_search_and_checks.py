@@ -76,7 +76,7 @@ def test_a_dry_run_finds_ranks_that_do_not_fit_together() -> None:
         return problems(config(), a_plan(), changed)
 
     assert problems(config(), a_plan(), ranks) == []
-    assert told(3, parameters=101) == ["stage 1: TP ranks hold [100, 101] parameters"]
+    assert told(3, parameters=101) == ["stage 1: its ranks hold [100, 101] parameters"]
     assert told(1, global_shapes={"weight of stage 0": (5, 6)}) == [
         "weight of stage 0 is (5, 6) on one rank, (6, 5) on another"
     ]

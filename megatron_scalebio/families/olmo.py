@@ -1,0 +1,46 @@
+"""OLMo 2 and 3: norms after attention and MLP alone, and of queries and keys over all heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_scalebio.families.base import Family, HfConfig, TensorMap, layered_rope
+from megatron_scalebio.families.llama import COMMON, common_fields
+
+_NORMS = {
+    "self_attention.q_layernorm": "self_attn.q_norm",
+    "self_attention.k_layernorm": "self_attn.k_norm",
+    # Megatron-Bridge's names of the norms after a block.
+    "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
+    "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",
+}
+_TENSORS = (
+    *(row for row in COMMON if not row.megatron.endswith("layer_norm_weight")),
+    *(
+        TensorMap(f"decoder.layers.{{}}.{megatron}.weight", (f"model.layers.{{}}.{hf}.weight",))
+        for megatron, hf in _NORMS.items()
+    ),
+)
+
+
+def _olmo2(config: HfConfig, **common: Any) -> dict[str, Any]:
+    config.require("hidden_act", "silu")
+    config.require("attention_bias", False)
+    return {
+        **common_fields(config, **common),
+        "swiglu": True,
+        "pre_norms": False,
+        "post_norms": True,
+        "qk_layernorm": True,
+        "qk_layernorm_whole": True,
+    }
+
+
+def _olmo3(config: HfConfig) -> dict[str, Any]:
+    return _olmo2(config, positions=layered_rope)
+
+
+FAMILIES = (
+    Family(("Olmo2ForCausalLM",), _olmo2, _TENSORS),
+    Family(("Olmo3ForCausalLM",), _olmo3, _TENSORS),
+)
