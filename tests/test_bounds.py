@@ -26,7 +26,8 @@ def run(folder: Path, name: str, changes: dict[str, Any], *words: object) -> Non
         entry.update(changes.pop(entry["name"], {}))
     without = changes.pop("without", ())
     sources = [entry for entry in sources if entry["name"] not in without]
-    changes |= {"train": {"train_iters": 4}, "checkpoint": {"save_interval": 0}}
+    steps = {"train_iters": changes.pop("steps", 4)}
+    changes |= {"train": steps, "checkpoint": {"save_interval": 0}}
     config = write_config(folder / f"{name}.yaml", sources, validation, **changes)
     outcome = command("reweight", "--config", config, "--output", folder / name, *words)
     note(folder / "noted", name, outcome)
@@ -38,7 +39,7 @@ def on_one_rank(folder_name: str) -> None:
     folder = Path(folder_name)
     dist.init_process_group("gloo")
     bounds = {"s0": {"fixed_weight": 0.5}, "s1": {"max_weight": 0.2}, "s2": {"min_weight": 0.31}}
-    run(folder, "bounds", bounds)
+    run(folder, "bounds", {**bounds, "steps": 42})  # enough for intervals
     still = ("--lr-lambda", 1e-9)  # stays where it begins: at the cap
     run(folder, "target", {}, "--target-examples", 1000, "--max-epochs", 2, *still)
     run(folder, "tokens", {}, "--target-tokens", "33k", "--max-epochs", 9, "--method", "natural")
@@ -48,7 +49,7 @@ def on_one_rank(folder_name: str) -> None:
     words = ("--weights", folder / "former", "--new-share", 0.2)
     run(folder, "reused", {}, *words, "--keep-ratios")
     named = {"s0": {"name": "math/s0"}, "s1": {"name": "math/s1"}, "s2": {"name": "code/s2"}}
-    run(folder, "groups", named)
+    run(folder, "groups", {**named, "steps": 42})
     run(folder, "bad target", {}, "--target-examples", 7)
     run(folder, "bad epochs", {}, "--target-examples", 10000)
     run(folder, "bad cap", {"s1": {"min_weight": 0.3}}, "--target-examples", 1000)

@@ -16,6 +16,7 @@ from megatron_scalebio.core.confidence import judge_convergence, weight_interval
 from megatron_scalebio.core.levels import Levels
 from megatron_scalebio.core.scalebio import ScaleBiO
 
+_NO_INTERVAL = {"ci_low": None, "ci_high": None}
 MOST_RECORDED = 100  # groups in each step's record
 
 
@@ -49,9 +50,17 @@ def core_levels(levels: Sequence[Level]) -> Levels | None:
 
 
 def described(
-    bio: ScaleBiO, levels: Sequence[Level], constant_rate: bool, validation_examples: float | None
+    bio: ScaleBiO,
+    levels: Sequence[Level],
+    constant_rate: bool,
+    validation_examples: float | None,
+    known: bool,
 ) -> dict[str, Any]:
-    """Weights of groups with their intervals, and a verdict on each level, for weights.json."""
+    """Weights of groups with their intervals, and a verdict on each level, for weights.json.
+
+    Args:
+        known: enough steps were averaged for an interval.
+    """
     core, options, path = core_levels(levels), bio.options, bio.mixture.trajectory
     groups, verdicts = [], []
     for number, level in enumerate(levels):
@@ -60,8 +69,8 @@ def described(
         found = weight_intervals(tail_BG, options.confidence, validation_examples)
         ends = (x.tolist() for x in (found.weight_S, found.low_S, found.high_S))
         for name, weight, low, high in zip(level.names, *ends, strict=True):
-            entry = {"name": name, "weight": weight, "ci_low": low, "ci_high": high}
-            groups.append({"level": level.depth, **entry})
+            ends_told = {"ci_low": low, "ci_high": high} if known else _NO_INTERVAL
+            groups.append({"level": level.depth, "name": name, "weight": weight, **ends_told})
         judged = judge_convergence(
             tail_BG, level.names, block_length=path.block_length, tolerance=options.tolerance,
             confidence=options.confidence, constant_rate=constant_rate,

@@ -89,7 +89,11 @@ def find(config: Config, job: Job) -> Found:
                 [state.data.sources[i].name for i in group] for group in intervals.lookalikes
             ],
             **described(
-                state.training, state.levels, _is_constant(config), state.data.validation_examples
+                state.training,
+                state.levels,
+                _is_constant(config),
+                state.data.validation_examples,
+                known,
             ),
         },
         at_bound_S=at_bounds(state.training, intervals),
