@@ -58,6 +58,7 @@ def test_groups_are_those_of_the_layout_and_outwait_the_watchdog(joined: list) -
             {
                 "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 3,
                 "virtual_pipeline_model_parallel_size": 2, "context_parallel_size": 5,
+                "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None,
                 "distributed_timeout_minutes": 8,
             },
         ),
@@ -134,7 +135,7 @@ def limits(monkeypatch: pytest.MonkeyPatch, folder: Path, minutes: int, ranks: i
         yield
 
     @contextlib.contextmanager
-    def watch(timeout_s: float, before_end: Any) -> Iterator[None]:
+    def watch(timeout_s: float, before_end: Any, board: Any) -> Iterator[None]:
         seen["timeout_s"] = timeout_s
         yield
 

@@ -123,6 +123,9 @@ def disturb(state: Any) -> None:
         state.training.mixture.mean_square += 0.25
         state.training.mixture.recent_S += 0.125
         state.training.mixture.is_slow = True
+        for number in range(50):
+            excess_S = torch.tensor([0.1 * number, -0.2, 0.3]).double()
+            state.training.mixture.lookalikes.append(excess_S)
         trajectory = state.training.mixture.trajectory
         while trajectory.block_length == 1 or not trajectory.steps % 2:
             trajectory.append(state.training.mixture.probs_S)

@@ -254,9 +254,13 @@ def shared_vocab_size(sources: Sequence[Source], configured: int | None) -> int:
         )
     for source in sources:
         if source.largest_id >= size:
+            remedy = (
+                "the file is damaged, or was made with another tokenizer: write it again"
+                if source.tokenizer
+                else "set model.vocab_size to the size of the tokenizer it was made with"
+            )
             raise UserError(
                 f"{source.prefix}: source {source.name!r} holds token {source.largest_id}, the "
-                f"vocabulary ends at {size - 1} (set model.vocab_size to the size of the tokenizer "
-                "it was made with)"
+                f"vocabulary ends at {size - 1} ({remedy})"
             )
     return size

@@ -203,7 +203,7 @@ EXPORTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "tracker no number": (
         lambda folder: (folder / "megatron" / "latest_checkpointed_iteration.txt").write_text("x"),
-        ["latest_checkpointed_iteration.txt: 'x' is no step"],
+        ["latest_checkpointed_iteration.txt: 'x' is not a step"],
     ),
     "truncated data": (
         lambda folder: shorten(folder / RELEASE / "__0_0.distcp", 50_000),

@@ -112,7 +112,7 @@ class Judge(Watchdog):
     def __init__(self, timeout_s: float, pending: BaseException | None = None) -> None:
         self._timeout_s, self._beat_s, self._rank, self._size = timeout_s, 2.0, 0, 3
         self._seen, self._pending, self._verdict = {}, pending, ""
-        self._told = watchdog.threading.Event()
+        self._told, self._board = watchdog.threading.Event(), None
         self.ranks: list[Status] = []
 
     def _read(self, rank: int) -> Status:
