@@ -119,7 +119,10 @@ def test_megatron_is_given_what_the_period_is_given(monkeypatch: pytest.MonkeyPa
     )
     of_megatron = SimpleNamespace(use_mpu_process_groups=lambda: "those of parallel_state")
     monkeypatch.setattr(period, "ProcessGroupCollection", of_megatron)
-    w, u = ([SimpleNamespace(config=f"{name}{n}", modules=list) for n in range(2)] for name in ("w", "u"))
+    w, u = (
+        [SimpleNamespace(config=f"{name}{n}", modules=list) for n in range(2)]
+        for name in ("w", "u")
+    )
     for groups in (None, "groups"):
         made: Any = period.Period("ddp", "adam", w, u, "losses", groups)  # type: ignore[arg-type]
         assert wrapped == [

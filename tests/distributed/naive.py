@@ -63,7 +63,8 @@ def _logits(
             x = x + _experts(h, get, shape, layer, routers)
             continue
         h = _rms(x, get("mlp.linear_fc1.layer_norm_weight"))
-        x = x + _mlp(h, get("mlp.linear_fc1.weight"), get("mlp.linear_fc2.weight"))
+        gate, up = _linear(h, get, "mlp.linear_fc1").chunk(2, dim=-1)
+        x = x + _linear(F.silu(gate) * up, get, "mlp.linear_fc2")
     x = _rms(x, weights["decoder.final_layernorm.weight"])
     head = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
     return x @ head[: shape["vocab"]].T
