@@ -7,6 +7,7 @@ Ranks that hang are ended, and what they were at is told.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -75,3 +76,23 @@ def _rank_main(
     )  # fmt: skip
     torch.set_num_threads(1)
     function(*args)
+
+
+def next_layout() -> None:
+    """Between two layouts of one process: drops the groups of the last, all ranks together.
+
+    Each group of gloo holds threads, which torch keeps after Megatron has forgotten the group: with
+    hundreds of groups a rank comes to nothing else.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_scalebio import runtime
+
+    dist.barrier()
+    groups = parallel_state._global_process_group_list or []
+    runtime.stop_model_parallel()
+    for group in groups:
+        with contextlib.suppress(ValueError):  # it stands there twice, and is gone
+            if group is not None:
+                dist.destroy_process_group(group)

@@ -11,7 +11,7 @@ import torch
 
 from tests.distributed import naive
 from tests.distributed.gather import global_tensors, merged, relative
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import next_layout, run_distributed
 from tests.markov import write_source
 
 pytestmark = pytest.mark.distributed
@@ -172,7 +172,7 @@ def on_ranks(problem: dict, names: list[str], folder: str) -> None:
         one_flush(problem, name, Path(folder))
         if name in SAME or any(name in others for others in SAME.values()):
             twenty_steps(config, name, Path(folder))
-        runtime.stop_model_parallel()
+        next_layout()
 
 
 def load(problem: dict, name: str):
@@ -198,7 +198,7 @@ def start_point(problem: dict, folder: str) -> None:
             train_step(state)
         saver.save(state, Path(folder) / f"start-{name}")
         dump_naive(state, Path(folder) / f"naive-{name}.pt")
-        runtime.stop_model_parallel()
+        next_layout()
 
 
 def dump_naive(state, path: Path) -> None:

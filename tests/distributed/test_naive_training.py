@@ -11,7 +11,7 @@ import torch
 
 from tests.distributed import naive_loop
 from tests.distributed.gather import global_tensors, relative
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import next_layout, run_distributed
 from tests.distributed.small_runs import (
     BATCH,
     PLAIN,
@@ -110,7 +110,7 @@ def on_one_rank(folder_name: str) -> None:
             state = make(config, folder / "cache")
             torch.save(recorded(state), folder / f"{name}.pt")
             state.training.leave_period()
-            runtime.stop_model_parallel()
+            next_layout()
     (folder / "seeds.json").write_text(json.dumps([seeded(folder, seed) for seed in (4, 5)]))
     (folder / "learned.json").write_text(json.dumps(weights_and_epochs(folder)))
     (folder / "reset.json").write_text(json.dumps(reset_in_bf16(folder)))

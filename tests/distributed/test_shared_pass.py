@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.commands import MODEL
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import next_layout, run_distributed
 from tests.markov import write_problem
 
 pytestmark = pytest.mark.distributed
@@ -60,7 +60,7 @@ def on_ranks(folder: str, sources: list, validation: list, names: list[str]) -> 
             state.training.leave_period()
         if dist.get_rank() == 0:
             torch.save(traces, Path(folder) / f"{name}.pt")
-        runtime.stop_model_parallel()
+        next_layout()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.distributed.gather import global_tensors, merged, relative
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import next_layout, run_distributed
 
 pytestmark = pytest.mark.distributed
 
@@ -223,7 +223,7 @@ def on_ranks(folder_name: str, cases: list[tuple[str, str]]) -> None:
         config = load_config(None, settings)
         runtime.start(config)
         run_model(config, folder, name, layout)
-        runtime.stop_model_parallel()
+        next_layout()
 
 
 def run_model(config, folder: Path, name: str, layout: str) -> None:
