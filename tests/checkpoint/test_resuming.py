@@ -219,7 +219,7 @@ def test_a_checkpoint_is_found_by_its_tracker_or_is_the_folder_itself(tmp_path: 
         (tmp_path / "latest_checkpointed_iteration.txt").write_text(told)
         assert folders.find_checkpoint(tmp_path) == tmp_path / name
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("-3")
-    with pytest.raises(UserError, match="'-3' is no step"):
+    with pytest.raises(UserError, match="'-3' is not a step"):
         folders.find_checkpoint(tmp_path)
 
 

@@ -196,7 +196,7 @@ def test_the_history_of_an_alpaca_record_is_earlier_turns(tokenizer: Tokenizer) 
         "<user Paris?><assistant Cold.><user And Rome?><assistant ⟦Hot.>⟧"
     )
     assert "⟧" not in marked(tokenizer, CHAT, record, train_on_prompt=True)[:-1]
-    with pytest.raises(RecordError, match=r"history\[0\]: is no pair"):
+    with pytest.raises(RecordError, match=r"history\[0\]: is not a pair"):
         parse_record({**record, "history": ["Paris?"]}, "alpaca", "f:1")
 
 

@@ -62,7 +62,7 @@ def test_other_protocols_and_bad_settings(judge: Any) -> None:
         judge.script = [(201, {}, body)]
         with pytest.raises(UserError, match="not that of chat completions"):
             client(judge).complete(MESSAGES)
-    with pytest.raises(UserError, match=r"--judge-url: 'localhost:1' is no http"):
+    with pytest.raises(UserError, match=r"--judge-url: 'localhost:1' is not an http"):
         ChatClient("localhost:1", "grader")
     with pytest.raises(UserError, match=r"--judge-key-env: .*NOT_SET_KEY is not set"):
         client(judge, key_variable="NOT_SET_KEY")

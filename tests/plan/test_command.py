@@ -33,6 +33,7 @@ SHIPPED_SLOW = {
     "qwen2.5-32b-8xh100": (8, "qwen2.5-32b"),
     "qwen2.5-32b-long-8xh100": (8, "qwen2.5-32b"),
     "llama-3-70b-16xh100": (16, "llama-3-70b"),
+    "qwen3-30b-a3b-8xh100": (8, "qwen3-30b-a3b"),
 }
 HEADROOM = 0.08
 
