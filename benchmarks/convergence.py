@@ -12,7 +12,8 @@ them, J the softmax's Jacobian, against the gradients of single examples that we
 
     default      the library's; lr by cosine to a tenth
     paper        AdamW on λ, lr .01 by cosine, u never reset
-    implicit     no noise: L-BFGS on λ with the exact ∇F, each by Newton's method
+    implicit     no noise: L-BFGS on λ with the exact ∇F, each by Newton's method; Hessians are
+                 not counted
 
 `--condition` is that of the features' covariance, and so of H.
 """
@@ -87,6 +88,7 @@ class Problem:
         wanted = np.tensordot([0.5, 0.3, 0.2, 0.0], teachers, 1)
         wanted = wanted + 0.5 * draw.normal(size=wanted.shape)
         self.weight = np.zeros(CLASSES * FEATURES)
+        self.taken = 0  # losses or gradients of single examples
         self.sets = [self._draw(draw, teacher, scale_F) for teacher in (*teachers, wanted)]
 
     @staticmethod
@@ -100,6 +102,7 @@ class Problem:
     ) -> tuple[float, Array, Array | None]:
         """A set's mean loss, its gradient (flat) and, if asked, its Hessian, without the ridge."""
         x, y = (each.numpy() for each in self.sets[number])
+        self.taken += len(x)
         q_BC = _softmax(x @ weight.reshape(CLASSES, FEATURES).T)
         loss = -np.log(q_BC[np.arange(len(y)), y]).mean()
         gradient = (q_BC - np.eye(CLASSES)[y]).T @ x / len(x)
@@ -139,13 +142,13 @@ class Problem:
         losses = [self.of_set(i, weight, deep=False)[0] for i in range(SOURCES)]
         return float(probs_S @ np.array(losses) + RIDGE / 2 * weight @ weight)
 
-    def best(self) -> tuple[Array, list[Array]]:
-        """The best mixture, and those on the way to it: one for each step of L-BFGS on λ."""
-        way: list[Array] = []
+    def best(self) -> tuple[Array, list[tuple[int, Array]]]:
+        """The best mixture, and those on the way to it, with what was taken until then."""
+        way: list[tuple[int, Array]] = []
         found = minimize(
             lambda logits: self.hypergradient(_softmax(logits)), np.zeros(SOURCES), jac=True,
             method="L-BFGS-B", options={"maxiter": 200, "ftol": 1e-16, "gtol": 1e-9},
-            callback=lambda logits: way.append(_softmax(logits)),
+            callback=lambda logits: way.append((self.taken, _softmax(logits))),
         )  # fmt: skip
         return _softmax(found.x), way
 
@@ -216,10 +219,9 @@ def study(condition: float, args: Any, points: list[dict[str, Any]]) -> None:
                     for problem, seed in zip(problems, args.seeds, strict=True)
                 ]
                 add(f"{rule}, alpha {alpha:g}", steps, 3 * BATCH * steps, found)
-    newton = 4 * (SOURCES + 1) * EXAMPLES  # gradients alone, without Hessians
     for steps in (1, 2, 4, 8, 16, 32):
         reached = [way[min(steps, len(way)) - 1] for way in ways]
-        add("implicit", steps, steps * newton, reached)
+        add("implicit", steps, median(taken for taken, _ in reached), [p for _, p in reached])
 
 
 def main() -> None:

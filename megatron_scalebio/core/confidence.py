@@ -293,18 +293,19 @@ def judge_convergence(
         return Verdict(
             False, f"only {tail_steps} steps are averaged, at least {MIN_TAIL_STEPS} are needed"
         )
-    alone = weight_intervals(blocks_BS, confidence, validation_examples, lookalikes)
-    members = [[i] for i in range(num_sources) if not any(i in g for g in alone.lookalikes)]
-    members += alone.lookalikes
-    alike = "".join(
-        f"; only the sum of {', '.join(names[i] for i in group)} is known, which look alike"
-        for group in alone.lookalikes
-    )
-    names = [" + ".join(names[i] for i in group) for group in members]
-    blocks_BS = torch.stack([blocks_BS[:, group].sum(1) for group in members], 1)
-    found = weight_intervals(blocks_BS, confidence, validation_examples)
-    if num_sources > 1 and not alone.wandering_S.any():
+    found = weight_intervals(blocks_BS, confidence, validation_examples, lookalikes)
+    if num_sources > 1 and not found.wandering_S.any():
         return Verdict(False, "no weight has moved over the averaged steps")
+    groups, alike = found.lookalikes, ""
+    if groups:  # judged by their sums, each as one source
+        alike = "".join(
+            f"; only the sum of {', '.join(names[i] for i in group)} is known, which look alike"
+            for group in groups
+        )
+        members = [[i] for i in range(num_sources) if not any(i in g for g in groups)] + groups
+        names = [" + ".join(names[i] for i in group) for group in members]
+        blocks_BS = torch.stack([blocks_BS[:, group].sum(1) for group in members], 1)
+        found = weight_intervals(blocks_BS, confidence, validation_examples)
     tolerance *= min(1.0, MANY_SOURCES / num_sources)
     widest = int(found.half_width_S.argmax())
     half_width = float(found.half_width_S[widest])

@@ -9,8 +9,8 @@ lasts for several; so the square is a mean of products of steps,
 
 with a standard error from means of blocks of steps. Two sources look alike if D_ij is no more than
 noise, and at most a fifth of the median pair's however unlucky the noise was; where that is noise
-itself, nothing can be said. Steps before about
-the last half count no more: there, all sources may move alike.
+itself, nothing can be said. Steps before about the last half count no more: there, all sources may
+move alike.
 """
 
 from __future__ import annotations

@@ -230,10 +230,10 @@ class ScaleBiO(Training):
         Args:
             validation_examples: in the validation set, whose own draw then counts.
         """
+        tail = self._tail()
         found = weight_intervals(
-            self._tail(), self.options.confidence, validation_examples,
-            self.mixture.lookalike_groups(self._tail()),
-        )  # fmt: skip
+            tail, self.options.confidence, validation_examples, self.mixture.lookalike_groups(tail)
+        )
         kept = self.mixture.constraints
         return found if kept is None else kept.narrow(found)
 

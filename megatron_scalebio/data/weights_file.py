@@ -10,9 +10,7 @@ from megatron_scalebio.data.source_writer import MANIFEST_FILE
 from megatron_scalebio.errors import UserError
 
 WEIGHTS_FILE = "weights.json"
-# A third of the steps: with optima by brute force over whole trainings, mixtures for long trainings
-# lost all of the gain in short ones, and those for 300 steps nothing in longer ones.
-SHORT = 3
+SHORT = 3  # a training of so many times fewer steps than the search is called short
 SELECTED_FILE = "selected.json"  # of methods that choose examples
 
 

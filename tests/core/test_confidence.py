@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.core.confidence import (
     CRITICAL_VALUES,
     MIN_TAIL_STEPS,
@@ -22,10 +17,6 @@ from megatron_scalebio.core.confidence import (
     tail_average,
     weight_intervals,
 )
-from megatron_scalebio.core.scalebio import ScaleBiO
-from megatron_scalebio.engine.loop import _refuse_skips
-from megatron_scalebio.errors import UserError
-from megatron_scalebio.methods.scalebio import verdict
 
 
 def ar1_paths(num_paths: int, steps: int, memory: float, *, seed: int) -> torch.Tensor:
@@ -360,59 +351,3 @@ def test_one_source_need_not_move() -> None:
     assert judge_convergence(one_of_two).converged
     decayed = judge_convergence(one_of_two, constant_rate=False)
     assert not decayed.converged and "decays" in decayed.reason
-
-
-def verdict_of(validation_examples: int = 10**6, **options: object) -> Verdict:
-    """Of a run whose weights travel for 300 of 1,000 steps and then wander closely."""
-    trajectory = TrajectoryBlocks(2)
-    generator = torch.Generator().manual_seed(1)
-    for step in range(1000):
-        first = 0.6 + 0.3 * max(0.0, 1 - step / 300)
-        first += 0.01 * float(torch.randn((), generator=generator))
-        trajectory.append(torch.tensor([first, 1 - first]))
-    config = load_config(None, {"bilevel": options})
-    bio: Any = ScaleBiO.__new__(ScaleBiO)
-    bio.mixture, bio.sources = (
-        SimpleNamespace(
-            trajectory=trajectory, constraints=None, lookalike_groups=lambda tail_BS: []
-        ),
-        ["web", "math"],
-    )
-    bio.options = config.bilevel.options("sample")
-    bio.mixture.probs_S = torch.tensor([0.6, 0.4])
-    sampler = SimpleNamespace(drawn_S=np.zeros(2), sizes_S=np.ones(2))
-    data = SimpleNamespace(
-        validation_examples=validation_examples, sampler=sampler, validation_sampler=sampler,
-        sources=["web", "math"], validation=["a", "b"],
-    )  # fmt: skip
-    return verdict(SimpleNamespace(config=config, training=bio, data=data))  # type: ignore[arg-type]
-
-
-def test_a_runs_verdict_goes_by_its_options() -> None:
-    assert verdict_of().converged and "95% confidence, tolerance ±0.05" in verdict_of().reason
-    told = verdict_of(confidence=0.8, tolerance=0.1).reason
-    assert "80% confidence, tolerance ±0.1" in told
-    strict = verdict_of(tolerance=1e-5)
-    assert not strict.converged and "the tolerance is ±1e-05" in strict.reason
-    assert "the weight of web " in strict.reason or "the weight of math " in strict.reason
-    assert not verdict_of(average_fraction=1.0).converged, "the way there is no rest"
-    assert "validation set is too small" in verdict_of(validation_examples=100).reason
-    short = verdict_of(average_fraction=0.1)
-    assert short.reason == (
-        "only 100 steps are averaged, at least 200 are needed (set train_iters to 2000 or more)"
-    )
-    assert "learning rate decays" in verdict_of(lr_lambda_decay_style="cosine").reason
-
-
-@pytest.mark.parametrize(
-    ("limit", "in_a_row", "ends"), [(3, 2, False), (3, 3, True), (7, 6, False)]
-)
-def test_a_run_ends_after_as_many_skipped_steps_as_asked(
-    limit: int, in_a_row: int, ends: bool
-) -> None:
-    config = load_config(None, {"train": {"skip_limit": limit}})
-    training = SimpleNamespace(skipped_in_a_row=in_a_row)
-    state = SimpleNamespace(config=config, step=20, training=training)
-    record = {"skipped": "w: gradient norm is nan"}
-    with pytest.raises(UserError, match=f"{in_a_row} steps in a row") if ends else nullcontext():
-        _refuse_skips(state, record)  # type: ignore[arg-type]

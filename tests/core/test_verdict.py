@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,17 +12,21 @@ import torch
 
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.core.confidence import weight_intervals
+from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.scalebio import ScaleBiO
+from megatron_scalebio.engine.loop import _refuse_skips
+from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.scalebio import verdict
 
 STEPS = 1200  # the trajectory is then kept in blocks of four steps
 
 
-def run(options: dict) -> SimpleNamespace:
-    """A mixture that wanders a little around (.5 .3 .2)."""
+def run(options: dict, travelling: int = 0) -> SimpleNamespace:
+    """A mixture that wanders a little around (.5 .3 .2), after so many steps on its way there."""
     mixture = Mixture([1.0, 1.0, 1.0], "eg")
     noise = np.random.default_rng(3).normal(0.0, 0.03, size=(STEPS, 3))
+    noise[:travelling] += np.linspace(1, 0, travelling)[:, None] * [0.3, -0.3, 0.0]
     for row in np.array([0.5, 0.3, 0.2]) + noise - noise.mean(1, keepdims=True):
         mixture.trajectory.append(torch.tensor(row))
     config, bio = load_config(None, {"bilevel": options}), ScaleBiO.__new__(ScaleBiO)
@@ -49,7 +54,11 @@ def data_of(examples: int, drawn: tuple[int, ...] = (0, 0, 0), drawn_valid: int 
         ({"confidence": 0.8, "tolerance": 0.04}, True, "(80% confidence, tolerance ±0.04)"),
         ({"tolerance": 0.001}, False, "only, the tolerance is ±0.001"),
         ({"average_fraction": 0.2}, True, "with what it still drifts"),  # 240 steps in 60 blocks
-        ({"average_fraction": 0.1}, False, "only 120 steps are averaged"),
+        (
+            {"average_fraction": 0.1},
+            False,
+            "at least 200 are needed (set train_iters to 2000 or more)",
+        ),
         ({"lr_lambda_decay_style": "linear"}, False, "learning rate decays"),
         ({"lr_lambda_decay_style": "cosine"}, False, "learning rate decays"),
     ],
@@ -66,6 +75,16 @@ def test_verdict_names_the_source() -> None:
     assert f"weight of {state.training.sources[widest]} is known" in verdict(state).reason
 
 
+def test_near_duplicates_are_judged_by_their_sum_where_another_weight_is_fixed() -> None:
+    state = run({})
+    mixture = state.training.mixture
+    mixture.constraints = Constraints([0.5, 0.0, 0.0], [0.5, 1.0, 1.0])
+    mixture.lookalike_groups = lambda tail_BS: [[0, 1, 2]]
+    assert "only the sum of math, web is known" in verdict(state).reason
+    mixture.constraints = Constraints([0.5, 0.3, 0.0], [0.5, 0.3, 1.0])
+    assert "sum" not in verdict(state).reason, "one alone is no sum"
+
+
 def test_data_that_were_gone_through_too_often_are_named() -> None:
     state = run({})
     for drawn, drawn_valid, culprit in (
@@ -76,3 +95,30 @@ def test_data_that_were_gone_through_too_often_are_named() -> None:
         state.data = data_of(10**6, drawn, drawn_valid)
         said = verdict(state)
         assert said.converged == (not culprit) and culprit in said.reason, said
+
+
+def test_a_small_validation_set_is_named() -> None:
+    state = run({})
+    state.data = data_of(100)
+    assert "validation set is too small" in verdict(state).reason
+
+
+def test_the_way_there_is_no_rest() -> None:
+    """Of a run that travels for 300 of its steps, the last half is still, and all of it is not."""
+    for fraction, converged in ((0.5, True), (1.0, False)):
+        state = run({"average_fraction": fraction}, travelling=300)
+        assert verdict(state).converged == converged
+
+
+@pytest.mark.parametrize(
+    ("limit", "in_a_row", "ends"), [(3, 2, False), (3, 3, True), (7, 6, False)]
+)
+def test_a_run_ends_after_as_many_skipped_steps_as_asked(
+    limit: int, in_a_row: int, ends: bool
+) -> None:
+    config = load_config(None, {"train": {"skip_limit": limit}})
+    training = SimpleNamespace(skipped_in_a_row=in_a_row)
+    state = SimpleNamespace(config=config, step=20, training=training)
+    record = {"skipped": "w: gradient norm is nan"}
+    with pytest.raises(UserError, match=f"{in_a_row} steps in a row") if ends else nullcontext():
+        _refuse_skips(state, record)  # type: ignore[arg-type]
