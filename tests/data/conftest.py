@@ -1,4 +1,4 @@
-"""Small real tokenizers, trained here on text that every Python ships."""
+"""Small real tokenizers, trained here on text that every Python ships; sources to sample from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.data.sample_world import World
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -118,3 +120,8 @@ def sentence_piece(tokenizer_root: Path, corpus: list[str]) -> Path:
 @pytest.fixture(scope="session")
 def sentence_piece_dummy_prefix(tokenizer_root: Path, corpus: list[str]) -> Path:
     return _train_sentencepiece(tokenizer_root / "dummy.model", corpus, True)
+
+
+@pytest.fixture
+def world(tmp_path: Path, byte_level: Path) -> World:
+    return World(tmp_path, byte_level)

@@ -4,11 +4,8 @@ import argparse
 import hashlib
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +24,9 @@ from megatron_scalebio.data.prepare import (
     prepare,
 )
 from megatron_scalebio.errors import UserError
+from tests.data.preparing import DIALOGUES, config, digests, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
-DIALOGUES = [
-    {"instruction": "Say hi", "input": "", "output": "Hi there"},
-    {"instruction": "Say nothing", "input": "", "output": ""},
-    {"instruction": "", "input": "", "output": " "},
-    {"instruction": "Count", "input": "to 3", "output": "1 2 3"},
-    {"instruction": "Long answer", "input": "", "output": "word " * 90},
-    {"instruction": "Long prompt " * 90, "input": "", "output": "short"},
-]
-
-
-def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def config(out: Path, tokenizer: Path, *files: Path, **options: Any) -> PrepareConfig:
-    sources = (SourceInput("src", files),)
-    options = {"seq_length": 64, "workers": 1, **options}
-    return PrepareConfig(out=out, sources=sources, tokenizer=str(tokenizer), **options)
 
 
 def examples(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -57,11 +36,6 @@ def examples(folder: Path) -> list[tuple[np.ndarray, np.ndarray]]:
     assert tokens[0].dtype == np.uint16 and mask[0].dtype == np.uint8
     # Copies: Megatron's arrays are views of a memory map that ends with the dataset.
     return [(tokens[i].copy(), mask[i].copy()) for i in range(len(tokens))]
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def test_what_is_written_and_counted(tmp_path: Path, sentence_piece: Path) -> None:
@@ -163,93 +137,6 @@ def test_errors_of_workers_name_file_and_line(tmp_path: Path, sentence_piece: Pa
             prepare(config(tmp_path / "out", sentence_piece, source, workers=workers))
         assert str(error.value).startswith(f"{source}:4001: missing field 'output'")
         assert not (tmp_path / "out").exists()
-
-
-def test_existing_output_is_refused_or_replaced_whole(tmp_path: Path, sentence_piece: Path) -> None:
-    out = tmp_path / "out"
-    source = write_jsonl(tmp_path / "a.jsonl", DIALOGUES)
-    (out / "src").mkdir(parents=True)  # an empty folder is no obstacle
-    prepare(config(out, sentence_piece, source))
-    before = digests(out)
-    with pytest.raises(UserError, match=r"src: exists and is not empty .*--overwrite"):
-        prepare(config(out, sentence_piece, source))
-    bad = write_jsonl(tmp_path / "bad.jsonl", [*DIALOGUES, {"text": 1}])
-    with pytest.raises(UserError):
-        prepare(config(out, sentence_piece, bad, overwrite=True))
-    assert digests(out) == before
-    (report,) = prepare(config(out, sentence_piece, source, overwrite=True, max_examples=1))
-    assert report["examples"] == 1 and sorted(p.name for p in out.iterdir()) == ["src"]
-
-
-def test_overwrite_never_removes_what_prepare_did_not_write(
-    tmp_path: Path, sentence_piece: Path
-) -> None:
-    raw = tmp_path / "src"
-    raw.mkdir()
-    source = write_jsonl(raw / "a.jsonl", DIALOGUES)
-    with pytest.raises(UserError, match="is not a prepared source"):
-        prepare(config(tmp_path, sentence_piece, source, overwrite=True))
-    assert source.exists()
-
-
-def test_all_sources_appear_or_none(tmp_path: Path, sentence_piece: Path) -> None:
-    good = write_jsonl(tmp_path / "a.jsonl", DIALOGUES)
-    bad = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "a", "output": ""}])
-    sources = (SourceInput("good", (good,)), SourceInput("bad", (bad,)))
-    with pytest.raises(UserError, match=r"source bad: .*no example with a target.*no_target 1"):
-        prepare(PrepareConfig(tmp_path / "out", sources, str(sentence_piece), workers=1))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_stopped_run_leaves_nothing_that_looks_complete(
-    tmp_path: Path, sentence_piece: Path, number: signal.Signals
-) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "word " * 400}] * 20_000)
-    arguments = ["--input", f"src={source}", "--out", str(tmp_path / "out")]
-    code = (
-        "import argparse, sys; from megatron_scalebio.commands import prepare as cli\n"
-        "if __name__ == '__main__':\n"
-        "    p = argparse.ArgumentParser(); cli.add_arguments(p); sys.exit(cli.run(p.parse_args()))"
-    )
-    (tmp_path / "main.py").write_text(code)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            str(tmp_path / "main.py"),
-            *arguments,
-            "--tokenizer",
-            str(sentence_piece),
-            "--workers",
-            "2",
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 60
-    while not any((tmp_path / "out").glob(".prepare-*/new/src/tokens.bin")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert not (tmp_path / "out" / "src").exists()
-    assert not list((tmp_path / "out").glob("**/source.json"))
-    if number == signal.SIGTERM:
-        assert process.returncode == 3 and "nothing was written" in errors
-        assert not (tmp_path / "out").exists()
-
-
-def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, sentence_piece: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "word " * 400}] * 400)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match=r"out: can't write: File too large"):
-            prepare(config(tmp_path / "out", sentence_piece, source))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not (tmp_path / "out").exists()
 
 
 def test_directory_and_several_files_in_sorted_order(tmp_path: Path, sentence_piece: Path) -> None:
