@@ -27,10 +27,12 @@ def paths(tmp_path: Path) -> list[str]:
     return [f"{path}/tokens" if n % 2 else path for n, path in enumerate(folders)]
 
 
-def opened(cache: Path, paths: list[str], **options: Any) -> list[tuple[int, int]]:
+def opened(
+    cache: Path, paths: list[str], length: int = 8, seed: int = 3, **options: Any
+) -> list[tuple[int, int]]:
     """Opens the catalog; what it had to look at."""
     seen: list[tuple[int, int]] = []
-    open_catalog(cache, paths, 8, 3, lambda done, of: seen.append((done, of)), **options)
+    open_catalog(cache, paths, length, seed, lambda *progress: seen.append(progress), **options)
     return seen
 
 
@@ -42,9 +44,11 @@ def test_sources_are_looked_at_once(tmp_path: Path, paths: list[str]) -> None:
     assert opened(cache, paths[::-1]) == [], "in any order"
 
 
-@pytest.mark.parametrize("change", ["tokens", "mask", "another", "torn", "foreign"])
+@pytest.mark.parametrize(
+    "change", ["tokens", "mask", "another", "length", "seed", "torn", "foreign", "version"]
+)
 def test_a_change_is_seen(tmp_path: Path, paths: list[str], change: str) -> None:
-    cache = tmp_path / "cache"
+    cache, options = tmp_path / "cache", {}
     opened(cache, paths)
     part = {"tokens": "s1/tokens.bin", "mask": "s2/loss_mask.bin"}.get(change)
     if part:
@@ -52,12 +56,16 @@ def test_a_change_is_seen(tmp_path: Path, paths: list[str], change: str) -> None
         stream.write_bytes(stream.read_bytes())  # as large as before
     elif change == "another":
         paths = paths[:-1]
+    elif change in ("length", "seed"):
+        options = {change: 4}
     elif change == "torn":
         os.truncate(cache / CATALOG_FILE, 100)
-    else:
+    elif change == "foreign":
         (cache / CATALOG_FILE).write_bytes(b"x" * 1000)
-    assert len(opened(cache, paths)) == len(paths)
-    assert opened(cache, paths) == []
+    else:
+        (cache / CATALOG_FILE).write_bytes((cache / CATALOG_FILE).read_bytes()[:-1] + b"0")
+    assert len(opened(cache, paths, **options)) == len(paths)
+    assert opened(cache, paths, **options) == []
 
 
 def test_a_rank_that_need_not_check_asks_no_file(tmp_path: Path, paths: list[str]) -> None:
@@ -70,6 +78,7 @@ def test_a_rank_that_need_not_check_asks_no_file(tmp_path: Path, paths: list[str
 
 
 def test_what_is_read_back_is_what_was_seen(tmp_path: Path, paths: list[str]) -> None:
+    paths = [*paths[2:], *paths[:2]]  # not as they are sorted
     for _ in range(2):
         catalog = open_catalog(tmp_path / "cache", paths, 8, 3, lambda done, of: None)
         for number, path in enumerate(paths):
