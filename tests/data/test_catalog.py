@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 
 from megatron_scalebio.data import indexed, scan
 from megatron_scalebio.data.catalog import CATALOG_FILE, open_catalog
@@ -89,6 +93,27 @@ def test_what_is_read_back_is_what_was_seen(tmp_path: Path, paths: list[str]) ->
                     np.testing.assert_array_equal(ours, theirs)
                     assert ours.dtype == theirs.dtype
     assert len({id(catalog.facts(number).tokenizer) for number in (0, 2, 4)}) == 1
+
+
+def test_a_prefix_gives_what_megatrons_own_dataset_does(tmp_path: Path) -> None:
+    prefix = (
+        f"{write_source(tmp_path, 's', [np.arange(1, 3 + n * 7 % 23) for n in range(20)])}/tokens"
+    )
+    catalog = open_catalog(tmp_path / "cache", [prefix], 8, 3, lambda done, of: None)
+    nothing: Any = SimpleNamespace(eod=-1, pad=-1, vocab_size=None, unique_identifiers={})
+    settings = GPTDatasetConfig(
+        random_seed=3, sequence_length=8, split="1,0,0", tokenizer=nothing, eod_mask_loss=False,
+        reset_position_ids=False, reset_attention_mask=False, create_attention_mask=False,
+    )  # fmt: skip
+    documents = np.arange(20, dtype=np.int32)
+    theirs = GPTDataset(IndexedDataset(prefix), prefix, documents, None, Split.train, settings)
+    ours = PackedSource("p", prefix, catalog, 0)
+    assert len(ours) == len(theirs) > 20
+    for number in range(len(ours)):
+        tokens, targets = ours.example(number)
+        np.testing.assert_array_equal(tokens[:-1], theirs[number]["tokens"])
+        np.testing.assert_array_equal(tokens[1:], theirs[number]["labels"])
+        assert targets.tolist() == [0] + [1] * 8
 
 
 def test_few_files_are_open_however_many_are_read(
