@@ -122,7 +122,7 @@ def test_a_former_runs_sources_keep_their_ratios(folder: Path) -> None:
     s0, s1, s2 = content["sources"]
     assert s1["initial_weight"] == pytest.approx(0.2) and s1["weight"] != pytest.approx(0.2)
     assert s0["weight"] / s2["weight"] == pytest.approx(former["s0"] / former["s2"])
-    assert "weights  2 sources; 1 new ones" in said
+    assert "weights  2 sources; 1 new" in said
 
 
 def test_groups_are_sums_of_their_sources(folder: Path) -> None:

@@ -123,9 +123,9 @@ def write_into(path: Path, place: int, content: bytes) -> None:
 
 def faulty_data(folder_name: str) -> None:
     """Runs on two ranks of which one alone meets the fault, and a run whose loss jumps."""
-    from megatron_scalebio.data import sources as opened
+    from megatron_scalebio.data import scan
 
-    opened.IDS_LOOKED_AT = 64  # the head of a file is looked at when it is opened
+    scan.IDS_LOOKED_AT = 64  # the head of a file is looked at when it is opened
     folder = Path(folder_name)
     dist.init_process_group("gloo")
     good = folder / "data" / "s0"

@@ -25,6 +25,7 @@ from megatron_scalebio.data.sources import shared_vocab_size
 from megatron_scalebio.engine import state as module
 from megatron_scalebio.engine.state import Data, RunState
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.methods.bounds import bounds_of
 from megatron_scalebio.methods.scalebio import TrainState
 from tests.markov import write_problem
 
@@ -171,7 +172,7 @@ def test_initial_weights_are_those_given(problem: tuple[list, list], tmp_path: P
     file.write_text(json.dumps({"sources": [*learned, {**learned[0], "name": "s1"}]}))
     data = open_data(problem, ParallelConfig(), weights=str(file))
     assert data.initial_weights() == pytest.approx([7 / 11, 2 / 11, 2 / 11]), "by name"
-    assert data.known_sources() == [True] * 3
+    assert data.former is not None and data.former.known == [True] * 3
     assert data.facts() == {"weights": "3 sources"}
 
 
@@ -187,11 +188,24 @@ def test_known_sources_keep_their_ratios_and_new_ones_enter_at_their_share(tmp_p
     assert found.weights == pytest.approx([0.05, 0.225, 0.675, 0.05])
     assert (found.known, found.gone) == ([False, True, True, False], ["gone"])
     assert found.described() == (
-        "2 sources; 2 new ones; left out, as they are no sources any more: gone"
+        "2 sources; 2 new; left out, as they are no sources any more: gone"
     )
     assert reused(path / "weights.json", ["b", "a"], None).weights == pytest.approx([0.25, 0.75])
     prior = reused(path, ["new", "b", "a"], None, [0.4, 0.3, 0.3])
     assert prior.weights == pytest.approx([0.4, 0.15, 0.45])
+
+
+def test_sources_that_keep_their_ratios_meet_their_caps_together(
+    problem: tuple[list, list], tmp_path: Path
+) -> None:
+    """Two passes over any of them are 0.6 of the final training: with three of s0, one of s1."""
+    options: dict[str, Any] = {"new_share": 0.2, "keep_ratios": True, "target_examples": 100}
+    weights = str(former(tmp_path, s0=0.6, s1=0.2))
+    data = open_data(problem, ParallelConfig(), weights=weights, max_epochs=2.0, **options)
+    assert data.former is not None
+    low_S, high_S = bounds_of(data.config, data, data.former.known)
+    assert (low_S, high_S) == ([0.0] * 3, pytest.approx([0.6, 0.2, 0.6]))
+    assert bounds_of(data.config, data, None)[1] == pytest.approx([0.6] * 3)
 
 
 @pytest.mark.parametrize(

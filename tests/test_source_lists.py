@@ -81,10 +81,10 @@ def test_the_written_configuration_names_each_source(corpus: Path) -> None:
     ("data", "words"),
     [
         ({"sources": {"glob": "corpus/*.idx"}}, "sources[0].glob: 'corpus/*.idx' matches nothing"),
-        ({"sources": {"glob": "*"}}, "'*' matches corpus, which is no source"),
+        ({"sources": {"glob": "*"}}, "'*' matches corpus, which is not a source"),
         (
             {"sources": {"glob": "corpus/*/*.idx", "name": "{folder}"}},
-            "sources[0].name: '{folder}' is no name (it may hold {stem}, {parent}, {grandparent})",
+            "sources[0].name: '{folder}' is not a name (it may hold {stem}, {parent}, {grand",
         ),
         ({"sources": {"glob": "corpus/*/*.idx", "name": "{stem}"}}, "'books' names two entries"),
         ({"sources": {"glob": "corpus/*/*.idx", "name": "{stem}/"}}, "'books/' cannot name a"),
@@ -93,7 +93,7 @@ def test_the_written_configuration_names_each_source(corpus: Path) -> None:
         ({"sources": {"list": "empty"}}, "empty: names no source (one path a line)"),
         ({"sources": {"glob": "corpus/*/*.idx", "weigth": 1}}, "unknown key 'weigth'"),
         ({"data_args_path": "empty"}, "data_args_path: empty: names no source"),
-        ({"data_args_path": "quote"}, "quote: is no list of paths: No closing quotation"),
+        ({"data_args_path": "quote"}, "quote: is not a list of paths: No closing quotation"),
         ({"data_args_path": "twice"}, "twice: names corpus/math/web 2 times (name it once)"),
         (
             {"data_args_path": "twice", "sources": [{"name": "a", "path": "prepared/a"}]},

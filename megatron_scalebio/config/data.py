@@ -24,11 +24,13 @@ class SourceConfig:
     def __post_init__(self) -> None:
         require_positive(self, "initial_weight", "max_weight", "fixed_weight")
         require_positive(self, "min_weight", or_zero=True)
-        bounds = {name: getattr(self, name) for name in ("min_weight", "max_weight")}
-        for name, value in {**bounds, "fixed_weight": self.fixed_weight}.items():
-            if value is not None and value > 1:
+        for name in ("min_weight", "max_weight", "fixed_weight"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if value > 1:
                 raise UserError(f"{name}: {value!r} is above 1 (give a share of 1)")
-            if value is not None and self.fixed_weight is not None and name in bounds:
+            if name != "fixed_weight" and self.fixed_weight is not None:
                 raise UserError(f"{name}: {value!r} and fixed_weight exclude each other (drop one)")
         if self.low > self.high:
             raise UserError(f"min_weight: {self.low!r} is above max_weight {self.high} (swap them)")

@@ -72,7 +72,7 @@ def _matches(pattern: str, where: str) -> list[str]:
         is_source = path.endswith((".idx", ".bin", f"/{_PREPARED}"))
         if not is_source and not os.path.isfile(os.path.join(path, _PREPARED)):
             raise UserError(
-                f"{where}: {pattern!r} matches {path}, which is no source (match .idx files, or "
+                f"{where}: {pattern!r} matches {path}, which is not a source (match .idx files, or "
                 f"the {_PREPARED} of prepared folders)"
             )
     return found
@@ -92,7 +92,7 @@ def _of_megatron(file: str, where: str) -> list[dict[str, Any]]:
     try:
         words = shlex.split(_read(file, where))
     except ValueError as error:
-        raise UserError(f"{where}: {file}: is no list of paths: {error}") from None
+        raise UserError(f"{where}: {file}: is not a list of paths: {error}") from None
     weights: Sequence[float | None] = [None] * len(words)
     numbers = [_number(word) for word in words]
     if len(words) % 2 == 0 and None not in numbers[::2]:
@@ -153,7 +153,7 @@ def named(template: str, parts: Sequence[str], where: str) -> str:
         return template.format(**fields)
     except (KeyError, IndexError, ValueError, AttributeError):
         known = ", ".join(f"{{{field}}}" for field in fields)
-        raise UserError(f"{where}: {template!r} is no name (it may hold {known})") from None
+        raise UserError(f"{where}: {template!r} is not a name (it may hold {known})") from None
 
 
 def _refuse_twice(paths: Sequence[str], where: str) -> None:

@@ -7,12 +7,12 @@ prior and η the step's size,
     p_i = min(high_i, max(low_i, c q_i)),  Σ_i p_i = 1        the bounds: KL projection of q
 
 is the p that minimises ⟨g, p⟩ + κ KL(p ‖ π) + KL(p ‖ p_t) / η within the bounds. Sources that keep
-their ratios move by the mean of their g under p, as one source of their sum would.
+their ratios move by the mean of their g under p, and are pulled by that of log p_i / π_i, as one
+source of their sum would be.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
@@ -64,18 +64,18 @@ class Constraints:
         """The sources whose weights are not fixed."""
         return self.low_S < self.high_S
 
-    def tie(self, hypergradient_S: torch.Tensor, probs_S: torch.Tensor) -> torch.Tensor:
-        """g, with the mean of those that keep their ratios in place of each."""
+    def tie(self, values_S: torch.Tensor, probs_S: torch.Tensor) -> torch.Tensor:
+        """Values, with the mean of the sources that keep their ratios in place of each of them."""
         if not self._tied_S.any():
-            return hypergradient_S
+            return values_S
         mass_S = probs_S * self._tied_S
-        mean = (mass_S * hypergradient_S).sum() / mass_S.sum()
-        return torch.where(self._tied_S, mean, hypergradient_S)
+        return torch.where(self._tied_S, (mass_S * values_S).sum() / mass_S.sum(), values_S)
 
     def pull(self, logits_S: torch.Tensor, size: float) -> torch.Tensor:
         """λ after a step of size η, pulled to the prior."""
-        pull = size * self.kl_to_prior
-        return (logits_S - logits_S.logsumexp(0) + pull * self._log_prior_S) / (1 + pull)
+        pull, log_probs_S = size * self.kl_to_prior, logits_S.log_softmax(0)
+        above_S = self.tie(log_probs_S - self._log_prior_S, log_probs_S.exp())
+        return log_probs_S - pull / (1 + pull) * above_S
 
     def pull_gradient(self, probs_S: torch.Tensor) -> torch.Tensor:
         """The gradient of κ KL(p ‖ π) in p, for optimizers that take gradients."""
@@ -92,15 +92,15 @@ class Constraints:
         def clipped(scale: float) -> torch.Tensor:
             return (scale * weights_S).clamp(self.low_S, self.high_S)
 
-        place = bisect_left(edges, 1.0, key=lambda scale: float(clipped(scale).sum()))
+        def mass(scale: float) -> float:
+            return float(clipped(scale).sum())
+
+        place = bisect_left(edges, 1.0, key=mass)
         if not 0 < place < len(edges):  # all at a bound
             return clipped(edges[min(place, len(edges) - 1)])
-        # Within the piece; not the mean, which two far ends round to one of them.
-        inside = math.sqrt(max(edges[place - 1], 1e-300) * edges[place])
-        bound_S = clipped(inside)
-        is_free = bound_S == inside * weights_S
-        scale = (1 - float(bound_S[~is_free].sum())) / float(weights_S[is_free].sum())
-        return clipped(scale)
+        begin, end = edges[place - 1], edges[place]
+        share = (1 - mass(begin)) / (mass(end) - mass(begin))
+        return clipped(begin + share * (end - begin))
 
     def narrow(self, found: WeightIntervals) -> WeightIntervals:
         """Intervals without what is out of bounds."""

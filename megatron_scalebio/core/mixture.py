@@ -101,9 +101,9 @@ class Mixture:
         self.lookalikes.append(hypergradient_S)
         kept = self.constraints
         if kept is not None:
-            hypergradient_S = kept.tie(hypergradient_S, self.probs_S)
             if self._adamw is not None:
                 hypergradient_S = hypergradient_S + kept.pull_gradient(self.probs_S)
+            hypergradient_S = kept.tie(hypergradient_S, self.probs_S)
         gradient_S = logits_gradient(hypergradient_S, self.probs_S)
         with torch.no_grad():
             self.steps += 1
@@ -115,9 +115,12 @@ class Mixture:
                     self.is_slow = True
                     if self.trajectory.num_blocks:
                         self.logits_S.copy_(self.trajectory.tail().mean(0).log())
-                self.logits_S -= step_S
                 if kept is not None:
-                    self.logits_S.copy_(kept.pull(self.logits_S, size))
+                    # Sources that move as one may be of several groups.
+                    step_S = kept.tie(step_S, self.probs_S)
+                    self.logits_S.copy_(kept.pull(self.logits_S - step_S, size))
+                else:
+                    self.logits_S -= step_S
                 least = LEAST_SHARE / len(self.logits_S)
                 self.logits_S.copy_(self.probs_S.clamp_min(least).log())
             else:

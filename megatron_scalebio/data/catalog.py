@@ -30,10 +30,9 @@ _THREADS = 8  # a shared disk answers each in milliseconds, whatever it is asked
 _AHEAD = 64  # sources looked at before the first of them is written
 _ALIGNED = 8  # bytes
 
-OnOpened = Callable[[int, int], None]  # sources looked at, of how many
-
-
 _COUNTS = ("code", "mask_code", "sequences", "examples", "tokens", "longest", "largest_id")
+
+OnOpened = Callable[[int, int], None]  # sources looked at, of how many
 
 
 class Catalog:
@@ -132,8 +131,7 @@ def _read(path: Path, made_for: dict[str, Any], check: bool) -> dict[str, Any] |
 def _write(path: Path, made_for: dict[str, Any], on_opened: OnOpened) -> None:
     """Looks at every source and writes the catalog, whole or not at all."""
     wanted = made_for["paths"]
-    names = (*Facts.__slots__, "at")
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    columns: dict[str, list[Any]] = {name: [] for name in (*Facts.__slots__, "at")}
     tokenizers: list[dict[str, Any] | None] = []
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:

@@ -27,7 +27,7 @@ class Reused:
         """What was done, as the banner says it."""
         new = len(self.known) - sum(self.known)
         parts = [f"{sum(self.known):,} sources"]
-        parts += [f"{new:,} new ones"] * (new > 0)
+        parts += [f"{new:,} new"] * (new > 0)
         parts += [f"left out, as they are no sources any more: {few(self.gone)}"] * bool(self.gone)
         return "; ".join(parts)
 
@@ -57,8 +57,8 @@ def reused(
             f"{few(sorted(former))} (give the weights that were learned for these sources)"
         )
     if natural_S is not None:
-        new_share = sum(p for p, is_known in zip(natural_S, known, strict=True) if not is_known)
-        new_share = new_share if new else None
+        shares = zip(natural_S, known, strict=True)
+        new_share = sum(share for share, is_known in shares if not is_known) or None
     if new and new_share is None:
         raise UserError(
             f"{path}: has no weight of {few(new)} (give new_share, what new sources begin with, or "
@@ -68,7 +68,7 @@ def reused(
         raise UserError(
             f"new_share: {new_share!r} is for sources that {path} lacks: it lacks none (drop it)"
         )
-    share = new_share if new and new_share is not None else 0.0
+    share = new_share or 0.0
     shares_S = natural_S or [share / max(1, len(new))] * len(names)
     weights = [
         (1 - share) * former[name][0] / whole if is_known else of_new

@@ -20,6 +20,7 @@ from megatron.core.datasets.indexed_dataset import DType
 
 from megatron_scalebio.compat.megatron import packing_order
 from megatron_scalebio.data.indexed import check_pair
+from megatron_scalebio.data.source_writer import SOURCE_FILE
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.fingerprint import of_files
 
@@ -82,26 +83,27 @@ def look_at(path: str, sources: int, seq_length: int, seed: int) -> tuple[Facts,
     Raises:
         UserError: naming what is missing, damaged, empty or too short.
     """
-    if not stamp(path):
+    now = stamp(path)
+    if not now:
         raise UserError(
             f"{path}: is neither a prepared folder nor a .bin/.idx prefix (run "
             "`megatron-scalebio prepare`, or correct the path)"
         )
     ids = max(1, min(IDS_LOOKED_AT, _IDS_OF_ALL // sources))
     if is_prepared(path):
-        return look_at_examples(Path(path), ids), None
-    return _look_at_prefix(path, seq_length, seed, ids)
+        return look_at_examples(Path(path), ids, now), None
+    return _look_at_prefix(path, seq_length, seed, ids, now)
 
 
 def is_prepared(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, "source.json"))
+    return os.path.isfile(os.path.join(path, SOURCE_FILE))
 
 
 def stamp(path: str) -> str:
     """Changes with the size or the times of any file of a source; "" if it is none."""
     parts = [f"{path}.idx", f"{path}.bin"]
     if is_prepared(path):
-        names = ("source.json", "tokens.idx", "tokens.bin", "loss_mask.idx", "loss_mask.bin")
+        names = (SOURCE_FILE, "tokens.idx", "tokens.bin", "loss_mask.idx", "loss_mask.bin")
         parts = [os.path.join(path, name) for name in names]
     elif not all(map(os.path.isfile, parts)):
         return ""
@@ -110,9 +112,8 @@ def stamp(path: str) -> str:
     return hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()
 
 
-def look_at_examples(folder: Path, ids: int = IDS_LOOKED_AT) -> Facts:
-    now = stamp(str(folder))
-    description = read_description(folder / "source.json")
+def look_at_examples(folder: Path, ids: int = IDS_LOOKED_AT, now: str = "") -> Facts:
+    description = read_description(folder / SOURCE_FILE)
     code, lengths_D = check_pair(folder / "tokens")
     mask_code, of_mask_D = check_pair(folder / "loss_mask")
     if not np.array_equal(lengths_D, of_mask_D):
@@ -127,8 +128,9 @@ def look_at_examples(folder: Path, ids: int = IDS_LOOKED_AT) -> Facts:
     )  # fmt: skip
 
 
-def _look_at_prefix(prefix: str, seq_length: int, seed: int, ids: int) -> tuple[Facts, Packing]:
-    now = stamp(prefix)
+def _look_at_prefix(
+    prefix: str, seq_length: int, seed: int, ids: int, now: str
+) -> tuple[Facts, Packing]:
     code, lengths_D = check_pair(Path(prefix))
     tokens = int(lengths_D.sum(dtype=np.int64))
     if tokens <= seq_length:

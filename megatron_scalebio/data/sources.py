@@ -19,11 +19,8 @@ import numpy.typing as npt
 from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
 from megatron_scalebio.data.catalog import Catalog, OnOpened, open_catalog
 from megatron_scalebio.data.indexed import IndexedPair
-from megatron_scalebio.data.scan import (
-    Facts,
-    look_at_examples,
-    read_description,
-)
+from megatron_scalebio.data.scan import Facts, is_prepared, look_at_examples, read_description
+from megatron_scalebio.data.source_writer import SOURCE_FILE
 from megatron_scalebio.errors import UserError
 
 Example = tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]
@@ -219,9 +216,9 @@ def vocab_size_told(config: Config) -> int | None:
     """The vocabulary of the first prepared set, without opening its data."""
     data = config.data
     for folder in [e.path for e in data.sources] + [e.path for e in data.validation]:
-        path = Path(folder) / "source.json"
-        if path.is_file():
-            return int(read_description(path)["tokenizer"]["vocab_size"])
+        if is_prepared(folder):
+            description = read_description(Path(folder) / SOURCE_FILE)
+            return int(description["tokenizer"]["vocab_size"])
     return None
 
 

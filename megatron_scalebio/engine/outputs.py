@@ -65,22 +65,21 @@ def prepare_folders(
         earlier = {"sources": run["sources"], "validation": run["validation"]}
     except (OSError, ValueError, KeyError, TypeError):
         return
+    reuse = f"; --weights {folder} there starts from the weights learned here"
     for kind, names in (("sources", sources), ("validation", validation)):
         if names is not None and earlier[kind] not in ([], names):  # []: a part that has none
             raise UserError(
                 f"holds a run of other {kind}: {_difference(earlier[kind], names)}",
                 where=str(folder),
-                fix=f"choose a new train.output; --weights {folder} there starts from the weights "
-                "learned here"
-                if kind == "sources"
-                else "choose a new train.output",
+                fix="choose a new train.output" + reuse * (kind == "sources"),
             )
 
 
 def _difference(earlier: list[str], now: list[str]) -> str:
     """What one list of names lacks and another adds, in words."""
-    gone = [name for name in earlier if name not in now]
-    new = [name for name in now if name not in earlier]
+    had, has = set(earlier), set(now)
+    gone = [name for name in earlier if name not in has]
+    new = [name for name in now if name not in had]
     if not gone and not new:
         return f"the order was {few(earlier)}"
     parts = {"no longer there": gone, "not there before": new}

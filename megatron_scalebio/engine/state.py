@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -120,25 +121,24 @@ class Data:
             valid = micro_batches(self.validation, valid_picks, self.layout)
         return train, valid, picks, valid_picks
 
+    @cached_property
+    def former(self) -> Reused | None:
+        """The sources as the run that `data.weights` names has left them."""
+        data = self.config.data
+        if not data.weights:
+            return None
+        return reused(Path(data.weights), [s.name for s in self.sources], data.new_share)
+
     def initial_weights(self) -> list[float]:
         """The configured weights of the sources, not normalised; equal where none are given."""
-        data = self.config.data
-        if data.weights:
-            return self._reused(data.weights).weights
-        return [1.0 if s.initial_weight is None else s.initial_weight for s in data.sources]
-
-    def known_sources(self) -> list[bool]:
-        """Which of the sources the run that `weights` names has had."""
-        return self._reused(self.config.data.weights or "").known
-
-    def _reused(self, path: str) -> Reused:
-        names = [source.name for source in self.sources]
-        return reused(Path(path), names, self.config.data.new_share)
+        if self.former is not None:
+            return self.former.weights
+        given = [source.initial_weight for source in self.config.data.sources]
+        return [1.0 if weight is None else weight for weight in given]
 
     def facts(self) -> dict[str, object]:
         """What the banner says of the weights that the run begins with."""
-        data = self.config.data
-        return {"weights": self._reused(data.weights).described()} if data.weights else {}
+        return {} if self.former is None else {"weights": self.former.described()}
 
 
 class RunState:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_scalebio.progress import PROGRESS
 
-_MANY = 100  # sources; fewer take long on a busy machine alone
+_MANY = 100  # sources; fewer take long only on a busy machine
 _SILENT_S = 1.0
 _LINE_EVERY_S = 10.0
 

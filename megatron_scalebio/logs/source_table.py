@@ -20,7 +20,7 @@ from megatron_scalebio.logs.records import write_whole
 
 TABLE_FILE = "sources.npy"
 LISTED_SOURCES = 100  # a run of more has the table
-HEAVIEST = 20  # sources in a step's line
+_HEAVIEST = 20  # sources in a step's line
 SOURCE_FIELDS = ("weights", "loss_w", "loss_u", "excess_loss")
 _SOURCES_A_STEP = 500  # on average
 
@@ -70,11 +70,11 @@ class SourceTable:
         if step % self.interval == 0:
             self._append()
         if weights_S is not None:
-            top = np.argpartition(-weights_S, HEAVIEST)[:HEAVIEST]
-            top = top[np.argsort(-weights_S[top], kind="stable")]
+            top = heaviest(weights_S)
             values = {field: value_S[top].tolist() for field, value_S in held.items()}
-            heaviest = {"source": top.tolist(), "weights": weights_S[top].tolist(), **values}
-            rest["heaviest"] = heaviest
+            rest["heaviest"] = {
+                "source": top.tolist(), "weights": weights_S[top].tolist(), **values
+            }  # fmt: skip
         return rest
 
     def close(self) -> None:
@@ -120,6 +120,12 @@ class SourceTable:
         self._file.seek(0)
         described = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
         np.lib.format.write_array_header_1_0(self._file, {**described, "shape": (self._rows,)})
+
+
+def heaviest(weights_S: npt.NDArray[np.floating]) -> npt.NDArray[np.intp]:
+    """The heaviest of many sources, in order."""
+    top = np.argpartition(-weights_S, _HEAVIEST)[:_HEAVIEST]
+    return top[np.argsort(-weights_S[top], kind="stable")]
 
 
 def read_table(path: Path) -> npt.NDArray[Any] | None:

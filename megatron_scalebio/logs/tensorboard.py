@@ -22,6 +22,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron_scalebio.logs.records import write_whole
+from megatron_scalebio.logs.source_table import LISTED_SOURCES, heaviest
 
 STEP_TAGS = {
     # Megatron-LM's tags, of the same meaning, except that `throughput` counts tokens a second.
@@ -57,8 +58,7 @@ SOURCE_TAGS = {
 SOURCE_SCALARS_PER_STEP = 200
 # Nobody looks at 40,000 curves, and TensorBoard does not load them: of more sources, those among
 # the heaviest at some time, and no more than this.
-SOURCES_DRAWN = 100
-HEAVIEST = 20
+SOURCES_DRAWN = LISTED_SOURCES
 
 
 def source_interval(num_sources: int, interval: int) -> int:
@@ -154,8 +154,8 @@ class TensorBoardLog:
     def _source_scalars(self, record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
         weights = record.get("weights")
         if len(self._sources) > SOURCES_DRAWN and weights is not None:
-            heaviest = np.argsort(-np.asarray(weights), kind="stable")[:HEAVIEST].tolist()
-            self._drawn.update(dict.fromkeys(heaviest[: SOURCES_DRAWN - len(self._drawn)]))
+            top = heaviest(np.asarray(weights)).tolist()
+            self._drawn.update(dict.fromkeys(top[: SOURCES_DRAWN - len(self._drawn)]))
         scalars = []
         for prefix, field in SOURCE_TAGS.items():
             values: Any = record.get(field)

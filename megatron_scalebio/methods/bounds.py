@@ -21,10 +21,9 @@ def constraints_of(config: Config, data: Data) -> Constraints | None:
     Raises:
         UserError: if no mixture keeps to them.
     """
-    low_S, high_S = bounds_of(config, data)
     kappa, tied_S = config.bilevel.kl_to_prior, None
-    if config.data.keep_ratios:
-        tied_S = data.known_sources()
+    if config.data.keep_ratios and data.former is not None:
+        tied_S = data.former.known
         if all(tied_S):
             raise UserError(
                 f"data.keep_ratios: {config.data.weights} has all sources, and nothing is left to "
@@ -34,14 +33,21 @@ def constraints_of(config: Config, data: Data) -> Constraints | None:
             raise UserError(
                 "data.keep_ratios: True and bounds of single sources exclude each other (drop one)"
             )
+    low_S, high_S = bounds_of(config, data, tied_S)
     if not kappa and tied_S is None and not any(low_S) and min(high_S) == 1.0:
         return None
     prior_S = prior_of(config, data) if kappa else None
     return Constraints(low_S, high_S, prior=prior_S, kl_to_prior=kappa, tied=tied_S)
 
 
-def bounds_of(config: Config, data: Data) -> tuple[list[float], list[float]]:
-    """The least and the largest weight of each source."""
+def bounds_of(
+    config: Config, data: Data, tied_S: list[bool] | None
+) -> tuple[list[float], list[float]]:
+    """The least and the largest weight of each source.
+
+    Args:
+        tied_S: sources that keep the ratios they begin with, and so meet their bounds together.
+    """
     low_S = [source.low for source in config.data.sources]
     high_S = [source.high for source in config.data.sources]
     caps_S = caps(config, data.sources)
@@ -55,6 +61,10 @@ def bounds_of(config: Config, data: Data) -> tuple[list[float], list[float]]:
                 "that)"
             )
     high_S = [min(pair) for pair in zip(high_S, caps_S, strict=True)]
+    if tied_S is not None:
+        ratio_S = [w * tied for w, tied in zip(data.initial_weights(), tied_S, strict=True)]
+        most = min(high / ratio for high, ratio in zip(high_S, ratio_S, strict=True) if ratio)
+        high_S = [most * ratio or high for high, ratio in zip(high_S, ratio_S, strict=True)]
     if sum(high_S) < 1:
         raise UserError(
             f"data.max_epochs: {config.data.max_epochs:g} and the sources' max_weight leave "

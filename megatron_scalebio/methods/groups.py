@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_scalebio.core.confidence import judge_convergence, weight_intervals
@@ -62,9 +63,10 @@ def described(
         known: enough steps were averaged for an interval.
     """
     core, options, path = core_levels(levels), bio.options, bio.mixture.trajectory
+    if core is None:
+        return {}
     groups, verdicts = [], []
     for number, level in enumerate(levels):
-        assert core is not None
         tail_BG = core.sums(path.tail(options.average_fraction), number)
         found = weight_intervals(tail_BG, options.confidence, validation_examples)
         ends = (x.tolist() for x in (found.weight_S, found.low_S, found.high_S))
@@ -80,13 +82,12 @@ def described(
             "level": level.depth, "groups": len(level.names), "converged": judged.converged,
             "reason": judged.reason,
         })  # fmt: skip
-    return {"levels": verdicts, "groups": groups} if levels else {}
+    return {"levels": verdicts, "groups": groups}
 
 
 def coarse_weights(levels: Sequence[Level], weight_S: torch.Tensor) -> dict[str, float] | None:
     """Weight of each group of the coarsest level, for a step's record; None if that is too long."""
     if not levels or len(levels[0].names) > MOST_RECORDED:
         return None
-    core = core_levels(levels[:1])
-    assert core is not None
-    return dict(zip(levels[0].names, core.sums(weight_S[None], 0)[0].tolist(), strict=True))
+    weight_G = np.bincount(levels[0].group_S, weight_S.numpy())
+    return dict(zip(levels[0].names, weight_G.tolist(), strict=True))

@@ -12,6 +12,7 @@ from scipy.optimize import minimize
 
 from megatron_scalebio.core.confidence import weight_intervals
 from megatron_scalebio.core.constraints import Constraints
+from megatron_scalebio.core.levels import Levels
 from megatron_scalebio.core.mixture import Mixture
 from tests.core.test_mixture import noise
 
@@ -65,6 +66,14 @@ def test_the_projection_holds_at_the_edges(low: list[float], high: list[float]) 
             np.testing.assert_allclose(got, q, atol=1e-9)
 
 
+def test_bounds_that_add_up_to_one_but_for_rounding_are_met() -> None:
+    """With all sources at their bounds the sum is a rounding below 1, and none is left to move."""
+    low, high = [0.2, 0.1, 0.0, 0.0], [0.4, 0.5, 0.2, 0.1]
+    q = [1.081495622073144e-06, 0.5181593842123193, 2.0315095239844173e-05, 0.48181921919681886]
+    got = Constraints(low, high).project(tensor(q))
+    np.testing.assert_allclose(got, [0.2, 0.5, 0.2, 0.1], atol=1e-12)
+
+
 def test_ten_thousand_bounds_are_met() -> None:
     rng = np.random.default_rng(2)
     low, high = rng.random(10**4) * 5e-5, 2e-5 + rng.random(10**4) * 4e-4
@@ -115,11 +124,17 @@ def test_the_pull_ends_where_it_balances_the_objective(kind: str) -> None:
         torch.testing.assert_close(mixture.probs_S, expected / expected.sum(), atol=5e-3, rtol=0)
 
 
-def test_tied_sources_keep_their_ratios_and_move_as_one() -> None:
-    """As the mixture in which their sum is one source, of their mean gradient."""
-    tied = Constraints([0.0] * 4, [1.0] * 4, tied=[True, True, False, True])
-    mixture, merged = Mixture([3.0, 2.0, 4.0, 1.0], "eg", tied), Mixture([6.0, 4.0], "eg")
-    ratios = tensor([3.0, 2.0, 1.0]) / 6
+@pytest.mark.parametrize("kappa", [0.0, 0.5])
+def test_tied_sources_keep_their_ratios_and_move_as_one(kappa: float) -> None:
+    """As the mixture in which their sum is one source, of their mean gradient and log prior."""
+    ratios, prior = tensor([3.0, 2.0, 1.0]) / 6, tensor([0.1, 0.4, 0.3, 0.2])
+    merged_prior = tensor([float((ratios * (prior[[0, 1, 3]] / ratios).log()).sum().exp()), 0.3])
+    pulled: dict[str, Any] = {"kl_to_prior": kappa}
+    tied = Constraints(
+        [0.0] * 4, [1.0] * 4, tied=[True, True, False, True], prior=prior.tolist(), **pulled
+    )
+    free = Constraints([0.0] * 2, [1.0] * 2, prior=merged_prior.tolist(), **pulled)
+    mixture, merged = Mixture([3.0, 2.0, 4.0, 1.0], "eg", tied), Mixture([6.0, 4.0], "eg", free)
     for g_S in noise(80, 4):
         mean = float((ratios * g_S[[0, 1, 3]]).sum())
         merged.step(tensor([mean, float(g_S[2])]), 0.05)
@@ -128,6 +143,19 @@ def test_tied_sources_keep_their_ratios_and_move_as_one() -> None:
         torch.testing.assert_close(mixture.probs_S[2], merged.probs_S[1])
         held_S = mixture.probs_S[[0, 1, 3]]
         torch.testing.assert_close(held_S / held_S.sum(), ratios)
+
+
+@pytest.mark.parametrize("kind", ["eg", "adamw"])
+def test_tied_sources_keep_their_ratios_whatever_else_moves_them(kind: str) -> None:
+    """A prior of other ratios, and two groups."""
+    tied = Constraints(
+        [0.0] * 4, [1.0] * 4, tied=[True, True, False, True], prior=[1.0] * 4, kl_to_prior=0.5
+    )
+    mixture = Mixture([3.0, 2.0, 4.0, 1.0], kind, tied, Levels([[0, 1, 1, 0]]))
+    for g_S in noise(80, 4):
+        mixture.step(g_S, 0.05)
+    held_S = mixture.probs_S[[0, 1, 3]]
+    torch.testing.assert_close(held_S / held_S.sum(), tensor([3, 2, 1]) / 6, rtol=1e-6, atol=0)
 
 
 def test_without_constraints_nothing_changes() -> None:

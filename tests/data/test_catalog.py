@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 
 from megatron_scalebio.data import indexed, scan
 from megatron_scalebio.data.catalog import CATALOG_FILE, open_catalog
@@ -27,10 +31,12 @@ def paths(tmp_path: Path) -> list[str]:
     return [f"{path}/tokens" if n % 2 else path for n, path in enumerate(folders)]
 
 
-def opened(cache: Path, paths: list[str], **options: Any) -> list[tuple[int, int]]:
+def opened(
+    cache: Path, paths: list[str], length: int = 8, seed: int = 3, **options: Any
+) -> list[tuple[int, int]]:
     """Opens the catalog; what it had to look at."""
     seen: list[tuple[int, int]] = []
-    open_catalog(cache, paths, 8, 3, lambda done, of: seen.append((done, of)), **options)
+    open_catalog(cache, paths, length, seed, lambda *progress: seen.append(progress), **options)
     return seen
 
 
@@ -42,9 +48,11 @@ def test_sources_are_looked_at_once(tmp_path: Path, paths: list[str]) -> None:
     assert opened(cache, paths[::-1]) == [], "in any order"
 
 
-@pytest.mark.parametrize("change", ["tokens", "mask", "another", "torn", "foreign"])
+@pytest.mark.parametrize(
+    "change", ["tokens", "mask", "another", "length", "seed", "torn", "foreign", "version"]
+)
 def test_a_change_is_seen(tmp_path: Path, paths: list[str], change: str) -> None:
-    cache = tmp_path / "cache"
+    cache, options = tmp_path / "cache", {}
     opened(cache, paths)
     part = {"tokens": "s1/tokens.bin", "mask": "s2/loss_mask.bin"}.get(change)
     if part:
@@ -52,12 +60,16 @@ def test_a_change_is_seen(tmp_path: Path, paths: list[str], change: str) -> None
         stream.write_bytes(stream.read_bytes())  # as large as before
     elif change == "another":
         paths = paths[:-1]
+    elif change in ("length", "seed"):
+        options = {change: 4}
     elif change == "torn":
         os.truncate(cache / CATALOG_FILE, 100)
-    else:
+    elif change == "foreign":
         (cache / CATALOG_FILE).write_bytes(b"x" * 1000)
-    assert len(opened(cache, paths)) == len(paths)
-    assert opened(cache, paths) == []
+    else:
+        (cache / CATALOG_FILE).write_bytes((cache / CATALOG_FILE).read_bytes()[:-1] + b"0")
+    assert len(opened(cache, paths, **options)) == len(paths)
+    assert opened(cache, paths, **options) == []
 
 
 def test_a_rank_that_need_not_check_asks_no_file(tmp_path: Path, paths: list[str]) -> None:
@@ -70,6 +82,7 @@ def test_a_rank_that_need_not_check_asks_no_file(tmp_path: Path, paths: list[str
 
 
 def test_what_is_read_back_is_what_was_seen(tmp_path: Path, paths: list[str]) -> None:
+    paths = [*paths[2:], *paths[:2]]  # not as they are sorted
     for _ in range(2):
         catalog = open_catalog(tmp_path / "cache", paths, 8, 3, lambda done, of: None)
         for number, path in enumerate(paths):
@@ -80,6 +93,27 @@ def test_what_is_read_back_is_what_was_seen(tmp_path: Path, paths: list[str]) ->
                     np.testing.assert_array_equal(ours, theirs)
                     assert ours.dtype == theirs.dtype
     assert len({id(catalog.facts(number).tokenizer) for number in (0, 2, 4)}) == 1
+
+
+def test_a_prefix_gives_what_megatrons_own_dataset_does(tmp_path: Path) -> None:
+    prefix = (
+        f"{write_source(tmp_path, 's', [np.arange(1, 3 + n * 7 % 23) for n in range(20)])}/tokens"
+    )
+    catalog = open_catalog(tmp_path / "cache", [prefix], 8, 3, lambda done, of: None)
+    nothing: Any = SimpleNamespace(eod=-1, pad=-1, vocab_size=None, unique_identifiers={})
+    settings = GPTDatasetConfig(
+        random_seed=3, sequence_length=8, split="1,0,0", tokenizer=nothing, eod_mask_loss=False,
+        reset_position_ids=False, reset_attention_mask=False, create_attention_mask=False,
+    )  # fmt: skip
+    documents = np.arange(20, dtype=np.int32)
+    theirs = GPTDataset(IndexedDataset(prefix), prefix, documents, None, Split.train, settings)
+    ours = PackedSource("p", prefix, catalog, 0)
+    assert len(ours) == len(theirs) > 20
+    for number in range(len(ours)):
+        tokens, targets = ours.example(number)
+        np.testing.assert_array_equal(tokens[:-1], theirs[number]["tokens"])
+        np.testing.assert_array_equal(tokens[1:], theirs[number]["labels"])
+        assert targets.tolist() == [0] + [1] * 8
 
 
 def test_few_files_are_open_however_many_are_read(

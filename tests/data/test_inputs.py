@@ -306,7 +306,10 @@ def test_a_name_of_fields_makes_every_file_a_source(tmp_path: Path) -> None:
         ("code-web", 1, 1), ("math-books", 1, 0), ("math-web", 1, 0),
     ]  # fmt: skip
     assert [s.name for s in parse_inputs(f"one={tmp_path}")] == ["one"]
-    for name, words in (("{file}", "--input: '{file}' is no name"), ("a/{stem}", "cannot name a")):
+    for name, words in (
+        ("{file}", "'{file}' is not a name"),
+        ("a/{stem}", "cannot name a"),
+    ):
         with pytest.raises(UserError) as refused:
             parse_inputs(f"{name}={tmp_path}")
         assert words in str(refused.value)
