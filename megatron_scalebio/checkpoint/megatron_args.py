@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_scalebio.config import Config, ModelConfig
+from megatron_scalebio.config.experts import options_of_experts
 from megatron_scalebio.model.provider import padded_vocab_size
 from megatron_scalebio.model.settings import default_ffn_hidden_size, uses_transformer_engine
 
@@ -59,7 +59,7 @@ def megatron_args(
         num_attention_heads=model.num_attention_heads,
         group_query_attention=model.num_query_groups is not None,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        kv_channels=model.head_channels,
         seq_length=config.data.seq_length,
         max_position_embeddings=model.max_position_embeddings or config.data.seq_length,
         rotary_base=model.rotary_base,
@@ -117,16 +117,13 @@ def _tokenizer(tokenizer: Mapping[str, Any] | None) -> dict[str, str]:
 
 def _experts(config: Config) -> dict[str, Any]:
     model, parallel = config.model, config.parallel
-    kept = {spec.name: getattr(model, spec.name) for spec in fields(model)}
     return {
-        **{name: value for name, value in kept.items() if name.startswith("moe_")},
+        **options_of_experts(model),
         "num_experts": model.num_experts,
         "moe_layer_freq": model.moe_layer_freq or 1,
         "moe_grouped_gemm": model.num_experts is not None and uses_transformer_engine(config),
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": (
-            parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
-        ),
+        "expert_tensor_parallel_size": parallel.expert_tp,
     }
 
 

@@ -145,7 +145,7 @@ class Config:
     def _validate_fp8(self, tp: int) -> None:
         """Every side of a matrix product in FP8 is a multiple of 16 (Transformer Engine)."""
         model = self.model
-        head = model.kv_channels or model.hidden_size // model.num_attention_heads
+        head = model.head_channels
         groups = model.num_query_groups or model.num_attention_heads
         cp = self.parallel.context_parallel_size
         if self.data.seq_length % (16 * tp * cp):

@@ -87,9 +87,15 @@ def _check_layers(model: Any) -> None:
 
 def refuse_without_experts(model: Any) -> None:
     """Refuses options of experts where there are none."""
-    for name, spec in model.__dataclass_fields__.items():
-        if name.startswith("moe_") and getattr(model, name) != spec.default:
-            raise UserError(f"{name}: {getattr(model, name)!r} needs num_experts (set it)")
+    for name, value in options_of_experts(model).items():
+        if value != model.__dataclass_fields__[name].default:
+            raise UserError(f"{name}: {value!r} needs num_experts (set it)")
+
+
+def options_of_experts(model: Any) -> dict[str, Any]:
+    """Megatron's options of experts by its names; their number, `num_experts`, apart."""
+    names = (name for name in model.__dataclass_fields__ if name.startswith("moe_"))
+    return {name: getattr(model, name) for name in names}
 
 
 def check_expert_layout(model: Any, parallel: Any, world_size: int) -> None:
@@ -99,7 +105,7 @@ def check_expert_layout(model: Any, parallel: Any, world_size: int) -> None:
         UserError: naming the field, its value and the fix.
     """
     ep, tp = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
-    etp = parallel.expert_tensor_parallel_size or tp
+    etp = parallel.expert_tp
     if model.num_experts is None:
         if ep > 1 or parallel.expert_tensor_parallel_size is not None:
             raise UserError(

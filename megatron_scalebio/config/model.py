@@ -154,12 +154,16 @@ class ModelConfig:
                 f"{self.num_attention_heads} (choose a divisor)"
             )
         if self.position_embedding_type == "rope":
-            self._check_rope(self.kv_channels or self.hidden_size // self.num_attention_heads)
+            self._check_rope(self.head_channels)
         elif self.rope_scaling:
             raise UserError(
                 f"rope_scaling: {self.rope_scaling.rope_type!r} does not go with "
                 f"position_embedding_type {self.position_embedding_type} (drop one of them)"
             )
+
+    @property
+    def head_channels(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     def _check_window(self, window: list[int]) -> None:
         causal = "write {0},0, in YAML [{0}, 0]"

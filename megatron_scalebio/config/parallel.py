@@ -89,6 +89,11 @@ class ParallelConfig:
         return tp * pp * self.context_parallel_size
 
     @property
+    def expert_tp(self) -> int:
+        """Ranks that share each expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
     def length_divisor(self) -> int:
         """What a padded sequence has to be a multiple of: CP deals it in 2 · CP chunks."""
         cp, tp = self.context_parallel_size, self.tensor_model_parallel_size

@@ -11,8 +11,7 @@ LAYER = "decoder.layers.{}."
 def heads_of(model: ModelConfig) -> Heads:
     """The sizes of the model's attention."""
     attention = model.num_attention_heads
-    channels = model.kv_channels or model.hidden_size // attention
-    return Heads(attention, model.num_query_groups or attention, channels)
+    return Heads(attention, model.num_query_groups or attention, model.head_channels)
 
 
 def megatron_shape(name: str, model: ModelConfig) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_scalebio.config import ModelConfig
-from megatron_scalebio.convert.rules import RULES, Heads
+from megatron_scalebio.convert.rules import RULES
 from megatron_scalebio.convert.shapes import heads_of, megatron_shape
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.families import Family, TensorMap
@@ -41,30 +41,25 @@ class Whole:
 
     Args:
         map: its row of the family's table.
+        model: that it is of.
         layer: None outside the layers.
-        layers: how many layers the model has.
-        stacked: all its layers are alike, and one tensor in a checkpoint.
         expert: None but for an expert's own.
-        experts: of a layer.
         shape: over all TP ranks, without the padding of the vocabulary.
         parts: what it is made of.
-        heads: the sizes of the model's attention.
     """
 
     map: TensorMap
+    model: ModelConfig
     layer: int | None
-    layers: int
-    stacked: bool
     expert: int | None
-    experts: int
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-    heads: Heads
 
     @property
     def key(self) -> str:
         """Its name in a checkpoint that is written here."""
-        return self.stacked_key if self.stacked else self.layer_key
+        layers_alike = self.model.moe_layer_freq is None
+        return self.stacked_key if layers_alike else self.layer_key
 
     @property
     def stacked_key(self) -> str:
@@ -78,17 +73,17 @@ class Whole:
 
     def place_in(self, key: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Where it is in a checkpoint's tensor of that name: index and sizes of the first axes."""
-        axes = [(self.layer, self.layers)] if key == self.stacked_key else []
-        axes.append((self.expert, self.experts))
+        axes = [(self.layer, self.model.num_layers)] if key == self.stacked_key else []
+        axes.append((self.expert, self.model.num_experts or 0))
         held = [(at, size) for at, size in axes if at is not None]
         return tuple(at for at, _ in held), tuple(size for _, size in held)
 
     def to_megatron(self, parts: list[Tensor]) -> Tensor:
-        return RULES[self.map.rule].to_megatron(parts, self.heads)
+        return RULES[self.map.rule].to_megatron(parts, heads_of(self.model))
 
     def to_hf(self, whole: Tensor) -> dict[str, Tensor]:
         """Its parts by the table's names."""
-        tensors = RULES[self.map.rule].to_hf(whole, self.heads)
+        tensors = RULES[self.map.rule].to_hf(whole, heads_of(self.model))
         return {part.name: tensor for part, tensor in zip(self.parts, tensors, strict=True)}
 
 
@@ -124,18 +119,14 @@ class Table:
         self.tied = (names[_HEAD], names[_EMBEDDING]) if is_tied else None
 
     def _whole(self, row: TensorMap, layer: int | None, expert: int | None = None) -> Whole:
-        shape = megatron_shape(row.megatron, self._model)
-        heads = heads_of(self._model)
-        shapes = RULES[row.rule].to_hf(torch.empty(shape, device="meta"), heads)
+        model = self._model
+        shape = megatron_shape(row.megatron, model)
+        shapes = RULES[row.rule].to_hf(torch.empty(shape, device="meta"), heads_of(model))
         parts = tuple(
             Part(name.format(layer, expert), tuple(part.shape))
             for name, part in zip(row.hf, shapes, strict=True)
         )
-        model = self._model
-        return Whole(
-            row, layer, model.num_layers, model.moe_layer_freq is None, expert,
-            model.num_experts or 0, shape, parts, heads,
-        )  # fmt: skip
+        return Whole(row, model, layer, expert, shape, parts)
 
     def ignores(self, name: str) -> bool:
         """True for what does not train: a buffer that is computed, a layer after the last."""

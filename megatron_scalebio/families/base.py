@@ -235,7 +235,7 @@ def _check_rope(config: HfConfig, name: str, value: Any) -> None:
     elif name in ("short_factor", "long_factor"):
         good = isinstance(value, list) and all(is_number(factor) for factor in value)
     elif name not in _ROPE_NUMBERS:
-        return  # refused as unknown later
+        raise config.refuse("rope_parameters", f"unknown key {name!r}")
     else:
         least = 0 if name in ("factor", "rope_theta") else -math.inf
         good = is_number(value) and least < value < 2**53

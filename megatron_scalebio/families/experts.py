@@ -16,6 +16,14 @@ _LLAMA = tuple(
 )
 
 
+def _rows(hf_of: dict[str, tuple[str, ...]]) -> tuple[TensorMap, ...]:
+    """Of layers with experts; a gate and what it gates are one matrix of Megatron."""
+    return tuple(
+        TensorMap(f"{_LAYER}{name}", hf, "stack_rows" if len(hf) == 2 else "copy", layers="experts")
+        for name, hf in hf_of.items()
+    )
+
+
 def _experts(block: str, gate: str, up: str, down: str) -> tuple[TensorMap, ...]:
     """Router, experts and the norm before them.
 
@@ -29,26 +37,18 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[TensorMap, ...]
         "mlp.experts.experts.linear_fc1.weight": (f"{expert}{gate}.weight", f"{expert}{up}.weight"),
         "mlp.experts.experts.linear_fc2.weight": (f"{expert}{down}.weight",),
     }
-    return tuple(
-        TensorMap(f"{_LAYER}{name}", hf, "stack_rows" if len(hf) == 2 else "copy", layers="experts")
-        for name, hf in rows.items()
-    )
+    return _rows(rows)
 
 
-_GLM = (
-    TensorMap(
-        f"{_LAYER}mlp.router.expert_bias", (f"{_HF_LAYER}mlp.gate.e_score_correction_bias",),
-        layers="experts",
-    ),
-    TensorMap(
-        f"{_LAYER}mlp.shared_experts.linear_fc1.weight",
-        tuple(f"{_HF_LAYER}mlp.shared_experts.{p}_proj.weight" for p in ("gate", "up")),
-        "stack_rows", layers="experts",
-    ),
-    TensorMap(
-        f"{_LAYER}mlp.shared_experts.linear_fc2.weight",
-        (f"{_HF_LAYER}mlp.shared_experts.down_proj.weight",), layers="experts",
-    ),
+_SHARED = f"{_HF_LAYER}mlp.shared_experts."
+_GLM = _rows(
+    {
+        "mlp.router.expert_bias": (f"{_HF_LAYER}mlp.gate.e_score_correction_bias",),
+        "mlp.shared_experts.linear_fc1.weight": (
+            f"{_SHARED}gate_proj.weight", f"{_SHARED}up_proj.weight",
+        ),
+        "mlp.shared_experts.linear_fc2.weight": (f"{_SHARED}down_proj.weight",),
+    }
 )  # fmt: skip
 
 

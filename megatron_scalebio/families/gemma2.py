@@ -30,15 +30,6 @@ _TENSORS = COMMON + tuple(
 )
 
 
-_QK_NORMS = tuple(
-    TensorMap(
-        f"decoder.layers.{{}}.self_attention.{p}_layernorm.weight",
-        (f"model.layers.{{}}.self_attn.{p}_norm.weight",),
-    )
-    for p in "qk"
-)
-
-
 def _gemma(config: HfConfig, **common: Any) -> dict[str, Any]:
     config.require("hidden_activation", "gelu_pytorch_tanh")
     config.require("attention_bias", False)
@@ -68,5 +59,5 @@ def _gemma3(config: HfConfig) -> dict[str, Any]:
 
 FAMILIES = (
     Family(("Gemma2ForCausalLM",), _gemma2, _TENSORS),
-    Family(("Gemma3ForCausalLM",), _gemma3, (*_TENSORS, *_QK_NORMS)),
+    Family(("Gemma3ForCausalLM",), _gemma3, _TENSORS),
 )

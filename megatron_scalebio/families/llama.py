@@ -24,6 +24,14 @@ COMMON = (
         (f"{_HF_LAYER}input_layernorm.weight",),
     ),
     _qkv("weight"),
+    *(
+        TensorMap(
+            f"{_LAYER}self_attention.{p}_layernorm.weight",
+            (f"{_HF_LAYER}self_attn.{p}_norm.weight",),
+            when="qk_layernorm",
+        )
+        for p in "qk"
+    ),
     TensorMap(
         f"{_LAYER}self_attention.linear_proj.weight", (f"{_HF_LAYER}self_attn.o_proj.weight",)
     ),
@@ -48,14 +56,6 @@ TENSORS = (
         (f"{_HF_LAYER}post_attention_layernorm.weight",),
     ),
     _qkv("bias", when="add_qkv_bias"),
-    *(
-        TensorMap(
-            f"{_LAYER}self_attention.{p}_layernorm.weight",
-            (f"{_HF_LAYER}self_attn.{p}_norm.weight",),
-            when="qk_layernorm",
-        )
-        for p in "qk"
-    ),
 )
 
 

@@ -8,8 +8,6 @@ from megatron_scalebio.families.base import Family, HfConfig, TensorMap, layered
 from megatron_scalebio.families.llama import COMMON, common_fields
 
 _NORMS = {
-    "self_attention.q_layernorm": "self_attn.q_norm",
-    "self_attention.k_layernorm": "self_attn.k_norm",
     # Megatron-Bridge's names of the norms after a block.
     "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
     "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",

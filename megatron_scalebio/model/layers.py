@@ -2,8 +2,9 @@
 
 Two implementations: `local`, Megatron-Core's own modules with this package's attention and norm
 (CPU, or CUDA without Transformer Engine), and Transformer Engine's. Both write the same checkpoint
-names. What Megatron-Core has no option for is added here: a norm after each block (Gemma 2), and
-attention and MLP in parallel (GPT-NeoX).
+names. What Megatron-Core has no option for is added here: a norm after each block (Gemma 2), in
+place of the one before it (OLMo 2), norms of queries and keys over all heads, and attention and MLP
+in parallel (GPT-NeoX).
 """
 
 from __future__ import annotations
@@ -47,25 +48,25 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The spec of a stage or chunk with these layers (from 0)."""
     freq = config.moe_layer_freq
-    with_experts = [
-        config.num_moe_experts is not None
-        and (freq[layer] == 1 if isinstance(freq, list) else True)
-        for layer in layers
-    ]
-    kinds = {kind: _layer_spec(config, kind, transformer_engine) for kind in set(with_experts)}
+    experts = config.num_moe_experts
+    numbers = [experts if not isinstance(freq, list) or freq[layer] else None for layer in layers]
     norm = _te_norm() if transformer_engine else LocalNorm
+    specs = {
+        number: _layer_spec(config, number, transformer_engine, norm) for number in set(numbers)
+    }
     return TransformerBlockSubmodules(
-        layer_specs=[kinds[kind] for kind in with_experts], layer_norm=norm
+        layer_specs=[specs[number] for number in numbers], layer_norm=norm
     )
 
 
-def _layer_spec(config: ModelSettings, experts: bool, transformer_engine: bool) -> ModuleSpec:
-    if transformer_engine:
-        layer, norm = _transformer_engine_layer(config, experts), _te_norm()
-    else:
-        layer, norm = _local_layer(config, experts), LocalNorm
+def _layer_spec(
+    config: ModelSettings, experts: int | None, transformer_engine: bool, norm: Any
+) -> ModuleSpec:
+    build = _transformer_engine_layer if transformer_engine else _local_layer
+    layer = build(config, experts)
+    mlp = layer.submodules.mlp.keywords["submodules"]
     if experts:
-        layer.submodules.mlp.keywords["submodules"].router = Router
+        mlp.router = Router
     attention = layer.submodules.self_attention.submodules
     if config.qk_layernorm_whole:
         attention.q_layernorm = partial(WholeNorm, "num_attention_heads")
@@ -76,18 +77,17 @@ def _layer_spec(config: ModelSettings, experts: bool, transformer_engine: bool) 
             from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
             attention.linear_qkv = TEColumnParallelLinear
-            layer.submodules.mlp.keywords["submodules"].linear_fc1 = TEColumnParallelLinear
+            mlp.linear_fc1 = TEColumnParallelLinear
     if config.parallel_residual:
         layer.module = ParallelResidualLayer
     if config.post_norms:
-        mlp = layer.submodules.mlp.keywords["submodules"]
         attention.linear_proj = mlp.linear_fc2 = _with_post_norm(attention.linear_proj, norm)
     return layer
 
 
-def _local_layer(config: ModelSettings, experts: bool) -> ModuleSpec:
+def _local_layer(config: ModelSettings, experts: int | None) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts if experts else None,
+        num_experts=experts,
         normalization=config.normalization,
         qk_layernorm=config.qk_layernorm,
     )
@@ -108,9 +108,9 @@ def _te_norm() -> Any:
     return TENorm
 
 
-def _transformer_engine_layer(config: ModelSettings, experts: bool) -> ModuleSpec:
+def _transformer_engine_layer(config: ModelSettings, experts: int | None) -> ModuleSpec:
     layer = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts if experts else None,
+        num_experts=experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )

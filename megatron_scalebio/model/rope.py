@@ -36,23 +36,20 @@ def softmax_scale(model: ModelConfig) -> float | None:
     m = model.rope_scaling.scale_of_cos_and_sin if model.rope_scaling else 1.0
     if m == 1:
         return model.softmax_scale
-    head = model.kv_channels or model.hidden_size // model.num_attention_heads
-    return m**2 * (model.softmax_scale or 1 / math.sqrt(head))
+    return m**2 * (model.softmax_scale or 1 / math.sqrt(model.head_channels))
 
 
 def window_softmax_scale(model: ModelConfig) -> float | None:
     """That of layers with a window, if they are not scaled as the others are; None: the same."""
     if model.window_rotary_base is None or softmax_scale(model) == model.softmax_scale:
         return None
-    head = model.kv_channels or model.hidden_size // model.num_attention_heads
-    return model.softmax_scale or 1 / math.sqrt(head)
+    return model.softmax_scale or 1 / math.sqrt(model.head_channels)
 
 
 def turn_windows_apart(gpt: Any, model: ModelConfig) -> None:
     """Gives the layers of a chunk that have a window the rope of `window_rotary_base`, unscaled."""
-    head = model.kv_channels or model.hidden_size // model.num_attention_heads
     rope = RotaryEmbedding(
-        head, model.rotary_percent, rotary_base=model.window_rotary_base,
+        model.head_channels, model.rotary_percent, rotary_base=model.window_rotary_base,
         use_cpu_initialization=gpt.config.use_cpu_initialization,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
+from megatron_scalebio.config.experts import options_of_experts
 from megatron_scalebio.config.model import ModelConfig
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.layers import ModelSettings
@@ -140,25 +141,14 @@ def _expert_settings(config: Config) -> dict[str, Any]:
         return {"moe_token_dispatcher_type": "alltoall"}
     ffn = model.ffn_hidden_size or default_ffn_hidden_size(config)
     return {
+        **options_of_experts(model),
         "num_moe_experts": model.num_experts,
         "moe_layer_freq": model.moe_layer_freq or 1,
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size or ffn,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "moe_grouped_gemm": uses_transformer_engine(config),
-        **{
-            name: getattr(model, name)
-            for name in (
-                "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
-                "moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax",
-                "moe_router_num_groups", "moe_router_group_topk",
-                "moe_router_topk_scaling_factor", "moe_router_dtype",
-                "moe_router_enable_expert_bias", "moe_router_bias_update_rate",
-                "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff",
-                "moe_token_dispatcher_type",
-            )
-        },
-    }  # fmt: skip
+    }
 
 
 def scoring_config(megatron: ModelSettings) -> ModelSettings:

@@ -48,7 +48,7 @@ def build_ranks(config: Config, layout: Layout) -> list[Built]:
     """
     ranks = []
     config = on_shapes(config)
-    of_experts = layout.ep * (config.parallel.expert_tensor_parallel_size or layout.tp)
+    of_experts = layout.ep * config.parallel.expert_tp
     for stage in range(layout.pp):
         for place in range(max(layout.tp, of_experts)):
             rank = stage * layout.tp * layout.cp * layout.dp + place

@@ -72,7 +72,7 @@ def step_cost(config: Config, layout: Layout, stages: list[StageMemory], mfu: fl
     # Sequential ranks: TP is innermost, then CP, then EP as a part of DP, then the pipeline.
     tp_s = [stage.sent_per_pass_bytes["TP"] / rate(layout.tp) for stage in stages]
     cp_s = [stage.sent_per_pass_bytes["CP"] / rate(layout.tp * layout.cp) for stage in stages]
-    expert_ranks = layout.ep * (config.parallel.expert_tensor_parallel_size or layout.tp)
+    expert_ranks = layout.ep * config.parallel.expert_tp
     ep_s = [stage.sent_per_pass_bytes["EP"] / rate(expert_ranks) for stage in stages]
     dp_rate = rate(layout.tp * layout.cp * layout.dp)
     pass_s = [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_scalebio.convert.exporter import export_checkpoint
 from megatron_scalebio.convert.importer import import_checkpoint
@@ -22,6 +23,14 @@ def there_and_back(hf: Path, folder: Path, **options: int) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family_in_fp32_and_one_file(tmp_path: Path, name: str) -> None:
     hf = make(tmp_path / "hf", name)
+    assert there_and_back(hf, tmp_path) == content(hf)
+
+
+def test_a_layer_for_multi_token_prediction_is_kept(tmp_path: Path) -> None:
+    hf = make(tmp_path / "hf", "glm4-moe")
+    path = hf / "model.safetensors"
+    more = {"model.layers.3.eh_proj.weight": torch.randn(24, 48)}
+    save_file({**load_file(path), **more}, path, {"format": "pt"})
     assert there_and_back(hf, tmp_path) == content(hf)
 
 

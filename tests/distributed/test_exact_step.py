@@ -226,7 +226,6 @@ def dump_naive(state, path: Path) -> None:
 
 
 def one_flush(problem: dict, name: str, folder: Path) -> None:
-    from megatron.core import parallel_state
 
     from megatron_scalebio.checkpoint import saver
     from megatron_scalebio.core import experts
@@ -255,10 +254,7 @@ def one_flush(problem: dict, name: str, folder: Path) -> None:
 
     for chunks in state.training.models.values():
         experts.move_biases(chunks, groups)
-    if (
-        parallel_state.get_data_parallel_rank()
-        < parallel_state.get_expert_model_parallel_world_size()
-    ):
+    if holds_what_others_do_not():
         content = {
             "w": global_tensors(state.training.w, gradient),
             "u": global_tensors(state.training.u, gradient),
@@ -274,8 +270,15 @@ def one_flush(problem: dict, name: str, folder: Path) -> None:
     state.training.leave_period()
 
 
-def twenty_steps(config, name: str, folder: Path) -> None:
+def holds_what_others_do_not() -> bool:
+    """True on the first data-parallel ranks, which together hold every expert."""
     from megatron.core import parallel_state
+
+    replica = parallel_state.get_data_parallel_rank()
+    return replica < parallel_state.get_expert_model_parallel_world_size()
+
+
+def twenty_steps(config, name: str, folder: Path) -> None:
 
     from megatron_scalebio.methods.scalebio import TrainState, train_step
 
@@ -288,10 +291,7 @@ def twenty_steps(config, name: str, folder: Path) -> None:
         trace.append(
             torch.cat([losses.w_S, losses.u_S, losses.validation_V, state.training.mixture.probs_S])
         )
-    if (
-        parallel_state.get_data_parallel_rank()
-        < parallel_state.get_expert_model_parallel_world_size()
-    ):
+    if holds_what_others_do_not():
         content = {
             "trace": torch.stack(trace),
             "w": global_tensors(state.training.w, lambda p: p.data),
@@ -322,15 +322,18 @@ def trim(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
+def shape_of(name: str) -> dict:
+    """What the naive step is told of a layout's model."""
+    shape = {"layers": 4, "heads": 4, "groups": 2, "vocab": VOCAB, "micro_batch": 2}
+    return shape | ({"topk": 2, "aux": 0.3, "z": 0.1} if "experts" in name else {})
+
+
 def naive_step(folder: Path, start: str, mean: str) -> tuple:
     """Gradients and losses of the naive step, in float64."""
     inputs = torch.load(folder / f"naive-{start}.pt", weights_only=True)
-    shape = {"layers": 4, "heads": 4, "groups": 2, "vocab": VOCAB, "micro_batch": 2}
-    if "experts" in start:
-        shape |= {"topk": 2, "aux": 0.3, "z": 0.1}
     weights = ({k: v.double() for k, v in inputs[role].items()} for role in ("w", "u"))
     rest = (inputs[name] for name in ("logits", "train", "valid", "shares"))
-    return naive.bilevel_gradients(*weights, *rest, 7.0, shape, mean)
+    return naive.bilevel_gradients(*weights, *rest, 7.0, shape_of(start), mean)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -363,11 +366,10 @@ def test_flush_equals_naive_autograd(results: Path, name: str) -> None:
 def test_biases_of_experts_move_against_the_load_of_training(results: Path, name: str) -> None:
     inputs = torch.load(results / f"naive-{start_of(name)}.pt", weights_only=True)
     parts = assembled(results, "flush", name)
-    shape = {"layers": 4, "heads": 4, "groups": 2, "vocab": VOCAB, "micro_batch": 2, "topk": 2}
     active = parts[0]["active"] or range(4)
     for model in ("w", "u"):
         weights = {key: value.double() for key, value in inputs[model].items()}
-        _, loads = naive.router_losses(weights, {**shape, "aux": 0.0, "z": 0.0}, inputs["train"])
+        _, loads = naive.router_losses(weights, shape_of(name), inputs["train"])
         want = weights[BIAS].clone()
         for layer in active:
             load = loads[layer].double()

@@ -34,6 +34,14 @@ def test_defaults_are_the_published_values() -> None:
     assert (rho_loss.REFERENCE_EPOCHS, regmix.PASSES_OF_A_BILEVEL_STEP) == (3, 3)
 
 
+def test_less_is_refused_with_experts() -> None:
+    asked: Any = SimpleNamespace(
+        lisa=SimpleNamespace(lisa_layers=None), model=SimpleNamespace(num_experts=4)
+    )
+    with pytest.raises(UserError, match=r"model\.num_experts: less needs"):
+        less.find(asked, None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["select_fraction", "less_warmup_fraction", "rho_batch_share"])
 def test_shares_are_above_zero_and_at_most_one(name: str) -> None:
     assert getattr(BaselineConfig(**{name: 1.0}), name) == 1.0

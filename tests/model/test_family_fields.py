@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.families import read_family
+from megatron_scalebio.families import FAMILIES, read_family
 
 # What these families call their sizes, and what the sizes are here.
 SIZES = {
@@ -28,6 +28,21 @@ RMS_NORM = {
 }  # fmt: skip
 EVERY_OTHER = ["sliding_attention", "full_attention"] * 3
 EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+
+WITHOUT_BASE = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+LAYERED = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 4321.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 987.0},
+}
+LAYERED_FIELDS = {
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "window_rotary_base": 987,
+    "window_size": [28, 0], "window_attn_skip_freq": 3,
+}  # fmt: skip
+OLMO = {"swiglu": True, "pre_norms": False, "post_norms": True, "qk_layernorm": True,
+        "qk_layernorm_whole": True}  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 4, "moe_intermediate_size": 28}
+EXPERT_FIELDS = {"swiglu": True, "num_experts": 10, "moe_ffn_hidden_size": 28,
+                 "moe_router_topk": 4}  # fmt: skip
 
 # architecture: (model type, config.json, fields of the model)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -55,6 +70,45 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "attn_logit_softcapping": 33.0, "final_logit_softcapping": 17.0, "window_size": [28, 0],
          "window_attn_skip_freq": 2},
     ),
+    "Gemma3ForCausalLM": (
+        "gemma3_text",
+        {**WITHOUT_BASE, "query_pre_attn_scalar": 64, "sliding_window": 29,
+         "layer_types": EVERY_THIRD, "rope_parameters": LAYERED},
+        {**RMS_NORM, "swiglu": False, "activation": "geglu_tanh", "apply_layernorm_1p": True,
+         "post_norms": True, "scale_embedding": True, "softmax_scale": 0.125,
+         "attn_logit_softcapping": None, "final_logit_softcapping": None, "qk_layernorm": True,
+         **LAYERED_FIELDS},
+    ),
+    "Olmo2ForCausalLM": ("olmo2", LLAMA, {**RMS_NORM, **OLMO}),
+    "Olmo3ForCausalLM": (
+        "olmo3",
+        {**WITHOUT_BASE, "sliding_window": 29, "layer_types": EVERY_THIRD,
+         "rope_parameters": LAYERED},
+        {**RMS_NORM, **OLMO, **LAYERED_FIELDS},
+    ),
+    "Qwen3MoeForCausalLM": (
+        "qwen3_moe",
+        {**LLAMA, **EXPERTS, "num_experts": 10, "decoder_sparse_step": 2, "mlp_only_layers": [3],
+         "norm_topk_prob": False},
+        {**RMS_NORM, **EXPERT_FIELDS, "qk_layernorm": True, "moe_layer_freq": [0, 1, 0, 0, 0, 1],
+         "moe_router_pre_softmax": True},
+    ),
+    "Glm4MoeForCausalLM": (
+        "glm4_moe",
+        {**LLAMA, **EXPERTS, "n_routed_experts": 10, "n_shared_experts": 3,
+         "first_k_dense_replace": 2, "routed_scaling_factor": 1.7, "use_qk_norm": True,
+         "attention_bias": True, "partial_rotary_factor": 0.5},
+        {**RMS_NORM, **EXPERT_FIELDS, "rotary_percent": 0.5, "add_qkv_bias": True,
+         "qk_layernorm": True, "moe_layer_freq": [0, 0, 1, 1, 1, 1],
+         "moe_shared_expert_intermediate_size": 84, "moe_router_score_function": "sigmoid",
+         "moe_router_enable_expert_bias": True, "moe_router_topk_scaling_factor": 1.7,
+         "moe_router_dtype": "fp32"},
+    ),
+    "MixtralForCausalLM": (
+        "mixtral",
+        {**LLAMA, "num_local_experts": 10, "num_experts_per_tok": 4, "sliding_window": 37},
+        {**RMS_NORM, **EXPERT_FIELDS, "moe_ffn_hidden_size": 200, "window_size": [36, 0]},
+    ),
     "GPTNeoXForCausalLM": (
         "gpt_neox",
         {**SIZES, "hidden_act": "gelu_fast", "layer_norm_eps": 3e-4, "rotary_pct": 0.5,
@@ -77,7 +131,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", CASES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_every_value_of_config_json_arrives(tmp_path: Path, architecture: str) -> None:
     kind, values, fields = CASES[architecture]
     config = {"architectures": [architecture], "model_type": kind, **values}
@@ -85,6 +139,24 @@ def test_every_value_of_config_json_arrives(tmp_path: Path, architecture: str) -
     family, found = read_family(tmp_path)
     assert architecture in family.architectures
     assert found == fields
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"sliding_attention": LAYERED["full_attention"]}, "sliding_attention without scaling"),
+        (
+            {"chunked_attention": LAYERED["sliding_attention"]},
+            "options of full_attention and sliding_attention",
+        ),
+    ],
+)
+def test_rope_of_windows_is_plain(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
+    config = {"architectures": ["Olmo3ForCausalLM"], **CASES["Olmo3ForCausalLM"][1]}
+    config |= {"model_type": "olmo3", "rope_parameters": {**LAYERED, **changed}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words):
+        read_family(tmp_path)
 
 
 def test_sizes_that_are_left_out_follow_from_the_others(tmp_path: Path) -> None:

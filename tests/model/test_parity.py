@@ -161,20 +161,18 @@ def as_in_files(name: str, tensor: torch.Tensor, prefix: str) -> dict[str, torch
     """What a tensor of transformers' module is in its files: another name, a matrix an expert."""
     if prefix == "GPTNeoX":
         name = name.replace("lm_head.", "embed_out.")
+    gate, up, down = "gate_proj", "up_proj", "down_proj"
     if prefix == "Mixtral":
-        name = name.replace(".mlp.", ".block_sparse_moe.")
-    names = ("w1", "w3", "w2") if prefix == "Mixtral" else ("gate_proj", "up_proj", "down_proj")
+        name, (gate, up, down) = name.replace(".mlp.", ".block_sparse_moe."), ("w1", "w3", "w2")
     block, _, last = name.rpartition(".")
-    if last not in ("gate_up_proj", "down_proj"):
+    names = {"gate_up_proj": (gate, up), "down_proj": (down,)}.get(last)
+    if names is None:
         return {name: tensor}
-    found = {}
-    for expert, matrix in enumerate(tensor):
-        parts = matrix.chunk(2) if last == "gate_up_proj" else [matrix]
-        for each, part in zip(
-            names[: len(parts)] if len(parts) == 2 else names[2:], parts, strict=True
-        ):
-            found[f"{block}.{expert}.{each}.weight"] = part
-    return found
+    return {
+        f"{block}.{expert}.{each}.weight": part
+        for expert, matrix in enumerate(tensor)
+        for each, part in zip(names, matrix.chunk(len(names)), strict=True)
+    }
 
 
 def write_reference(folder: Path, name: str) -> None:

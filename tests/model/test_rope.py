@@ -138,7 +138,8 @@ def test_a_part_of_the_channels_turned_takes_no_attention_factor(tmp_path: Path)
     ("options", "words"),
     [
         ({"rope_type": "proportional"}, "supported: default, linear, llama3, yarn, longrope, dyn"),
-        ({**YARN, "finetuned": True}, "rope_scaling: unknown key 'finetuned'"),
+        ({**YARN, "finetuned": True}, "unknown key 'finetuned'"),
+        ({"rope_type": "default", "mrope_section": [16, 16]}, "unknown key 'mrope_section'"),
         ({**YARN, "long_factor": [1.0]}, "long_factor: [1.0] has no part in yarn scaling"),
         ({**YARN, "truncate": None}, "truncate: None is not of type bool"),
         ({**LONGROPE, "long_factor": [2.0]}, "long_factor: [2.0] has 1 numbers for 32 frequencies"),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import found_on_a_rank
 
 pytestmark = pytest.mark.distributed
 
@@ -26,7 +24,7 @@ CASES: dict[str, tuple[int, dict]] = {
 }  # fmt: skip
 
 
-def plan_all(folder: str) -> None:
+def plan_all() -> dict[str, Any]:
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.errors import UserError
     from megatron_scalebio.plan.checks import build_ranks, problems
@@ -63,14 +61,12 @@ def plan_all(folder: str) -> None:
             search(config, ranks, gpu, 0.4, lambda name: None)
         except UserError as error:
             found[name]["search"] = str(error)
-    (Path(folder) / "found.json").write_text(json.dumps(found))
+    return found
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("plan of experts")
-    run_distributed(plan_all, 1, str(folder))
-    return json.loads((folder / "found.json").read_text())
+def found() -> dict[str, Any]:
+    return found_on_a_rank(plan_all)
 
 
 @pytest.mark.parametrize(("name", "shared_by"), [("one", 1), ("ep4", 4), ("ep2 of dp4", 2)])

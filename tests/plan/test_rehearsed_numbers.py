@@ -7,13 +7,11 @@ scores are computed again), each of 2 · B · S · S/2 · H FLOPs.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import found_on_a_rank
 
 pytestmark = pytest.mark.distributed
 
@@ -65,7 +63,7 @@ def load(parallel: dict, lisa: dict) -> Any:
     })  # fmt: skip
 
 
-def rehearse_all(folder: str) -> None:
+def rehearse_all() -> dict[str, Any]:
     from megatron_scalebio.plan.estimate import Estimator
     from megatron_scalebio.plan.hardware import gpu_named
     from megatron_scalebio.plan.layout import Layout
@@ -89,14 +87,12 @@ def rehearse_all(folder: str) -> None:
         layout = Layout.of(config, ranks, gpu)
         plans = estimator.estimate(config, layout).plan, make_plan(config, layout, 0.4)
         found[name] = [plan.as_json() for plan in plans]
-    (Path(folder) / "found.json").write_text(json.dumps(found))
+    return found
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("rehearsed")
-    run_distributed(rehearse_all, 1, str(folder))
-    return json.loads((folder / "found.json").read_text())
+def found() -> dict[str, Any]:
+    return found_on_a_rank(rehearse_all)
 
 
 def test_flops_of_a_pass(found: dict[str, Any]) -> None:
