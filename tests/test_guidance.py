@@ -121,6 +121,14 @@ def test_init_takes_what_is_prepared_as_it_is(here: Path, capsys: Capture) -> No
     assert config.data.seq_length == 48 and config.model.vocab_size == 32000
 
 
+def test_init_quotes_what_yaml_would_take_for_something_else(here: Path) -> None:
+    for name in ("1", "null", "goal"):
+        write_source(here / "📚", name, [np.arange(9)] * 3)
+    assert main(["init", "📚"]) == 0
+    config = load_config("run.yaml")
+    assert names(config.data.sources) == [("1", "📚/1"), ("null", "📚/null")]
+
+
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
@@ -131,9 +139,13 @@ def test_init_takes_what_is_prepared_as_it_is(here: Path, capsys: Capture) -> No
         ),
         (["raw/math"], "raw/math: holds 1 source(s)"),
         (["raw", "--hf", "raw"], "raw/config.json: No such file"),
+        (["odd"], "odd/数学.json: '' cannot name a source or a set (use letters"),
     ],
 )
 def test_init_refuses(here: Path, capsys: Capture, words: list[str], answer: str) -> None:
+    (here / "odd").mkdir()
+    for name in ("a", "数学", "goal"):
+        (here / "odd" / f"{name}.json").touch()
     assert main(["init", *words]) == 2
     assert answer in the_only_line(capsys.readouterr().err)
     assert not Path("run.yaml").exists()

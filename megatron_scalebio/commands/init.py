@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_scalebio.config.checks import require_name
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.data.source_writer import SOURCE_FILE
 from megatron_scalebio.data.tables import JSON_SUFFIXES, TABLE_SUFFIXES, bare_suffix
@@ -91,9 +91,9 @@ def _found(folder: Path, prepared: Path) -> Iterator[Found]:
     if not folder.is_dir():
         raise UserError("no such folder", where=str(folder), fix="name the folder of your data")
     for path in sorted(folder.iterdir()):
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name.partition(".")[0]).strip("-._")
-        if path.name.startswith(".") or not name:
+        if path.name.startswith("."):
             continue
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name.partition(".")[0]).strip("-._")
         if (path / SOURCE_FILE).is_file():
             yield Found(name, None, path)
         elif path.suffix == ".idx" and path.with_suffix(".bin").is_file():
@@ -112,6 +112,8 @@ def _roles(
     found: Sequence[Found], named: Sequence[str], folder: Path
 ) -> tuple[list[Found], list[Found], list[Found]]:
     """Sources, validation sets and test sets."""
+    for each in found:
+        require_name(str(each.raw or each.path), each.name)
     names = [each.name for each in found]
     listed = ", ".join(names) or "nothing"
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -141,14 +143,8 @@ def _roles(
 def _steps(found: Sequence[Found], prepared: Path, hf: str | None, target: Path) -> list[str]:
     """The commands that come next."""
     raw = [each for each in found if each.raw is not None]
-    words = [
-        "megatron-scalebio",
-        "prepare",
-        "--out",
-        str(prepared),
-        "--seq-length",
-        str(_LENGTH[_has_gpu()]),
-    ]
+    words = ["megatron-scalebio", "prepare", "--out", str(prepared)]
+    words += ["--seq-length", str(_LENGTH[_has_gpu()])]
     words += ["--tokenizer", hf] if hf else ["--train-sentencepiece", str(_pieces(raw))]
     for each in raw:
         words += ["--input", f"{each.name}={each.raw}"]
@@ -170,7 +166,7 @@ def _text(
     lengths = [_seq_length(each.path) for each in (*sources, *goals)]
     length = next((length for length in lengths if length), _LENGTH[_has_gpu()])
     test = f"{_TEST}\n{_listed(tests)}\n" if tests else ""
-    model = f"  hf: {json.dumps(hf)}\n" if hf else _NEW_MODEL.format(*_SIZES[_has_gpu()])
+    model = f"  hf: {_quoted(hf)}\n" if hf else _NEW_MODEL.format(*_SIZES[_has_gpu()])
     if not hf and any(each.raw is None and _seq_length(each.path) is None for each in sources):
         model += "  vocab_size: 32000       # of the tokenizer that made the .bin/.idx files\n"
     return f"""\
@@ -202,7 +198,7 @@ train:
   train_iters: 600        # 400 or more, for the weights to be judged
   global_batch_size: 32
   micro_batch_size: 4     # less where memory is short
-  output: {os.path.join("runs", "first")}
+  output: runs/first
 """
 
 
@@ -211,7 +207,12 @@ def _has_gpu() -> bool:
 
 
 def _listed(sets: Sequence[Found]) -> str:
-    return "\n".join(f"    - {{name: {s.name}, path: {json.dumps(str(s.path))}}}" for s in sets)
+    return "\n".join(f"    - {{name: {_quoted(s.name)}, path: {_quoted(s.path)}}}" for s in sets)
+
+
+def _quoted(text: str | Path) -> str:
+    """A name such as 1 or null is text to YAML in quotes only."""
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 def _seq_length(path: Path) -> int | None:

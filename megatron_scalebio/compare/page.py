@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.formatting import percent
+from megatron_scalebio.compare.tables import largest
 from megatron_scalebio.report import page
 from megatron_scalebio.report.advice import Advice
 
@@ -23,7 +24,7 @@ def write_page(folder: Path, comparison: dict[str, Any]) -> None:
     def place(loss: float) -> str:
         return f"{100 * (loss - low + margin) / (high - low + 2 * margin):.2f}%"
 
-    largest = _largest(comparison)
+    coloured = largest(comparison, SOURCES_SHOWN)
     context = {
         "folder": folder.resolve().name,
         "comparison": comparison,
@@ -32,12 +33,11 @@ def write_page(folder: Path, comparison: dict[str, Any]) -> None:
         "advice": advice(folder, comparison),
         "place": place,
         "ends": (low, high),
-        "largest": largest,
+        "largest": coloured,
         "rest": {
-            method["name"]: max(0.0, 1 - sum(_mean(method, name) for name in largest))
+            method["name"]: max(0.0, 1 - sum(method["weights"][name]["mean"] for name in coloured))
             for method in methods
         },
-        "percent": percent,
     }
     page.write(page.render("compare.html.j2", **context), folder / "compare.html")
 
@@ -85,7 +85,8 @@ def advice(folder: Path, comparison: dict[str, Any]) -> list[Advice]:
             Advice(
                 "Add seeds",
                 "With fewer than three of each, a difference may be luck. What is there is kept:",
-                f"megatron-scalebio compare --config {folder}/compare.yaml --seeds 0 1 2",
+                f"megatron-scalebio compare --config {shlex.quote(f'{folder}/compare.yaml')} "
+                f"--seeds {' '.join(map(str, _three(comparison['seeds'])))}",
             )
         )
     tied = [method["name"] for method in methods[1:] if _within_noise(methods[0], method)]
@@ -109,21 +110,13 @@ def advice(folder: Path, comparison: dict[str, Any]) -> list[Advice]:
     return found
 
 
+def _three(seeds: list[int]) -> list[int]:
+    """Those that there are, and the lowest others to make them three."""
+    return [*seeds, *(seed for seed in range(3) if seed not in seeds)][:3]
+
+
 def _within_noise(best: dict[str, Any], other: dict[str, Any]) -> bool:
     behind, seeds = other["behind"], _seeds_ahead(best, other)[1]
     if behind is None or behind["sd"] is None:
         return False
     return behind["mean"] <= 2 * behind["sd"] / math.sqrt(seeds)
-
-
-def _mean(method: dict[str, Any], source: str) -> float:
-    return float(method["weights"][source]["mean"])
-
-
-def _largest(comparison: dict[str, Any]) -> list[str]:
-    """The sources that some method gives the most, largest first."""
-
-    def most(source: str) -> float:
-        return max(_mean(method, source) for method in comparison["methods"])
-
-    return sorted(comparison["sources"], key=most, reverse=True)[:SOURCES_SHOWN]

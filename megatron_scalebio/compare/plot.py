@@ -10,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from megatron_scalebio.compare.tables import largest
+
 SOURCES_SHOWN = 10
 UNDATED: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}}
 
@@ -31,7 +33,7 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
     losses.set_xlabel("test loss (nats), mean ± sd; grey: each seed")
     losses.grid(axis="x", alpha=0.3)
     start = [0.0] * len(methods)
-    for number, source in enumerate(_largest(comparison)):
+    for number, source in enumerate(largest(comparison, SOURCES_SHOWN)):
         shares = [method["weights"][source]["mean"] for method in methods]
         colour = matplotlib.colormaps["tab10"](number % 10)
         weights.barh(range(len(methods)), shares, left=start, label=source, color=colour)
@@ -44,13 +46,3 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
     weights.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.savefig(path, dpi=150, format=path.suffix[1:], metadata=UNDATED[path.suffix])
     pyplot.close(figure)
-
-
-def _largest(comparison: dict[str, Any]) -> list[str]:
-    """The sources that some method gives the most, in the comparison's order."""
-    most = {
-        source: max(method["weights"][source]["mean"] for method in comparison["methods"])
-        for source in comparison["sources"]
-    }
-    kept = sorted(most, key=lambda source: -most[source])[:SOURCES_SHOWN]
-    return [source for source in comparison["sources"] if source in kept]

@@ -22,7 +22,7 @@ from rich.table import Table
 from megatron_scalebio.compare.page import write_page
 from megatron_scalebio.compare.plot import draw
 from megatron_scalebio.compare.stages import WEIGHTS_FILE, Plan, Run, read
-from megatron_scalebio.compare.tables import csv_text, latex
+from megatron_scalebio.compare.tables import csv_text, largest, latex
 from megatron_scalebio.errors import disk_errors_named
 from megatron_scalebio.formatting import duration
 
@@ -139,8 +139,8 @@ def write(folder: Path, comparison: Content, console: Console) -> None:
         temporary = folder / f"compare.tmp.{suffix}"
         draw(comparison, temporary)
         os.replace(temporary, folder / f"compare.{suffix}")
-    largest = _largest(comparison)
-    head, rows = table(comparison, largest)
+    shown_sources = largest(comparison, _ON_SCREEN)
+    head, rows = table(comparison, shown_sources)
     _replace(folder / "compare.tex", latex(head, rows))
     screen = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in head:
@@ -148,22 +148,12 @@ def write(folder: Path, comparison: Content, console: Console) -> None:
     for row in rows:
         screen.add_row(*row)
     console.print(screen)
-    if len(largest) < len(comparison["sources"]):
+    if len(shown_sources) < len(comparison["sources"]):
         console.print("weights of the other sources: compare.md")
     if remark := progress(comparison):
         console.print(remark)
     for suffix in ("html", "md", "png", "pdf", "csv", "tex", "json"):
         console.print(folder / f"compare.{suffix}", soft_wrap=True)
-
-
-def _largest(comparison: Content) -> list[str]:
-    """The sources that a terminal has room for: of the largest mean weights in any method."""
-
-    def most(source: str) -> float:
-        return max(method["weights"][source]["mean"] for method in comparison["methods"])
-
-    chosen = sorted(comparison["sources"], key=most, reverse=True)[:_ON_SCREEN]
-    return [source for source in comparison["sources"] if source in chosen]
 
 
 def table(comparison: Content, sources: Sequence[str]) -> tuple[list[str], list[list[str]]]:

@@ -1,4 +1,4 @@
-"""A comparison for other programs: a CSV of every run, a LaTeX table of every method."""
+"""What a comparison's tables hold; a CSV of every run, a LaTeX table of every method."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ def csv_text(comparison: dict[str, Any]) -> str:
                 table.writeheader()
             table.writerow(row)
     return text.getvalue()
+
+
+def largest(comparison: dict[str, Any], count: int) -> list[str]:
+    """The sources that some method gives the most, in the comparison's order."""
+
+    def most(source: str) -> float:
+        return max(method["weights"][source]["mean"] for method in comparison["methods"])
+
+    chosen = sorted(comparison["sources"], key=most, reverse=True)[:count]
+    return [source for source in comparison["sources"] if source in chosen]
 
 
 def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:

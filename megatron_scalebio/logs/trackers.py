@@ -34,7 +34,7 @@ _PARAM_CHARS = 6000
 
 
 class Tracker(Protocol):
-    """One of the two."""
+    """A service that a run is logged to."""
 
     id: str
     failures: tuple[type[Exception], ...]  # a service that is away, not a mistake here
@@ -200,10 +200,11 @@ class _Mlflow:
         mlflow = _library("mlflow", "mlflow_experiment")
         self.failures: tuple[type[Exception], ...] = (mlflow.MlflowException,)
         self._entities = import_module("mlflow.entities")
-        if "MLFLOW_TRACKING_URI" not in os.environ:
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
             # MLflow asks whether files are meant: for a run on a cluster they are.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
+            uri = (folder / "mlruns").resolve().as_uri()
         try:
             self._client = mlflow.MlflowClient(tracking_uri=uri)
             self.id = run_id or self._new_run(folder, experiment, config)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_scalebio.compare.results import collect, spread, write
 from megatron_scalebio.compare.stages import Plan, seconds_left
 from megatron_scalebio.compare.tables import latex
 from megatron_scalebio.formatting import duration, percent
+from megatron_scalebio.report.advice import Advice
 
 BEST = [2.0, 2.0, 2.0]
 SOURCES, TESTS, SEEDS = ("code", "web", "math"), ("far", "near"), (3, 8, 11)
@@ -310,9 +312,13 @@ def test_the_page_tells_luck_from_a_difference() -> None:
         behind = spread([loss - best for loss, best in zip(losses, BEST, strict=False)])
         return {"name": name, "runs": runs, "behind": behind, "test_loss": spread(losses)}
 
+    def told(*methods: dict[str, Any], planned: int = 6) -> list[Advice]:
+        seeds = [run["seed"] for run in methods[0]["runs"]]
+        comparison = {"methods": list(methods), "runs_planned": planned, "seeds": seeds}
+        return advice(Path("a folder"), comparison)
+
     def asked(*methods: dict[str, Any], planned: int = 6) -> list[str]:
-        comparison = {"methods": list(methods), "runs_planned": planned}
-        return [each.do for each in advice(Path("c"), comparison)]
+        return [each.do for each in told(*methods, planned=planned)]
 
     best = method("best", BEST)
     clear, close = method("clear", [2.1, 2.12, 2.11]), method("close", [2.05, 1.99, 2.02])
@@ -322,6 +328,10 @@ def test_the_page_tells_luck_from_a_difference() -> None:
     once = [method("best", BEST[:1]), method("clear", [2.1])]
     assert asked(*once, planned=2) == ["Add seeds", "Use the mixture of best"]
     assert asked(*once, planned=4)[0] == "Start it again"
+    words = shlex.split(told(*once, planned=2)[0].command)
+    assert words[2:] == ["--config", "a folder/compare.yaml", "--seeds", "0", "1", "2"]
+    once[0]["runs"][0]["seed"] = 1
+    assert told(*once, planned=2)[0].command.endswith("--seeds 1 0 2")
 
 
 def test_the_time_left_is_that_of_like_stages(plan: Plan) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_scalebio.logs.source_table import LISTED_SOURCES, TABLE_FILE, SourceTable
 from tests.commands import ROOT
 
 NOTEBOOK = ROOT / "examples" / "weights.ipynb"
@@ -21,14 +22,26 @@ def said(notebook: Any) -> str:
     return "".join(out.get("text", "") for out in outputs)
 
 
+def use_table(run: Path, sources: int) -> None:
+    """What a run of many sources leaves: few steps, in a file of their own."""
+    table, metrics = SourceTable(run / TABLE_FILE, sources), run / "metrics.jsonl"
+    table.interval = 7
+    lines = [json.dumps(table.take(json.loads(line))) for line in metrics.open()]
+    table.close()
+    metrics.write_text("\n".join(lines) + "\n")
+
+
 @pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}")
+@pytest.mark.parametrize("names", [None, [f"web/{i}" for i in range(LISTED_SOURCES + 50)]])
 def test_the_notebook_runs_from_top_to_bottom(
-    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, names: list[str] | None
 ) -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    run = make_run(steps=60)
+    run = make_run(names, steps=60)
+    if names:
+        use_table(run, len(names))
     path = run / "weights.json"
     content = json.loads(path.read_text())
     names = [entry["name"] for entry in content["sources"]]
@@ -42,6 +55,7 @@ def test_the_notebook_runs_from_top_to_bottom(
     assert f"only their sum is known: {names[0]}, {names[1]}" in text
     heaviest = max(content["sources"], key=lambda entry: entry["weight"])["name"]
     assert f"--weights {heaviest}=" in text
+    assert not names or f"web  ({len(names)} sources)" in text
     pictures = [out for cell in notebook.cells for out in cell.get("outputs", [])
                 if "image/png" in out.get("data", {})]  # fmt: skip
     assert len(pictures) == 3
