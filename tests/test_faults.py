@@ -183,7 +183,7 @@ def test_damage_behind_the_index_is_named_with_its_example(faulty: Path, stage: 
     for name, words in (
         (
             "id",
-            "source 's1' holds token 65535, the vocabulary ends at 31 (the file is damaged",
+            "tokens.bin: example 39 of source 's1' holds token 65535, the vocabulary ends at 31",
         ),
         ("mask", "loss_mask.bin: example 39 of source 's1' holds 7, not 0 or 1"),
     ):

@@ -132,7 +132,11 @@ def test_a_models_own_vocabulary_may_be_larger_than_its_tokenizers() -> None:
     source: Any = SimpleNamespace(tokenizer=tokenizer, largest_id=31)
     assert [shared_vocab_size([source], size) for size in (None, 32, 40)] == [32, 32, 40]
     source.name, source.prefix, source.largest_id = "s1", "data/s1/tokens", 32
-    with pytest.raises(UserError, match="'s1' holds token 32, the vocabulary ends at 31"):
+    held = r"'s1' holds token 32, the vocabulary ends at 31 "
+    with pytest.raises(UserError, match=held + r"\(the file is damaged, or was made with another"):
+        shared_vocab_size([source], 32)
+    source.tokenizer = None  # of a packed prefix, which does not tell
+    with pytest.raises(UserError, match=held + r"\(set model.vocab_size"):
         shared_vocab_size([source], 32)
 
 

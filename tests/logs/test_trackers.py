@@ -119,8 +119,11 @@ def test_wandb_has_every_step_once_and_the_result(ran: Path) -> None:
     artifacts = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
     kept = {entry.path for artifact in artifacts for entry in artifact.manifest.contents}
     assert {"report.html", "weights.json", "blend.txt", "config.yaml"} <= kept
-    [*_, table] = (ran / "run").glob("wandb/*/files/media/table/*.json")
-    content = json.loads(table.read_text())
+    tables = sorted(  # of each start, the later last
+        (ran / "run").glob("wandb/*/files/media/table/*.json"),
+        key=lambda path: path.stat().st_mtime_ns,
+    )
+    content = json.loads(tables[-1].read_text())
     assert content["columns"][:4] == ["name", "weight", "ci_low", "ci_high"]
     assert {row[0]: row[1] for row in content["data"]} == {
         name: pytest.approx(entry["weight"]) for name, entry in weights(ran / "run").items()
