@@ -32,16 +32,16 @@ def use_table(run: Path, sources: int) -> None:
 
 
 @pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}")
-@pytest.mark.parametrize("names", [None, [f"web/{i}" for i in range(LISTED_SOURCES + 50)]])
+@pytest.mark.parametrize("grouped", [None, [f"web/{i}" for i in range(LISTED_SOURCES + 50)]])
 def test_the_notebook_runs_from_top_to_bottom(
-    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, names: list[str] | None
+    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, grouped: list[str] | None
 ) -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    run = make_run(names, steps=60)
-    if names:
-        use_table(run, len(names))
+    run = make_run(grouped, steps=60)
+    if grouped:
+        use_table(run, len(grouped))
     path = run / "weights.json"
     content = json.loads(path.read_text())
     names = [entry["name"] for entry in content["sources"]]
@@ -55,7 +55,7 @@ def test_the_notebook_runs_from_top_to_bottom(
     assert f"only their sum is known: {names[0]}, {names[1]}" in text
     heaviest = max(content["sources"], key=lambda entry: entry["weight"])["name"]
     assert f"--weights {heaviest}=" in text
-    assert not names or f"web  ({len(names)} sources)" in text
+    assert not grouped or f"web  ({len(names)} sources)" in text
     pictures = [out for cell in notebook.cells for out in cell.get("outputs", [])
                 if "image/png" in out.get("data", {})]  # fmt: skip
     assert len(pictures) == 3
