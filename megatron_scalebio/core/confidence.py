@@ -263,6 +263,7 @@ def judge_convergence(
     constant_rate: bool = True,
     validation_examples: float | None = None,
     lookalikes: Sequence[list[int]] = (),
+    unless: str = "",
 ) -> Verdict:
     """Converged only if the tail is long enough and every interval is within the tolerance.
 
@@ -279,6 +280,7 @@ def judge_convergence(
         lookalikes: sources of which the sum alone has to be known.
         constant_rate: whether the mixture's learning rate was constant over the tail; if it
             decayed, stillness is no evidence and the verdict is never "converged".
+        unless: why what stands still may not be the answer all the same; "": nothing says so.
     """
     num_blocks, num_sources = blocks_BS.shape
     names = names or [f"source {i}" for i in range(num_sources)]
@@ -315,6 +317,8 @@ def judge_convergence(
             f"the weight of {names[widest]} is known to ±{half_width:.3f} only, "
             f"the tolerance is ±{tolerance:g}: {_why(found, widest, tolerance)}{alike}",
         )
+    if unless:
+        return Verdict(False, unless)
     return Verdict(
         True,
         f"every weight is known to ±{half_width:.3f} or better "

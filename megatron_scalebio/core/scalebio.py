@@ -25,6 +25,7 @@ from megatron.core.optimizer import OptimizerConfig
 
 from megatron_scalebio.core.batch import Batch
 from megatron_scalebio.core.confidence import (
+    MIN_TAIL_STEPS,
     Verdict,
     WeightIntervals,
     judge_convergence,
@@ -259,7 +260,29 @@ class ScaleBiO(Training):
             constant_rate=constant_rate,
             validation_examples=validation_examples,
             lookalikes=[[free.index(i) for i in group if i in free] for group in groups],
+            unless=self.short_memory(),
         )
+
+    def short_memory(self) -> str:
+        """Why weights that stand still may not be the answer yet: "" once u's memory has grown.
+
+        Whole resets leave a bias where the validation set is not made of the sources. The weights
+        stand still there, until memory grows.
+        """
+        end = self.whole_resets_end
+        if self.steps * (1 - self.options.average_fraction) >= end:
+            return ""
+        return (
+            f"the averaged steps begin before u's memory grows, at step {end}; until then weights "
+            "can stand still beside the answer, where the validation set is not made of the sources"
+        )
+
+    @property
+    def fewest_steps(self) -> float:
+        """Of a run whose weights may be called converged; infinite if all steps are averaged."""
+        share = self.options.average_fraction
+        before = self.whole_resets_end / (1 - share) if share < 1 else math.inf
+        return max(MIN_TAIL_STEPS / share, before if self.whole_resets_end else 0)
 
     def _tail(self) -> torch.Tensor:
         return self.mixture.trajectory.tail(self.options.average_fraction)

@@ -175,6 +175,13 @@ class Training:
             return 1.0
         return 1.0 + self._memory_growth * max(0.0, self.steps / interval - WHOLE_RESETS)
 
+    @property
+    def whole_resets_end(self) -> int:
+        """The step from which memory grows, if it does so in this run; else 0."""
+        if self._resync_interval is None or not self._memory_growth or self.lisa is not None:
+            return 0
+        return WHOLE_RESETS * self._resync_interval
+
     def leave_period(self) -> None:
         """Frees what lasts no longer than a period: gradient buffers, masters, Adam's moments.
 

@@ -76,7 +76,7 @@ def described(
         judged = judge_convergence(
             tail_BG, level.names, block_length=path.block_length, tolerance=options.tolerance,
             confidence=options.confidence, constant_rate=constant_rate,
-            validation_examples=validation_examples,
+            validation_examples=validation_examples, unless=bio.short_memory(),
         )  # fmt: skip
         verdicts.append({
             "level": level.depth, "groups": len(level.names), "converged": judged.converged,

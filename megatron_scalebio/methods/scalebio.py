@@ -14,7 +14,6 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.confidence import (
-    MIN_TAIL_STEPS,
     RESOLUTION,
     Verdict,
     WeightIntervals,
@@ -213,9 +212,10 @@ def verdict(state: TrainState) -> Verdict:
     if judged.converged:
         worn = _seen_too_often(state)
         return Verdict(False, worn) if worn else judged
-    enough = math.ceil(MIN_TAIL_STEPS / state.config.bilevel.average_fraction)
-    if constant and state.config.train.train_iters < enough:
-        return Verdict(False, f"{judged.reason} (set train_iters to {enough} or more)")
+    enough = state.training.fewest_steps
+    if constant and state.config.train.train_iters < enough < math.inf:
+        more = f"set train_iters to {math.ceil(enough)} or more"
+        return Verdict(False, f"{judged.reason} ({more})")
     return judged
 
 

@@ -14,6 +14,7 @@ from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.core.confidence import weight_intervals
 from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.core.mixture import Mixture
+from megatron_scalebio.core.options import LisaOptions
 from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.engine.loop import _refuse_skips
 from megatron_scalebio.errors import UserError
@@ -32,6 +33,9 @@ def run(options: dict, travelling: int = 0) -> SimpleNamespace:
     config, bio = load_config(None, {"bilevel": options}), ScaleBiO.__new__(ScaleBiO)
     bio.options, bio.mixture = config.bilevel.options("sample"), mixture
     bio.sources = ["code", "math", "web"]
+    bio.steps, bio.lisa = STEPS, None
+    bio._resync_interval = config.bilevel.resync_interval
+    bio._memory_growth = config.bilevel.memory_growth
     bio.mixture.logits_S = torch.tensor([0.5, 0.495, 0.005]).log()
     return SimpleNamespace(config=config, training=bio, data=data_of(10**6))
 
@@ -66,6 +70,26 @@ def data_of(examples: int, drawn: tuple[int, ...] = (0, 0, 0), drawn_valid: int 
 def test_verdict_goes_by_the_configuration(options: dict, converged: bool, words: str) -> None:
     said = verdict(run(options))
     assert said.converged == converged and words in said.reason, said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ""),  # grows from step 400 on
+        ({"resync_interval": 15}, ""),  # from 600
+        ({"resync_interval": 16}, "(set train_iters to 1280 or more)"),
+        ({"resync_interval": 16, "memory_growth": 0.0}, ""),
+        ({"resync_interval": None}, ""),
+        ({"average_fraction": 0.7}, "(set train_iters to 1334 or more)"),
+        ({"average_fraction": 1.0}, "before u's memory grows, at step 400"),
+    ],
+)
+def test_steps_before_memory_grows_show_no_convergence(options: dict, words: str) -> None:
+    state = run(options)
+    said = verdict(state)
+    assert (words in said.reason and not said.converged) if words else said.converged, said
+    state.training.lisa = LisaOptions(2)  # resets u with each draw, to the end
+    assert verdict(state).converged
 
 
 def test_verdict_names_the_source() -> None:
@@ -106,7 +130,7 @@ def test_a_small_validation_set_is_named() -> None:
 def test_the_way_there_is_no_rest() -> None:
     """Of a run that travels for 300 of its steps, the last half is still, and all of it is not."""
     for fraction, converged in ((0.5, True), (1.0, False)):
-        state = run({"average_fraction": fraction}, travelling=300)
+        state = run({"average_fraction": fraction, "memory_growth": 0.0}, travelling=300)
         assert verdict(state).converged == converged
 
 
