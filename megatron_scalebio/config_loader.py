@@ -179,9 +179,7 @@ def _check_keys(values: dict[str, Any], known: Iterable[str], where: str) -> Non
             raise UserError(f"{where}: unknown key {key!r} ({fix})")
 
 
-@lru_cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+_hints = lru_cache(typing.get_type_hints)
 
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
@@ -274,17 +272,12 @@ def _convert_scalar(value: Any, hint: type, where: str) -> Any:
     raise UserError(f"{where}: {value!r} is not of type {kind} (give {_WANTED[hint]})")
 
 
-class _NamedPaths(argparse.Action):
-    """Collects `NAME=PATH` words into the dictionaries that YAML would have held."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        entries = []
-        for word in values:
-            name, equals, rest = word.partition("=")
-            if not equals or not name or not rest:
-                parser.error(f"argument {option}: {word!r} is not NAME=PATH")
-            entries.append({"name": name, "path": rest})
-        setattr(namespace, self.dest, entries)
+def _named_path(word: str) -> dict[str, str]:
+    """`NAME=PATH` as the dictionary that YAML would have held."""
+    name, _, path = word.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{word!r} is not NAME=PATH")
+    return {"name": name, "path": path}
 
 
 class _NamedWeights(argparse.Action):
@@ -344,7 +337,7 @@ def _flag_type(hint: Any) -> dict[str, Any]:
     if args and args[0] is int:
         return {"type": _whole_numbers, "metavar": "N,N"}
     if args and args[0] in (SourceConfig, ValidationConfig):
-        return {"action": _NamedPaths, "nargs": "+", "metavar": "NAME=PATH"}
+        return {"type": _named_path, "nargs": "+", "metavar": "NAME=PATH"}
     if typing.get_origin(hint) is dict:
         return {"action": _NamedWeights, "nargs": "+", "metavar": "NAME=WEIGHT"}
     return {"type": hint, "metavar": {int: "N", float: "X", Quantity: "N"}.get(hint, "TEXT")}

@@ -48,12 +48,7 @@ def start(config: Config) -> None:
         _join(parallel)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=parallel.virtual_chunks(config.model.num_layers),
-            context_parallel_size=parallel.context_parallel_size,
-            expert_model_parallel_size=parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+            **parallel.group_sizes(config.model.num_layers),
             distributed_timeout_minutes=parallel.distributed_timeout_minutes + _BEHIND_WATCHDOG,
         )
 
@@ -188,14 +183,6 @@ def cp_rank() -> int:
 
 def cp_size() -> int:
     return parallel_state.get_context_parallel_world_size()
-
-
-def reports_losses() -> bool:
-    """True on one rank for each part of each sequence: it adds its losses to the sums."""
-    return (
-        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        and parallel_state.get_tensor_model_parallel_rank() == 0
-    )
 
 
 def allocated_bytes() -> int:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from megatron.core import dist_checkpointing
@@ -112,9 +111,7 @@ class Saves:
     def __enter__(self) -> Saves:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """All ranks end a run together, and by a UserError, too; a crash may be of this rank alone.
 
         What is in flight is then given up: collecting it would wait for ranks that are gone.

@@ -23,6 +23,7 @@ from typing import Any
 from megatron_scalebio.checkpoint import integrity
 from megatron_scalebio.compat import switched_on
 from megatron_scalebio.errors import UserError, disk_errors_named
+from megatron_scalebio.whole_files import write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # The object of what is no tensor. Megatron-Core wrote a file common.pt instead until 0.18.
@@ -108,9 +109,7 @@ def commit(temporary: Path, save: Path, step: int, keep_last: int) -> None:
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        tracker = save / (TRACKER + ".tmp")
-        tracker.write_text(str(step))
-        tracker.rename(save / TRACKER)
+        write_text(save / TRACKER, str(step))
     for old in steps_on_disk(save)[:-keep_last]:
         if old != step:
             shutil.rmtree(iteration_folder(save, old), ignore_errors=True)

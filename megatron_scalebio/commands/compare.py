@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -33,6 +32,7 @@ from megatron_scalebio.errors import (
     sigterm_interrupts,
 )
 from megatron_scalebio.formatting import duration
+from megatron_scalebio.whole_files import write_json, write_text
 
 # What may change between two starts of one comparison: runs are added, none made invalid.
 EXTENDABLE = ("methods", "seeds", "tasks", "ranks", "launcher", "variants", "weights")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         if not todo:
             console.print(f"nothing is left to run in {config.output}")
         return EXIT_OK
-    _write(Path(config.output) / CONFIG_FILE, resolved_text(whole))
+    write_text(Path(config.output) / CONFIG_FILE, resolved_text(whole))
     stages = list(plan)
     try:
         with sigterm_interrupts():
@@ -135,7 +135,7 @@ def run_stage(stage: Stage, command: list[str], environment: dict[str, str]) -> 
         stage.log.parent.mkdir(parents=True, exist_ok=True)
     if stage.config is not None:
         path, sections = stage.config
-        _write(path, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
+        write_text(path, yaml.safe_dump(sections, sort_keys=False, allow_unicode=True))
     begun = time.monotonic()
     with open(stage.log, "a", encoding="utf-8") as log:
         log.write(f"$ {' '.join(command)}\n")
@@ -171,7 +171,7 @@ def _add_time(stage: Stage, seconds: float) -> float:
     path = stage.timing
     if path.exists():
         seconds += json.loads(path.read_text())["seconds"]
-    _write(path, json.dumps({"seconds": seconds}) + "\n")
+    write_json(path, {"seconds": seconds})
     return seconds
 
 
@@ -183,11 +183,3 @@ def _drop_training_state(stage: Stage) -> None:
     if stage.product.name == WEIGHTS_FILE:
         for path in stage.product.parent.rglob("checkpoints"):
             shutil.rmtree(path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)

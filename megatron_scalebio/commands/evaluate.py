@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_scalebio import config_loader
 from megatron_scalebio.config import Config
+from megatron_scalebio.config.checks import require_at_least
 from megatron_scalebio.errors import EXIT_OK, UserError
 from megatron_scalebio.evaluate.answers import answer_all
 from megatron_scalebio.evaluate.benchmarks import (
@@ -118,9 +119,8 @@ def _held_out(config: Config, output: Path) -> None:
 def _on_hf_folder(args: argparse.Namespace, hf: str | None, output: Path) -> None:
     if not hf:
         raise UserError("--hf: is missing (give the model's Hugging Face folder)")
-    for flag, value in (("--limit", args.limit), ("--max-new-tokens", args.max_new_tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag}: is {value} (1 or more)")
+    require_at_least("--limit", args.limit, 1)
+    require_at_least("--max-new-tokens", args.max_new_tokens, 1)
     folder = Path(hf)
     benchmarks = _benchmark_config(args) if args.tasks else None
     questions = read_questions(Path(args.mt_bench), args.limit) if args.mt_bench else []

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from megatron_scalebio import config_loader
 from megatron_scalebio.config import Config
+from megatron_scalebio.config.checks import require_at_least
 from megatron_scalebio.config.data import SourceConfig, ValidationConfig
-from megatron_scalebio.errors import EXIT_OK, UserError
+from megatron_scalebio.errors import EXIT_OK, UserError, disk_errors_named
 
 NARROWEST = 80
 USUAL = (
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `plan`, and every option of a run, which go over the file's."""
     group = parser.add_argument_group("plan")
     group.add_argument(
-        "--gpus", type=_positive, metavar="N", help="devices of the whole run [TP x CP x PP]"
+        "--gpus", type=int, metavar="N", help="devices of the whole run [TP x CP x PP]"
     )
     group.add_argument("--gpu", default="h100-80g", metavar="KIND",
         help="h100-80g, h200, a100-80g, a100-40g or cpu [h100-80g]")  # fmt: skip
@@ -44,18 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config_loader.add_arguments(parser)
 
 
-def _positive(word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a positive number")
-    return int(word)
-
-
 def run(args: argparse.Namespace) -> int:
     """Prints the plan; exit code 0 whether or not it fits.
 
     Raises:
         UserError: for a configuration, a layout or a file that cannot be.
     """
+    require_at_least("--gpus", args.gpus, 1)
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu: {args.mfu:g} is outside (0, 1] (try 0.4)")
     config = config_loader.config_from_args(args)
@@ -76,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     console = Console(width=max(NARROWEST, Console().width))
     content = _search(args, config, console) if args.search else _plan(args, config, console)
     if args.json:
-        _write(Path(args.json), content)
+        with disk_errors_named(Path(args.json)):
+            Path(args.json).write_text(json.dumps(content, indent=2) + "\n")
     return EXIT_OK
 
 
@@ -152,10 +149,3 @@ def _search(args: argparse.Namespace, config: Config, console: Console) -> dict[
     sections = search.sections(found.best_config)
     console.print(yaml.safe_dump(sections, sort_keys=False), highlight=False)
     return {**best.as_json(), "fewest_gpus": found.fewest, "sections": sections}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(error.strerror or str(error), where=str(path), fix="see --json") from None

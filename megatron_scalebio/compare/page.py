@@ -10,6 +10,7 @@ from typing import Any
 from megatron_scalebio.compare.tables import largest
 from megatron_scalebio.report import page
 from megatron_scalebio.report.advice import Advice
+from megatron_scalebio.whole_files import write_text
 
 SOURCES_SHOWN = 7  # in colour; the others together are the eighth
 
@@ -39,7 +40,7 @@ def write_page(folder: Path, comparison: dict[str, Any]) -> None:
             for method in methods
         },
     }
-    page.write(page.render("compare.html.j2", **context), folder / "compare.html")
+    write_text(folder / "compare.html", page.render("compare.html.j2", **context))
 
 
 def headline(methods: list[dict[str, Any]]) -> str:

@@ -13,10 +13,10 @@ from matplotlib import pyplot
 from megatron_scalebio.compare.tables import largest
 
 SOURCES_SHOWN = 10
-UNDATED: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}}
+UNDATED: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}}
 
 
-def draw(comparison: dict[str, Any], path: Path) -> None:
+def draw(comparison: dict[str, Any], path: Path, kind: str) -> None:
     """Draws it into a PNG or PDF: test loss (each seed a dot) left, mean weights right."""
     methods = comparison["methods"][::-1]
     names = [method["name"] for method in methods]
@@ -44,5 +44,5 @@ def draw(comparison: dict[str, Any], path: Path) -> None:
     weights.set_xlabel("weights, mean over seeds")
     weights.set_xlim(0, 1)
     weights.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.savefig(path, dpi=150, format=path.suffix[1:], metadata=UNDATED[path.suffix])
+    figure.savefig(path, dpi=150, format=kind, metadata=UNDATED[kind])
     pyplot.close(figure)

@@ -8,8 +8,6 @@ recomputation adds is left out of both.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -23,8 +21,8 @@ from megatron_scalebio.compare.page import write_page
 from megatron_scalebio.compare.plot import draw
 from megatron_scalebio.compare.stages import WEIGHTS_FILE, Plan, Run, read
 from megatron_scalebio.compare.tables import csv_text, largest, latex
-from megatron_scalebio.errors import disk_errors_named
 from megatron_scalebio.formatting import duration
+from megatron_scalebio.whole_files import replaced, write_json, write_text
 
 Content = dict[str, Any]
 
@@ -62,7 +60,8 @@ def _read_run(plan: Plan, run: Run) -> Content | None:
     found = read(run.folder / "find" / WEIGHTS_FILE)
     drawn = read(run.folder / "sample" / "manifest.json")
     trained = read(run.folder / "train" / "evaluation.json")
-    kind = f"{_loss_mean(plan)}_mean"
+    mean = plan.config.sections_of_training().get("data", {}).get("loss_mean", "sample")
+    kind = f"{mean}_mean"
     losses = {entry["name"]: entry[kind] for entry in trained["sets"]}
     spent = found["cost"]
     scores = {}
@@ -91,10 +90,6 @@ def _behind(best: Sequence[Content], runs: Sequence[Content]) -> Content | None:
     of_best = {run["seed"]: run["test_loss"] for run in best}
     both = [run["test_loss"] - of_best[run["seed"]] for run in runs if run["seed"] in of_best]
     return spread(both) if both else None
-
-
-def _loss_mean(plan: Plan) -> str:
-    return plan.config.sections_of_training().get("data", {}).get("loss_mean", "sample")
 
 
 def _seconds(log: Path) -> float | None:
@@ -131,17 +126,18 @@ def spread(values: Iterable[float | None]) -> dict[str, float | None]:
 
 def write(folder: Path, comparison: Content, console: Console) -> None:
     """Writes the files and shows the table."""
-    _replace(folder / "compare.json", json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
-    _replace(folder / "compare.md", markdown(comparison, *table(comparison, comparison["sources"])))
-    _replace(folder / "compare.csv", csv_text(comparison))
+    write_json(folder / "compare.json", comparison)
+    write_text(
+        folder / "compare.md", markdown(comparison, *table(comparison, comparison["sources"]))
+    )
+    write_text(folder / "compare.csv", csv_text(comparison))
     write_page(folder, comparison)
     for suffix in ("png", "pdf"):
-        temporary = folder / f"compare.tmp.{suffix}"
-        draw(comparison, temporary)
-        os.replace(temporary, folder / f"compare.{suffix}")
+        with replaced(folder / f"compare.{suffix}") as temporary:
+            draw(comparison, temporary, suffix)
     shown_sources = largest(comparison, _ON_SCREEN)
     head, rows = table(comparison, shown_sources)
-    _replace(folder / "compare.tex", latex(head, rows))
+    write_text(folder / "compare.tex", latex(head, rows))
     screen = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in head:
         screen.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
@@ -228,10 +224,3 @@ def progress(comparison: Content) -> str:
     if done == planned:
         return ""
     return f"{done} of {planned} runs (method and seed) are done; the same command does the rest"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors_named(path):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_scalebio.config.checks import option, require_positive
-from megatron_scalebio.errors import UserError
+from megatron_scalebio.config.checks import option, require_positive, require_within
 
 Method = Literal[
     "scalebio", "uniform", "natural", "manual", "doremi", "doge", "regmix", "less", "rho_loss"
@@ -42,8 +41,4 @@ class BaselineConfig:
             self, "reference_iters", "proxies", "proxy_iters", "domain_lr", "less_checkpoints",
             "less_dimensions",
         )  # fmt: skip
-        for name in ("select_fraction", "less_warmup_fraction", "rho_batch_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(
-                    f"{name}: {getattr(self, name)!r} is outside (0, 1] (choose within)"
-                )
+        require_within(self, "(0, 1]", "select_fraction", "less_warmup_fraction", "rho_batch_share")

@@ -57,11 +57,14 @@ def require_name(where: str, name: str, grouped: bool = False) -> None:
         )
 
 
-def require_within_one(section: Any, *names: str) -> None:
+def require_within(section: Any, interval: str, *names: str) -> None:
+    """Refuses what lies outside an interval, written as in [0, 1)."""
+    low, high = map(float, interval[1:-1].split(","))
     for name in names:
-        if not 0 <= getattr(section, name) < 1:
-            value = getattr(section, name)
-            raise UserError(f"{name}: {value!r} is outside [0, 1) (choose within)")
+        value = getattr(section, name)
+        at_an_end = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+        if not (low < value < high or at_an_end):
+            raise UserError(f"{name}: {value!r} is outside {interval} (choose within)")
 
 
 def require_one_of(flag: str, value: str | None, allowed: Collection[str]) -> None:

@@ -6,7 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_scalebio.config.checks import Quantity, option, require_name, require_positive
+from megatron_scalebio.config.checks import (
+    Quantity,
+    option,
+    require_name,
+    require_positive,
+    require_within,
+)
 from megatron_scalebio.errors import UserError
 
 
@@ -146,8 +152,8 @@ class DataConfig:
                 f"target_examples: {self.target_examples:g} and target_tokens exclude each other "
                 "(drop one)"
             )
-        if self.new_share is not None and not 0 < self.new_share < 1:
-            raise UserError(f"new_share: {self.new_share!r} is outside (0, 1) (choose within)")
+        if self.new_share is not None:
+            require_within(self, "(0, 1)", "new_share")
         for name in ("new_share", "keep_ratios"):
             if getattr(self, name) and not self.weights:
                 raise UserError(f"{name}: needs the weights of a former run (give --weights)")

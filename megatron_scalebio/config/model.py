@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_scalebio.config.checks import option, require_positive, require_within_one
+from megatron_scalebio.config.checks import option, require_positive, require_within
 from megatron_scalebio.config.experts import check_experts, refuse_without_experts
 from megatron_scalebio.config.rope import RopeScaling
 from megatron_scalebio.errors import UserError
@@ -140,7 +140,7 @@ class ModelConfig:
             check_experts(self)
         else:
             refuse_without_experts(self)
-        require_within_one(self, "hidden_dropout", "attention_dropout")
+        require_within(self, "[0, 1)", "hidden_dropout", "attention_dropout")
         if not 0 < self.rotary_percent <= 1:
             raise UserError(f"rotary_percent: {self.rotary_percent!r} is outside (0, 1] (use 1)")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:

@@ -99,6 +99,17 @@ class ParallelConfig:
         cp, tp = self.context_parallel_size, self.tensor_model_parallel_size
         return (2 * cp if cp > 1 else 1) * (tp if self.sequence_parallel else 1)
 
+    def group_sizes(self, num_layers: int) -> dict[str, int | None]:
+        """The sizes of Megatron's groups, as `parallel_state` takes them."""
+        return {
+            "tensor_model_parallel_size": self.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
+            "virtual_pipeline_model_parallel_size": self.virtual_chunks(num_layers),
+            "context_parallel_size": self.context_parallel_size,
+            "expert_model_parallel_size": self.expert_model_parallel_size,
+            "expert_tensor_parallel_size": self.expert_tensor_parallel_size,
+        }
+
     def virtual_chunks(self, num_layers: int) -> int | None:
         """Virtual pipeline chunks per rank, or None without interleaving."""
         per_chunk = self.num_layers_per_virtual_pipeline_stage

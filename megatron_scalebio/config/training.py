@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_scalebio.config.checks import option, require_positive, require_within_one
+from megatron_scalebio.config.checks import option, require_positive, require_within
 from megatron_scalebio.core.options import CONFIDENCE_LEVELS, BilevelOptions, LisaOptions
 from megatron_scalebio.errors import UserError
 
@@ -29,7 +29,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require_positive(self, "lr", "lr_u", "adam_eps")
         require_positive(self, "min_lr", "weight_decay", "clip_grad", or_zero=True)
-        require_within_one(self, "lr_warmup_fraction", "adam_beta1", "adam_beta2")
+        require_within(self, "[0, 1)", "lr_warmup_fraction", "adam_beta1", "adam_beta2")
         if self.min_lr is None:
             self.min_lr = self.lr / 10
         if self.min_lr > self.lr:
@@ -93,19 +93,9 @@ class BilevelConfig:
             "resync_interval", "final_train_iters",
         )  # fmt: skip
         require_positive(self, "kl_to_prior", or_zero=True)
-        for name in ("floor_share", "average_fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(
-                    f"{name}: {getattr(self, name)!r} is outside (0, 1] (choose within)"
-                )
-        if not 0 <= self.memory_growth <= 1:
-            raise UserError(
-                f"memory_growth: {self.memory_growth!r} is outside [0, 1] (choose within)"
-            )
-        if not 0 <= self.blend_floor < 0.5:
-            raise UserError(
-                f"blend_floor: {self.blend_floor!r} is outside [0, 0.5) (choose within)"
-            )
+        require_within(self, "(0, 1]", "floor_share", "average_fraction")
+        require_within(self, "[0, 1]", "memory_growth")
+        require_within(self, "[0, 0.5)", "blend_floor")
         if self.confidence not in CONFIDENCE_LEVELS:
             levels = ", ".join(str(level) for level in CONFIDENCE_LEVELS)
             raise UserError(f"confidence: {self.confidence!r} has no critical value (use {levels})")
@@ -116,17 +106,9 @@ class BilevelConfig:
 
     def options(self, loss_mean: Literal["sample", "token"]) -> BilevelOptions:
         """As the core takes them."""
-        return BilevelOptions(
-            alpha=self.alpha,
-            mixture_optimizer=self.mixture_optimizer,
-            lr_lambda=self.lr_lambda,
-            resync_interval=self.resync_interval,
-            memory_growth=self.memory_growth,
-            loss_mean=loss_mean,
-            average_fraction=self.average_fraction,
-            confidence=self.confidence,
-            tolerance=self.tolerance,
-        )
+        names = {spec.name for spec in fields(BilevelOptions)} - {"loss_mean"}
+        given = {name: getattr(self, name) for name in names}
+        return BilevelOptions(**given, loss_mean=loss_mean)
 
 
 @dataclass

@@ -36,13 +36,15 @@ _BLOCK_BYTES = 128 << 10
 
 
 @dataclass(frozen=True)
-class Entry:
+class Info:
     """One tensor of a file.
 
     Args:
-        begin: where its bytes begin, in bytes from the file's beginning.
+        begin: where its bytes begin, in bytes from the file's beginning; in other kinds of files,
+            which of them comes first.
     """
 
+    file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
@@ -58,7 +60,7 @@ class Header:
 
     raw: bytes
     metadata: dict[str, str] | None
-    entries: dict[str, Entry]
+    entries: dict[str, Info]
 
 
 def read_header(path: Path) -> Header:
@@ -77,7 +79,7 @@ def read_header(path: Path) -> Header:
     try:
         described = json.loads(text)
         metadata = described.pop("__metadata__", None)
-        entries = {name: _entry(item, 8 + length) for name, item in described.items()}
+        entries = {name: _entry(path, item, 8 + length) for name, item in described.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: not a safetensors file: {error or type(error).__name__} ({_FIX})"
@@ -89,11 +91,11 @@ def read_header(path: Path) -> Header:
     return Header(start + text, metadata, entries)
 
 
-def _entry(item: dict[str, Any], start: int) -> Entry:
+def _entry(file: Path, item: dict[str, Any], start: int) -> Info:
     if item["dtype"] not in DTYPES:
         raise ValueError(f"dtype {item['dtype']} is not supported")
     begin, end = item["data_offsets"]
-    entry = Entry(DTYPES[item["dtype"]], tuple(item["shape"]), start + begin)
+    entry = Info(file, DTYPES[item["dtype"]], tuple(item["shape"]), start + begin)
     if begin < 0 or end - begin != entry.nbytes:
         raise ValueError(f"{end - begin} bytes for shape {list(entry.shape)}")
     return entry

@@ -10,31 +10,19 @@ from __future__ import annotations
 
 import json
 import pickle
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_scalebio.convert.safetensors_file import Header, read_header, read_into
+from megatron_scalebio.convert.safetensors_file import Header, Info, read_header, read_into
 from megatron_scalebio.errors import UserError
 
 _INCOMPLETE = "the download is incomplete: fetch it again"
 
 
-@dataclass(frozen=True)
-class Info:
-    """One tensor of a checkpoint; `begin` orders the tensors of a file as they lie in it."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-
-
-class Source(ABC):
+class Source:
     """A checkpoint's tensors.
 
     Args:
@@ -46,17 +34,21 @@ class Source(ABC):
         self.files = files
         self.tensors = tensors
 
-    @abstractmethod
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """One tensor, into `out` if given (contiguous, of its dtype and shape).
 
         Raises:
             UserError: if the file is cut short.
         """
+        tensor = self._tensor(name)
+        return tensor.contiguous() if out is None else out.copy_(tensor)
 
-    @abstractmethod
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows first … last of a tensor, last not included."""
+        return self._tensor(name)[first:last]
+
+    def _tensor(self, name: str) -> Tensor:
+        raise NotImplementedError
 
 
 class SafetensorsSource(Source):
@@ -66,9 +58,9 @@ class SafetensorsSource(Source):
         self.headers: dict[Path, Header] = {file: read_header(file) for file in files}
         tensors: dict[str, Info] = {}
         for file, header in self.headers.items():
-            for name, entry in header.entries.items():
+            for name, info in header.entries.items():
                 _refuse_twice(name, tensors, file)
-                tensors[name] = Info(file, entry.dtype, entry.shape, entry.begin)
+                tensors[name] = info
         super().__init__(files, tensors)
         self._open: dict[Path, FileIO] = {}
 
@@ -105,12 +97,8 @@ class BinSource(Source):
                 tensors[name] = Info(file, tensor.dtype, tuple(tensor.shape), number)
         super().__init__(files, tensors)
 
-    def read(self, name: str, out: Tensor | None = None) -> Tensor:
-        tensor = self._load(self.tensors[name].file)[name]
-        return tensor.contiguous() if out is None else out.copy_(tensor)
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        return self._load(self.tensors[name].file)[name][first:last]
+    def _tensor(self, name: str) -> Tensor:
+        return self._load(self.tensors[name].file)[name]
 
     def _load(self, file: Path) -> dict[str, Tensor]:
         if self._file != file:
@@ -131,11 +119,8 @@ class StateSource(Source):
         super().__init__([file], described)
         self._state = state
 
-    def read(self, name: str, out: Tensor | None = None) -> Tensor:
-        return self._state[name] if out is None else out.copy_(self._state[name])
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        return self._state[name][first:last]
+    def _tensor(self, name: str) -> Tensor:
+        return self._state[name]
 
 
 def has_weights(hf: Path) -> bool:

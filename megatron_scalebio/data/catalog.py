@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_scalebio.data.scan import Facts, Packing, look_at, stamp
-from megatron_scalebio.errors import disk_errors_named
+from megatron_scalebio.whole_files import replaced
 
 CATALOG_FILE = "sources.catalog"
 _TRAILER = struct.Struct("<Q8s")
@@ -96,9 +96,7 @@ def open_catalog(
     made_for = {"seq_length": seq_length, "seed": seed, "paths": wanted}
     content = _read(path, made_for, check)
     if content is None:
-        with disk_errors_named(path):
-            cache.mkdir(parents=True, exist_ok=True)
-            _write(path, made_for, on_opened)
+        _write(path, made_for, on_opened)
         content = _read(path, made_for, check=False)
         assert content is not None
     # Not as np.memmap, whose slices would each drag its own bookkeeping along.
@@ -133,8 +131,7 @@ def _write(path: Path, made_for: dict[str, Any], on_opened: OnOpened) -> None:
     wanted = made_for["paths"]
     columns: dict[str, list[Any]] = {name: [] for name in (*Facts.__slots__, "at")}
     tokenizers: list[dict[str, Any] | None] = []
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with replaced(path) as temporary, temporary.open("wb") as file:
         for done, (facts, packing) in enumerate(_looked_at(made_for), 1):
             if facts.tokenizer not in tokenizers:
                 tokenizers.append(facts.tokenizer)
@@ -149,7 +146,6 @@ def _write(path: Path, made_for: dict[str, Any], on_opened: OnOpened) -> None:
         begin = file.tell()
         content = {"made_for": made_for, "tokenizers": tokenizers, **columns}
         file.write(json.dumps(content).encode() + _TRAILER.pack(begin, _MAGIC))
-    temporary.replace(path)
 
 
 def _looked_at(made_for: dict[str, Any]) -> Iterator[tuple[Facts, Packing | None]]:

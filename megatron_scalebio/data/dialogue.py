@@ -188,10 +188,11 @@ class ExampleEncoder:
     def _is_closed(self, text: str) -> bool:
         """Whether a text ends with a special token, trailing white space aside."""
         piece = self.tokenizer.split_special(text.rstrip())[-1:]
-        return bool(piece) and piece[0] != text.rstrip() and self._is_special(piece[0])
-
-    def _is_special(self, piece: str) -> bool:
-        return len(self.tokenizer.split_special(f"a{piece}a")) == 3
+        return (
+            bool(piece)
+            and piece[0] != text.rstrip()
+            and len(self.tokenizer.split_special(f"a{piece[0]}a")) == 3
+        )
 
 
 def _trains(turn: Turn) -> bool:

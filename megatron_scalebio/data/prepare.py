@@ -360,12 +360,6 @@ def _file_size(path: Path) -> int:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {
-        "path": os.path.abspath(path),
-        "bytes": path.stat().st_size,
-        "sha256": digest.hexdigest(),
-    }
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": os.path.abspath(path), "bytes": path.stat().st_size, "sha256": digest}

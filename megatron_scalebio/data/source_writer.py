@@ -19,7 +19,6 @@ import warnings
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -203,16 +202,11 @@ class Staging:
                 "choose another --out or name)"
             ) from error
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
-        if error is not None and self._made_out and not any(self.out.iterdir()):
+        if kind is not None and self._made_out and not any(self.out.iterdir()):
             self.out.rmdir()
 
     @staticmethod

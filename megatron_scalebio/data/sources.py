@@ -53,14 +53,8 @@ class Source(Protocol):
     def example(self, index: int) -> Example: ...
 
 
-class Describes(Protocol):
-    """Has what was seen of sources, by number."""
-
-    def facts(self, number: int) -> Facts: ...
-
-
 class Looked:
-    """Has it of one that was just looked at."""
+    """In a catalog's place: has the facts of one source, which was just looked at."""
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
@@ -74,7 +68,7 @@ class _Described:
 
     __slots__ = ("_described_by", "_number", "name", "prefix", "vocab_size")
 
-    def __init__(self, name: str, prefix: str, described_by: Describes, number: int) -> None:
+    def __init__(self, name: str, prefix: str, described_by: Catalog | Looked, number: int) -> None:
         self.name, self.prefix, self.vocab_size = name, prefix, UNBOUNDED
         self._described_by, self._number = described_by, number
 
@@ -112,11 +106,11 @@ class ExampleSource(_Described):
         name: str,
         folder: Path,
         seq_length: int,
-        described_by: Describes | None = None,
+        described_by: Catalog | None = None,
         number: int = 0,
     ) -> None:
-        described_by = described_by or Looked(look_at_examples(folder))
-        super().__init__(name, str(folder / "tokens"), described_by, number)
+        looked = described_by or Looked(look_at_examples(folder))
+        super().__init__(name, str(folder / "tokens"), looked, number)
         longest = self.facts.longest
         if longest > seq_length:
             raise UserError(

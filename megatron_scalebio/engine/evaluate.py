@@ -19,9 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
+from megatron_scalebio.core.collectives import reports_losses
 from megatron_scalebio.core.sampler import Ints, Picks
 from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
@@ -47,12 +49,8 @@ class HeldOutLoss:
     examples: int
     target_tokens: int
 
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.token_mean, 700.0))
-
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "perplexity": self.perplexity}
+        return {**asdict(self), "perplexity": math.exp(min(self.token_mean, 700.0))}
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def example_losses(
     """The loss of each of a source's examples. A collective."""
     sums_2N = torch.zeros(2, len(index_N), dtype=torch.float64)
     tokens = torch.zeros(1, dtype=torch.float64)
-    for place_N, batches in _flushes(source, index_N, config, layout):
+    for place_N, batches in flushes(source, index_N, config, layout):
         for batch, loss_BS in token_losses(chunks, batches, config):
             counted_B = batch.group_B == 0
             place_B = torch.from_numpy(place_N)[batch.member_B[counted_B]]
@@ -132,9 +130,9 @@ def token_losses(
     """The loss of every target token [B, S], float64 on the CPU, zero elsewhere. A collective.
 
     One flush, forward only and in evaluation mode. Every micro-batch with its losses on the rank
-    that reports those of its replica (`runtime.reports_losses`); an empty list on other ranks.
+    that reports those of its replica (`reports_losses`); an empty list on other ranks.
     """
-    with _evaluating(chunks), PROGRESS.at("evaluate"):
+    with evaluating(chunks), PROGRESS.at("evaluate"):
         records = get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
@@ -144,13 +142,14 @@ def token_losses(
             micro_batch_size=config.train.micro_batch_size,
             forward_only=True,
         )
-    if not runtime.reports_losses():
+    if not reports_losses(ProcessGroupCollection.use_mpu_process_groups()):
         return []
     return [(record["batch"], _kept(record["batch"], record["loss_BS"])) for record in records]
 
 
 @contextmanager
-def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """A block of passes without dropout."""
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -162,7 +161,7 @@ def _evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
         forget_weight_copies(chunks)
 
 
-def _flushes(
+def flushes(
     source: Source, index_N: Ints, config: Config, layout: BatchLayout
 ) -> Iterator[tuple[Ints, list[MicroBatch]]]:
     """All examples, shortest first, in flushes; filled up with examples of group 1, not counted.

@@ -8,6 +8,7 @@ What a method does in a step, and what it looks at after one, its state knows (`
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_scalebio import runtime
@@ -52,7 +53,7 @@ def run_steps(state: RunState, job: Job, log: RunLog | None, save_to: Path | Non
     while state.step < iters and not (signalled or converged):
         record = _timed_step(state)
         slowest, slow = stragglers.after_step(state.step, record["time_s"], record["step_time_s"])
-        record["straggler"] = slowest and slowest.as_dict()
+        record["straggler"] = slowest and asdict(slowest)
         state.evaluate(record, job)
         problem = log.log(record, slow) if log else None
         if log and job.trackers:

@@ -29,16 +29,9 @@ from megatron_scalebio.engine.state import RunState, TokenCost
 from megatron_scalebio.errors import UserError, disk_errors_named
 from megatron_scalebio.formatting import few
 from megatron_scalebio.logs.records import METRICS_FILE
+from megatron_scalebio.whole_files import write_json, write_text
 
 MEMORY_FILE = "memory.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors_named(path):
-        temporary.write_text(text)
-        temporary.rename(path)
 
 
 def prepare_folders(
@@ -84,10 +77,6 @@ def _difference(earlier: list[str], now: list[str]) -> str:
         return f"the order was {few(earlier)}"
     parts = {"no longer there": gone, "not there before": new}
     return "; ".join(f"{few(names)} {what}" for what, names in parts.items() if names)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def now() -> str:

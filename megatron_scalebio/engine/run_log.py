@@ -14,6 +14,7 @@ from megatron_scalebio.logs.console import RunConsole, SourceLine
 from megatron_scalebio.logs.metrics import MetricsLog
 from megatron_scalebio.logs.trackers import Trackers
 from megatron_scalebio.progress import PROGRESS
+from megatron_scalebio.whole_files import write_json
 
 
 class RunLog:
@@ -92,4 +93,4 @@ class RunLog:
         """For a run that came to its end."""
         self.metrics.close()
         self.run["ended"] = outputs.now()
-        outputs.write_json(self.folder / "run.json", self.run)
+        write_json(self.folder / "run.json", self.run)

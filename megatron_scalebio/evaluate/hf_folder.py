@@ -28,8 +28,8 @@ def use_network(allowed: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """The folder's ``config.json``.
+def check_folder(folder: Path) -> None:
+    """Refuses what can't be evaluated, before seconds go into imports.
 
     Raises:
         UserError: it is not a folder with a model and a tokenizer.
@@ -44,7 +44,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if not any(name.endswith((".safetensors", ".bin")) for name in names):
         raise UserError(f"{folder}: holds no weights ({fix})")
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: malformed JSON ({error})") from None
 

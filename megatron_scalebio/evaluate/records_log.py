@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.errors import UserError
+from megatron_scalebio.errors import UserError, disk_errors_named
 
 
 class RecordsLog:
@@ -22,15 +22,13 @@ class RecordsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = []
-        try:
+        with disk_errors_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab+") as file:
                 file.seek(0)
                 content = file.read()
                 whole = content[: content.rfind(b"\n") + 1]
                 file.truncate(len(whole))
-        except OSError as error:
-            raise UserError(f"{path}: cannot write: {error.strerror}") from None
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 self.records.append(json.loads(line))
@@ -40,11 +38,8 @@ class RecordsLog:
     def append(self, record: dict[str, Any]) -> None:
         """Writes a record through to the disk."""
         line = json.dumps(record, ensure_ascii=False) + "\n"
-        try:
-            with open(self.path, "ab") as file:
-                file.write(line.encode("utf-8", "replace"))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot write: {error.strerror}") from None
+        with disk_errors_named(self.path), open(self.path, "ab") as file:
+            file.write(line.encode("utf-8", "replace"))
+            file.flush()
+            os.fsync(file.fileno())
         self.records.append(record)

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.whole_files import write_json, write_text
 
 RESULTS_FILE = "evaluation.json"
 
@@ -22,28 +23,16 @@ def write_section(folder: Path, section: str, content: Any) -> None:
     """
     path = folder / RESULTS_FILE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         whole = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         whole[section] = content
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        temporary.rename(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from None
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}) (remove it)") from None
+    write_json(path, whole)
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Replaces a JSONL file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8", errors="replace") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        temporary.rename(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror}") from None
+    write_text(path, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records))
 
 
 def benchmark_table(results: dict[str, Any]) -> Table:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_scalebio.families.base import Family, HfConfig, TensorMap, sliding_window
-from megatron_scalebio.families.llama import TENSORS, common_fields
+from megatron_scalebio.families.llama import TENSORS, silu_fields
 
 _LAYER, _HF_LAYER = "decoder.layers.{}.", "model.layers.{}."
 _DENSE = (f"{_LAYER}mlp.linear_fc1.", f"{_LAYER}mlp.linear_fc2.")
@@ -58,7 +58,6 @@ def _no_losses(config: HfConfig) -> None:
 
 
 def _qwen3_moe(config: HfConfig) -> dict[str, Any]:
-    config.require("hidden_act", "silu")
     config.require("attention_bias", False)
     config.require("use_sliding_window", False)
     config.take("sliding_window")
@@ -67,8 +66,7 @@ def _qwen3_moe(config: HfConfig) -> dict[str, Any]:
     dense = config.take("mlp_only_layers") or []
     experts = config.take("num_local_experts")
     return {
-        **common_fields(config),
-        "swiglu": True,
+        **silu_fields(config),
         "qk_layernorm": True,
         "num_experts": experts,
         "moe_layer_freq": [
@@ -81,12 +79,10 @@ def _qwen3_moe(config: HfConfig) -> dict[str, Any]:
 
 
 def _mixtral(config: HfConfig) -> dict[str, Any]:
-    config.require("hidden_act", "silu")
     config.require("router_jitter_noise", 0.0)
     _no_losses(config)
     return {
-        **common_fields(config),
-        "swiglu": True,
+        **silu_fields(config),
         "num_experts": config.take("num_local_experts"),
         "moe_ffn_hidden_size": config.take("intermediate_size"),
         "moe_router_topk": config.take("num_experts_per_tok"),
@@ -95,7 +91,6 @@ def _mixtral(config: HfConfig) -> dict[str, Any]:
 
 
 def _glm4_moe(config: HfConfig) -> dict[str, Any]:
-    config.require("hidden_act", "silu")
     config.require("norm_topk_prob", True)
     config.require("n_group", 1)
     config.require("topk_group", 1)
@@ -104,8 +99,7 @@ def _glm4_moe(config: HfConfig) -> dict[str, Any]:
     layers, dense = config.take("num_hidden_layers"), config.take("first_k_dense_replace")
     width, factor = config.take("moe_intermediate_size"), config.take("routed_scaling_factor")
     return {
-        **common_fields(config),
-        "swiglu": True,
+        **silu_fields(config),
         "add_qkv_bias": bool(config.take("attention_bias")),
         "qk_layernorm": config.take("use_qk_norm"),
         "num_experts": config.take("n_routed_experts"),

@@ -84,24 +84,26 @@ def common_fields(
     }
 
 
-def _llama(config: HfConfig) -> dict[str, Any]:
+def silu_fields(config: HfConfig, **common: Any) -> dict[str, Any]:
+    """`common_fields` of those whose MLP is gated by SiLU."""
     config.require("hidden_act", "silu")
+    return {**common_fields(config, **common), "swiglu": True}
+
+
+def _llama(config: HfConfig) -> dict[str, Any]:
     config.require("attention_bias", False)
     config.require("mlp_bias", False)
-    return {**common_fields(config), "swiglu": True}
+    return silu_fields(config)
 
 
 def _mistral(config: HfConfig) -> dict[str, Any]:
-    config.require("hidden_act", "silu")
-    return {**common_fields(config), "swiglu": True, **sliding_window(config)}
+    return {**silu_fields(config), **sliding_window(config)}
 
 
 def _qwen2(config: HfConfig) -> dict[str, Any]:
-    config.require("hidden_act", "silu")
     config.take("use_sliding_window"), config.take("max_window_layers")  # both in layer_types
     return {
-        **common_fields(config),
-        "swiglu": True,
+        **silu_fields(config),
         "add_qkv_bias": True,
         **sliding_window(config),
     }

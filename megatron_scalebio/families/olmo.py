@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from megatron_scalebio.families.base import Family, HfConfig, TensorMap, layered_rope
-from megatron_scalebio.families.llama import COMMON, common_fields
+from megatron_scalebio.families.llama import COMMON, silu_fields
 
 _NORMS = {
     # Megatron-Bridge's names of the norms after a block.
@@ -22,11 +23,9 @@ _TENSORS = (
 
 
 def _olmo2(config: HfConfig, **common: Any) -> dict[str, Any]:
-    config.require("hidden_act", "silu")
     config.require("attention_bias", False)
     return {
-        **common_fields(config, **common),
-        "swiglu": True,
+        **silu_fields(config, **common),
         "pre_norms": False,
         "post_norms": True,
         "qk_layernorm": True,
@@ -34,11 +33,7 @@ def _olmo2(config: HfConfig, **common: Any) -> dict[str, Any]:
     }
 
 
-def _olmo3(config: HfConfig) -> dict[str, Any]:
-    return _olmo2(config, positions=layered_rope)
-
-
 FAMILIES = (
     Family(("Olmo2ForCausalLM",), _olmo2, _TENSORS),
-    Family(("Olmo3ForCausalLM",), _olmo3, _TENSORS),
+    Family(("Olmo3ForCausalLM",), partial(_olmo2, positions=layered_rope), _TENSORS),
 )

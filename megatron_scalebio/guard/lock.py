@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Holder:
     def line(self, count: int) -> bytes:
         """Always of the same length, so that rewriting never leaves a part of the old one."""
         values: dict[str, Any] = {
-            "process": self.process.as_dict(), "job": self.job, "restart": self.restart,
+            "process": asdict(self.process), "job": self.job, "restart": self.restart,
             "token": self.token, "count": count,
         }  # fmt: skip
         return json.dumps(values).encode().ljust(_LINE_BYTES - 1) + b"\n"

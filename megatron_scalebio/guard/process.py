@@ -9,7 +9,7 @@ import ctypes
 import os
 import signal
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,6 @@ class Process:
         """Raises KeyError, TypeError or ValueError where these are no process's values."""
         host, boot = str(values["host"]), str(values["boot"])
         return cls(host, boot, int(values["pid"]), int(values["started"]))
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def is_near(self) -> bool:
         """Whether it runs, or ran, where this process can see it."""

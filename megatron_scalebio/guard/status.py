@@ -26,7 +26,7 @@ _COLLECTIVES = (
     "megatron/core/pipeline_parallel/p2p_communication.py",
     "megatron/core/distributed/param_and_grad_buffer.py",
 )
-_ASIDE = ("/guard/", "/progress.py", "/train/start.py")
+_ASIDE = ("/guard/", "/progress.py")
 # In these a rank that stands still is stuck even if it is seen in no collective.
 STEP_PHASES = ("data", "period", "flush", "update")
 RUNNING, ENDED, FAILED = "running", "ended", "failed"

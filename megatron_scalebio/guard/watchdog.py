@@ -90,10 +90,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         """Names the rank that is to blame, where an error came out of a collective.
 
         Raises:

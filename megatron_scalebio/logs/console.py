@@ -77,9 +77,7 @@ class RunConsole:
             )  # fmt: skip
         self.console.print(table)
         self._note_hidden(len(self._sources) - len(shown))
-        width = max((len(name) for name in facts), default=0)
-        for name, value in facts.items():
-            self._print(Text(f"{name:<{width}}  ", style="dim"), plain(str(value)))
+        self.places(facts)
 
     def start(self, step: int = 0) -> None:
         """Begins the progress display, at the step that the run resumes from."""
@@ -152,9 +150,9 @@ class RunConsole:
         ranked = sorted(weights["sources"], key=lambda entry: -entry["weight"])
         for entry in ranked[:ROWS_SHOWN]:
             name = entry["name"]
+            bound = f" ({entry['bound']})" if entry.get("bound") else ""
             row: list[str | Text] = [
-                plain(name), percent(entry["weight"]) + _at(entry.get("bound")),
-                _interval(entry),
+                plain(name), percent(entry["weight"]) + bound, _interval(entry),
                 percent(entry["initial_weight"]), percent(natural.get(name)),
             ]  # fmt: skip
             if known:
@@ -213,11 +211,11 @@ class RunConsole:
             )  # fmt: skip
         self.console.print(table)
 
-    def places(self, outputs: Mapping[str, Path]) -> None:
-        """One line for each thing that was written."""
+    def places(self, outputs: Mapping[str, object]) -> None:
+        """One line for each thing that was written, or fact."""
         width = max((len(name) for name in outputs), default=0)
-        for name, path in outputs.items():
-            self._print(Text(f"{name:<{width}}  ", style="dim"), plain(str(path)))
+        for name, value in outputs.items():
+            self._print(Text(f"{name:<{width}}  ", style="dim"), plain(str(value)))
 
     def _status(self, record: Mapping[str, Any]) -> str:
         loss = record.get("validation_loss")
@@ -245,10 +243,6 @@ class RunConsole:
 
     def _print(self, *parts: str | Text) -> None:
         self.console.print(Text.assemble(*parts), soft_wrap=True)
-
-
-def _at(bound: str | None) -> str:
-    return f" ({bound})" if bound else ""
 
 
 def _interval(entry: Mapping[str, Any]) -> str:

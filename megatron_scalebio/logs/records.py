@@ -23,8 +23,7 @@ def write_whole(file: FileIO, data: bytes) -> None:
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
     """One line of JSON, newline included; NaN and Inf as null."""
-    fields = (f"{json.dumps(key)}:{_encode(value)}" for key, value in record.items())
-    return ("{" + ",".join(fields) + "}\n").encode()
+    return f"{_encode(record)}\n".encode()
 
 
 def _encode(value: Any) -> str:

@@ -88,8 +88,7 @@ class TensorBoardLog:
         self.source_interval = source_interval(len(sources), interval)
         self._global_batch_size = global_batch_size
         self._resume_step = resume_step
-        self._validation_tags = [f"lm loss validation-{name}" for name in validation]
-        self._sources = sources
+        self._sources, self._validation = sources, validation
         self._drawn = dict.fromkeys(range(len(sources) if len(sources) <= SOURCES_DRAWN else 0))
         self._last_without_sources: Mapping[str, Any] | None = None
         directory.mkdir(parents=True, exist_ok=True)
@@ -108,7 +107,8 @@ class TensorBoardLog:
         step = int(record["step"])
         if step % self.interval:
             return
-        scalars = [*self._step_scalars(record)]
+        batch: tuple[str, float | None] = ("batch-size", self._global_batch_size)
+        scalars = [batch, *step_scalars(record, self._validation)]
         if step % self.source_interval == 0:
             scalars += self._source_scalars(record)
             self._last_without_sources = None
@@ -140,17 +140,6 @@ class TensorBoardLog:
             RecordWriter(data).write(event.SerializeToString())
         write_whole(self._file, data.getvalue())
 
-    def _step_scalars(self, record: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-        yield "batch-size", self._global_batch_size
-        yield from _pick(record, STEP_TAGS)
-        yield from zip(self._validation_tags, record.get("validation_losses") or (), strict=False)
-        for field in ("rank", "ratio") if record.get("straggler") else ():
-            yield f"straggler/{field}", record["straggler"][field]
-        for name, weight in (record.get("group_weights") or {}).items():
-            yield f"mixture/group/{name}", weight
-        for phase, seconds in (record.get("time_s") or {}).items():
-            yield f"time/{phase}", seconds
-
     def _source_scalars(self, record: Mapping[str, Any]) -> list[tuple[str, float | None]]:
         weights = record.get("weights")
         if len(self._sources) > SOURCES_DRAWN and weights is not None:
@@ -162,6 +151,21 @@ class TensorBoardLog:
             for number in self._drawn if values is not None and len(values) else ():
                 scalars.append((f"{prefix}/{self._sources[number]}", values[number]))
         return scalars
+
+
+def step_scalars(
+    record: Mapping[str, Any], validation: Sequence[str]
+) -> Iterator[tuple[str, float | None]]:
+    """What a step's record has, but for single sources."""
+    yield from _pick(record, STEP_TAGS)
+    for name, loss in zip(validation, record.get("validation_losses") or (), strict=False):
+        yield f"lm loss validation-{name}", loss
+    for field in ("rank", "ratio") if record.get("straggler") else ():
+        yield f"straggler/{field}", record["straggler"][field]
+    for name, weight in (record.get("group_weights") or {}).items():
+        yield f"mixture/group/{name}", weight
+    for phase, seconds in (record.get("time_s") or {}).items():
+        yield f"time/{phase}", seconds
 
 
 def _event(step: int, scalars: Sequence[tuple[str, float | None]]) -> Event:

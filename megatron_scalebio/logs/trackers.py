@@ -18,12 +18,12 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
-from megatron_scalebio.errors import UserError, disk_errors_named
+from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs.records import METRICS_FILE, read_records
-from megatron_scalebio.logs.tensorboard import SOURCE_TAGS, STEP_TAGS, source_interval
+from megatron_scalebio.logs.tensorboard import SOURCE_TAGS, source_interval, step_scalars
+from megatron_scalebio.whole_files import write_json
 
 IDS_FILE = "trackers.json"  # which runs there this folder's run is, for when it resumes
 ARTIFACTS = (
@@ -73,16 +73,12 @@ class Trackers:
             mlflow = _Mlflow(folder, options.mlflow_experiment, ids.get("mlflow"), config)
             self._trackers.append(mlflow)
             ids["mlflow"] = mlflow.id
-        with disk_errors_named(folder / IDS_FILE):
-            (folder / IDS_FILE).write_text(json.dumps(ids) + "\n")
+        write_json(folder / IDS_FILE, ids)
 
     def __enter__(self) -> Trackers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, kind: object, *_: object) -> None:
         for tracker in self._trackers:
             tracker.close(failed=kind is not None)
 
@@ -132,10 +128,7 @@ def _known_ids(folder: Path) -> dict[str, str]:
 def _scalars(
     record: Mapping[str, Any], sources: Sequence[str], validation: Sequence[str]
 ) -> Iterator[tuple[str, float]]:
-    pairs: list[tuple[str, Any]] = [(tag, record.get(field)) for tag, field in STEP_TAGS.items()]
-    losses = record.get("validation_losses") or ()
-    pairs += [(f"lm loss validation-{n}", v) for n, v in zip(validation, losses, strict=False)]
-    pairs += [(f"time/{name}", s) for name, s in (record.get("time_s") or {}).items()]
+    pairs = [*step_scalars(record, validation)]
     for prefix, field in SOURCE_TAGS.items():
         values = record.get(field) or ()
         pairs += [(f"{prefix}/{name}", v) for name, v in zip(sources, values, strict=False)]

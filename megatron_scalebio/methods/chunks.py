@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from megatron_scalebio import runtime
 from megatron_scalebio.core.sampler import Ints
-from megatron_scalebio.engine import outputs
-from megatron_scalebio.errors import UserError, disk_errors_named
+from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs.console import RunConsole
+from megatron_scalebio.whole_files import replaced, write_json
 
 Array = npt.NDArray[Any]
 _SECONDS_BETWEEN_LINES = 10.0
@@ -43,9 +43,7 @@ class Chunks:
     def _claim(self) -> None:
         path = self.folder / "made_for.json"
         if not path.is_file():
-            with disk_errors_named(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            outputs.write_json(path, self._made_for)
+            write_json(path, self._made_for)
             return
         try:
             found = json.loads(path.read_text())
@@ -115,11 +113,8 @@ class Chunks:
 
 def write_array(path: Path, values: Array) -> None:
     """Replaces a .npy file in one step."""
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors_named(path):
-        with temporary.open("wb") as stream:
-            np.save(stream, values)
-        temporary.rename(path)
+    with replaced(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, values)
 
 
 def read_array(path: Path, rows: int) -> Array:

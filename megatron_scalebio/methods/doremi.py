@@ -40,6 +40,7 @@ from megatron_scalebio.engine.update import train_on
 from megatron_scalebio.errors import EXIT_OK
 from megatron_scalebio.methods.finetune import train_begun
 from megatron_scalebio.methods.found import Found
+from megatron_scalebio.methods.pool_training import side_training_config
 from megatron_scalebio.methods.weighting import (
     WeightingState,
     learn,
@@ -100,13 +101,8 @@ def reference_config(config: Config, prior_S: list[float], folder: Path) -> Conf
         for source, weight in zip(config.data.sources, prior_S, strict=True)
     ]
     iters = config.baseline.reference_iters or config.train.train_iters
-    return replace(
-        config,
-        data=replace(config.data, sources=sources, weights=None, validation=[], test=[]),
-        train=replace(config.train, train_iters=iters, train_epochs=None, output=str(folder)),
-        checkpoint=replace(config.checkpoint, save=None, load=None),
-        logging=replace(config.logging, tensorboard_dir=None),
-    )
+    part = side_training_config(config, iters, folder)
+    return replace(part, data=replace(part.data, sources=sources))
 
 
 class DoremiState(WeightingState):

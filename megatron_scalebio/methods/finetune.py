@@ -29,6 +29,7 @@ from megatron_scalebio.engine.start import Job, resume_or_start, start_job
 from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import train_on
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.whole_files import write_json
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -150,7 +151,7 @@ class Reporter(RunLog):
                 "cost": outputs.cost_entry(self.state.cost),
             }
             outputs.write_memory(self.folder)
-            outputs.write_json(self.folder / EVALUATION_FILE, {**content, "sets": sets})
+            write_json(self.folder / EVALUATION_FILE, {**content, "sets": sets})
             self.console.losses(sets)
             paths["losses"] = self.folder / EVALUATION_FILE
         if (self.folder / "best").exists():

@@ -21,6 +21,7 @@ from megatron_scalebio.data.weights_file import SELECTED_FILE
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.epochs import epochs, target_examples
 from megatron_scalebio.engine.state import TokenCost
+from megatron_scalebio.whole_files import write_json
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, A
     method = config.baseline.method
     if found.selected_S is not None:
         chosen = zip(found.sources, found.selected_S, strict=True)
-        outputs.write_json(
+        write_json(
             folder / SELECTED_FILE,
             {
                 "method": method,

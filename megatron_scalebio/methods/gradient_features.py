@@ -33,15 +33,14 @@ from megatron_scalebio import runtime
 from megatron_scalebio.core.batch import MicroBatch, gpt_losses
 from megatron_scalebio.core.flush import Pass, loss_func
 from megatron_scalebio.core.objective import Role
-from megatron_scalebio.core.sampler import Ints, Picks
-from megatron_scalebio.data.batch import micro_batches
+from megatron_scalebio.core.sampler import Ints
+from megatron_scalebio.data.batch import BatchLayout
 from megatron_scalebio.data.sources import Source
+from megatron_scalebio.engine.evaluate import evaluating, flushes
 from megatron_scalebio.engine.state import RunState
 from megatron_scalebio.methods.adam_moments import AdamMoments, adam_update
 from megatron_scalebio.methods.sketch import CountSketch, Identity, SketchTable
 from megatron_scalebio.progress import PROGRESS
-
-_PASSES_PER_FLUSH = 64
 
 
 @dataclass
@@ -127,9 +126,9 @@ class GradientFeatures:
         for number, matrix in enumerate(self._matrices):
             matrix.moments = moments[number] if moments else None
         out_ND = torch.zeros(len(row_N), self.dimensions, device=runtime.device())
-        for place_P, batches in self._batches(source, row_N, 1):
-            rows = [int(place_P[batch.member_B[0]]) for batch in batches]
-            self._flush([_pass(batch, "sample", -1) for batch in batches], rows, out_ND)
+        for place_P, batches in flushes(source, row_N, self._state.config, self._layout(1)):
+            rows = [-1 if b.group_B[0] else int(place_P[b.member_B[0]]) for b in batches]
+            self._flush([_pass(batch, "sample") for batch in batches], rows, out_ND)
         dist.all_reduce(out_ND)
         return out_ND
 
@@ -139,34 +138,16 @@ class GradientFeatures:
             matrix.moments = None
         out_1D = torch.zeros(1, self.dimensions, device=runtime.device())
         config = self._state.config
-        everything = np.arange(len(source))
-        for place_P, batches in self._batches(source, everything, config.train.micro_batch_size):
-            fillers = int((place_P < 0).sum())
-            first_filler = len(place_P) - fillers
-            passes = [_pass(b, config.data.loss_mean, first_filler) for b in batches]
+        layout = self._layout(config.train.micro_batch_size)
+        for _, batches in flushes(source, np.arange(len(source)), config, layout):
+            passes = [_pass(batch, config.data.loss_mean) for batch in batches]
             self._flush(passes, [0] * len(batches), out_1D)
         dist.all_reduce(out_1D)
         return out_1D[0] / len(source)
 
-    def _batches(self, source: Source, row_N: Ints, size: int) -> Any:
-        """Flushes of this rank's micro-batches: (place in row_N of each member, batches).
-
-        Filled up to what the schedule needs with a first example again, of place −1.
-        """
-        state = self._state
-        stages = state.config.parallel.pipeline_model_parallel_size
-        layout = replace(state.data.layout, micro_batch_size=size)
-        whole = size * layout.dp_size * stages
-        order = np.argsort([source.length(int(row)) for row in row_N], kind="stable")
-        step = whole * max(1, _PASSES_PER_FLUSH // stages)
-        for at in range(0, len(order), step):
-            place_B = order[at : at + step]
-            missing = -len(place_B) % whole
-            filled_B = np.concatenate([place_B, np.repeat(place_B[:1], missing)])
-            picks = Picks(np.zeros_like(filled_B), row_N[filled_B], np.ones(1))
-            with runtime.refused_together():
-                batches = micro_batches([source], picks, layout)
-            yield np.concatenate([place_B, np.full(missing, -1)]), batches
+    def _layout(self, size: int) -> BatchLayout:
+        """Micro-batches of so many examples."""
+        return replace(self._state.data.layout, micro_batch_size=size)
 
     def _flush(self, passes: list[Pass], row_P: list[int], out_RD: torch.Tensor) -> None:
         """Forward and backward of all; each one's gradient is added to its row (−1: to none)."""
@@ -174,9 +155,7 @@ class GradientFeatures:
         self._row_P, self._out_RD = row_P, out_RD
         for matrix in self._matrices:
             matrix.passes = 0
-        for chunk in chunks:
-            chunk.eval()
-        with PROGRESS.at("gradients"):
+        with evaluating(chunks), PROGRESS.at("gradients"):
             get_forward_backward_func()(
                 forward_step_func=_forward_step,
                 data_iterator=[iter(passes) for _ in chunks] if len(chunks) > 1 else iter(passes),
@@ -186,8 +165,6 @@ class GradientFeatures:
                 micro_batch_size=len(passes[0].batch.tokens_BS),
                 forward_only=False,
             )
-        for chunk in chunks:
-            chunk.train()
         assert all(matrix.passes == len(passes) for matrix in self._matrices)
 
     def _take(self, matrix: _Matrix, weight: torch.Tensor) -> None:
@@ -206,16 +183,11 @@ class GradientFeatures:
             matrix.sketch.add(number, values, self._out_RD[row])
 
 
-def _pass(batch: MicroBatch, loss_mean: str, first_filler: int) -> Pass:
-    """A pass whose objective is a sum of examples (or of target tokens), fillers left out.
-
-    Args:
-        first_filler: members from here on do not count (−1: all do).
-    """
+def _pass(batch: MicroBatch, loss_mean: str) -> Pass:
+    """A pass whose objective is a sum of examples (or of target tokens), those of group 0 alone."""
     targets_B = (batch.mask_BS > 0).sum(dim=1).clamp_min(1).double()
     weight_B = 1 / targets_B if loss_mean == "sample" else torch.ones_like(targets_B)
-    if first_filler >= 0:
-        weight_B = torch.where(batch.member_B < first_filler, weight_B, 0.0)
+    weight_B = torch.where(batch.group_B == 0, weight_B, 0.0)
     return Pass(Role.TRAIN_W, batch, weight_B, weight_B)
 
 

@@ -28,7 +28,9 @@ def counted_gradients(chunks: Sequence[DistributedDataParallel]) -> list[torch.T
         for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
             group = buffer.data_parallel_group
             for parameter, (start, end, bucket_id) in buffer.param_index_map.items():
-                if not _counts_here(parameter):
+                if not param_is_not_shared(parameter):
+                    continue
+                if not param_is_not_tensor_parallel_duplicate(parameter):
                     continue
                 # Under the distributed optimizer the rest of a bucket is not reduced here; its
                 # padded length is a multiple of the group's size.
@@ -48,7 +50,3 @@ def dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
     total = torch.stack(mine).sum() if mine else torch.zeros((), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return float(total)
-
-
-def _counts_here(parameter: torch.nn.Parameter) -> bool:
-    return param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)

@@ -85,7 +85,7 @@ def find(config: Config, job: Job) -> Found | None:
         "validation": [source.fingerprint for source in data.validation],
         "rates": rate_C, "dimensions": config.baseline.less_dimensions, "seed": config.train.seed,
     }  # fmt: skip
-    stores = []
+    checkpoints, stores = Path(config.train.output) / "warmup" / "checkpoints", []
     for number in range(1, len(rate_C) + 1):
         folder = job.folder / "features" / f"checkpoint-{number}"
         store = Chunks(folder, len(pool), {**made_for, "checkpoint": number})
@@ -93,7 +93,7 @@ def find(config: Config, job: Job) -> Found | None:
         done = store.is_whole() and runtime.on_main((folder / VALIDATION_FILE).is_file)
         if done:
             continue
-        saver.load_step(state, _checkpoints(config), number * epoch_steps)
+        saver.load_step(state, checkpoints, number * epoch_steps)
         if not take_features(state, data.validation, store, f"checkpoint {number}", job):
             return None
     score_NV = runtime.on_main(lambda: influence(stores, rate_C, len(data.validation)))
@@ -122,10 +122,6 @@ def epoch_rates(schedule: Schedule, epochs: int, epoch_steps: int) -> list[float
     """η_c: the mean learning rate of each epoch."""
     rates = [schedule.at(step).lr_w for step in range(epochs * epoch_steps)]
     return [float(np.mean(rates[c * epoch_steps :][:epoch_steps])) for c in range(epochs)]
-
-
-def _checkpoints(config: Config) -> Path:
-    return Path(config.train.output) / "warmup" / "checkpoints"
 
 
 def _warm_up(config: Config, job: Job, row_W: Ints, epoch_steps: int) -> PoolState | None:

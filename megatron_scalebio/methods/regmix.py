@@ -24,7 +24,6 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.sampler import Floats
-from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.loop import run_steps
 from megatron_scalebio.engine.start import Job, load_start
 from megatron_scalebio.engine.state import Data, Record, TokenCost
@@ -33,6 +32,7 @@ from megatron_scalebio.methods.finetune import FinetuneState
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.mixture_regression import best_mixture, draw_mixture, fit
 from megatron_scalebio.methods.weighting import prior_weights, start_log
+from megatron_scalebio.whole_files import write_json
 
 PROXIES_FILE = "proxies.json"
 PASSES_OF_A_BILEVEL_STEP = 3  # u and w on the training batch, w on a validation batch as large
@@ -123,7 +123,7 @@ class Ledger:
         weights = self.next_mixture().tolist()
         self.proxies.append({"weights": weights, "loss": loss, "cost": asdict(cost)})
         content = {**self._run, "proxies": self.proxies}
-        runtime.on_main(lambda: outputs.write_json(self._path, content))
+        runtime.on_main(lambda: write_json(self._path, content))
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():

@@ -44,7 +44,6 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config, SourceConfig
 from megatron_scalebio.core.sampler import Floats, Ints, Picks
-from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.evaluate import example_losses
 from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Data, Record, TokenCost
@@ -58,6 +57,7 @@ from megatron_scalebio.methods.pool_training import (
     training_config,
 )
 from megatron_scalebio.methods.scores import found_from_rows, write_scores
+from megatron_scalebio.whole_files import write_json
 
 REFERENCE_EPOCHS = 3
 
@@ -102,7 +102,7 @@ def irreducible_losses(config: Config, job: Job) -> tuple[Floats, TokenCost] | N
         if not losses.fill("irreducible losses", _scorer(state, pool), job.signals):
             return None
         spent = asdict(state.cost)
-        runtime.on_main(lambda: outputs.write_json(cost_file, spent))
+        runtime.on_main(lambda: write_json(cost_file, spent))
     trained = TokenCost(**runtime.on_main(lambda: json.loads(cost_file.read_text())))
     return losses.joined(), trained + TokenCost(scored=pool.input_tokens())
 

@@ -23,18 +23,9 @@ from megatron_scalebio.methods import fixed
 from megatron_scalebio.methods.bounds import refuse_bounds
 from megatron_scalebio.methods.found import Found, write_found
 from megatron_scalebio.report.html import write_report
+from megatron_scalebio.whole_files import write_text
 
-METHODS = {
-    "scalebio": "scalebio",
-    "uniform": "fixed",
-    "natural": "fixed",
-    "manual": "fixed",
-    "doremi": "doremi",
-    "doge": "doge",
-    "regmix": "regmix",
-    "less": "less",
-    "rho_loss": "rho_loss",
-}
+FIXED = ("uniform", "natural", "manual")  # the others have modules of their names
 
 
 def find_mixture(config: Config) -> int:
@@ -44,7 +35,8 @@ def find_mixture(config: Config) -> int:
         fixed.require_weights(config)
     if method != "scalebio":
         refuse_bounds(config)
-    module = importlib.import_module(f"megatron_scalebio.methods.{METHODS[method]}")
+    name = "fixed" if method in FIXED else method
+    module = importlib.import_module(f"megatron_scalebio.methods.{name}")
     with start_job(config) as job:
         found: Found | None = module.find(config, job)
         if found is not None:
@@ -55,7 +47,7 @@ def find_mixture(config: Config) -> int:
 def _finish(config: Config, found: Found, job: Job) -> None:
     """Writes the weights and the report, and says where everything is."""
     folder = job.folder
-    outputs.write_text(folder / "config.yaml", config_text(config))
+    write_text(folder / "config.yaml", config_text(config))
     content, left_out = write_found(folder, found, config)
     places = {"weights": folder / WEIGHTS_FILE, "blend": folder / "blend.txt"}
     if found.selected_S is not None:

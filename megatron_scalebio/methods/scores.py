@@ -15,24 +15,20 @@ import numpy as np
 
 from megatron_scalebio.core.sampler import Floats, Ints
 from megatron_scalebio.engine.state import TokenCost
-from megatron_scalebio.errors import disk_errors_named
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.pool import Pool
+from megatron_scalebio.whole_files import replaced
 
 SCORES_FILE = "scores.npz"
 
 
 def write_scores(folder: Path, pool: Pool, score_N: Floats, **more: Any) -> None:
     source_N, index_N = pool.locate(np.arange(len(pool)))
-    path = folder / SCORES_FILE
-    temporary = path.with_name(path.name + ".tmp")
-    with disk_errors_named(path):
-        with temporary.open("wb") as stream:
-            np.savez(
-                stream, source=source_N.astype(np.int32), index=index_N,
-                score=score_N.astype(np.float32), **more,
-            )  # fmt: skip
-        temporary.rename(path)
+    with replaced(folder / SCORES_FILE) as temporary, temporary.open("wb") as stream:
+        np.savez(
+            stream, source=source_N.astype(np.int32), index=index_N,
+            score=score_N.astype(np.float32), **more,
+        )  # fmt: skip
 
 
 def found_from_rows(pool: Pool, row_K: Ints, cost: TokenCost, step: int, **details: Any) -> Found:

@@ -41,14 +41,11 @@ def initialize_weights(
             apply_factories(state)
             for tensor in nested_values(state):
                 if isinstance(tensor, ShardedTensor) and tensor.data.ndim >= 2:
-                    scale = math.sqrt(2 * num_layers) if _is_residual(tensor.key) else 1.0
+                    is_residual = tensor.key.endswith(_RESIDUAL_PROJECTIONS)
+                    scale = math.sqrt(2 * num_layers) if is_residual else 1.0
                     draws.append(pool.submit(_draw_shard, tensor, seed, std / scale))
         for draw in draws:
             draw.result()
-
-
-def _is_residual(key: str) -> bool:
-    return key.endswith(_RESIDUAL_PROJECTIONS)
 
 
 @torch.no_grad()

@@ -93,10 +93,7 @@ def transformer_config(config: Config) -> ModelSettings:
         attn_logit_softcapping=model.attn_logit_softcapping,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_chunks(model.num_layers),
-        context_parallel_size=parallel.context_parallel_size,
+        **parallel.group_sizes(model.num_layers),
         # Transformer Engine's ring of messages takes no sliding window.
         cp_comm_type="p2p" if model.window_size is None else "all_gather",
         sequence_parallel=parallel.sequence_parallel,
@@ -135,7 +132,7 @@ def transformer_config(config: Config) -> ModelSettings:
 
 
 def _expert_settings(config: Config) -> dict[str, Any]:
-    model, parallel = config.model, config.parallel
+    model = config.model
     if model.num_experts is None:
         # Unused; the default refuses variable lengths.
         return {"moe_token_dispatcher_type": "alltoall"}
@@ -145,8 +142,6 @@ def _expert_settings(config: Config) -> dict[str, Any]:
         "num_moe_experts": model.num_experts,
         "moe_layer_freq": model.moe_layer_freq or 1,
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size or ffn,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         "moe_grouped_gemm": uses_transformer_engine(config),
     }
 

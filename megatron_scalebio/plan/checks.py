@@ -60,7 +60,7 @@ def build_ranks(config: Config, layout: Layout) -> list[Built]:
 def _build(config: Config, layout: Layout, stage: int, place: int) -> Built:
     assert config.model.vocab_size is not None
     with META:
-        chunks = build_model(config, settings_for(config, layout.cuda), config.model.vocab_size)
+        chunks = build_model(config, settings_for(config, layout.gpu.cuda), config.model.vocab_size)
     shards: dict[Shard, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for chunk in chunks:

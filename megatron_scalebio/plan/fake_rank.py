@@ -45,7 +45,6 @@ def as_rank(
     """
     cpu.adapt()
     megatron.adapt()
-    parallel = config.parallel
     with ExitStack() as stack:
         enter = stack.enter_context
         enter(replaced(torch.cuda, "current_device", lambda: META))
@@ -60,12 +59,7 @@ def as_rank(
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=parallel.virtual_chunks(config.model.num_layers),
-            context_parallel_size=parallel.context_parallel_size,
-            expert_model_parallel_size=parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+            **config.parallel.group_sizes(config.model.num_layers)
         )
         stack.callback(parallel_state.destroy_model_parallel)
         yield

@@ -54,10 +54,6 @@ class Layout:
         return self.tp * self.cp * self.pp * self.dp
 
     @property
-    def cuda(self) -> bool:
-        return self.gpu.cuda
-
-    @property
     def passes(self) -> int:
         """Micro-batches of a flush: u and w on training data, w on validation."""
         return 2 * self.train + self.validation

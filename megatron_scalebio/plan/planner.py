@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_scalebio.config import Config
-from megatron_scalebio.errors import UserError
 from megatron_scalebio.plan.cost import StepCost, step_cost
 from megatron_scalebio.plan.holdings import WEIGHTS_U, WEIGHTS_W
 from megatron_scalebio.plan.layout import (
@@ -108,11 +107,6 @@ def make_plan(
     Raises:
         UserError: where a layout or a shape is refused.
     """
-    if config.model.vocab_size is None:
-        raise UserError(
-            "model.vocab_size: is not set (a plan does not open the data: set it to the "
-            "tokenizer's)"
-        )
     drawn = draws(config, layout)
     stages, u_worst, low_bits = [], [], []
     for stage in range(layout.pp):

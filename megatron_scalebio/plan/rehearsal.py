@@ -94,7 +94,7 @@ def rehearse(config: Config, layout: Layout, stage: int, active: list[int] | Non
     plain = on_shapes(config)
     with (
         as_rank(config, rank, layout.world, lambda *m: ledgers[0].on_message(*m)),
-        kernels_of(layout.cuda),
+        kernels_of(layout.gpu.cuda),
         balanced_experts(),
     ):
         memory, models = _rehearse(plain, layout, stage, active, ledgers)
@@ -109,7 +109,7 @@ def _rehearse(
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
     try:
-        megatron = settings_for(config, layout.cuda)
+        megatron = settings_for(config, layout.gpu.cuda)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         seed_generators(config.train.seed)
         with META:

@@ -15,6 +15,7 @@ from megatron_scalebio.report.advice import advice
 from megatron_scalebio.report.charts import GREY_LINES, mixture_charts, training_charts
 from megatron_scalebio.report.load import Run, load_run
 from megatron_scalebio.report.svg import COLOURS
+from megatron_scalebio.whole_files import write_text
 
 ROWS_DRAWN = 20  # in the picture of the weights; the table holds all
 SKIPS_SHOWN = 100
@@ -41,7 +42,7 @@ def write_report(run_dir: Path | str, output: Path | str | None = None) -> Path:
         UserError: for a folder that is no run, a malformed file in it, or an unwritable output.
     """
     output = Path(output or Path(run_dir) / "report.html")
-    page.write(render_report(load_run(run_dir)), output)
+    write_text(output, render_report(load_run(run_dir)))
     return output
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from megatron_scalebio.errors import UserError
 from megatron_scalebio.formatting import duration, percent, quantity
 
 
@@ -35,19 +33,3 @@ def render(template: str, **context: Any) -> str:
     return environment.get_template(template).render(
         style=Markup(style), script=Markup(script), script_digest=digest, **context
     )
-
-
-def write(page: str, output: Path) -> None:
-    """Writes a page, whole or not at all.
-
-    Raises:
-        UserError: the disk refuses it.
-    """
-    temporary = output.with_name(output.name + ".tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        temporary.replace(output)
-    except OSError as error:
-        raise UserError(
-            f"{output}: can't write: {error.strerror or error} (choose --output)"
-        ) from None

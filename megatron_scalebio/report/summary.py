@@ -21,22 +21,14 @@ END_SHARE = 0.05  # share of the steps over which "at the start" and "at the end
 
 
 @dataclass
-class SourceRow:
+class SourceRow(SourceWeight):
     """One source of the mixture; shares are fractions of 1, None where the run doesn't say."""
 
-    name: str
-    weight: float
-    low: float | None
-    high: float | None
-    initial: float | None
-    natural: float | None
-    known: float | None
-    excess: float | None
-    loss: float | None
-    examples: int | None
-    in_blend: bool | None
-    epochs: float | None = None
-    bound: str = ""
+    natural: float | None = None
+    known: float | None = None
+    excess: float | None = None
+    loss: float | None = None
+    in_blend: bool | None = None
 
     @property
     def change(self) -> float | None:
@@ -62,13 +54,11 @@ def source_rows(run: Run) -> list[SourceRow]:
     for i, source in enumerate(_weights(run)):
         rows.append(
             SourceRow(
-                name=source.name, weight=source.weight, low=source.low, high=source.high,
-                initial=source.initial, natural=_share(natural, i, len(run.sources)),
+                **vars(source), natural=_share(natural, i, len(run.sources)),
                 known=(
                     number_or_none(known.get(source.name, 0.0)) if isinstance(known, dict) else None
                 ),
-                excess=excess[i], loss=loss[i], examples=source.examples,
-                epochs=source.epochs, bound=source.bound,
+                excess=excess[i], loss=loss[i],
                 in_blend=(
                     {source.path, os.path.abspath(source.path)} & blend_paths != set()
                     if blend_paths and source.path else None

@@ -126,12 +126,7 @@ def validation_of_run(folder: Path) -> list[tuple[str, str]]:
         return []
     try:
         words = json.loads(path.read_text(encoding="utf-8"))["valid"]
-        prefixes = [str(word) for word in words[1::2]]
+        prefixes = [Path(str(word)) for word in words[1::2]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: holds no validation sets ({error!r})") from None
-    return [(_set_name(prefix), prefix) for prefix in prefixes]
-
-
-def _set_name(prefix: str) -> str:
-    path = Path(prefix)
-    return path.parent.name if path.name == TOKENS else path.name
+    return [(p.parent.name if p.name == TOKENS else p.name, str(p)) for p in prefixes]

@@ -112,11 +112,13 @@ class RawRows:
         self, file: Path, format_name: str, record: Record, index: EvaluationIndex, words: WordIds
     ) -> int:
         try:
-            texts = self._texts(file, format_name, record, self._options)
+            where = f"{file}:{record.line}"
+            example = parse_record(record.value, format_name, where, self._options)
         except RecordError:
             if not self._skip_bad:
                 raise
             return CODES["bad_record"]
+        texts = whole_text(example), prompt_text(example)
         kind = index.kind(*words.of(*texts)) if index.examples else None
         return CODES[kind] if kind else 0
 
@@ -216,13 +218,6 @@ class RawRows:
                 return forms  # of what the chat template refuses there are no prepared rows
             forms.append(decoded_texts(np.array(ids), np.array(mask), self._encoder.tokenizer))
         return forms
-
-    @staticmethod
-    def _texts(
-        file: Path, format_name: str, record: Record, options: RecordOptions
-    ) -> tuple[str, str]:
-        example = parse_record(record.value, format_name, f"{file}:{record.line}", options)
-        return whole_text(example), prompt_text(example)
 
 
 def decoded_texts(tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> tuple[str, str]:

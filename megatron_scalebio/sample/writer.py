@@ -14,7 +14,7 @@ import os
 import re
 from array import array
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,20 +26,6 @@ from megatron_scalebio.sample.plan import shuffled
 from megatron_scalebio.sample.spool import Spool
 
 SAMPLE_FILE = "sample.jsonl"
-
-
-class Writer(Protocol):
-    examples: int
-
-    def add(
-        self,
-        tokens: np.ndarray,
-        mask: np.ndarray,
-        lengths: list[int],
-        rows: list[tuple[int, int]],
-    ) -> None: ...
-    def finish(self, facts: dict[str, Any]) -> dict[str, Any]: ...
-    def abandon(self) -> None: ...
 
 
 class PrefixWriter:
@@ -110,7 +96,7 @@ def write_sample(
     """
     source = np.concatenate([np.full(len(rows), number) for number, rows in drawn])
     row = np.concatenate([rows for _, rows in drawn])
-    writer: Writer
+    writer: PrefixWriter | SourceWriter
     if facts.tokenizer is None:
         writer = PrefixWriter(directory, facts.dtype)
     else:
@@ -155,9 +141,7 @@ def write_sample(
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """Writes ``manifest.json``, each list of row numbers on a line of its own."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    text = re.sub(r"\[\s+(\d+(?:,\s+\d+)*)\s+\]", _on_one_line, text)
+    text = re.sub(
+        r"\[\s+(\d+(?:,\s+\d+)*)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text
+    )
     (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _on_one_line(found: re.Match[str]) -> str:
-    return "[" + " ".join(found[1].split()) + "]"

@@ -356,7 +356,7 @@ def test_the_picture_shows_these_numbers(plan: Plan, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(plot.pyplot, "close", drawn.append)
     monkeypatch.setattr(plot, "SOURCES_SHOWN", 2)
     comparison, want = collect(plan), worked_out(plan)
-    plot.draw(comparison, plan.output / "x.png")
+    plot.draw(comparison, plan.output / "x.png", "png")
     [figure] = drawn
     losses, weights = figure.axes
     from_below = [label.get_text() for label in losses.get_yticklabels()]

@@ -241,7 +241,7 @@ def test_refusals(tmp_path: Path, hf_folder: Path, judge: Any) -> None:
     for message, folder, words in (
         ("nothing to evaluate", hf_folder, ()),
         ("--judge-model: is missing", hf_folder, ("--judge-url", judge.url)),
-        ("--max-new-tokens: is 0", hf_folder, ("--max-new-tokens", 0)),
+        ("--max-new-tokens: 0 is below 1", hf_folder, ("--max-new-tokens", 0)),
         ("gone: no such folder", tmp_path / "gone", ()),
         ("holds no config.json", tmp_path, ()),
     ):

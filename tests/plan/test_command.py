@@ -80,7 +80,7 @@ def test_every_shipped_configuration_is_tested_and_has_the_published_model() -> 
 MISTAKES = {
     "gpu": (["--gpu", "h1000"], "--gpu: 'h1000' is not known (one of h100-80g"),
     "gpus": (["--gpus", "3", "--tensor-model-parallel-size", "2"], "world size: 3 is not"),
-    "no-gpus": (["--gpus", "0"], "argument --gpus: '0' is not a positive number"),
+    "no-gpus": (["--gpus", "0"], "--gpus: 0 is below 1"),
     "mfu": (["--mfu", "2"], "--mfu: 2 is outside (0, 1]"),
     "json": (["--json", "/nowhere/plan.json"], "--json: /nowhere/plan.json: no such folder"),
     "heads": (["--tensor-model-parallel-size", "8"], "tensor_model_parallel_size: 8 does not"),
