@@ -115,6 +115,7 @@ REFUSED = [
     ("parallel", "fp8_format", "hybrid", "fp8_format: 'hybrid' needs bf16"),
     ("parallel", "overlap_param_gather", True, "needs overlap_grad_reduce and"),
     ("parallel", "fp8_param_gather", True, "fp8_param_gather: True is refused"),
+    ("model", "no_rope_freq", [1, 0], "no_rope_freq: [1, 0] must have a 1 or a 0 for each"),
     ("model", "window_attn_skip_freq", 2, "window_attn_skip_freq: 2 needs a window_size"),
     ("model", "window_size", 4096, "window_size: 4096 is one number; Megatron's form is two, "
      "neither of which counts the position itself (write 4095,0, in YAML [4095, 0])"),

@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "rotary_base": (10000, 500),
         "window_rotary_base": (None, 700),
         "rotary_percent": (1.0, 0.5),
+        "no_rope_freq": (None, [0, 1, 1, 0]),
         "normalization": ("RMSNorm", "LayerNorm"),
         "norm_epsilon": (1e-5, 1e-6),
         "apply_layernorm_1p": (False, True),

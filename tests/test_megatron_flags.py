@@ -105,7 +105,7 @@ def words_after(action: argparse.Action) -> list[list[str]]:
     """What a flag may be followed by: each of its choices, or a few values of its type."""
     if action.nargs == 0:
         return [[]]
-    if action.dest == "model.moe_layer_freq":
+    if action.dest in ("model.moe_layer_freq", "model.no_rope_freq"):
         return [["[" + ",".join("0" + "1" * 15) + "]"]]
     values = action.choices or WORDS.get(action.type, ["7,0"])  # type: ignore[call-overload]
     return [[str(value)] for value in values]

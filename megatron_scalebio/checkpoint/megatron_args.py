@@ -133,6 +133,7 @@ def _positions(model: ModelConfig) -> dict[str, Any]:
     kind = scaling.rope_type if scaling else None
     values = {
         "position_embedding_type": model.position_embedding_type,
+        "no_rope_freq": model.no_rope_freq,
         "use_rope_scaling": kind == "llama3",
         "rope_scaling_factor": scaling.factor if scaling and kind == "llama3" else 1.0,
         "rotary_seq_len_interpolation_factor": (

@@ -15,6 +15,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -132,6 +133,12 @@ def start_of_shard(optimizer: DistributedOptimizer, parameter: torch.nn.Paramete
 def scaled_as_llama3(rope: RotaryEmbedding, **options: float) -> torch.Tensor:
     """The frequencies of a rotary module, scaled by the options of llama3's rule."""
     return rope._apply_scaling(rope.inv_freq, **options)
+
+
+def scale_cos_and_sin(attention: Attention, factor: float) -> None:
+    """What an attention layer multiplies rope's cos and sin by."""
+    require(attention, "_yarn_concentration_factor")
+    attention._yarn_concentration_factor = factor
 
 
 def start_manager_of_writers(initializer: Callable[..., None], *args: Any) -> None:

@@ -67,6 +67,19 @@ def require_within(section: Any, interval: str, *names: str) -> None:
             raise UserError(f"{name}: {value!r} is outside {interval} (choose within)")
 
 
+def pattern_of_layers(name: str, given: list[int], num_layers: int, phase: int = 0) -> list[int]:
+    """A 1 or 0 for each layer: as given, or every N-th for one number N, from `phase` on."""
+    pattern = given
+    if len(given) == 1 and num_layers > 1 and given[0] > 0:
+        pattern = [int((layer - phase) % given[0] == 0) for layer in range(num_layers)]
+    if len(pattern) != num_layers or not set(pattern) <= {0, 1} or not any(pattern):
+        raise UserError(
+            f"{name}: {given!r} must have a 1 or a 0 for each of the {num_layers} "
+            "layers, and a 1 at least (write it so, or one number N for every N-th layer)"
+        )
+    return pattern
+
+
 def require_one_of(flag: str, value: str | None, allowed: Collection[str]) -> None:
     """Refuses a command's option that is none of the allowed words (None: not given)."""
     if value is not None and value not in allowed:

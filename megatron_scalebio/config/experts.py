@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_scalebio.config.checks import require_positive
+from megatron_scalebio.config.checks import pattern_of_layers, require_positive
 from megatron_scalebio.errors import UserError
 
 
@@ -42,7 +42,9 @@ def check_experts(model: Any) -> None:
         raise UserError(
             "moe_shared_expert_gate: True needs moe_shared_expert_intermediate_size (set it)"
         )
-    _check_layers(model)
+    if model.moe_layer_freq is not None:
+        pattern = pattern_of_layers("moe_layer_freq", model.moe_layer_freq, model.num_layers)
+        model.moe_layer_freq = None if all(pattern) else pattern
 
 
 def _check_groups(model: Any) -> None:
@@ -67,22 +69,6 @@ def _check_groups(model: Any) -> None:
             f"moe_router_topk: {model.moe_router_topk!r} experts cannot be chosen evenly from "
             f"{chosen} groups of {model.num_experts // groups} (choose a multiple that they hold)"
         )
-
-
-def _check_layers(model: Any) -> None:
-    """`moe_layer_freq` becomes a 1 or 0 for each layer, or None where all have experts."""
-    given = model.moe_layer_freq
-    if given is None:
-        return
-    pattern = given
-    if len(given) == 1 and model.num_layers > 1 and given[0] > 0:  # every N-th, Megatron's number
-        pattern = [int(layer % given[0] == 0) for layer in range(model.num_layers)]
-    if len(pattern) != model.num_layers or not set(pattern) <= {0, 1} or not any(pattern):
-        raise UserError(
-            f"moe_layer_freq: {given!r} must have a 1 or a 0 for each of the {model.num_layers} "
-            "layers, and a 1 at least (write it so, or one number N for every N-th layer)"
-        )
-    model.moe_layer_freq = None if all(pattern) else pattern
 
 
 def refuse_without_experts(model: Any) -> None:

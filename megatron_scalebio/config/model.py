@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_scalebio.config.checks import option, require_positive, require_within
+from megatron_scalebio.config.checks import (
+    option,
+    pattern_of_layers,
+    require_positive,
+    require_within,
+)
 from megatron_scalebio.config.experts import check_experts, refuse_without_experts
 from megatron_scalebio.config.rope import RopeScaling
 from megatron_scalebio.errors import UserError
@@ -32,6 +37,9 @@ class ModelConfig:
     )
     rotary_percent: float = option(1.0, "share of a head that rope turns")
     rope_scaling: RopeScaling | None = option(None, "long-context scaling of rope")
+    no_rope_freq: list[int] | None = option(
+        None, "layers without rope, a 1 or 0 for each; or N: every N-th (SmolLM3) [none]"
+    )
     normalization: Literal["RMSNorm", "LayerNorm"] = option("RMSNorm", "normalization")
     norm_epsilon: float = option(1e-5, "added to the variance in normalization")
     apply_layernorm_1p: bool = option(False, "norms multiply by 1 + weight")
@@ -155,10 +163,13 @@ class ModelConfig:
             )
         if self.position_embedding_type == "rope":
             self._check_rope(self.head_channels)
-        elif self.rope_scaling:
+        elif self.rope_scaling or self.no_rope_freq:
+            name, value = "no_rope_freq", repr(self.no_rope_freq)
+            if self.rope_scaling:
+                name, value = "rope_scaling", repr(self.rope_scaling.rope_type)
             raise UserError(
-                f"rope_scaling: {self.rope_scaling.rope_type!r} does not go with "
-                f"position_embedding_type {self.position_embedding_type} (drop one of them)"
+                f"{name}: {value} does not go with position_embedding_type "
+                f"{self.position_embedding_type} (drop one of them)"
             )
 
     @property
@@ -184,6 +195,11 @@ class ModelConfig:
             )
 
     def _check_rope(self, head: int) -> None:
+        if self.no_rope_freq is not None:  # Megatron counts from the N-th layer
+            every = self.no_rope_freq[0] if self.no_rope_freq else 0
+            self.no_rope_freq = pattern_of_layers(
+                "no_rope_freq", self.no_rope_freq, self.num_layers, every - 1
+            )
         turned = int(head * self.rotary_percent)
         if turned % 2 or not turned:
             raise UserError(
@@ -191,4 +207,4 @@ class ModelConfig:
                 "(choose an even number, two or more)"
             )
         if self.rope_scaling:
-            self.rope_scaling.check_model(self.rotary_base, turned, head)
+            self.rope_scaling.check_model(self.rotary_base, turned)

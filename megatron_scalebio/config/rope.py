@@ -97,11 +97,11 @@ class RopeScaling:
                 f"{name}: {values!r} is not a list of numbers above 0 (give one a frequency)"
             )
 
-    def check_model(self, rotary_base: int, turned: int, head: int) -> None:
+    def check_model(self, rotary_base: int, turned: int) -> None:
         """Checks what the model and its scaling decide together.
 
         Args:
-            turned: channels of a head that rope turns, of `head`.
+            turned: channels of a head that rope turns.
         """
         for name in ("short_factor", "long_factor"):
             values: list[float] | None = getattr(self, name)
@@ -112,12 +112,6 @@ class RopeScaling:
                 )
         if self.rope_type == "yarn" and rotary_base < 2:
             raise UserError(f"rotary_base: {rotary_base!r} is too low for yarn (use 10000)")
-        if turned < head and self.scale_of_cos_and_sin != 1:
-            raise UserError(
-                f"rope_scaling.attention_factor: {self.scale_of_cos_and_sin!r} (given, or derived) "
-                f"acts on the {turned} of {head} channels that rope turns, which no scale of the "
-                "attention scores equals (set it to 1, or turn all channels)"
-            )
 
     @property
     def longest(self) -> int:

@@ -59,6 +59,9 @@ _KIND_OF = {
         ("tie_word_embeddings use_parallel_residual norm_topk_prob use_qk_norm",
          _Kind(lambda value: isinstance(value, bool), "true or false")),
         ("rope_parameters", _Kind(lambda value: isinstance(value, dict), "an object")),
+        ("no_rope_layers",
+         _Kind(lambda value: isinstance(value, list) and set(value) <= {0, 1},
+               "a 1 or 0 for each layer")),
         ("architectures layer_types",
          _Kind(lambda value: value is None or (isinstance(value, list)
                                                and all(isinstance(v, str) for v in value)),

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what shares its layers: Yi, SmolLM2, Mistral, Qwen 2, 2.5 and 3."""
+"""Llama 2 and 3, and what shares its layers: Yi, SmolLM, Mistral, Qwen 2 and 3, Phi-3 and 4."""
 
 from __future__ import annotations
 
@@ -114,9 +114,38 @@ def _qwen3(config: HfConfig) -> dict[str, Any]:
     return {**_qwen2(config), "add_qkv_bias": False, "qk_layernorm": True}
 
 
+def _smollm3(config: HfConfig) -> dict[str, Any]:
+    config.take("use_sliding_window"), config.take("no_rope_layer_interval")  # both in lists
+    turned = config.take("no_rope_layers")[: config.take("num_hidden_layers")]
+    no_rope = [1 - bool(each) for each in turned]
+    return {
+        **_llama(config),
+        "no_rope_freq": no_rope if any(no_rope) else None,
+        **sliding_window(config),
+    }
+
+
+def _phi3(config: HfConfig) -> dict[str, Any]:
+    config.take("original_max_position_embeddings")  # plain rope does not ask for it
+    return _mistral(config)
+
+
+# q, k and v are one tensor, gate and up another.
+_FUSED = {
+    f"{_LAYER}self_attention.linear_qkv.weight": ("self_attn.qkv_proj.weight", "fused_qkv"),
+    f"{_LAYER}mlp.linear_fc1.weight": ("mlp.gate_up_proj.weight", "copy"),
+}
+_PHI3_TENSORS = (
+    *(row for row in TENSORS if row.megatron not in _FUSED),
+    *(TensorMap(name, (f"{_HF_LAYER}{hf}",), rule) for name, (hf, rule) in _FUSED.items()),
+)
+
+
 FAMILIES = (
     Family(("LlamaForCausalLM",), _llama, TENSORS),
     Family(("MistralForCausalLM",), _mistral, TENSORS),
     Family(("Qwen2ForCausalLM",), _qwen2, TENSORS),
     Family(("Qwen3ForCausalLM",), _qwen3, TENSORS),
+    Family(("SmolLM3ForCausalLM",), _smollm3, TENSORS),
+    Family(("Phi3ForCausalLM",), _phi3, _PHI3_TENSORS),
 )

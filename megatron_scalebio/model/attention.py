@@ -51,7 +51,6 @@ class SdpaAttention(MegatronModule):
         ):
             assert config.window_size is not None
             self.window = config.window_size[0] + 1
-            self.softmax_scale = getattr(config, "window_softmax_scale", None) or softmax_scale
 
     def forward(
         self,

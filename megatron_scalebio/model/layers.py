@@ -38,7 +38,6 @@ class ModelSettings(TransformerConfig):
     pre_norms: bool = True
     post_norms: bool = False
     qk_layernorm_whole: bool = False
-    window_softmax_scale: float | None = None  # where it is not softmax_scale
     parallel_residual: bool = False
     attn_logit_softcapping: float | None = None
 
@@ -115,7 +114,7 @@ def _transformer_engine_layer(config: ModelSettings, experts: int | None) -> Mod
         qk_layernorm=config.qk_layernorm,
     )
     # What Transformer Engine 2.11 has no option for.
-    if config.attn_logit_softcapping is not None or config.window_softmax_scale is not None:
+    if config.attn_logit_softcapping is not None:
         layer.submodules.self_attention.submodules.core_attention = SdpaAttention
     return layer
 

@@ -73,7 +73,7 @@ def build_chunk(
         vp_stage=vp_stage,
     )
     if model.rope_scaling:
-        scale_rope(gpt.rotary_pos_emb, model, config.data.seq_length)
+        scale_rope(gpt, model, config.data.seq_length)
     if model.window_rotary_base is not None:
         turn_windows_apart(gpt, model)
     _hook_ends(gpt, model, vocab_size)

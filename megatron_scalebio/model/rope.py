@@ -1,4 +1,4 @@
-"""Rope's frequencies and the scale of attention under every `rope_scaling`.
+"""Rope's frequencies under every `rope_scaling`.
 
 Channel pair i of D / 2 turns by θ_i = base^(−2i / D) radians a token. Under
 
@@ -8,8 +8,7 @@ Channel pair i of D / 2 turns by θ_i = base^(−2i / D) radians a token. Under
     longrope   θ_i / short_i up to the original length, θ_i / long_i above it
     dynamic    θ_i: other frequencies only beyond max_position_embeddings, which is refused
 
-yarn and longrope also multiply cos and sin of queries and keys by m. Where rope turns all channels
-that multiplies every score by m², and so it is part of the scale of the softmax here.
+yarn and longrope also multiply cos and sin of queries and keys by m, in the layers that they scale.
 
 longrope's choice is by the run's `seq_length`. transformers takes the length of the batch at hand,
 padding included: then a sequence's loss would depend on its neighbours in the micro-batch, and on
@@ -26,24 +25,9 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.utils import is_layer_window_attention
 
-from megatron_scalebio.compat.megatron import scaled_as_llama3
+from megatron_scalebio.compat.megatron import scale_cos_and_sin, scaled_as_llama3
 from megatron_scalebio.config.model import ModelConfig
 from megatron_scalebio.config.rope import RopeScaling
-
-
-def softmax_scale(model: ModelConfig) -> float | None:
-    """The factor of attention scores, the scaling's m² in it; None: the default 1/√head."""
-    m = model.rope_scaling.scale_of_cos_and_sin if model.rope_scaling else 1.0
-    if m == 1:
-        return model.softmax_scale
-    return m**2 * (model.softmax_scale or 1 / math.sqrt(model.head_channels))
-
-
-def window_softmax_scale(model: ModelConfig) -> float | None:
-    """That of layers with a window, if they are not scaled as the others are; None: the same."""
-    if model.window_rotary_base is None or softmax_scale(model) == model.softmax_scale:
-        return None
-    return model.softmax_scale or 1 / math.sqrt(model.head_channels)
 
 
 def turn_windows_apart(gpt: Any, model: ModelConfig) -> None:
@@ -62,9 +46,18 @@ def turn_windows_apart(gpt: Any, model: ModelConfig) -> None:
     for layer in gpt.decoder.layers:
         if is_layer_window_attention(size, every, layer.layer_number):
             layer.register_forward_pre_hook(turn, with_kwargs=True)
+            scale_cos_and_sin(layer.self_attention, 1.0)
 
 
-def scale_rope(rope: RotaryEmbedding, model: ModelConfig, seq_length: int) -> None:
+def scale_rope(gpt: Any, model: ModelConfig, seq_length: int) -> None:
+    """Scales a chunk's rope: its frequencies, and what all its layers multiply cos and sin by."""
+    assert model.rope_scaling is not None
+    scale_frequencies(gpt.rotary_pos_emb, model, seq_length)
+    for layer in gpt.decoder.layers:
+        scale_cos_and_sin(layer.self_attention, model.rope_scaling.scale_of_cos_and_sin)
+
+
+def scale_frequencies(rope: RotaryEmbedding, model: ModelConfig, seq_length: int) -> None:
     """Gives Megatron's rotary module the scaled frequencies.
 
     Args:

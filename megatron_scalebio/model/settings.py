@@ -18,7 +18,6 @@ from megatron_scalebio.config.experts import options_of_experts
 from megatron_scalebio.config.model import ModelConfig
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.layers import ModelSettings
-from megatron_scalebio.model.rope import softmax_scale, window_softmax_scale
 
 try:
     import transformer_engine  # noqa: F401
@@ -88,8 +87,8 @@ def transformer_config(config: Config) -> ModelSettings:
         add_qkv_bias=model.add_qkv_bias,
         window_size=None if model.window_size is None else tuple(model.window_size),
         window_attn_skip_freq=model.window_attn_skip_freq,
-        softmax_scale=softmax_scale(model),
-        window_softmax_scale=window_softmax_scale(model),
+        no_rope_freq=model.no_rope_freq,
+        softmax_scale=model.softmax_scale,
         attn_logit_softcapping=model.attn_logit_softcapping,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,

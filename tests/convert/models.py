@@ -56,6 +56,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {**_SMALL, "tie_word_embeddings": False}),
     "qwen2-tied": ("Qwen2", {**_SMALL, "tie_word_embeddings": True}),
     "qwen2-yarn": ("Qwen2", {**_SMALL, "rope_parameters": _YARN}),
+    "smollm3": ("SmolLM3", {**_SMALL, "no_rope_layer_interval": 2, "pad_token_id": None}),
+    "phi3": (
+        "Phi3",
+        {**_SMALL, "sliding_window": 8, "pad_token_id": None,
+         "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.7}},
+    ),
     "qwen3": ("Qwen3", {**_SMALL, "head_dim": 10}),
     "qwen3-moe": (
         "Qwen3Moe",

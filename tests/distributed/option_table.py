@@ -10,12 +10,6 @@ TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 FP8 = {"bf16": True, "fp8_format": "hybrid"}
 
-WINDOWS = {
-    "window_size": [6, 0], "window_rotary_base": 500, "rope_scaling": {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16,
-    },
-}  # fmt: skip
-
 # attribute of Megatron's TransformerConfig: the sections, and what they make of it
 MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
     "num_layers": [({"model": {"num_layers": n}}, n) for n in (3, 6)],
@@ -46,11 +40,9 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
     "qk_layernorm_whole": [
         ({"model": {"qk_layernorm": True, "qk_layernorm_whole": on}}, on) for on in (True, False)
     ],
-    # yarn scales cos and sin, and so scores, but not in layers with a window.
-    "window_softmax_scale": [
-        ({}, None),
-        ({"model": {**WINDOWS, "kv_channels": 16}}, 0.25),
-        ({"model": {**WINDOWS, "softmax_scale": 0.5}}, 0.5),
+    "no_rope_freq": [
+        ({"model": {"num_layers": 4, "no_rope_freq": freq}}, want)
+        for freq, want in (([1, 0, 0, 1], [1, 0, 0, 1]), ([2], [0, 1, 0, 1]))
     ],
     "post_norms": [({"model": {"post_norms": on}}, on) for on in (True, False)],
     "parallel_residual": [({"model": {"parallel_residual": on}}, on) for on in (True, False)],

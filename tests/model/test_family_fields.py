@@ -61,6 +61,20 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "qwen3", LLAMA,
         {**RMS_NORM, "swiglu": True, "add_qkv_bias": False, "qk_layernorm": True},
     ),
+    "SmolLM3ForCausalLM": (
+        "smollm3",
+        {**{key: value for key, value in LLAMA.items() if key != "head_dim"},
+         "no_rope_layers": [1, 1, 0, 1, 0, 1, 0]},
+        {**RMS_NORM, "kv_channels": 16, "swiglu": True, "no_rope_freq": [0, 0, 1, 0, 1, 0]},
+    ),
+    "Phi3ForCausalLM": (
+        "phi3",
+        {**{key: value for key, value in LLAMA.items() if key != "head_dim"},
+         "sliding_window": 37, "original_max_position_embeddings": 512,
+         "partial_rotary_factor": 0.75},
+        {**RMS_NORM, "kv_channels": 16, "swiglu": True, "rotary_percent": 0.75,
+         "window_size": [36, 0]},
+    ),
     "Gemma2ForCausalLM": (
         "gemma2",
         {**LLAMA, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 33.0,

@@ -69,6 +69,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
+    "smollm3-yarn": (
+        "SmolLM3",
+        {**SHAPE, **TIED, "max_position_embeddings": 16, "rope_parameters": YARN,
+         "no_rope_layers": [1, 0, 1, 0, 1], "pad_token_id": None},
+    ),
+    "phi3-partial-longrope": (
+        "Phi3",
+        {**SHAPE, **TIED, "original_max_position_embeddings": 16, "sliding_window": 35,
+         "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.5, "long_factor": [1.5, 3, 4],
+                             "short_factor": [1.0, 1.1, 1.2]},
+         "pad_token_id": None},
+    ),
     "qwen3": ("Qwen3", {**SHAPE, **UNTIED, "head_dim": 16}),
     "qwen3-moe": (
         "Qwen3Moe",
@@ -138,7 +150,15 @@ OF_EXPERTS = ("one", "pp2", "ep2", "ep2-tp2")
 WITH_EXPERTS = ("qwen3-moe", "qwen3-moe-all-scores", "glm4-moe", "mixtral")
 NOT_DIVISIBLE_BY_2 = ("llama-9-heads-3-groups", "llama-mqa-linear-rope")
 # One of each way to know positions and to mask: learned, part of a head turned, windows, caps.
-UNDER_CP = ("gpt2", "gpt-neox", "llama-mqa-linear-rope", "qwen2-window", "gemma2", "olmo3-yarn")
+UNDER_CP = (
+    "gpt2",
+    "gpt-neox",
+    "llama-mqa-linear-rope",
+    "qwen2-window",
+    "gemma2",
+    "olmo3-yarn",
+    "smollm3-yarn",
+)
 # Positions are what can differ between these, and the whole sequence's length.
 OF_STRETCHED = ("one", "tp2-sequence-parallel", "cp2", "recompute")
 STRETCHED = ("llama-longrope", "qwen2-yarn")

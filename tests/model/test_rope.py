@@ -5,7 +5,6 @@ Models and layouts are `test_parity`'s.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +69,20 @@ def write(folder: Path, options: dict[str, Any], **keys: Any) -> Any:
 def frequencies(config: Config, length: int) -> torch.Tensor:
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    from megatron_scalebio.model.rope import scale_rope
+    from megatron_scalebio.model.rope import scale_frequencies
 
     model = config.model
     rope = RotaryEmbedding(
         HEAD, model.rotary_percent, rotary_base=model.rotary_base, use_cpu_initialization=True
     )
     if model.rope_scaling:
-        scale_rope(rope, model, length)
+        scale_frequencies(rope, model, length)
     return rope.inv_freq
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_frequencies_and_scale_are_transformers(tmp_path: Path, name: str) -> None:
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
-    from megatron_scalebio.model.rope import softmax_scale
 
     options, keys, length = CASES[name]
     theirs = Qwen2RotaryEmbedding(write(tmp_path, options, **keys))
@@ -96,8 +93,6 @@ def test_frequencies_and_scale_are_transformers(tmp_path: Path, name: str) -> No
     scaling = ours.model.rope_scaling
     scale = scaling.scale_of_cos_and_sin if scaling else 1.0
     assert scale == pytest.approx(theirs.attention_scaling, rel=1e-15)
-    scores = softmax_scale(ours.model) or 1 / math.sqrt(HEAD)
-    assert scores == pytest.approx(theirs.attention_scaling**2 / math.sqrt(HEAD), rel=1e-14)
 
 
 def test_longrope_chooses_by_the_run_and_not_by_a_batch(tmp_path: Path) -> None:
@@ -111,27 +106,20 @@ def test_longrope_chooses_by_the_run_and_not_by_a_batch(tmp_path: Path) -> None:
         assert torch.equal(frequencies(config, config.data.seq_length), want)
 
 
-def test_a_part_of_the_channels_turned_takes_no_attention_factor(tmp_path: Path) -> None:
+def test_a_part_of_the_channels_is_turned(tmp_path: Path) -> None:
     import transformers
     from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
-    def model(**options: Any) -> Any:
-        config = transformers.GPTNeoXConfig(
-            hidden_size=2 * HEAD, num_attention_heads=2, num_hidden_layers=1, vocab_size=101,
-            max_position_embeddings=MAX, architectures=["GPTNeoXForCausalLM"], rotary_pct=0.5,
-            rope_scaling={**YARN, **options},
-        )  # fmt: skip
-        config.save_pretrained(tmp_path)
-        return config
-
-    theirs = GPTNeoXRotaryEmbedding(model(attention_factor=1.0))
+    config = transformers.GPTNeoXConfig(
+        hidden_size=2 * HEAD, num_attention_heads=2, num_hidden_layers=1, vocab_size=101,
+        max_position_embeddings=MAX, architectures=["GPTNeoXForCausalLM"], rotary_pct=0.5,
+        rope_scaling=dict(YARN),
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    theirs = GPTNeoXRotaryEmbedding(config)
     ours = load_config(None, {"model": {"hf": str(tmp_path)}})
     assert theirs.inv_freq.shape == (HEAD // 4,)
     assert torch.equal(frequencies(ours, 1024), theirs.inv_freq)
-    model()
-    with pytest.raises(UserError, match=r"factor: 1\.138.* 32 of 64 channels") as refusal:
-        load_config(None, {"model": {"hf": str(tmp_path)}})
-    assert str(refusal.value).startswith(f"{tmp_path}: model.rope_scaling.attention_factor")
 
 
 @pytest.mark.parametrize(
