@@ -113,6 +113,7 @@ REFUSED = [
     ("parallel", "sequence_parallel", True, "sequence_parallel: True needs tensor parallelism"),
     ("parallel", "num_layers_per_virtual_pipeline_stage", 1, "needs pipeline parallelism"),
     ("parallel", "fp8_format", "hybrid", "fp8_format: 'hybrid' needs bf16"),
+    ("parallel", "fp4_format", "e2m1", "fp4_format: 'e2m1' needs bf16"),
     ("parallel", "overlap_param_gather", True, "needs overlap_grad_reduce and"),
     ("parallel", "fp8_param_gather", True, "fp8_param_gather: True is refused"),
     ("model", "no_rope_freq", [1, 0], "no_rope_freq: [1, 0] must have a 1 or a 0 for each"),
@@ -288,6 +289,11 @@ DISAGREEING = [
      "hidden_size: 120 makes a matrix of 120 on each TP rank"),
     ({"parallel": {"bf16": True, "fp8_format": "hybrid"}, "data": {"seq_length": 40}}, 1,
      "data.seq_length: 40 is not divisible by 16 x TP 1"),
+    ({"parallel": {"bf16": True, "fp8_format": "hybrid", "fp8_recipe": "mxfp8"},
+      "data": {"seq_length": 48}}, 1, "data.seq_length: 48 is not divisible by 32 x TP 1, which "
+     "fp8_format with recipe mxfp8 needs"),
+    ({"parallel": {"bf16": True, "fp4_format": "e2m1"}, "model": {"hidden_size": 112}}, 1,
+     "112 on each TP rank, which fp4_format with recipe nvfp4 needs divisible by 32"),
     ({"parallel": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 2}},
      2, "does not split 4 layers over 2 stages"),
 ]  # fmt: skip

@@ -103,6 +103,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "bf16": (False, True),
         "fp8_format": (None, "e4m3"),
         "fp8_recipe": ("tensorwise", "delayed"),
+        "fp4_format": (None, "e2m1"),
         "recompute_granularity": (None, "selective"),
         "recompute_method": (None, "block"),
         "recompute_num_layers": (None, 2),
@@ -214,6 +215,7 @@ NEEDS: dict[str, dict[str, dict[str, Any]]] = {
         "parallel": {"overlap_grad_reduce": True, "use_distributed_optimizer": True}
     },
     "fp8_format": {"parallel": {"bf16": True}},
+    "fp4_format": {"parallel": {"bf16": True}},
 }
 
 # What an option's value decides besides, where nothing else is given.

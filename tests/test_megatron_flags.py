@@ -31,7 +31,7 @@ NOT_KEPT = {
 COMPANIONS = [
     "--num-layers", "16", "--hidden-size", "128", "--num-attention-heads", "8",
     "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "4",
-    "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--fp8-format", "e4m3",
+    "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce",
     "--window-size", "9,0", "--lr", "0.5",
 ]  # fmt: skip
 OF_EXPERTS = [
@@ -79,7 +79,9 @@ def differences(
     megatrons = theirs._option_string_actions[flag].dest
     if flag != "--" + name.partition(".")[2].replace("_", "-"):
         yield f"{flag}: sets {name}"
-    tried, before = 0, COMPANIONS + (OF_EXPERTS if "-expert" in flag or "--moe" in flag else [])
+    before = COMPANIONS + (OF_EXPERTS if "-expert" in flag or "--moe" in flag else [])
+    before = [*before, *(["--fp8-format", "e4m3"] if flag != "--fp4-format" else [])]
+    tried = 0
     for words in words_after(ours._option_string_actions[flag]):
         if set(words) & OURS_ALONE.get(flag, set()):
             continue

@@ -91,6 +91,7 @@ def megatron_args(
         transformer_impl="transformer_engine" if uses_transformer_engine(config) else "local",
         fp8=parallel.fp8_format,
         fp8_recipe=parallel.fp8_recipe,
+        fp4=parallel.fp4_format,
         fp8_param_gather=parallel.fp8_param_gather,
         bias_swiglu_fusion=model.swiglu,
         bias_gelu_fusion=model.activation == "gelu_tanh",  # which that fusion is, too

@@ -128,8 +128,7 @@ class Config:
             )
         check_expert_layout(model, parallel, world_size)
         self._validate_lengths(tp)
-        if parallel.fp8_format:
-            self._validate_fp8(tp)
+        self._validate_products(tp)
         per_chunk = model.num_layers // pp // (parallel.virtual_chunks(model.num_layers) or 1)
         if (parallel.recompute_num_layers or 0) > per_chunk:
             raise UserError(
@@ -142,17 +141,20 @@ class Config:
                 f"lisa.lisa_layers: {lisa!r} is above num_layers {model.num_layers} (lower it)"
             )
 
-    def _validate_fp8(self, tp: int) -> None:
-        """Every side of a matrix product in FP8 is a multiple of 16 (Transformer Engine)."""
+    def _validate_products(self, tp: int) -> None:
+        """Products in FP8 and FP4 take matrices of certain sizes (Transformer Engine)."""
+        if self.parallel.low_precision is None:
+            return
+        (option, recipe), divisor = self.parallel.low_precision, self.parallel.product_divisor
         model = self.model
         head = model.head_channels
         groups = model.num_query_groups or model.num_attention_heads
         cp = self.parallel.context_parallel_size
-        if self.data.seq_length % (16 * tp * cp):
+        if self.data.seq_length % (divisor * tp * cp):
             ranks = f"TP {tp}" + (f" x CP {cp}" if cp > 1 else "")
             raise UserError(
-                f"data.seq_length: {self.data.seq_length!r} is not divisible by 16 x {ranks}, "
-                "which FP8 needs (choose a multiple)"
+                f"data.seq_length: {self.data.seq_length!r} is not divisible by {divisor} x "
+                f"{ranks}, which {option} with recipe {recipe} needs (choose a multiple)"
             )
         for name, value, on_a_rank in (
             ("hidden_size", model.hidden_size, model.hidden_size),
@@ -160,10 +162,11 @@ class Config:
             ("kv_channels", head, model.num_attention_heads * head // tp),
             ("kv_channels", head, groups * head // tp),
         ):
-            if on_a_rank % 16:
+            if on_a_rank % divisor:
                 raise UserError(
                     f"model.{name}: {value!r} makes a matrix of {on_a_rank} on each TP rank, which "
-                    "FP8 needs divisible by 16 (choose another TP size, or drop fp8_format)"
+                    f"{option} with recipe {recipe} needs divisible by {divisor} (choose another "
+                    f"TP size, or drop {option})"
                 )
 
     def _validate_lengths(self, tp: int) -> None:

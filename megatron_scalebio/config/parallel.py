@@ -35,8 +35,11 @@ class ParallelConfig:
     fp8_format: Literal["hybrid", "e4m3"] | None = option(
         None, "FP8 matrix products by Transformer Engine; hybrid: e4m3 forward, e5m2 backward"
     )
-    fp8_recipe: Literal["tensorwise", "delayed", "blockwise"] = option(
-        "tensorwise", "how FP8 tensors are scaled"
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = option(
+        "tensorwise", "how FP8 tensors are scaled; mxfp8: Blackwell only"
+    )
+    fp4_format: Literal["e2m1"] | None = option(
+        None, "FP4 matrix products (recipe NVFP4) by Transformer Engine: Blackwell only"
     )
     fp8_param_gather: bool = option(False, "Megatron-LM's, refused: weights stay in bf16")
     recompute_granularity: Literal["full", "selective"] | None = option(
@@ -64,8 +67,13 @@ class ParallelConfig:
                 f"{self.num_layers_per_virtual_pipeline_stage!r} needs pipeline parallelism (raise "
                 "pipeline_model_parallel_size or drop it)"
             )
-        if self.fp8_format and not self.bf16:
-            raise UserError(f"fp8_format: {self.fp8_format!r} needs bf16 (set bf16)")
+        for name in ("fp8_format", "fp4_format"):
+            if getattr(self, name) and not self.bf16:
+                raise UserError(f"{name}: {getattr(self, name)!r} needs bf16 (set bf16)")
+        if self.fp8_format and self.fp4_format:
+            raise UserError(
+                f"fp4_format: {self.fp4_format!r} and fp8_format exclude each other (drop one)"
+            )
         if self.fp8_param_gather:
             raise UserError(
                 "fp8_param_gather: True is refused: masters and u, which shares w's storage, would "
@@ -92,6 +100,20 @@ class ParallelConfig:
     def expert_tp(self) -> int:
         """Ranks that share each expert."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def low_precision(self) -> tuple[str, str] | None:
+        """Which option has the layers' products in FP8 or FP4, and the recipe of their scales."""
+        if self.fp4_format:
+            return "fp4_format", "nvfp4"
+        return ("fp8_format", self.fp8_recipe) if self.fp8_format else None
+
+    @property
+    def product_divisor(self) -> int:
+        """What each side of a matrix product has to be a multiple of."""
+        if self.low_precision is None:
+            return 1
+        return 32 if self.low_precision[1] in ("mxfp8", "nvfp4") else 16
 
     @property
     def length_divisor(self) -> int:

@@ -143,9 +143,9 @@ class TwinModel(torch.nn.Module):
         Those of what trains, once it has moved; those of frozen layers when their period begins,
         and under delayed scaling once more: only then is their scale that of these weights.
         """
-        if self.config.fp8 is None:
+        if self.config.fp8 is None and self.config.fp4 is None:
             return
-        delayed = self.config.fp8_recipe == "delayed"
+        delayed = self.config.fp8 is not None and self.config.fp8_recipe == "delayed"
         if self._one_copy is None:
             self._one_copy = [] if delayed else self._share_copies()
         wanted = 2 if delayed else 1

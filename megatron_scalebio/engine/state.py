@@ -88,7 +88,7 @@ class Data:
         )
         parallel = config.parallel
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-        multiple = 16 * tp * cp if parallel.fp8_format else 8
+        multiple = parallel.product_divisor * tp * cp if parallel.low_precision else 8
         self.layout = BatchLayout(
             micro_batch_size=train.micro_batch_size,
             dp_rank=runtime.dp_rank(),

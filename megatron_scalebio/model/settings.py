@@ -35,30 +35,35 @@ def uses_transformer_engine(config: Config) -> bool:
             "package (install it or use local)"
         )
     used = asked != "local" and HAVE_TRANSFORMER_ENGINE and runtime.on_cuda()
-    if config.parallel.fp8_format and not used:
-        raise UserError(
-            f"parallel.fp8_format: {config.parallel.fp8_format!r} needs CUDA and Transformer "
-            "Engine's layers (install transformer_engine and leave transformer_impl at auto, or "
-            "drop it)"
-        )
-    if config.parallel.fp8_format:
-        _require_fp8(config)
+    if config.parallel.low_precision:
+        option, recipe = config.parallel.low_precision
+        named = f"parallel.{option}: {getattr(config.parallel, option)!r}"
+        if not used:
+            raise UserError(
+                f"{named} needs CUDA and Transformer Engine's layers (install transformer_engine "
+                "and leave transformer_impl at auto, or drop it)"
+            )
+        _require_recipe(named, recipe)
     return used
 
 
-def _require_fp8(config: Config) -> None:
-    """Refuses a recipe that this GPU or its CUDA can't do."""
-    from transformer_engine.pytorch import is_fp8_available, is_fp8_block_scaling_available
+# Of Transformer Engine: whether this GPU and its CUDA can do a recipe.
+_CHECKS = {
+    "tensorwise": "is_fp8_available", "delayed": "is_fp8_available",
+    "blockwise": "is_fp8_block_scaling_available", "mxfp8": "is_mxfp8_available",
+    "nvfp4": "is_nvfp4_available",
+}  # fmt: skip
 
-    parallel = config.parallel
-    blockwise = parallel.fp8_recipe == "blockwise"
-    check = is_fp8_block_scaling_available if blockwise else is_fp8_available
-    available, reason = check(return_reason=True)
+
+def _require_recipe(named: str, recipe: str) -> None:
+    import transformer_engine.pytorch as te
+
+    available, reason = getattr(te, _CHECKS[recipe])(return_reason=True)
     if not available:
+        other = ", or use fp8_format with fp8_recipe tensorwise"
         raise UserError(
-            f"parallel.fp8_format: {parallel.fp8_format!r} with fp8_recipe {parallel.fp8_recipe}: "
-            f"{' '.join(reason.split())} (drop it"
-            f"{', or use fp8_recipe tensorwise' if blockwise else ''})"
+            f"{named} with recipe {recipe}: {' '.join(reason.split())} (drop it"
+            f"{'' if _CHECKS[recipe] == 'is_fp8_available' else other})"
         )
 
 
@@ -99,6 +104,7 @@ def transformer_config(config: Config) -> ModelSettings:
         bf16=parallel.bf16,
         fp8=parallel.fp8_format,
         fp8_recipe=parallel.fp8_recipe,
+        fp4=parallel.fp4_format,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         recompute_granularity=parallel.recompute_granularity,

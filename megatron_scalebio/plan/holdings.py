@@ -46,10 +46,10 @@ def holdings(
 
 
 def fp8_copies(models: Iterable[list[torch.nn.Module]], recipe: str) -> int:
-    """Bytes of the FP8 casts that Transformer Engine keeps of the layers' matrices.
+    """Bytes of the FP8 or FP4 casts that Transformer Engine keeps of the layers' matrices.
 
-    As stored and transposed, one byte an element. u and w share those of frozen layers that u has
-    no weights of its own of, except under delayed scaling, where each has its own scales.
+    u and w share those of frozen layers that u has no weights of its own of, except under delayed
+    scaling, where each has its own scales.
     """
     total, cast = 0, set()
     for model in models:
@@ -57,9 +57,30 @@ def fp8_copies(models: Iterable[list[torch.nn.Module]], recipe: str) -> int:
             if ".decoder.layers." in name and parameter.ndim == 2:
                 storage = parameter.untyped_storage()._cdata
                 if storage not in cast or recipe == "delayed":
-                    total += 2 * parameter.numel()
+                    total += copy_bytes(parameter.shape[0], parameter.shape[1], recipe)
                 cast.add(storage)
     return total
+
+
+def copy_bytes(rows: int, columns: int, recipe: str) -> int:
+    """Bytes of a matrix's cast, for products along its rows and along its columns, with scales.
+
+    Scales are padded to the tiles in which the products read them.
+    """
+    elements, sides = rows * columns, ((rows, columns), (columns, rows))
+    if recipe in ("tensorwise", "delayed"):
+        return 2 * elements + 4  # one fp32 scale
+    if recipe == "blockwise":  # one for 128 x 128
+        tiles = [(-(-across // 128), -(-along // 128)) for across, along in sides]
+        return 2 * elements + 4 * sum(high * _up(wide, 4) for high, wide in tiles)
+    block = {"mxfp8": 32, "nvfp4": 16}[recipe]  # in a row, with a byte of scale
+    scales = sum(_up(across, 128) * _up(-(-along // block), 4) for across, along in sides)
+    # NVFP4 takes half a byte an element, and two fp32 maxima.
+    return scales + (2 * elements if recipe == "mxfp8" else elements + 8)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def stepped(optimizer: MegatronOptimizer) -> list[torch.Tensor]:

@@ -30,7 +30,7 @@ def on_shapes(config: Config) -> Config:
     """The configuration that can be built without Transformer Engine: equal weights and names."""
     plain = copy.deepcopy(config)
     plain.model.transformer_impl = "local"
-    plain.parallel.fp8_format = None
+    plain.parallel.fp8_format = plain.parallel.fp4_format = None
     plain.model.moe_token_dispatcher_type = "alltoall"
     return plain
 

@@ -98,8 +98,9 @@ def rehearse(config: Config, layout: Layout, stage: int, active: list[int] | Non
         balanced_experts(),
     ):
         memory, models = _rehearse(plain, layout, stage, active, ledgers)
-        if config.parallel.fp8_format:
-            memory.held_bytes[FP8_COPIES] = fp8_copies(models, config.parallel.fp8_recipe)
+        if config.parallel.low_precision:
+            _, recipe = config.parallel.low_precision
+            memory.held_bytes[FP8_COPIES] = fp8_copies(models, recipe)
     return memory
 
 

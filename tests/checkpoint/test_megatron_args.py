@@ -148,7 +148,7 @@ def test_every_argument_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -
         "make_vocab_size_divisible_by": 7, "tensor_model_parallel_size": 4,
         "pipeline_model_parallel_size": 2, "context_parallel_size": 3, "overlap_p2p_comm": True,
         "transformer_impl": "transformer_engine", "fp8_param_gather": False, "fp8": "hybrid",
-        "fp8_recipe": "delayed", "num_layers_per_virtual_pipeline_stage": 2,
+        "fp8_recipe": "delayed", "fp4": None, "num_layers_per_virtual_pipeline_stage": 2,
         "bias_swiglu_fusion": False, "bias_gelu_fusion": True, "bf16": True,
         "params_dtype": torch.bfloat16, "use_distributed_optimizer": True, "micro_batch_size": 5,
         "global_batch_size": 35, "seed": 77, "tokenizer_type": "Sort", "tokenizer_model": "a/hub",

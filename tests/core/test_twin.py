@@ -34,7 +34,7 @@ class ToyChunk(torch.nn.Module):
         self.second.weight = torch.nn.Parameter(torch.full((2, 3), 0.5))
         self.register_parameter("none", None)
         self.register_buffer("table", torch.arange(4.0))
-        self.config = SimpleNamespace(fp8=fp8, fp8_recipe=recipe)
+        self.config = SimpleNamespace(fp8=fp8, fp8_recipe=recipe, fp4=None)
         self.ddp_config = SimpleNamespace(overlap_grad_reduce=False)
         self.model_type, self.vp_stage = object(), 3
         self.share_embeddings_and_output_weights = object()

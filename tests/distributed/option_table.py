@@ -167,8 +167,10 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
         ({"parallel": {"bf16": True, "fp8_format": name}}, name) for name in ("hybrid", "e4m3")
     ],
     "fp8_recipe": [
-        ({"parallel": {**FP8, "fp8_recipe": name}}, name) for name in ("delayed", "blockwise")
+        ({"parallel": {**FP8, "fp8_recipe": name}}, name)
+        for name in ("delayed", "blockwise", "mxfp8")
     ],
+    "fp4": [({"parallel": {"bf16": True, "fp4_format": "e2m1"}}, "e2m1")],
     "recompute_granularity": [
         ({"parallel": {"recompute_granularity": name}}, name) for name in ("full", "selective")
     ],

@@ -314,5 +314,6 @@ def test_a_dry_run_finds_faults(tmp_path: Path) -> None:
     # Of 4 layers on a stage and half of each: QKV and projection, a gated MLP of 192; as stored and
     # transposed. u has its own of the two that train, with delayed scales of all.
     matrices = 4 * (64 * 192 + 64 * 64 + 3 * 64 * 192) // 2
-    assert found["delayed"] == [4 * matrices] * 2
-    assert found["tensorwise"] == [3 * matrices] * 2
+    scales = 4 * 4 * 4 // 2  # four bytes for each of four matrices
+    assert found["delayed"] == [4 * (matrices + scales)] * 2
+    assert found["tensorwise"] == [3 * (matrices + scales)] * 2

@@ -61,19 +61,27 @@ def load() -> None:
     sys.path.insert(0, str(WHEEL))
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # it then looks for no library
     os.environ.update(NVTE_UNFUSED_FP8_UPDATE="1", NVTE_MASKED_SOFTMAX_FUSION="0")
-    _pretend_hopper()
+    pretend_card("Hopper")
     _import(_extension())
     _adapt_package()
 
 
-def _pretend_hopper() -> None:
+def pretend_card(name: str) -> None:
+    """Hopper or Blackwell."""
     cuda: Any = torch.cuda
+    major = {"Hopper": 9, "Blackwell": 10}[name]
     properties = types.SimpleNamespace(
-        name="a double of an H100", major=9, minor=0, multi_processor_count=132,
+        name=f"a double of {name}", major=major, minor=0, multi_processor_count=132,
         total_memory=80 * 2**30,
     )  # fmt: skip
     cuda.get_device_properties = lambda *args: properties
-    cuda.get_device_capability = lambda *args: (9, 0)
+    cuda.get_device_capability = lambda *args: (major, 0)
+    if "transformer_engine.pytorch" in sys.modules:  # has asked before
+        from transformer_engine.pytorch import quantization, utils
+
+        utils._get_device_compute_capability.cache_clear()
+        for asked in [each for each in vars(quantization) if each.endswith("_SUPPORT")]:
+            setattr(quantization, asked, None)
     cuda.is_current_stream_capturing = lambda: False
     cuda.device = lambda *args: contextlib.nullcontext()
     torch.version.cuda = torch.version.cuda or "13.0"

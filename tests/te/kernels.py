@@ -33,7 +33,7 @@ def largest(tag: Any) -> float:
 def create_empty_quantized_tensor(
     quantizer: Any, shape: Any, dtype: torch.dtype, device: Any, pin_memory: bool
 ) -> Any:
-    if not hasattr(quantizer, "block_len"):
+    if _kind(quantizer) == "Float8":
         data = torch.zeros(tuple(shape), dtype=torch.uint8)
         return _of_one_scale(data, torch.ones(1), dtype, quantizer)
     made = quantizer.storage_metadata(dtype)
@@ -41,7 +41,8 @@ def create_empty_quantized_tensor(
         name.lstrip("_"): torch.zeros(size, dtype=kind)
         for name, (size, kind) in quantizer.inner_tensor_specs(tuple(shape)).items()
     }
-    names = ("rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv")
+    names = ["rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv"]
+    names += ["amax_rowwise", "amax_columnwise"] if _kind(quantizer) == "NVFP4" else []
     given = {name: tensors.get(name) for name in names} | made["nontensor_kwargs"]
     if not quantizer.internal:
         del given["fake_dtype"]
@@ -51,9 +52,19 @@ def create_empty_quantized_tensor(
 
 def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
     x = tensor.detach().contiguous()
-    if hasattr(quantizer, "block_len"):
+    if _kind(quantizer) == "Float8":
+        return _quantize_whole(x, quantizer, output)
+    if output is None:
+        output = create_empty_quantized_tensor(quantizer, x.shape, x.dtype, "cpu", False)
+    if _kind(quantizer) == "Float8Block":
         return _quantize_blocks(x, quantizer, output)
-    return _quantize_whole(x, quantizer, output)
+    return _quantize_rows(x, quantizer, output)
+
+
+def _kind(quantizer: Any) -> str:
+    """Float8 (one scale), Float8Block, MXFP8 or NVFP4."""
+    name = type(quantizer).__name__.removesuffix("Quantizer")
+    return "Float8" if name == "Float8CurrentScaling" else name
 
 
 def _quantize_whole(x: torch.Tensor, quantizer: Any, output: Any) -> Any:
@@ -97,8 +108,6 @@ def _of_one_scale(
 
 def _quantize_blocks(x: torch.Tensor, quantizer: Any, output: Any) -> Any:
     """A scale for each 128 x 128 (weights) or 1 x 128 elements."""
-    if output is None:
-        output = create_empty_quantized_tensor(quantizer, x.shape, x.dtype, "cpu", False)
     flat = x.reshape(-1, x.shape[-1]).float()
     for side, matrix, shape, used in (
         ("rowwise", flat, x.shape, quantizer.rowwise_usage),
@@ -129,6 +138,40 @@ def _in_blocks(matrix: torch.Tensor, quantizer: Any) -> tuple[torch.Tensor, torc
     data = _cast(tiles * scale, quantizer.dtype).view(size)[:rows, :columns].contiguous()
     inverse = (1 / scale)[:, 0, :, 0]
     return data, inverse if high == BLOCK else inverse.t()
+
+
+def _quantize_rows(x: torch.Tensor, quantizer: Any, output: Any) -> Any:
+    """MXFP8: a power of two for 32 elements of a row (of a column: of its own copy).
+
+    NVFP4 (16 elements, turned for columns) keeps whole numbers in place of E2M1 and of its scales
+    of two levels, and neither turns operands at random nor rounds so: what is read is what counts.
+    """
+    four = _kind(quantizer) == "NVFP4"
+    flat = x.reshape(-1, x.shape[-1]).float()
+    for side, matrix, used in (
+        ("rowwise", flat, quantizer.rowwise_usage),
+        ("columnwise", flat.t().contiguous(), quantizer.columnwise_usage),
+    ):
+        if not used:
+            setattr(output, f"_{side}_data", None)
+            setattr(output, f"_{side}_scale_inv", None)
+            continue
+        groups = matrix.view(len(matrix), -1, 16 if four else 32)
+        most = 7.0 if four else largest(quantizer.dtype)
+        exponent = (groups.abs().amax(-1, True) / most).clamp_min(2.0**-100).log2().ceil()
+        inner = (groups / 2.0**exponent).view(matrix.shape)
+        if four:
+            halves = (inner.round() + 8).to(torch.uint8)  # 1 to 15
+            data = 16 * halves[:, ::2] + halves[:, 1::2]
+        else:
+            data = _cast(inner, quantizer.dtype)
+        scales = (exponent[..., 0] + 127).to(torch.uint8)
+        if side == "columnwise" and not four:
+            data, scales = data.t(), scales.t()
+        held, held_scales = getattr(output, f"_{side}_data"), getattr(output, f"_{side}_scale_inv")
+        held.view(data.shape).copy_(data)
+        held_scales[: scales.shape[0], : scales.shape[1]] = scales
+    return output
 
 
 def _scale(amax: torch.Tensor, quantizer: Any, least: float) -> torch.Tensor:
@@ -176,7 +219,25 @@ def _operand(x: Any, rowwise: bool) -> torch.Tensor:
         scales = scales.repeat_interleave(BLOCK, 0) if x._is_2D_scaled else scales
         values = data * scales[: data.shape[0], : data.shape[1]]
         return values if rowwise else values.t()
+    if hasattr(x, "_with_gemm_swizzled_scales"):
+        return _rows(x, side, rowwise)
     return x.detach().float().reshape(-1, x.shape[-1])
+
+
+def _rows(x: Any, side: str, rowwise: bool) -> torch.Tensor:
+    """What `_quantize_rows` has made."""
+    data, scales = getattr(x, f"_{side}wise_data"), getattr(x, f"_{side}wise_scale_inv")
+    assert data is not None, f"the product lacks {side}-wise data"
+    four = hasattr(x, "_fp4_dtype")
+    data = data.flatten(1) if four and not rowwise else data.flatten(0, -2)
+    if four:
+        values = torch.stack([data // 16, data % 16], -1).flatten(1).float() - 8
+    else:
+        values = data.view(dtype_of(x._fp8_dtype)).float()
+        values, scales = (values, scales) if rowwise else (values.t(), scales.t())
+    spread = (2.0 ** (scales.float() - 127)).repeat_interleave(16 if four else 32, 1)
+    values = values * spread[: values.shape[0], : values.shape[1]]
+    return values if rowwise else values.t()
 
 
 def generic_gemm(
@@ -184,12 +245,13 @@ def generic_gemm(
     bias: Any, bias_type: Any, gelu: bool, gelu_in: Any, grad: bool, workspace: Any,
     workspace_size: int, accumulate: bool, use_split_accumulator: bool, **options: Any,
 ) -> list[Any]:  # fmt: skip
-    low = hasattr(A, "_fp8_dtype")
-    assert not gelu and options["comm_overlap"] is None and low == hasattr(B, "_fp8_dtype")
+    low = hasattr(A, "_quantizer")
+    assert not gelu and options["comm_overlap"] is None and low == hasattr(B, "_quantizer")
     a, b = _operand(A, transA), _operand(B, not transB)
     if low:
         sides = (*a.shape, b.shape[1] if transB else b.shape[0])
-        assert sides[0] % 16 == sides[1] % 16 == sides[2] % 8 == 0, f"an FP8 product of {sides}"
+        least = 32 if hasattr(A, "_with_gemm_swizzled_scales") else 16
+        assert sides[0] % least == sides[1] % least == sides[2] % 8 == 0, f"a product of {sides}"
     out = b.t() @ a if transB else b @ (a.t() if transA else a)
     dtype = dtype_of(output_dtype) if output_dtype is not None else A.dtype
     bias_grad = None
