@@ -2,6 +2,7 @@
 # make test    run the tests              make checks   lint and types
 # make test-long   the tests left out above: large configurations, layout search, GGUF
 # make mutants  which small changes of the core would no test notice?  (mutants/report.txt)
+# make fuzz    what nobody should give prepare, sample and config.json, ten minutes each
 # make bench   run the benchmarks         make clean    remove what make made
 # make docs    the documentation's site, in site/         make dist   sdist and wheel, in dist/
 
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-long mutants checks lint types bench docs dist clean environment
+.PHONY: demo test test-long mutants fuzz checks lint types bench docs dist clean environment
 # Nothing that the tests start may wait for a hub. They start many processes, which share what Python
 # has compiled, even where the shell says not to keep it.
 test: export HF_HUB_OFFLINE = 1
@@ -47,6 +48,9 @@ test-long: $(VENV)/.installed-test
 mutants: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps mutmut==3.8.1 libcst==1.9.0
 	$(BIN)/python tools/mutants.py
+
+fuzz: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 $(BIN)/python tools/fuzz.py
 
 checks: lint types
 
