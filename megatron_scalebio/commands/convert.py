@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from megatron_scalebio import launcher
+from megatron_scalebio.config.checks import require_at_least
 from megatron_scalebio.convert.carry import has_tokenizer
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 
@@ -92,9 +93,7 @@ def _convert(args: argparse.Namespace, on_progress: Callable[[int, int], None]) 
         from megatron_scalebio.convert.importer import import_checkpoint
 
         for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"):
-            if getattr(args, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag}: {getattr(args, name)} is below 1")
+            require_at_least("--" + name.replace("_", "-"), getattr(args, name), 1)
         import_checkpoint(
             Path(args.hf),
             Path(args.save),
