@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from megatron_scalebio import launcher
+from megatron_scalebio.config.checks import require_at_least
 from megatron_scalebio.convert.carry import has_tokenizer
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: naming the file and the tensor or option at fault.
     """
     is_main = launcher.is_first_rank()
-    console = Console(stderr=True, quiet=not is_main)
+    console = Console(stderr=True, quiet=not is_main, highlight=False, markup=False)
     if args.verify and launcher.world_size_from_environment() > 1:
         raise UserError("--verify: runs in one process (start it without a launcher)")
     begin = time.monotonic()
@@ -74,14 +75,12 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.print("convert: stopped; nothing was written")
         return EXIT_SIGNALLED
-    console.print(
-        f"convert: {args.save} in {time.monotonic() - begin:.0f} s", highlight=False, markup=False
-    )
+    console.print(f"convert: {args.save} in {time.monotonic() - begin:.0f} s")
     if args.direction == "export" and not has_tokenizer(Path(args.save)):
         console.print(
             f"convert: warning: {args.hf_reference} holds no tokenizer, so {args.save} has none: "
-            "add its files to use the model", highlight=False, markup=False,
-        )  # fmt: skip
+            "add its files to use the model"
+        )
     if args.verify:
         _verify(args, console)
     return EXIT_OK
@@ -92,9 +91,7 @@ def _convert(args: argparse.Namespace, on_progress: Callable[[int, int], None]) 
         from megatron_scalebio.convert.importer import import_checkpoint
 
         for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"):
-            if getattr(args, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag}: {getattr(args, name)} is below 1")
+            require_at_least("--" + name.replace("_", "-"), getattr(args, name), 1)
         import_checkpoint(
             Path(args.hf),
             Path(args.save),
@@ -122,8 +119,8 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
     hf, load = (args.hf, args.save) if is_import else (args.save, args.load)
     steps = verify(Path(hf), Path(load), "w" if is_import else args.which)
     for step in steps:
-        console.print(f"  {step.name:<12} differs by {step.difference:.1e}", highlight=False)
-    console.print("convert: verified, no layer departs from transformers", highlight=False)
+        console.print(f"  {step.name:<12} differs by {step.difference:.1e}")
+    console.print("convert: verified, no layer departs from transformers")
 
 
 @contextmanager
@@ -135,7 +132,7 @@ def _display(console: Console, direction: str) -> Iterator[Callable[[int, int], 
         def line(done: int, total: int) -> None:
             if time.monotonic() - shown[0] > _LINE_EVERY_S:
                 shown[0] = time.monotonic()
-                console.print(f"convert: {direction} {100 * done / total:.0f} %", highlight=False)
+                console.print(f"convert: {direction} {100 * done / total:.0f} %")
 
         yield line
         return

@@ -124,7 +124,7 @@ def _on_hf_folder(args: argparse.Namespace, hf: str | None, output: Path) -> Non
     folder = Path(hf)
     benchmarks = _benchmark_config(args) if args.tasks else None
     questions = read_questions(Path(args.mt_bench), args.limit) if args.mt_bench else []
-    console = Console()
+    console = Console(highlight=False)
     client = _client(args, console) if args.mt_bench else None
     check_folder(folder)
     use_network(args.allow_download)
@@ -134,9 +134,7 @@ def _on_hf_folder(args: argparse.Namespace, hf: str | None, output: Path) -> Non
     if questions:
         _mt_bench(args, folder, questions, client, opened, output, console)
     if benchmarks is not None or client is not None:
-        console.print(
-            f"written to {output / RESULTS_FILE}", highlight=False, markup=False, soft_wrap=True
-        )
+        console.print(f"written to {output / RESULTS_FILE}", markup=False, soft_wrap=True)
 
 
 def _benchmark_config(args: argparse.Namespace) -> BenchmarkConfig:
@@ -167,7 +165,7 @@ def _client(args: argparse.Namespace, console: Console) -> ChatClient | None:
             raise UserError(f"{flag}: is missing (a judge needs its URL and its model)")
 
     def warn(line: str) -> None:
-        console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"warning: {line}", markup=False, soft_wrap=True)
 
     return ChatClient(args.judge_url, args.judge_model, args.judge_key_env, tell=warn)
 
@@ -204,7 +202,7 @@ def _mt_bench(
         )
     if client is None:
         said = f"answers in {answers.path}; --judge-url grades them"
-        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        console.print(said, markup=False, soft_wrap=True)
         return
     judgments = RecordsLog(output / "mt_bench" / "judgments.jsonl")
     wanted = [(q.id, turn + 1, client.model) for q in questions for turn in range(len(q.turns))]
@@ -219,7 +217,6 @@ def _mt_bench(
         f"the judge read {summary['prompt_tokens']:,} tokens and wrote "
         f"{summary['completion_tokens']:,}{cost}; "
         f"{summary['without_rating']} verdicts held no rating",
-        highlight=False,
         soft_wrap=True,
     )
 

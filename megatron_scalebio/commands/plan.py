@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             "tokenizer's)"
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan computes nothing: not on a GPU either
-    console = Console(width=max(NARROWEST, Console().width))
+    console = Console(width=max(NARROWEST, Console().width), highlight=False)
     content = _search(args, config, console) if args.search else _plan(args, config, console)
     if args.json:
         with disk_errors_named(Path(args.json)):
@@ -108,8 +108,7 @@ def _plan(args: argparse.Namespace, config: Config, console: Console) -> dict[st
             raise UserError(f"dry run: {'; '.join(found)}")
         console.print(
             f"dry run: built {len(ranks)} of {gpus} ranks (replicas are alike): layers, shards, "
-            "LISA draws and messages agree",
-            highlight=False,
+            "LISA draws and messages agree"
         )
         content["dry_run"] = {"ranks": len(ranks), "problems": found}
     return content
@@ -128,8 +127,9 @@ def _search(args: argparse.Namespace, config: Config, console: Console) -> dict[
     best = found.best
     console.print(
         "Layouts, estimated: those that fit, fastest first (within 5 %: simplest first)"
-        if best else "Layouts, estimated: none fits, smallest first", highlight=False,
-    )  # fmt: skip
+        if best
+        else "Layouts, estimated: none fits, smallest first"
+    )
     console.print(search.ranking(found))
     if best is None:
         raise UserError(
@@ -142,10 +142,10 @@ def _search(args: argparse.Namespace, config: Config, console: Console) -> dict[
     if lisa != config.lisa.lisa_layers:
         console.print(
             f"no layout trains all layers at once: proposed with lisa_layers {lisa}, which is "
-            "another training, not only another layout", highlight=False,
-        )  # fmt: skip
-    console.print(f"fewest {gpu.name} that hold it: {found.fewest}", highlight=False)
-    console.print("these sections, whole, take the place of the file's:\n", highlight=False)
+            "another training, not only another layout"
+        )
+    console.print(f"fewest {gpu.name} that hold it: {found.fewest}")
+    console.print("these sections, whole, take the place of the file's:\n")
     sections = search.sections(found.best_config)
-    console.print(yaml.safe_dump(sections, sort_keys=False), highlight=False)
+    console.print(yaml.safe_dump(sections, sort_keys=False))
     return {**best.as_json(), "fewest_gpus": found.fewest, "sections": sections}

@@ -23,15 +23,9 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_scalebio import launcher
+from megatron_scalebio.data.encode_config import BAD_RECORDS, TOO_LONG
 from megatron_scalebio.data.inputs import parse_inputs
-from megatron_scalebio.data.prepare import (
-    BAD_RECORDS,
-    TOO_LONG,
-    PrepareConfig,
-    Progress,
-    cores,
-    prepare,
-)
+from megatron_scalebio.data.prepare import PrepareConfig, Progress, cores, prepare
 from megatron_scalebio.data.record_fields import ALL_FIELDS, FORMATS, parse_columns
 from megatron_scalebio.data.source_writer import LEFT_OUT_FILE
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, sigterm_interrupts
@@ -90,8 +84,8 @@ def add_record_options(parser: argparse.ArgumentParser) -> None:
         "the first record at fault, or leave such out, count and list them")  # fmt: skip
 
 
-def record_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of ``PrepareConfig`` and ``SampleConfig`` behind those options."""
+def encode_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ``EncodeConfig`` that the options of ``prepare`` or ``sample`` give."""
     named = args.ignore_fields
     fields = [name for value in named or () for name in value.split(",") if name]
     return {
@@ -100,6 +94,10 @@ def record_options(args: argparse.Namespace) -> dict[str, Any]:
         "columns": parse_columns(args.map),
         "ignore_fields": tuple(fields) if fields or named is None else (ALL_FIELDS,),
         "bad_records": args.bad_records,
+        "seq_length": args.seq_length,
+        "too_long": args.too_long,
+        "train_on_prompt": args.train_on_prompt,
+        "chat_template": args.chat_template,
     }
 
 
@@ -114,11 +112,7 @@ def run(args: argparse.Namespace) -> int:
         sources=tuple(source for value in args.input for source in parse_inputs(value)),
         tokenizer=args.tokenizer,
         train_sentencepiece=args.train_sentencepiece,
-        **record_options(args),
-        seq_length=args.seq_length,
-        too_long=args.too_long,
-        train_on_prompt=args.train_on_prompt,
-        chat_template=args.chat_template,
+        **encode_options(args),
         max_examples=args.max_examples,
         workers=args.workers,
         overwrite=args.overwrite,

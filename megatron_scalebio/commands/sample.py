@@ -18,10 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_scalebio import launcher
-from megatron_scalebio.commands.prepare import add_record_options, record_options
+from megatron_scalebio.commands.prepare import add_record_options, encode_options
 from megatron_scalebio.config.checks import require_name
+from megatron_scalebio.data.encode_config import TOO_LONG
 from megatron_scalebio.data.inputs import exists
-from megatron_scalebio.data.prepare import TOO_LONG, Progress
+from megatron_scalebio.data.prepare import Progress
 from megatron_scalebio.data.source_writer import MANIFEST_FILE
 from megatron_scalebio.data.weights_file import (
     SELECTED_FILE,
@@ -98,11 +99,7 @@ def run(args: argparse.Namespace) -> int:
         # What was chosen are prepared examples.
         from_tokens=args.from_tokens or any(s.selected is not None for s in sources),
         tokenizer=args.tokenizer,
-        seq_length=args.seq_length,
-        **record_options(args),
-        too_long=args.too_long,
-        train_on_prompt=args.train_on_prompt,
-        chat_template=args.chat_template,
+        **encode_options(args),
         workers=args.workers,
         overwrite=args.overwrite,
     )

@@ -61,10 +61,9 @@ class Turn(NamedTuple):
         said = (self.content or "").strip() or any(self.fields.get(f) for f in REASONING_FIELDS)
         return self.role == "assistant" and bool(said or self.fields.get("tool_calls"))
 
-    def message(self, content: str | None = None) -> dict[str, Any]:
-        """The turn as a chat template takes it, with other content where some is given."""
-        content = self.content if content is None else content
-        return {"role": self.role, "content": content, **self.fields}
+    def message(self) -> dict[str, Any]:
+        """The turn as a chat template takes it."""
+        return {"role": self.role, "content": self.content, **self.fields}
 
 
 @dataclass(frozen=True)

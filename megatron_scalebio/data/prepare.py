@@ -18,28 +18,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_scalebio.config.checks import require_at_least, require_one_of
-from megatron_scalebio.data.encode_pool import (
-    Batch,
-    EncodedBatch,
-    EncodePool,
-    EncodeSettings,
-    LeftOut,
-)
+from megatron_scalebio.config.checks import require_at_least
+from megatron_scalebio.data.encode_config import EncodeConfig
+from megatron_scalebio.data.encode_pool import Batch, EncodedBatch, EncodePool, LeftOut
 from megatron_scalebio.data.examples import RecordError
 from megatron_scalebio.data.files import open_records
 from megatron_scalebio.data.formats import detect_format
 from megatron_scalebio.data.inputs import STANDARD_INPUT, SourceInput, local_copies
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
-from megatron_scalebio.data.record_fields import FORMATS, RecordOptions
 from megatron_scalebio.data.records import Record
 from megatron_scalebio.data.source_writer import SOURCE_FILE, SourceWriter, Staging, staging_error
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.data.train_tokenizer import train_sentencepiece
 from megatron_scalebio.errors import UserError
 
-TOO_LONG = ("truncate", "drop", "split")
-BAD_RECORDS = ("stop", "skip")
 DROPPED = ("no_target", "empty", "too_long", "prompt_too_long")
 TOKENIZER_FILE = "tokenizer.model"
 _BATCH_BYTES = 1 << 18
@@ -48,28 +40,16 @@ _BYTES_A_WORKER = 16 << 20  # below this, starting a worker takes longer than it
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
-    """What to prepare, and how.
+class PrepareConfig(EncodeConfig):
+    """What to prepare, and how; see ``EncodeConfig`` for how records become examples.
 
     Attributes:
         out: directory that receives one directory a source.
         sources: the sources.
         tokenizer: path of a tokenizer; empty with ``train_sentencepiece``.
         train_sentencepiece: vocabulary size of a tokenizer to train on the sources, or None.
-        format: one of ``FORMATS``, or ``auto``: each file goes by its first record.
-        text_key: the field that holds the text, for the format ``text``.
-        seq_length: tokens of an example as the model sees it, so that it holds at most one
-            token more; None for no limit.
-        too_long: ``truncate`` (keep the head), ``drop``, ``split`` (pieces of ``seq_length``
-            that overlap by one token, so that each token is predicted once); None splits text
-            and truncates dialogues.
-        train_on_prompt: every token of a dialogue is a target, not only assistant turns.
         append_eod: closes a plain text with the end-of-document token.
-        chat_template: None for the tokenizer's own, ``plain`` for the built-in one, or a file.
         max_examples: reads at most this many records of each source.
-        columns: (field, column) pairs: what a field is called in the files.
-        ignore_fields: fields that are left out; ``*`` for all that are not known.
-        bad_records: ``stop`` at the first record at fault, or ``skip`` and list them.
         workers: processes that tokenize, as many as there are cores at most; 0 chooses by the size
             of the input.
         overwrite: replaces prepared sources of the same name.
@@ -80,26 +60,15 @@ class PrepareConfig:
     sources: tuple[SourceInput, ...]
     tokenizer: str = ""
     train_sentencepiece: int | None = None
-    format: str = "auto"
-    text_key: str = "text"
-    seq_length: int | None = 2048
-    too_long: str | None = None
-    train_on_prompt: bool = False
+    seq_length: int | None = field(default=2048, kw_only=True)
     append_eod: bool = True
-    chat_template: str | None = None
     max_examples: int | None = None
-    columns: tuple[tuple[str, str], ...] = ()
-    ignore_fields: tuple[str, ...] = ()
-    bad_records: str = "stop"
     workers: int = 0
     overwrite: bool = False
     allow_download: bool = False
 
     def __post_init__(self) -> None:
-        require_one_of("--format", self.format, ("auto", *FORMATS))
-        require_one_of("--too-long", self.too_long, TOO_LONG)
-        require_one_of("--bad-records", self.bad_records, BAD_RECORDS)
-        require_at_least("--seq-length", self.seq_length, 1)
+        super().__post_init__()
         require_at_least("--max-examples", self.max_examples, 1)
         require_at_least("--train-sentencepiece", self.train_sentencepiece, 1)
         require_at_least("--workers", self.workers, 0)
@@ -112,10 +81,6 @@ class PrepareConfig:
         repeated = [n for n, k in Counter(s.name for s in self.sources).items() if k > 1]
         if repeated:
             raise UserError(f"--input: source {repeated[0]!r} is given twice")
-
-    @property
-    def options(self) -> RecordOptions:
-        return RecordOptions(self.format, self.text_key, self.columns, self.ignore_fields)
 
 
 class Progress(NamedTuple):
@@ -148,17 +113,7 @@ def prepare(
                      for file in source.files}  # fmt: skip
             date = _date(config)
             tokenizer, described = _tokenizer(config, staging, copies, date)
-            settings = EncodeSettings(
-                tokenizer=tokenizer.model,
-                chat_template=config.chat_template,
-                train_on_prompt=config.train_on_prompt,
-                append_eod=config.append_eod,
-                max_tokens=None if config.seq_length is None else config.seq_length + 1,
-                too_long=config.too_long,
-                options=config.options,
-                skip_bad=config.bad_records == "skip",
-                date=date,
-            )
+            settings = config.settings(tokenizer.model, date, config.seq_length, config.append_eod)
             workers = _workers(config, sum(sizes.values()))
             with EncodePool(settings, tokenizer, workers) as pool:
                 reports = [

@@ -8,13 +8,14 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
+import io
 import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from megatron_scalebio.data.examples import RecordError
 from megatron_scalebio.errors import UserError
@@ -148,41 +149,17 @@ def readable(path: Path, shown: Path) -> Iterator[tuple[BinaryIO, Callable[[], i
                 import pyarrow
 
                 with pyarrow.CompressedInputStream(file, "zstd") as plain:
-                    yield cast(BinaryIO, _Zstd(plain)), file.tell
+                    yield io.BufferedReader(plain), file.tell
             else:
                 yield file, file.tell
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"{shown}: cannot read the file: {error.strerror}") from error
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # the disk's, not the content's
         raise UserError(
             f"{shown}: the compressed file is damaged: {error} (get a whole one)"
         ) from error
-
-
-class _Zstd:
-    """pyarrow's decompressed stream, which knows no lines."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._left = b""
-
-    def read(self, count: int) -> bytes:
-        try:
-            block, self._left = self._left, b""
-            return block or self._stream.read(count)
-        except OSError as error:
-            raise EOFError(str(error)) from error
-
-    def __iter__(self) -> Iterator[bytes]:
-        parts: list[bytes] = []
-        while block := self.read(1 << 20):
-            *lines, rest = block.split(b"\n")
-            for line in lines:
-                yield b"".join([*parts, line, b"\n"])
-                parts = []
-            parts += [rest] if rest else []
-        if parts:
-            yield b"".join(parts)
 
 
 def _first_bytes(file: BinaryIO) -> bytes:

@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from megatron_scalebio.data.examples import RecordError
 from megatron_scalebio.data.records import OnBad, Record, Records, readable
@@ -102,7 +102,7 @@ class DelimitedRows:
     def __iter__(self) -> Iterator[Record]:
         csv.field_size_limit(sys.maxsize)
         with readable(self.path, self.shown) as (file, position):
-            text = io.TextIOWrapper(cast(BinaryIO, _Raw(file)), "utf-8-sig", newline="")
+            text = io.TextIOWrapper(file, "utf-8-sig", newline="")
             delimiter = "\t" if bare_suffix(self.path) == ".tsv" else ","
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
             line = 1
@@ -126,22 +126,6 @@ class DelimitedRows:
         return RecordError(
             message, reason="malformed", where=f"{self.shown}:{line}", fix="mend the line"
         )
-
-
-class _Raw(io.RawIOBase):
-    """A stream that can only `read`, as io.TextIOWrapper takes it."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, count: int = -1) -> bytes:
-        return self._stream.read(count if count > 0 else 1 << 16)
-
-    def read1(self, count: int = -1) -> bytes:
-        return self.read(count)
 
 
 TABLES: dict[str, Callable[[Path, Any, Path | None], Records]] = {

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,17 +104,10 @@ def held(
 
 
 class FolderLock:
-    """The lock file of one folder.
+    """The lock file of one folder; a process ends when another one has taken it over."""
 
-    Args:
-        lost: what to do when another process has taken the folder over.
-    """
-
-    def __init__(
-        self, path: Path, renew_s: float = RENEW_S, lost: Callable[[str], None] | None = None
-    ) -> None:
-        self.path, self.holder, self.count = path, Holder.this(), 0
-        self._renew_s, self._lost = renew_s, lost or _end_process
+    def __init__(self, path: Path, renew_s: float = RENEW_S) -> None:
+        self.path, self.holder, self.count, self._renew_s = path, Holder.this(), 0, renew_s
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -230,7 +223,9 @@ class FolderLock:
         else:
             return
         holder = Holder.read(content)
-        self._lost(f"{self.path.parent}: taken over by another run ({holder or 'unknown'})")
+        why = f"{self.path.parent}: taken over by another run ({holder or 'unknown'})"
+        print(f"megatron-scalebio: error: {why}; this process ends", file=sys.stderr, flush=True)
+        os._exit(EXIT_LOST)
 
     def _is_ours(self, content: bytes) -> bool:
         holder = Holder.read(content)
@@ -241,8 +236,3 @@ class FolderLock:
         stream.write(self.holder.line(self.count))
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _end_process(why: str) -> None:
-    print(f"megatron-scalebio: error: {why}; this process ends", file=sys.stderr, flush=True)
-    os._exit(EXIT_LOST)

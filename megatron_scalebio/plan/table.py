@@ -24,7 +24,7 @@ def show(console: Console, plan: Plan) -> None:
         console.print(_memory(plan, range(start, min(start + STAGES_A_TABLE, plan.layout.pp))))
     console.print(f"A step, at {plan.cost.mfu:.0%} MFU (stated)")
     console.print(_cost(plan.cost, plan))
-    console.print(verdict(plan), highlight=False)
+    console.print(verdict(plan))
 
 
 def verdict(plan: Plan) -> str:

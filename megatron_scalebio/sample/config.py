@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_scalebio.config.checks import require_at_least, require_one_of
-from megatron_scalebio.data.prepare import BAD_RECORDS, TOO_LONG
-from megatron_scalebio.data.record_fields import FORMATS, RecordOptions
+from megatron_scalebio.config.checks import require_at_least
+from megatron_scalebio.data.encode_config import EncodeConfig
 from megatron_scalebio.errors import UserError
 
 
@@ -25,8 +24,8 @@ class WeightedSource(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """What to draw from, how much, and how it is encoded.
+class SampleConfig(EncodeConfig):
+    """What to draw from and how much; see ``EncodeConfig`` for how records become examples.
 
     Attributes:
         out: receives the sample; with ``per_source``, one folder a source.
@@ -38,8 +37,6 @@ class SampleConfig:
         ngram: words (tokens, where sources are token ids) in a row that make a row a repetition.
         from_tokens: draws prepared examples where raw records could be drawn too.
         tokenizer, seq_length: None for those with which the sources were prepared.
-        format, text_key, columns, ignore_fields, bad_records, too_long, train_on_prompt,
-            chat_template: as in ``PrepareConfig``.
     """
 
     out: Path
@@ -52,37 +49,21 @@ class SampleConfig:
     ngram: int = 13
     from_tokens: bool = False
     tokenizer: str | None = None
-    seq_length: int | None = None
-    format: str = "auto"
-    text_key: str = "text"
-    columns: tuple[tuple[str, str], ...] = ()
-    ignore_fields: tuple[str, ...] = ()
-    bad_records: str = "stop"
-    too_long: str | None = None
-    train_on_prompt: bool = False
-    chat_template: str | None = None
     workers: int = 1
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        require_one_of("--format", self.format, ("auto", *FORMATS))
-        require_one_of("--too-long", self.too_long, TOO_LONG)
-        require_one_of("--bad-records", self.bad_records, BAD_RECORDS)
+        super().__post_init__()
         require_at_least("--num-samples", self.num_samples, 1)
         require_at_least("--per-source", self.per_source, 1)
         require_at_least("--max-epochs", self.max_epochs, 1)
         require_at_least("--ngram", self.ngram, 2)
-        require_at_least("--seq-length", self.seq_length, 1)
         require_at_least("--workers", self.workers, 1)
         require_at_least("--seed", self.seed, 0)
         if self.seed >= 2**32:
             raise UserError(f"--seed: {self.seed} does not fit 32 bits")
         if (self.num_samples is None) == (self.per_source is None):
             raise UserError("--num-samples: give exactly one of --num-samples and --per-source")
-
-    @property
-    def options(self) -> RecordOptions:
-        return RecordOptions(self.format, self.text_key, self.columns, self.ignore_fields)
 
     @property
     def folders(self) -> tuple[Path, list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
-from megatron_scalebio.data.encode_pool import EncodePool, EncodeSettings
+from megatron_scalebio.data.encode_pool import EncodePool
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from megatron_scalebio.data.prepare import cores
 from megatron_scalebio.data.sources import ExampleSource
@@ -130,16 +130,7 @@ def _set_up(config: SampleConfig, located: list[Located], stack: ExitStack) -> S
     seq_length = _seq_length(config, descriptions)
     pool = None
     if tokenizer and not from_tokens:
-        settings = EncodeSettings(
-            tokenizer=tokenizer.model,
-            chat_template=config.chat_template,
-            train_on_prompt=config.train_on_prompt,
-            max_tokens=None if seq_length is None else seq_length + 1,
-            too_long=config.too_long,
-            options=config.options,
-            skip_bad=config.bad_records == "skip",
-            date=date,
-        )
+        settings = config.settings(tokenizer.model, date, seq_length)
         pool = stack.enter_context(EncodePool(settings, tokenizer, min(config.workers, cores())))
     described = None
     if tokenizer:
