@@ -23,7 +23,7 @@ from rich.progress import (
 )
 
 from megatron_scalebio import launcher
-from megatron_scalebio.convert.carry import has_tokenizer
+from megatron_scalebio.convert.carry import has_tokenizer, is_packed
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 
 _LINE_EVERY_S = 10.0
@@ -77,6 +77,12 @@ def run(args: argparse.Namespace) -> int:
     console.print(
         f"convert: {args.save} in {time.monotonic() - begin:.0f} s", highlight=False, markup=False
     )
+    source = Path(args.hf if args.direction == "import" else args.hf_reference)
+    if is_packed(source):
+        console.print(
+            f"convert: {source} has MXFP4 weights; those of {args.save} are bfloat16",
+            highlight=False, markup=False,
+        )  # fmt: skip
     if args.direction == "export" and not has_tokenizer(Path(args.save)):
         console.print(
             f"convert: warning: {args.hf_reference} holds no tokenizer, so {args.save} has none: "

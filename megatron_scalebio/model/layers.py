@@ -92,6 +92,9 @@ def _local_layer(config: ModelSettings, experts: int | None) -> ModuleSpec:
     )
     if experts:  # the norm before them is a module of its own in Transformer Engine, too
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+        if config.add_bias_linear:
+            experts_mlp = layer.submodules.mlp.keywords["submodules"].experts
+            experts_mlp.keywords["submodules"].linear_fc2 = _OwnOutputLinear
     layer.submodules.input_layernorm = LocalNorm
     layer.submodules.pre_mlp_layernorm = LocalNorm
     attention = layer.submodules.self_attention.submodules
@@ -99,6 +102,14 @@ def _local_layer(config: ModelSettings, experts: int | None) -> ModuleSpec:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalNorm
     return layer
+
+
+class _OwnOutputLinear(RowParallelLinear):
+    """Its output may be changed in place, as Megatron's experts do to add their bias."""
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        output, bias = super().forward(input_)
+        return output.clone(), bias
 
 
 def _te_norm() -> Any:
@@ -113,8 +124,9 @@ def _transformer_engine_layer(config: ModelSettings, experts: int | None) -> Mod
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
-    # What Transformer Engine 2.11 has no option for.
-    if config.attn_logit_softcapping is not None:
+    # What Transformer Engine 2.11 has no option for, the second in the exchange of whole sequences.
+    offset_under_cp = config.softmax_type != "vanilla" and config.context_parallel_size > 1
+    if config.attn_logit_softcapping is not None or offset_under_cp:
         layer.submodules.self_attention.submodules.core_attention = SdpaAttention
     return layer
 
