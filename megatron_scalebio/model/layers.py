@@ -94,7 +94,7 @@ def _local_layer(config: ModelSettings, experts: int | None) -> ModuleSpec:
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
         if config.add_bias_linear:
             experts_mlp = layer.submodules.mlp.keywords["submodules"].experts
-            experts_mlp.keywords["submodules"].linear_fc2 = _OwnOutputLinear
+            experts_mlp.keywords["submodules"].linear_fc2 = _ExpertLinear
     layer.submodules.input_layernorm = LocalNorm
     layer.submodules.pre_mlp_layernorm = LocalNorm
     attention = layer.submodules.self_attention.submodules
@@ -104,8 +104,16 @@ def _local_layer(config: ModelSettings, experts: int | None) -> ModuleSpec:
     return layer
 
 
-class _OwnOutputLinear(RowParallelLinear):
-    """Its output may be changed in place, as Megatron's experts do to add their bias."""
+class _ExpertLinear(RowParallelLinear):
+    """An expert's last linear layer with a bias, which Megatron's experts add to its output.
+
+    They do so in place, to an output that must be the layer's own. And a rank has the bias's whole
+    gradient of its tokens: it is not to be summed over TP as where ranks share a sequence.
+    """
+
+    def __init__(self, *words: Any, **keywords: Any) -> None:
+        super().__init__(*words, **keywords)
+        self.bias.sequence_parallel = False
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
         output, bias = super().forward(input_)
