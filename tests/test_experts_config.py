@@ -33,7 +33,10 @@ def config(model: dict[str, Any], parallel: dict[str, Any] | None = None) -> Con
         ({"num_experts": 4, "moe_router_topk": 5}, "moe_router_topk: 5 is above num_experts 4"),
         ({"num_experts": 4, "moe_router_topk": 1}, "moe_router_topk: 1 gives every token"),
         ({"num_experts": 4, "moe_router_enable_expert_bias": True}, "needs moe_router_score_func"),
-        ({"num_experts": 4, "add_bias_linear": True}, "add_bias_linear: True does not go with"),
+        (
+            {"num_experts": 4, "add_bias_linear": True, "moe_shared_expert_intermediate_size": 64},
+            "add_bias_linear: True does not go with moe_shared_expert_intermediate_size",
+        ),
         ({"num_experts": 4, "parallel_residual": True}, "parallel_residual: True does not go"),
         ({"num_experts": 4, "moe_shared_expert_gate": True}, "needs moe_shared_expert_inter"),
         ({"num_experts": 4, "moe_aux_loss_coeff": -1.0}, "moe_aux_loss_coeff: -1.0 must be"),
@@ -58,6 +61,7 @@ def test_a_model_that_cannot_be_is_refused(model: dict, said: str) -> None:
         ({"num_experts": 4}, {"expert_model_parallel_size": 4}, 2, "4 x PP 1 x expert TP 1 does"),
         ({}, {"expert_model_parallel_size": 2}, 2, "need model.num_experts (set it)"),
         ({"num_experts": 4}, {**TP2, "sequence_parallel": False}, 2, "2 needs sequence_parallel"),
+        ({"num_experts": 4, "add_bias_linear": True}, TP2, 2, "2 does not go with add_bias_linear"),
         ({"num_experts": 4, "moe_ffn_hidden_size": 15}, TP2, 2, "moe_ffn_hidden_size: 15 is not"),
         (
             {"num_experts": 4, "moe_shared_expert_intermediate_size": 9}, {**TP2, ETP: 1}, 2,

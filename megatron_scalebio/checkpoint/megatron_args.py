@@ -13,7 +13,11 @@ import torch
 from megatron_scalebio.config import Config, ModelConfig
 from megatron_scalebio.config.experts import options_of_experts
 from megatron_scalebio.model.provider import padded_vocab_size
-from megatron_scalebio.model.settings import default_ffn_hidden_size, uses_transformer_engine
+from megatron_scalebio.model.settings import (
+    default_ffn_hidden_size,
+    fuses_activation,
+    uses_transformer_engine,
+)
 
 # What models here do not have, by the values that say so. Megatron-Bridge looks for each of them.
 _WITHOUT: dict[str, Any] = {
@@ -69,6 +73,10 @@ def megatron_args(
         layernorm_epsilon=model.norm_epsilon,
         norm_epsilon=model.norm_epsilon,  # by its old name, as Megatron-Bridge asks for it
         swiglu=model.swiglu,
+        quick_geglu=model.activation == "quick_geglu" and not model.swiglu,
+        activation_func_clamp_value=model.activation_func_clamp_value,
+        glu_linear_offset=model.glu_linear_offset,
+        softmax_type=model.softmax_type,
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
@@ -93,7 +101,7 @@ def megatron_args(
         fp8_recipe=parallel.fp8_recipe,
         fp4=parallel.fp4_format,
         fp8_param_gather=parallel.fp8_param_gather,
-        bias_swiglu_fusion=model.swiglu,
+        bias_swiglu_fusion=fuses_activation(model),
         bias_gelu_fusion=model.activation == "gelu_tanh",  # which that fusion is, too
         bf16=parallel.bf16,
         params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,

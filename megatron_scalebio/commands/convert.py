@@ -24,7 +24,7 @@ from rich.progress import (
 
 from megatron_scalebio import launcher
 from megatron_scalebio.config.checks import require_at_least
-from megatron_scalebio.convert.carry import has_tokenizer
+from megatron_scalebio.convert.carry import has_tokenizer, is_packed
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 
 _LINE_EVERY_S = 10.0
@@ -76,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
         console.print("convert: stopped; nothing was written")
         return EXIT_SIGNALLED
     console.print(f"convert: {args.save} in {time.monotonic() - begin:.0f} s")
+    source = Path(args.hf if args.direction == "import" else args.hf_reference)
+    if is_packed(source):
+        console.print(f"convert: {source} has MXFP4 weights; those of {args.save} are bfloat16")
     if args.direction == "export" and not has_tokenizer(Path(args.save)):
         console.print(
             f"convert: warning: {args.hf_reference} holds no tokenizer, so {args.save} has none: "

@@ -31,12 +31,16 @@ def check_experts(model: Any) -> None:
             "moe_router_enable_expert_bias: True needs moe_router_score_function sigmoid (set it)"
         )
     for name, why in (
-        ("add_bias_linear", "experts have no biases here"),
         ("parallel_residual", "its blocks have a dense MLP"),
         ("post_norms", "its norm belongs to a dense MLP"),
     ):
         if getattr(model, name):
             raise UserError(f"{name}: True does not go with num_experts: {why} (drop one of them)")
+    if model.add_bias_linear and model.moe_shared_expert_intermediate_size:
+        raise UserError(
+            "add_bias_linear: True does not go with moe_shared_expert_intermediate_size: "
+            "Megatron-Core's shared expert has no biases (drop one of them)"
+        )
     _check_groups(model)
     if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
         raise UserError(
@@ -108,6 +112,11 @@ def check_expert_layout(model: Any, parallel: Any, world_size: int) -> None:
         raise UserError(
             f"parallel.tensor_model_parallel_size: {tp!r} needs sequence_parallel with experts "
             "(set it)"
+        )
+    if model.add_bias_linear and etp > 1:
+        raise UserError(
+            f"parallel.expert_tensor_parallel_size: {etp!r} does not go with add_bias_linear: "
+            "Megatron-Core adds an expert's bias once for each of these ranks (set it to 1)"
         )
     width = model.moe_ffn_hidden_size or model.ffn_hidden_size
     shared = model.moe_shared_expert_intermediate_size

@@ -51,9 +51,14 @@ class ModelConfig:
     )
     parallel_residual: bool = option(False, "attention and MLP read the same input (GPT-NeoX)")
     swiglu: bool = option(True, "gated SiLU in the MLP, else `activation`")
-    activation: Literal["gelu", "gelu_tanh", "geglu_tanh"] = option(
-        "gelu", "MLP without swiglu: exact GELU, its tanh approximation, or gated by the latter"
+    activation: Literal["gelu", "gelu_tanh", "geglu_tanh", "quick_geglu"] = option(
+        "gelu",
+        "MLP without swiglu: GELU, its tanh approximation, or gated by that or by the sigmoid one",
     )
+    activation_func_clamp_value: float | None = option(
+        None, "a gated MLP cuts its gate above this, what it gates above and below (gpt-oss)"
+    )
+    glu_linear_offset: float = option(0.0, "a gated MLP adds this to what it gates (gpt-oss)")
     num_experts: int | None = option(None, "experts in the MLP's place (MoE) [none]")
     moe_layer_freq: list[int] | None = option(
         None, "which layers have experts, a 1 or 0 for each layer; or N: every N-th [all]"
@@ -97,6 +102,9 @@ class ModelConfig:
         None, "every N-th layer sees all tokens in spite of window_size"
     )
     softmax_scale: float | None = option(None, "factor of attention scores [1/sqrt(kv_channels)]")
+    softmax_type: Literal["vanilla", "learnable"] = option(
+        "vanilla", "learnable: each head has a score of attending to nothing (gpt-oss)"
+    )
     attn_logit_softcapping: float | None = option(None, "attention scores s become c tanh(s/c)")
     final_logit_softcapping: float | None = option(None, "output logits z become c tanh(z/c)")
     scale_embedding: bool = option(False, "multiply embeddings by sqrt(hidden_size) (Gemma)")
@@ -122,6 +130,7 @@ class ModelConfig:
             "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping", "num_experts",
             "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
             "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor",
+            "activation_func_clamp_value",
         )  # fmt: skip
         if self.window_size is not None:
             self._check_window(self.window_size)
@@ -141,6 +150,11 @@ class ModelConfig:
         if self.window_rotary_base is not None and self.window_size is None:
             raise UserError(
                 f"window_rotary_base: {self.window_rotary_base!r} needs a window_size (set it)"
+            )
+        if not self.gated and (self.activation_func_clamp_value or self.glu_linear_offset):
+            raise UserError(
+                f"glu_linear_offset: {self.glu_linear_offset!r} and activation_func_clamp_value "
+                f"{self.activation_func_clamp_value!r} need a gated MLP (set swiglu)"
             )
         if self.post_norms and self.add_bias_linear:
             raise UserError("post_norms: True does not go with add_bias_linear (drop one of them)")
@@ -171,6 +185,11 @@ class ModelConfig:
                 f"{name}: {value} does not go with position_embedding_type "
                 f"{self.position_embedding_type} (drop one of them)"
             )
+
+    @property
+    def gated(self) -> bool:
+        """Half of an MLP's first layer is a gate for the other."""
+        return self.swiglu or self.activation in ("geglu_tanh", "quick_geglu")
 
     @property
     def head_channels(self) -> int:

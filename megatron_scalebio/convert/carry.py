@@ -44,6 +44,12 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
+def is_packed(folder: Path) -> bool:
+    """True if a model's config.json says that its weights are (which only MXFP4 can be here)."""
+    config = folder / "config.json"
+    return config.is_file() and bool(json.loads(config.read_text()).get("quantization_config"))
+
+
 def carry(reference: Path, names: list[Path], save: Path, dtype: torch.dtype | None) -> None:
     """Copies the files.
 
@@ -58,6 +64,7 @@ def carry(reference: Path, names: list[Path], save: Path, dtype: torch.dtype | N
         config = json.loads(path.read_text())
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = str(dtype).removeprefix("torch.")
+        config.pop("quantization_config", None)  # of MXFP4 files, whose weights are plain now
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

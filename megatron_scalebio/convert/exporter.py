@@ -26,6 +26,7 @@ from megatron_scalebio.convert.output import new_folder, refuse_existing
 from megatron_scalebio.convert.ranks import Ranks, joined
 from megatron_scalebio.convert.safetensors_file import bytes_of, write_all, writing
 from megatron_scalebio.convert.source import Source, has_weights, open_source
+from megatron_scalebio.convert.stacked import ByExpert, Unpacked, tensor_of, unpacked
 from megatron_scalebio.convert.table import Table, Whole
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.families import read_family
@@ -98,8 +99,9 @@ class ExportPlan:
         layout: the files to write.
         carried: files of the reference that are copied.
         new_dtype: what config.json must say instead of what it says, if anything.
-        wholes: name to write → the tensor of Megatron that it is part of; None for a buffer.
-        names: name to write → name in the family's table.
+        pieces: name to write → itself, or of what holds all experts, `name[0]` and so on.
+        wholes: piece → the tensor of Megatron that it is part of; None for a buffer.
+        names: piece → name in the family's table.
     """
 
     def __init__(
@@ -113,8 +115,11 @@ class ExportPlan:
         self._u = open_u(folder) if which == "u" else None
         self._check(family.architectures[0])
         has_any = reference.suffix == ".gguf" or has_weights(reference)
-        self.source: Source | None = open_source(reference) if has_any else None
-        self.names, self.wholes = self._names(reference)
+        self.source: Source | None = unpacked(open_source(reference)) if has_any else None
+        self.names, self.wholes = self._names()
+        self.pieces: dict[str, list[str]] = {}
+        for piece in self.wholes:
+            self.pieces.setdefault(tensor_of(piece), []).append(piece)
         self._dtype = dtype
         if self.source:
             self.layout = layout_of(self.source, self._dtype_of)
@@ -141,7 +146,7 @@ class ExportPlan:
         """A tensor of Megatron in the dtype in which it is written, without padding."""
         dtypes = {t.name: t.dtype for file in self.layout.files for t in file.tensors}
         tensor = self.checkpoint_of(whole).read(whole, whole.shape[0])
-        return tensor.to(next(dtypes[n] for n, w in self.wholes.items() if w is whole))
+        return tensor.to(next(dtypes[tensor_of(n)] for n, w in self.wholes.items() if w is whole))
 
     def _check(self, architecture: str) -> None:
         for whole in self.table.wholes:
@@ -169,27 +174,28 @@ class ExportPlan:
         rows = math.ceil(whole.shape[0] / multiple) * multiple
         return whole.map.vocab and shape == (rows, *whole.shape[1:])
 
-    def _names(self, reference: Path) -> tuple[dict[str, str], dict[str, Whole | None]]:
+    def _names(self) -> tuple[dict[str, str], dict[str, Whole | None]]:
         if self.source is None:
             return {name: name for name in self.table.parts}, dict(self.table.parts)
-        files = {name: info.file for name, info in self.source.tensors.items()}
-        found = self.table.names_in(self.source.tensors, files)
+        tensors = ByExpert(self.source, self.table.parts).tensors
+        files = {name: info.file for name, info in tensors.items()}
+        found = self.table.names_in(tensors, files)
         head, embedding = self.table.tied or ("", "")
         names = {held: embedding if name == head else name for name, held in found.items()}
-        wholes = {name: self.table.parts.get(names.get(name, "")) for name in self.source.tensors}
+        wholes = {name: self.table.parts.get(names.get(name, "")) for name in tensors}
         for name, whole in wholes.items():
             part = whole and next(part for part in whole.parts if part.name == names[name])
-            if part and part.shape != self.source.tensors[name].shape:
+            if part and part.shape != tensors[name].shape:
                 raise UserError(
-                    f"{self.source.tensors[name].file}: {name} has shape "
-                    f"{list(self.source.tensors[name].shape)}, config.json asks for "
+                    f"{tensors[name].file}: {name} has shape "
+                    f"{list(tensors[name].shape)}, config.json asks for "
                     f"{list(part.shape)} (fetch the reference again)"
                 )
         return names, wholes
 
     def _dtype_of(self, tensor: OutTensor) -> torch.dtype:
         """The dtype in which to write a tensor of the reference."""
-        whole = self.wholes[tensor.name]
+        whole = self.wholes[self.pieces[tensor.name][0]]
         if whole is None or self._dtype is None:
             return tensor.dtype
         return self._asked_dtype(whole)
@@ -199,15 +205,17 @@ class ExportPlan:
         return _DTYPES.get(self._dtype or "checkpoint", held)
 
     def _fresh_tensors(self) -> list[OutTensor]:
-        return [
-            OutTensor(part.name, self._asked_dtype(whole), part.shape)
-            for whole in self.table.wholes
-            for part in whole.parts
-        ]
+        tensors = []
+        for name, pieces in self.pieces.items():
+            whole = self.table.parts[pieces[0]]
+            shape = next(part.shape for part in whole.parts if part.name == pieces[0])
+            stacked = () if pieces == [name] else (len(pieces),)
+            tensors.append(OutTensor(name, self._asked_dtype(whole), (*stacked, *shape)))
+        return tensors
 
     def _new_dtype(self, dtype: Dtype | None) -> torch.dtype | None:
         if self.source is not None and dtype is None:
-            return None
+            return torch.bfloat16 if isinstance(self.source, Unpacked) else None
         whole = next(w for w in self.table.wholes if "linear_proj.weight" in w.map.megatron)
         return self._asked_dtype(whole)
 
@@ -223,10 +231,17 @@ class Parts:
 
     def __init__(self, plan: ExportPlan, file: OutFile) -> None:
         self._plan = plan
-        self._wanted = Counter(plan.names.get(tensor.name) for tensor in file.tensors)
+        pieces = (piece for tensor in file.tensors for piece in plan.pieces[tensor.name])
+        self._wanted = Counter(map(plan.names.get, pieces))
         self._kept: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
+        pieces = self._plan.pieces[name]
+        if pieces == [name]:
+            return self._take(name)
+        return torch.stack([self._take(piece) for piece in pieces])
+
+    def _take(self, name: str) -> Tensor:
         whole = self._plan.wholes[name]
         if whole is None:
             assert self._plan.source is not None

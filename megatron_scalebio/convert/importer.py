@@ -26,6 +26,7 @@ from megatron_scalebio.convert.megatron_writer import (
 from megatron_scalebio.convert.output import new_folder, refuse_existing
 from megatron_scalebio.convert.ranks import Ranks, joined
 from megatron_scalebio.convert.source import open_source
+from megatron_scalebio.convert.stacked import ByExpert, unpacked
 from megatron_scalebio.convert.table import Table, Whole
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.families import read_family
@@ -115,8 +116,8 @@ class ImportPlan:
             "parallel": {"tensor_model_parallel_size": tp},
         }
         config = load_config(None, options)
-        self.source = open_source(hf)
         self.table = Table(family, config.model)
+        self.source = ByExpert(unpacked(open_source(hf)), self.table.parts)
         files = {name: info.file for name, info in self.source.tensors.items()}
         self._names = self.table.names_in(self.source.tensors, files)
         self.dtypes: dict[str, torch.dtype] = {}

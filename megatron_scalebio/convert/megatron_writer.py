@@ -132,7 +132,10 @@ def common_state(args: argparse.Namespace) -> dict[str, Any]:
 def _module(key: str) -> str:
     """The module of a tensor; Transformer Engine's linear layers hold the norm before them."""
     module, _, name = key.rpartition(".")
-    known = ("weight", "bias", "layer_norm_weight", "layer_norm_bias", "expert_bias", "gate_weight")
+    known = (
+        "weight", "bias", "layer_norm_weight", "layer_norm_bias", "expert_bias", "gate_weight",
+        "softmax_offset",
+    )  # fmt: skip
     assert name in known, key
     return module
 

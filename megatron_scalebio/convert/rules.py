@@ -76,6 +76,15 @@ def _transpose(matrix: Tensor) -> Tensor:
     return matrix.t().contiguous()
 
 
+def _gates_above(pairs: Tensor) -> Tensor:
+    """Rows that alternate, a gate and what it gates, to all gates above all others."""
+    return torch.cat((pairs[::2], pairs[1::2]))
+
+
+def _alternating(whole: Tensor) -> Tensor:
+    return torch.stack(whole.chunk(2), dim=1).flatten(0, 1)
+
+
 RULES = {
     "copy": Rule(lambda parts, heads: parts[0], lambda whole, heads: [whole]),
     # gate and up (F, H) of a gated MLP to (2·F, H).
@@ -86,6 +95,14 @@ RULES = {
     # GPT-2's Conv1D holds (inputs, outputs).
     "transposed": Rule(
         lambda parts, heads: _transpose(parts[0]), lambda whole, heads: [_transpose(whole)]
+    ),
+    # gpt-oss's gates and ups (H, 2·F), and their biases (2·F), a gate before each up.
+    "transposed_alternate": Rule(
+        lambda parts, heads: _gates_above(parts[0].t()),
+        lambda whole, heads: [_transpose(_alternating(whole))],
+    ),
+    "alternate": Rule(
+        lambda parts, heads: _gates_above(parts[0]), lambda whole, heads: [_alternating(whole)]
     ),
     # GPT-2's (H, 3·H), its columns q | k | v.
     "transposed_qkv": Rule(

@@ -25,11 +25,11 @@ def megatron_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     assert ffn is not None and model.vocab_size is not None, "a family sets both"
     heads = heads_of(model)
-    gated = model.swiglu or model.activation == "geglu_tanh"
-    fc1 = 2 * ffn if gated else ffn
+    fc1 = 2 * ffn if model.gated else ffn
     whole = model.qk_layernorm_whole
     experts, of_expert = model.num_experts or 0, model.moe_ffn_hidden_size or ffn
     shared = model.moe_shared_expert_intermediate_size or 0
+    expert_fc1 = 2 * of_expert if model.gated else of_expert
     vocab = (model.vocab_size, hidden)
     shapes: dict[str, tuple[int, ...]] = {
         "embedding.word_embeddings.weight": vocab,
@@ -39,6 +39,7 @@ def megatron_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
         "self_attention.linear_qkv.bias": (sum(heads.rows),),
         "self_attention.linear_proj.weight": (hidden, heads.rows[0]),
         "self_attention.linear_proj.bias": (hidden,),
+        "self_attention.core_attention.softmax_offset": (heads.attention,),
         "self_attention.q_layernorm.weight": (heads.rows[0] if whole else heads.channels,),
         "self_attention.k_layernorm.weight": (heads.rows[1] if whole else heads.channels,),
         "mlp.linear_fc1.weight": (fc1, hidden),
@@ -47,9 +48,12 @@ def megatron_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
         "mlp.linear_fc2.bias": (hidden,),
         "mlp.router.weight": (experts, hidden),
         "mlp.router.expert_bias": (experts,),
-        "mlp.experts.experts.linear_fc1.weight": (2 * of_expert if gated else of_expert, hidden),
+        "mlp.router.bias": (experts,),
+        "mlp.experts.experts.linear_fc1.weight": (expert_fc1, hidden),
+        "mlp.experts.experts.linear_fc1.bias": (expert_fc1,),
         "mlp.experts.experts.linear_fc2.weight": (hidden, of_expert),
-        "mlp.shared_experts.linear_fc1.weight": (2 * shared if gated else shared, hidden),
+        "mlp.experts.experts.linear_fc2.bias": (hidden,),
+        "mlp.shared_experts.linear_fc1.weight": (2 * shared if model.gated else shared, hidden),
         "mlp.shared_experts.linear_fc2.weight": (hidden, shared),
         "mlp.shared_experts.gate_weight": (1, hidden),
     }

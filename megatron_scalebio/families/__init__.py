@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.families import experts, gemma2, gpt, llama, olmo
+from megatron_scalebio.families import experts, gemma2, gpt, gpt_oss, llama, olmo
 from megatron_scalebio.families.base import Family, HfConfig, TensorMap
 
 __all__ = ["FAMILIES", "Family", "TensorMap", "read_family"]
 
 FAMILIES = {
     name: family
-    for module in (gpt, llama, gemma2, experts, olmo)
+    for module in (gpt, llama, gemma2, experts, olmo, gpt_oss)
     for family in module.FAMILIES
     for name in family.architectures
 }
@@ -34,7 +34,8 @@ def read_family(hf: str | Path) -> tuple[Family, dict[str, Any]]:
             f"{config.where}: architectures: {architecture!r} is not supported (supported: "
             f"{', '.join(sorted(FAMILIES))})"
         )
-    if config.values.get("quantization_config"):
+    quantization = config.values.get("quantization_config") or {}
+    if quantization and not (family.packed and quantization.get("quant_method") == "mxfp4"):
         raise config.refuse(
             "quantization_config",
             "convert the model to plain weights; if they are plain already, delete this key",

@@ -51,7 +51,7 @@ _KIND_OF = {
         ("head_dim num_key_value_heads n_inner sliding_window original_max_position_embeddings",
          _Kind(lambda value: value is None or _whole(value), "a whole number or null")),
         ("rms_norm_eps layer_norm_epsilon layer_norm_eps query_pre_attn_scalar "
-         "routed_scaling_factor",
+         "routed_scaling_factor swiglu_limit",
          _Kind(lambda value: is_number(value) and value > 0, "a number above 0")),
         ("attn_logit_softcapping final_logit_softcapping",
          _Kind(lambda value: value is None or (is_number(value) and value > 0),
@@ -122,7 +122,7 @@ class TensorMap:
     Args:
         megatron: its name; `{}` stands for the layer.
         hf: names of its parts, in the order that the rule expects; a second `{}` stands for the
-            expert.
+            expert, and `…[{}]` for its part of a tensor of all experts.
         rule: a name in `convert.rules.RULES`.
         vocab: rows are vocabulary entries, which Megatron pads.
         when: the field of ModelConfig that must be set for the tensor to exist.
@@ -153,6 +153,7 @@ class Family:
         ignored: endings of buffers in old checkpoints that are computed, not learned.
         more_layers: a file may have layers after the last (multi-token prediction), which are kept
             on the way through and do not train.
+        packed: a file may have experts' matrices as MXFP4.
     """
 
     architectures: tuple[str, ...]
@@ -161,6 +162,7 @@ class Family:
     prefix: str = "model."
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     more_layers: bool = False
+    packed: bool = False
 
 
 def pair(megatron: str, hf: str, **keywords: Any) -> tuple[TensorMap, TensorMap]:

@@ -52,7 +52,7 @@ _GLM = _rows(
 )  # fmt: skip
 
 
-def _no_losses(config: HfConfig) -> None:
+def no_losses(config: HfConfig) -> None:
     """transformers adds a balance loss on request alone; here `moe_aux_loss_coeff` asks for one."""
     config.take("router_aux_loss_coef"), config.take("output_router_logits")
 
@@ -61,7 +61,7 @@ def _qwen3_moe(config: HfConfig) -> dict[str, Any]:
     config.require("attention_bias", False)
     config.require("use_sliding_window", False)
     config.take("sliding_window")
-    _no_losses(config)
+    no_losses(config)
     layers, every = config.take("num_hidden_layers"), config.take("decoder_sparse_step")
     dense = config.take("mlp_only_layers") or []
     experts = config.take("num_local_experts")
@@ -80,7 +80,7 @@ def _qwen3_moe(config: HfConfig) -> dict[str, Any]:
 
 def _mixtral(config: HfConfig) -> dict[str, Any]:
     config.require("router_jitter_noise", 0.0)
-    _no_losses(config)
+    no_losses(config)
     return {
         **silu_fields(config),
         "num_experts": config.take("num_local_experts"),

@@ -1,9 +1,9 @@
 """Causal core attention by torch's scaled_dot_product_attention.
 
 Megatron-Core's local DotProductAttention builds the sequence² score matrix; this one does not,
-except where scores are soft-capped (Gemma 2). It serves the CPU, and CUDA without Transformer
-Engine, alone or under context parallelism. Sequences are padded on the right, so the causal mask
-alone keeps padding out of every real position.
+except where scores are soft-capped (Gemma 2) or a head may attend to nothing (gpt-oss). It serves
+the CPU, and CUDA without Transformer Engine, alone or under context parallelism. Sequences are
+padded on the right, so the causal mask alone keeps padding out of every real position.
 
 Legend: S sequence, B batch, N query heads of this rank, G key/value heads, D head size.
 """
@@ -21,7 +21,11 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_scalebio.model.context_parallel import chunk_spans, whole_sequences
@@ -45,6 +49,12 @@ class SdpaAttention(MegatronModule):
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
+        if config.softmax_type == "learnable":  # each head's score of nothing
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            offset_N = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+            self.register_parameter("softmax_offset", offset_N)
+        else:
+            self.softmax_offset = None
         self.window: int | None = None  # tokens that a position sees, itself included
         if is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, max(1, layer_number)
@@ -71,12 +81,23 @@ class SdpaAttention(MegatronModule):
             [self._attend(query_SBND[q], key_SBGD[k], value_SBGD[k]) for q, k in spans]
         )
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True), prefix, {"softmax_offset": 0}, sharded_offsets,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_cp_group=metadata["dp_cp_group"],
+        )  # fmt: skip
+
     def _attend(
         self, query_SBND: torch.Tensor, key_SBGD: torch.Tensor, value_SBGD: torch.Tensor
     ) -> torch.Tensor:
         """The context of the last positions of a sequence, from keys and values of all of it."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
-        attend = self._fused if self.softcap is None else self._soft_capped
+        plain = self.softcap is None and self.softmax_offset is None
+        attend = self._fused if plain else self._explicit
         drops = self.training and self.dropout > 0
         fork = tensor_parallel.get_cuda_rng_tracker().fork
         with fork() if drops else contextlib.nullcontext():
@@ -105,17 +126,21 @@ class SdpaAttention(MegatronModule):
             enable_gqa=query.size(1) != key.size(1),
         )
 
-    def _soft_capped(
+    def _explicit(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float
     ) -> torch.Tensor:
-        assert self.softcap is not None
         key, value = _for_each_query(query, key, value)
         scale = self.softmax_scale or 1 / math.sqrt(query.size(-1))
         scores = query @ key.transpose(2, 3) * scale
-        scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         visible = _visible_SS(query.size(2), key.size(2), self.window, query.device)
         scores = scores.masked_fill(~visible, -math.inf)
+        if self.softmax_offset is not None:
+            offset = self.softmax_offset.to(scores).view(-1, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, offset), dim=-1)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = weights[..., : key.size(2)]
         return F.dropout(weights, dropout) @ value
 
 

@@ -92,6 +92,9 @@ def _local_layer(config: ModelSettings, experts: int | None) -> ModuleSpec:
     )
     if experts:  # the norm before them is a module of its own in Transformer Engine, too
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+        if config.add_bias_linear:
+            experts_mlp = layer.submodules.mlp.keywords["submodules"].experts
+            experts_mlp.keywords["submodules"].linear_fc2 = _ExpertLinear
     layer.submodules.input_layernorm = LocalNorm
     layer.submodules.pre_mlp_layernorm = LocalNorm
     attention = layer.submodules.self_attention.submodules
@@ -99,6 +102,22 @@ def _local_layer(config: ModelSettings, experts: int | None) -> ModuleSpec:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalNorm
     return layer
+
+
+class _ExpertLinear(RowParallelLinear):
+    """An expert's last linear layer with a bias, which Megatron's experts add to its output.
+
+    They do so in place, to an output that must be the layer's own. And a rank has the bias's whole
+    gradient of its tokens: it is not to be summed over TP as where ranks share a sequence.
+    """
+
+    def __init__(self, *words: Any, **keywords: Any) -> None:
+        super().__init__(*words, **keywords)
+        self.bias.sequence_parallel = False
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        output, bias = super().forward(input_)
+        return output.clone(), bias
 
 
 def _te_norm() -> Any:
@@ -113,8 +132,9 @@ def _transformer_engine_layer(config: ModelSettings, experts: int | None) -> Mod
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
-    # What Transformer Engine 2.11 has no option for.
-    if config.attn_logit_softcapping is not None:
+    # What Transformer Engine 2.11 has no option for, the second in the exchange of whole sequences.
+    offset_under_cp = config.softmax_type != "vanilla" and config.context_parallel_size > 1
+    if config.attn_logit_softcapping is not None or offset_under_cp:
         layer.submodules.self_attention.submodules.core_attention = SdpaAttention
     return layer
 

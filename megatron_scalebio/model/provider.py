@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -76,6 +77,9 @@ def build_chunk(
         scale_rope(gpt, model, config.data.seq_length)
     if model.window_rotary_base is not None:
         turn_windows_apart(gpt, model)
+    for name, parameter in gpt.named_parameters():
+        if name.endswith("softmax_offset"):  # else counted on one TP rank alone in norms
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
     _hook_ends(gpt, model, vocab_size)
     return gpt
 

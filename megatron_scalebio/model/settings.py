@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_scalebio import runtime
@@ -86,7 +87,9 @@ def transformer_config(config: Config) -> ModelSettings:
         post_norms=model.post_norms,
         qk_layernorm_whole=model.qk_layernorm_whole,
         parallel_residual=model.parallel_residual,
-        gated_linear_unit=model.swiglu or model.activation == "geglu_tanh",
+        gated_linear_unit=model.gated,
+        activation_func_clamp_value=model.activation_func_clamp_value,
+        glu_linear_offset=model.glu_linear_offset,
         activation_func=_activation(model),
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
@@ -94,6 +97,7 @@ def transformer_config(config: Config) -> ModelSettings:
         window_attn_skip_freq=model.window_attn_skip_freq,
         no_rope_freq=model.no_rope_freq,
         softmax_scale=model.softmax_scale,
+        softmax_type=model.softmax_type,
         attn_logit_softcapping=model.attn_logit_softcapping,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
@@ -129,9 +133,9 @@ def transformer_config(config: Config) -> ModelSettings:
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
         use_cpu_initialization=not runtime.on_cuda(),
-        # The fused GELU is always the tanh approximation.
-        bias_activation_fusion=runtime.on_cuda() and model.swiglu,
-        bias_dropout_fusion=runtime.on_cuda(),
+        bias_activation_fusion=runtime.on_cuda() and fuses_activation(model),
+        # Megatron's grouped experts do not take their biases along with it.
+        bias_dropout_fusion=runtime.on_cuda() and not (model.num_experts and model.add_bias_linear),
         masked_softmax_fusion=False,
     )
 
@@ -169,7 +173,13 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 def _activation(model: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
     if model.swiglu:
         return F.silu
-    return F.gelu if model.activation == "gelu" else gelu_tanh
+    return {"gelu": F.gelu, "quick_geglu": quick_gelu}.get(model.activation, gelu_tanh)
+
+
+def fuses_activation(model: ModelConfig) -> bool:
+    """Megatron's fused GELU is always the tanh approximation, its fused SiLU has no clamp."""
+    plain = model.activation_func_clamp_value is None and not model.glu_linear_offset
+    return model.swiglu and plain
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -180,8 +190,7 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 def default_ffn_hidden_size(config: Config) -> int:
     """4 × hidden, or 8/3 × hidden for a gated MLP: equal parameters, rounded up to 64."""
     model = config.model
-    gated = model.swiglu or model.activation == "geglu_tanh"
-    return math.ceil(model.hidden_size * 8 / 3 / 64) * 64 if gated else 4 * model.hidden_size
+    return math.ceil(model.hidden_size * 8 / 3 / 64) * 64 if model.gated else 4 * model.hidden_size
 
 
 def ddp_config(config: Config) -> DistributedDataParallelConfig:

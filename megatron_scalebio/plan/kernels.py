@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from megatron_scalebio.config import Config
 from megatron_scalebio.model import attention as core_attention
 from megatron_scalebio.model.layers import ModelSettings
-from megatron_scalebio.model.settings import transformer_config
+from megatron_scalebio.model.settings import fuses_activation, transformer_config
 from megatron_scalebio.plan.fake_rank import replaced
 
 _aten = torch.ops.aten
@@ -41,7 +41,7 @@ def settings_for(config: Config, cuda: bool) -> ModelSettings:
     settings.variable_seq_lengths = False  # every micro-batch at full length: the worst case
     if cuda:
         settings.deallocate_pipeline_outputs = True
-        settings.bias_activation_fusion = config.model.swiglu
+        settings.bias_activation_fusion = fuses_activation(config.model)
         settings.bias_dropout_fusion = True
     return settings
 

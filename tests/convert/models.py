@@ -79,6 +79,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "num_experts_per_tok": 2, "use_qk_norm": True},
     ),
     "mixtral": ("Mixtral", {**_SMALL, "num_local_experts": 3}),
+    "gpt-oss": (
+        "GptOss",
+        {**_SMALL, "head_dim": 10, "num_local_experts": 3, "num_experts_per_tok": 2,
+         "sliding_window": 8},
+    ),
     "olmo2": ("Olmo2", _SMALL),
     "olmo3": ("Olmo3", {**_SMALL, "num_hidden_layers": 4, "sliding_window": 8}),
     "gemma3": (

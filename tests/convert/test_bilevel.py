@@ -23,7 +23,8 @@ LLAMA = {
     "num_hidden_layers": 4, "vocab_size": VOCAB, "tie_word_embeddings": True, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 VERIFIED = ("gpt2", "gpt2-untied", "neox", "neox-serial-tied", "llama-tied-rope3",
-            "llama-longrope", "qwen2-yarn", "smollm3", "phi3", "qwen3", "gemma2")  # fmt: skip
+            "llama-longrope", "qwen2-yarn", "smollm3", "phi3", "gpt-oss", "qwen3",
+            "gemma2")  # fmt: skip
 
 
 def commands(folder_name: str) -> None:

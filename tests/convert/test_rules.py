@@ -46,6 +46,15 @@ def test_copy_and_transposed(rows: int, columns: int) -> None:
         assert_inverse(name, [numbered(rows, columns)], Heads(1, 1, 1))
 
 
+@given(st.integers(1, 6), st.integers(1, 6))
+def test_alternating_gates(ffn: int, hidden: int) -> None:
+    assert_inverse("transposed_alternate", [numbered(hidden, 2 * ffn)], Heads(1, 1, 1))
+    assert_inverse("alternate", [numbered(2 * ffn)], Heads(1, 1, 1))
+    assert RULES["alternate"].to_megatron([numbered(6)], Heads(1, 1, 1)).tolist() == [
+        0, 2, 4, 1, 3, 5,
+    ]  # fmt: skip
+
+
 @given(st.integers(1, 4), st.integers(1, 4))
 def test_gpt2_qkv(heads: int, channels: int) -> None:
     hidden = heads * channels

@@ -51,7 +51,13 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
         ({"model": {"swiglu": False}}, False),
         ({"model": {"swiglu": False, "activation": "gelu_tanh"}}, False),
         ({"model": {"swiglu": False, "activation": "geglu_tanh"}}, True),
+        ({"model": {"swiglu": False, "activation": "quick_geglu"}}, True),
     ],
+    "activation_func_clamp_value": [
+        ({}, None), ({"model": {"activation_func_clamp_value": 7.0}}, 7.0),
+    ],
+    "glu_linear_offset": [({"model": {"glu_linear_offset": x}}, x) for x in (0.0, 1.0)],
+    "softmax_type": [({"model": {"softmax_type": n}}, n) for n in ("vanilla", "learnable")],
     "num_moe_experts": [({"model": {"num_experts": n}}, n) for n in (4, 8)],
     "moe_layer_freq": [
         ({"model": {"num_experts": 4}}, 1),
@@ -222,6 +228,7 @@ CHUNK: dict[str, list[tuple[Sections, Any]]] = {
              0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * 1.044715)))
             for name in ("gelu_tanh", "geglu_tanh")
         ],
+        ({"model": {"swiglu": False, "activation": "quick_geglu"}}, 1 / (1 + math.exp(-1.702))),
     ],
     "embedding scale": [
         ({"model": {"scale_embedding": True, "hidden_size": n}}, math.sqrt(n)) for n in (64, 144)

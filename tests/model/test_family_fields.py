@@ -118,6 +118,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "moe_router_enable_expert_bias": True, "moe_router_topk_scaling_factor": 1.7,
          "moe_router_dtype": "fp32"},
     ),
+    "GptOssForCausalLM": (
+        "gpt_oss",
+        {**WITHOUT_BASE, "num_local_experts": 10, "num_experts_per_tok": 4, "sliding_window": 29,
+         "swiglu_limit": 5.5, "layer_types": EVERY_OTHER,
+         "rope_parameters": LAYERED["full_attention"]},
+        {**RMS_NORM, **EXPERT_FIELDS, "moe_ffn_hidden_size": 200, "swiglu": False,
+         "activation": "quick_geglu", "activation_func_clamp_value": 5.5, "glu_linear_offset": 1.0,
+         "add_bias_linear": True, "add_qkv_bias": True, "softmax_type": "learnable",
+         "window_size": [28, 0], "window_attn_skip_freq": 2,
+         "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
     "MixtralForCausalLM": (
         "mixtral",
         {**LLAMA, "num_local_experts": 10, "num_experts_per_tok": 4, "sliding_window": 37},

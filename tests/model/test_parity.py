@@ -100,6 +100,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Mixtral",
         {**SHAPE, **UNTIED, "intermediate_size": 20, "num_local_experts": 4, "sliding_window": 7},
     ),
+    "gpt-oss": (
+        "GptOss",
+        {**SHAPE, **UNTIED, "head_dim": 10, "intermediate_size": 20, "num_local_experts": 6,
+         "num_experts_per_tok": 3, "sliding_window": 7, "swiglu_limit": 0.4,
+         "rope_parameters": {**YARN, "truncate": False}},
+    ),
     "olmo2": ("Olmo2", {**SHAPE, **UNTIED, "pad_token_id": None}),
     "olmo3-yarn": (
         "Olmo3",
@@ -147,7 +153,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2-tp2": (4, {**EP2, **TP2, "sequence_parallel": True}),
 }
 OF_EXPERTS = ("one", "pp2", "ep2", "ep2-tp2")
-WITH_EXPERTS = ("qwen3-moe", "qwen3-moe-all-scores", "glm4-moe", "mixtral")
+WITH_EXPERTS = ("qwen3-moe", "qwen3-moe-all-scores", "glm4-moe", "mixtral", "gpt-oss")
+# Its experts' biases are no part of an expert that ranks share.
+WITH = {("gpt-oss", "ep2-tp2"): {"expert_tensor_parallel_size": 1}}
 NOT_DIVISIBLE_BY_2 = ("llama-9-heads-3-groups", "llama-mqa-linear-rope")
 # One of each way to know positions and to mask: learned, part of a head turned, windows, caps.
 UNDER_CP = (
@@ -184,6 +192,8 @@ def as_in_files(name: str, tensor: torch.Tensor, prefix: str) -> dict[str, torch
     gate, up, down = "gate_proj", "up_proj", "down_proj"
     if prefix == "Mixtral":
         name, (gate, up, down) = name.replace(".mlp.", ".block_sparse_moe."), ("w1", "w3", "w2")
+    if prefix == "GptOss" and ".experts." in name:
+        return {f"{name}[{expert}]": part for expert, part in enumerate(tensor)}
     block, _, last = name.rpartition(".")
     names = {"gate_up_proj": (gate, up), "down_proj": (down,)}.get(last)
     if names is None:
@@ -236,7 +246,7 @@ def on_ranks(folder_name: str, cases: list[tuple[str, str]]) -> None:
         settings = {
             "model": {"hf": str(folder / name), "make_vocab_size_divisible_by": 8},
             "data": {"seq_length": LENGTH},
-            "parallel": LAYOUTS[layout][1],
+            "parallel": {**LAYOUTS[layout][1], **WITH.get((name, layout), {})},
         }
         config = load_config(None, settings)
         runtime.start(config)
