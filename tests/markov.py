@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from tests.commands import write_config
+
 VOCAB = 32
 
 
@@ -104,3 +106,11 @@ def write_problem(
     parts = (list(rows),) if even else uneven(rows, (seed, 11))
     path = write_source(folder, "validation", *parts)
     return sources, [{"name": "validation", "path": path}]
+
+
+def write_two_sources(
+    folder: Path, examples: int = 40, validation: int = 40, **sections: dict
+) -> Path:
+    """Two sources, a validation set, and x.yaml, a short run on them with `sections`."""
+    entries = write_problem(folder / "data", [0.6, 0.4], 0, 17, examples, validation)
+    return write_config(folder / "x.yaml", *entries, **sections)

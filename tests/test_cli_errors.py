@@ -14,7 +14,7 @@ import pytest
 from megatron_scalebio.cli import main
 from tests.commands import command, note, noted, start_command, the_only_line, write_config
 from tests.distributed.harness import run_distributed
-from tests.markov import write_problem, write_source
+from tests.markov import write_source, write_two_sources
 from tests.processes import finish
 
 RARE = 31  # a token that only the source "rare" holds
@@ -24,10 +24,7 @@ RARE = 31  # a token that only the source "rare" holds
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources, a validation set, and x.yaml, a short run on them."""
     folder = tmp_path_factory.mktemp("errors")
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4], 0, length=17, examples=40, validation=40
-    )
-    write_config(folder / "x.yaml", sources, validation, train={"train_iters": 3})
+    write_two_sources(folder, train={"train_iters": 3})
     return folder
 
 

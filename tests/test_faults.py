@@ -22,10 +22,9 @@ from tests.commands import (
     start_command,
     the_only_line,
     wait_for_steps,
-    write_config,
 )
 from tests.distributed.harness import run_distributed
-from tests.markov import write_problem
+from tests.markov import write_two_sources
 from tests.processes import finish, kill_all
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -36,10 +35,7 @@ FOREVER = ["--train-iters", 100_000, "--lr-decay-style", "constant", "--lr-warmu
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4], 0, length=17, examples=40, validation=40
-    )
-    write_config(folder / "x.yaml", sources, validation, checkpoint={"save_interval": SAVED})
+    write_two_sources(folder, checkpoint={"save_interval": SAVED})
     return folder
 
 

@@ -19,9 +19,8 @@ from megatron_scalebio.engine.evaluate import held_out_losses
 from megatron_scalebio.engine.memory import out_of_memory_named
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.scalebio import TrainState, train_step
-from tests.commands import write_config
 from tests.distributed.harness import run_distributed
-from tests.markov import write_problem
+from tests.markov import write_two_sources
 
 pytestmark = pytest.mark.distributed
 
@@ -29,12 +28,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("memory")
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4], 0, length=17, examples=40, validation=20
-    )
-    write_config(
-        folder / "x.yaml", sources, validation, lisa={"lisa_layers": 1, "lisa_interval": 2}
-    )
+    write_two_sources(folder, validation=20, lisa={"lisa_layers": 1, "lisa_interval": 2})
     run_distributed(on_a_rank, 1, str(folder))
     return folder
 

@@ -18,10 +18,9 @@ from tests.commands import (
     noted,
     start_command,
     wait_for_steps,
-    write_config,
 )
 from tests.distributed.harness import run_distributed
-from tests.markov import write_problem
+from tests.markov import write_two_sources
 from tests.processes import finish
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -30,14 +29,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signals")
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4], 0, length=17, examples=40, validation=40
-    )
     # More steps than any run here gets to: the rates do not decay meanwhile.
-    write_config(
-        folder / "x.yaml", sources, validation,
-        train={"train_iters": 100_000}, checkpoint={"save_interval": 0},
-    )  # fmt: skip
+    write_two_sources(folder, train={"train_iters": 100_000}, checkpoint={"save_interval": 0})
     return folder
 
 

@@ -98,11 +98,7 @@ def find(config: Config, job: Job) -> Found | None:
             return None
     score_NV = runtime.on_main(lambda: influence(stores, rate_C, len(data.validation)))
     score_N = score_NV.max(axis=1)
-    runtime.on_main(
-        lambda: write_scores(
-            job.folder, pool, score_N, score_by_validation=score_NV.astype(np.float32)
-        )
-    )
+    write_scores(job.folder, pool, score_N, score_by_validation=score_NV.astype(np.float32))
     validation_tokens = sum(Pool([source]).input_tokens() for source in data.validation)
     cost += TokenCost(trained=len(rate_C) * (pool.input_tokens() + validation_tokens))
     kept = max(1, round(config.baseline.select_fraction * len(pool)))

@@ -168,14 +168,9 @@ def _online(config: Config, job: Job, irreducible_N: Floats, cost: TokenCost) ->
     state = RhoState(part, job.folder / "cache", irreducible_N)
     if not train_on_pool(state, job, "Training on selected examples", job.save_to):
         return None
-    runtime.on_main(
-        lambda: write_scores(
-            job.folder,
-            state.pool,
-            state.reducible_N,
-            irreducible=irreducible_N.astype(np.float32),
-            chosen=state.chosen_N,
-        )
+    irreducible = irreducible_N.astype(np.float32)
+    write_scores(
+        job.folder, state.pool, state.reducible_N, irreducible=irreducible, chosen=state.chosen_N
     )
     row_K = np.repeat(np.arange(len(state.pool)), state.chosen_N)
     return found_from_rows(state.pool, row_K, cost + state.cost, state.step, online=True)
@@ -195,11 +190,8 @@ def _offline(config: Config, job: Job, irreducible_N: Floats, cost: TokenCost) -
     if not losses.fill("losses of the trained model", _scorer(state, state.pool), job.signals):
         return None
     reducible_N = losses.joined() - irreducible_N
-    runtime.on_main(
-        lambda: write_scores(
-            job.folder, state.pool, reducible_N, irreducible=irreducible_N.astype(np.float32)
-        )
-    )
+    irreducible = irreducible_N.astype(np.float32)
+    write_scores(job.folder, state.pool, reducible_N, irreducible=irreducible)
     kept = max(1, round(config.baseline.select_fraction * len(state.pool)))
     cost = cost + state.cost + TokenCost(scored=state.pool.input_tokens())
     row_K = highest(reducible_N, kept)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_scalebio import runtime
 from megatron_scalebio.core.sampler import Floats, Ints
 from megatron_scalebio.engine.state import TokenCost
 from megatron_scalebio.methods.found import Found
@@ -23,12 +24,17 @@ SCORES_FILE = "scores.npz"
 
 
 def write_scores(folder: Path, pool: Pool, score_N: Floats, **more: Any) -> None:
+    """A collective; the first rank writes."""
     source_N, index_N = pool.locate(np.arange(len(pool)))
-    with replaced(folder / SCORES_FILE) as temporary, temporary.open("wb") as stream:
-        np.savez(
-            stream, source=source_N.astype(np.int32), index=index_N,
-            score=score_N.astype(np.float32), **more,
-        )  # fmt: skip
+
+    def write() -> None:
+        with replaced(folder / SCORES_FILE) as temporary, temporary.open("wb") as stream:
+            np.savez(
+                stream, source=source_N.astype(np.int32), index=index_N,
+                score=score_N.astype(np.float32), **more,
+            )  # fmt: skip
+
+    runtime.on_main(write)
 
 
 def found_from_rows(pool: Pool, row_K: Ints, cost: TokenCost, step: int, **details: Any) -> Found:

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
 from megatron_scalebio.checkpoint.folder import newest_whole, steps_on_disk
-from tests.commands import command, metrics, note, noted, the_only_line, write_config
+from tests.commands import command, metrics, note, noted, the_only_line
 from tests.distributed.harness import run_distributed
-from tests.markov import write_problem
+from tests.markov import write_two_sources
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 SLOW_S = 1.5
@@ -27,13 +27,9 @@ SHARDED = ["--bf16", "--use-distributed-optimizer", "--lisa-layers", 1, "--lisa-
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("background")
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4], 0, length=17, examples=40, validation=40
+    write_two_sources(
+        folder, train={"train_iters": 6}, checkpoint={"save_interval": 2, "keep_last": 9}
     )
-    write_config(
-        folder / "x.yaml", sources, validation, train={"train_iters": 6},
-        checkpoint={"save_interval": 2, "keep_last": 9},
-    )  # fmt: skip
     run_distributed(two_ranks, 2, str(folder))
     run_distributed(slow_disk, 1, str(folder))
     return folder

@@ -17,9 +17,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_scalebio.checkpoint.folder import steps_on_disk
-from tests.commands import command, metrics, note, noted, the_only_line, write_config
+from tests.commands import command, metrics, note, noted, the_only_line
 from tests.distributed.harness import run_distributed
-from tests.markov import write_problem
+from tests.markov import write_two_sources
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 NEWEST = "checkpoints/iter_0000004"
@@ -28,10 +28,7 @@ NEWEST = "checkpoints/iter_0000004"
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damage")
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4], 0, length=17, examples=40, validation=40
-    )
-    write_config(folder / "x.yaml", sources, validation, train={"train_iters": 5})
+    write_two_sources(folder, train={"train_iters": 5})
     return folder
 
 

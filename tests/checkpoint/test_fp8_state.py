@@ -24,9 +24,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_scalebio.compat import fp8_state
 from megatron_scalebio.core.state import load_models
 from megatron_scalebio.errors import UserError
-from tests.commands import command, metrics, note, noted, write_config
+from tests.commands import command, metrics, note, noted
 from tests.distributed.harness import run_distributed
-from tests.markov import write_problem
+from tests.markov import write_two_sources
 
 RECIPES = "transformer_engine.common.recipe"
 KEY = "decoder.layers.0.self_attention.linear_qkv._extra_state"
@@ -267,12 +267,8 @@ def on_ranks(folder_name: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fp8")
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4], 0, length=17, examples=40, validation=40
-    )
-    write_config(
-        folder / "x.yaml", sources, validation,
-        bilevel={"resync_interval": 5}, checkpoint={"save_interval": 2, "keep_last": 9},
+    write_two_sources(
+        folder, bilevel={"resync_interval": 5}, checkpoint={"save_interval": 2, "keep_last": 9},
     )  # fmt: skip
     run_distributed(on_ranks, 2, str(folder))
     return folder

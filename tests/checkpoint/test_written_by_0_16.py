@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron_scalebio.convert.megatron_reader import padding_multiple
-from tests.commands import command, metrics, note, noted, write_config
+from tests.commands import command, metrics, note, noted
 from tests.distributed.harness import run_distributed
-from tests.markov import write_problem
+from tests.markov import write_two_sources
 
 pytestmark = pytest.mark.distributed
 ARCHIVE = Path(__file__).with_name("written_by_0_16.tar.xz")
@@ -32,13 +32,10 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("from 0.16")
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder / "then", filter="data")
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4], 0, length=17, examples=20, validation=20
-    )
-    write_config(
-        folder / "x.yaml", sources, validation,
-        model={"hidden_size": 16, "ffn_hidden_size": 24}, bilevel={"resync_interval": 3},
-        optimizer={"lr": 3e-3}, checkpoint={"save_interval": 4}, train={"train_iters": 6},
+    write_two_sources(
+        folder, 20, 20, model={"hidden_size": 16, "ffn_hidden_size": 24},
+        bilevel={"resync_interval": 3}, optimizer={"lr": 3e-3},
+        checkpoint={"save_interval": 4}, train={"train_iters": 6},
     )  # fmt: skip
     run_distributed(resume, 1, str(folder))
     return folder

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
-from tests.commands import command, note, noted, write_config
+from tests.commands import command, note, noted
 from tests.convert.models import content, make
 from tests.distributed.harness import run_distributed
-from tests.markov import VOCAB, write_problem
+from tests.markov import VOCAB, write_two_sources
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -65,11 +65,8 @@ def verify_spoiled(folder: Path) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bilevel")
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4], 0, length=17, examples=40, validation=40
-    )
-    write_config(
-        folder / "x.yaml", sources, validation, model={"num_layers": 4},
+    write_two_sources(
+        folder, model={"num_layers": 4},
         train={"train_iters": 6}, lisa={"lisa_layers": 2, "lisa_interval": 4},
     )  # fmt: skip
     make(folder / "hf", "llama", **LLAMA)

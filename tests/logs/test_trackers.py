@@ -16,9 +16,9 @@ import pytest
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs import trackers
 from megatron_scalebio.logs.trackers import Trackers
-from tests.commands import command, note, noted, write_config
+from tests.commands import command, note, noted
 from tests.distributed.harness import run_distributed
-from tests.markov import write_problem
+from tests.markov import write_two_sources
 
 ABSENT = [name for name in ("wandb", "mlflow") if find_spec(name) is None]  # not imported here
 pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"not installed: {', '.join(ABSENT)}")
@@ -30,10 +30,7 @@ def run_all(folder_name: str) -> None:
     folder = Path(folder_name)
     os.environ.update(WANDB_MODE="offline", MLFLOW_TRACKING_URI=(folder / "mlruns").as_uri(),
                       MLFLOW_ALLOW_FILE_STORE="true")  # fmt: skip
-    sources, validation = write_problem(
-        folder / "data", [0.6, 0.4], 0, length=17, examples=40, validation=40
-    )
-    path = write_config(folder / "x.yaml", sources, validation)
+    path = write_two_sources(folder)
     note(folder / "noted", "plain", command("reweight", "--config", path, "--output", folder / "no",
                                             "--train-iters", 1))  # fmt: skip
     note(folder / "noted", "imported", (None, str("mlflow" in sys.modules)))

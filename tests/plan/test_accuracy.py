@@ -61,7 +61,7 @@ def load(folder: Path, name: str):
         },
         "parallel": parallel,
         "lisa": lisa,
-        "train": {"micro_batch_size": 2, "global_batch_size": 16, "train_iters": STEPS},
+        "train": {"micro_batch_size": 2, "global_batch_size": 8, "train_iters": STEPS},
     }  # fmt: skip
     return load_config(None, settings)
 
