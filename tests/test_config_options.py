@@ -171,6 +171,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "global_batch_size": (32, 48),
         "validation_batch_size": (32, 16),
         "eval_interval": (100, 11),
+        "packing": (False, True),
         "eval_examples": (None, 37),
         "seed": (1234, 5),
         "skip_limit": (5, 3),

@@ -45,7 +45,7 @@ RESUMED: dict[str, tuple[int, list]] = {
     "bf16 lisa adamw": (1, [*BF16, *LISA, "--mixture-optimizer", "adamw", "--loss-mean", "token"]),
     "bf16 dp2": (2, BF16),
     "bf16 cp2": (2, [*BF16, *CP2]),
-    "tp2": (2, TP2),
+    "tp2": (2, [*TP2, "--packing"]),  # and on others without
 }
 
 

@@ -38,6 +38,14 @@ FLAGS: dict[str, tuple[int, list]] = {
             "--num-layers-per-virtual-pipeline-stage", 1, "--loss-mean", "token",
         ],
     ),
+    "vpp-packed": (
+        2,
+        [
+            "--num-layers", 4, "--pipeline-model-parallel-size", 2, "--packing",
+            "--num-layers-per-virtual-pipeline-stage", 1, "--loss-mean", "token",
+        ],
+    ),
+    "dp2-packed": (2, ["--packing"]),
     "one-deeper": (1, ["--num-layers", 4, "--loss-mean", "token"]),
 }  # fmt: skip
 NAIVE = {"one": "sample", "one-deeper": "token"}
@@ -48,6 +56,8 @@ SAME = [
     ("one-lisa", "dp2-overlap-gather"),
     ("one", "cp2"),
     ("one-deeper", "vpp"),
+    ("one-deeper", "vpp-packed"),
+    ("one", "dp2-packed"),
 ]
 
 

@@ -2,6 +2,7 @@
 
     cpu                 Megatron without CUDA
     megatron            a fault fixed, and private names that have no public equal
+    gpt_inputs          packed rows and labelled positions, as GPTModel takes them
     transformer_engine  the same of Transformer Engine
     fp8_state           what its modules pickle, read as data
     megatron_lm         `megatron.training` from a wheel, and without CUDA; for who uses it

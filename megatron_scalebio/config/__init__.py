@@ -96,7 +96,20 @@ class Config:
                     f"{world_size // self.parallel.model_parallel_size} (use a multiple of "
                     f"{per_pass})"
                 )
+            if self.train.packing:
+                self._validate_rows(name, world_size // self.parallel.model_parallel_size)
         self._validate_flush(sequences // per_pass)
+
+    def _validate_rows(self, name: str, replicas: int) -> None:
+        """Interleaved stages take packed rows by as many as they are."""
+        pp = self.parallel.pipeline_model_parallel_size
+        interleaved = self.parallel.num_layers_per_virtual_pipeline_stage is not None
+        if interleaved and getattr(self.train, name) % (pp * replicas):
+            raise UserError(
+                f"train.{name}: {getattr(self.train, name)!r} is not divisible by the {pp} stages "
+                f"of the interleaved pipeline x data-parallel size {replicas}, which packing needs "
+                f"(use a multiple of {pp * replicas})"
+            )
 
     def validate_layout(self, world_size: int) -> None:
         """What every stage that builds the model needs."""
@@ -127,6 +140,16 @@ class Config:
                 "(choose a multiple)"
             )
         check_expert_layout(model, parallel, world_size)
+        if self.train.packing and cp > 1:
+            raise UserError(
+                f"train.packing: True with parallel.context_parallel_size {cp} is not supported: "
+                "ranks would have to share each sequence of a row (drop one of them)"
+            )
+        if self.train.packing and model.moe_router_load_balancing_type == "seq_aux_loss":
+            raise UserError(
+                "train.packing: True with model.moe_router_load_balancing_type 'seq_aux_loss' "
+                "would balance experts over rows, not sequences (use aux_loss, or drop packing)"
+            )
         self._validate_lengths(tp)
         self._validate_products(tp)
         per_chunk = model.num_layers // pp // (parallel.virtual_chunks(model.num_layers) or 1)

@@ -140,6 +140,11 @@ class TrainConfig:
         None, "passes over the sources' examples, in place of train_iters"
     )
     micro_batch_size: int = option(4, "sequences per forward pass")
+    packing: bool = option(
+        False,
+        "pack examples into rows, at most micro_batch_size x seq_length tokens per forward pass; "
+        "none attends to another",
+    )
     global_batch_size: int = option(32, "training sequences per step")
     validation_batch_size: int | None = option(
         None, "validation sequences per step [global_batch_size]"

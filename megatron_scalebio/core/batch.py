@@ -15,6 +15,12 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 
+from megatron_scalebio.compat.gpt_inputs import (
+    labelled_losses,
+    labelled_positions,
+    packed_params,
+    sent,
+)
 from megatron_scalebio.core.collectives import device, summed
 
 
@@ -26,6 +32,8 @@ class Batch(Protocol):
         mask_BS: above 0 where the label counts, on the CPU. Under context parallelism S is this
             rank's part of each sequence.
         tokens: input tokens without padding, for reports.
+
+    One whose sequences follow each other in one row has `lengths_B`, too (see `MicroBatch`).
     """
 
     @property
@@ -40,7 +48,8 @@ class Batch(Protocol):
 class MicroBatch:
     """Sequences that go through a GPT model together, padded on the right.
 
-    Under context parallelism S is this rank's part of each sequence.
+    Under context parallelism S is this rank's part of each sequence. Packed, they follow each other
+    in one row (1 × S), none attends to another, and the padding is at the row's end.
 
     Attributes:
         tokens_BS, labels_BS: ids, int64.
@@ -51,6 +60,7 @@ class MicroBatch:
         padding_BS: true where a sequence has ended, for the routers of a mixture of experts; None:
             nowhere.
         member_B: its place in the global batch, int64, for whoever wants to know; a step does not.
+        lengths_B: packed: tokens of each sequence, int64.
     """
 
     tokens_BS: torch.Tensor
@@ -61,37 +71,48 @@ class MicroBatch:
     tokens: int = 0
     member_B: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     padding_BS: torch.Tensor | None = None
+    lengths_B: torch.Tensor | None = None
 
-    def inputs(self, device: torch.device) -> dict[str, torch.Tensor | None]:
+    def inputs(self, device: torch.device) -> dict[str, Any]:
         """The arguments of Megatron's GPTModel, whose output is then the loss of each label."""
-        return {
-            "input_ids": _sent(self.tokens_BS, device),
-            "position_ids": _sent(self.positions_BS, device),
+        inputs: dict[str, Any] = {
+            "input_ids": sent(self.tokens_BS, device),
+            "position_ids": sent(self.positions_BS, device),
             "attention_mask": None,
-            "labels": _sent(self.labels_BS, device),
+            "labels": sent(self.labels_BS, device),
         }
+        if self.lengths_B is not None:
+            padded = self.tokens_BS.size(1)
+            inputs["packed_seq_params"] = packed_params(self.lengths_B, padded, device)
+        return inputs
 
 
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """From pinned memory: a copy from other memory may wait for all that is queued before it.
-
-    Memory is pinned as it lies, which an expanded tensor (positions) refuses.
-    """
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.contiguous().pin_memory()
-    return tensor.to(device, non_blocking=True)
+def sequence_sums(values_BS: torch.Tensor, batch: Any) -> torch.Tensor:
+    """The sum over each sequence of a batch, [B] float64."""
+    lengths_B = getattr(batch, "lengths_B", None)
+    if lengths_B is None:
+        return values_BS.sum(dim=1, dtype=torch.float64)
+    parts = values_BS.flatten()[: int(lengths_B.sum())].split(lengths_B.tolist())
+    return torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
 
 def gpt_losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:
     """The default forward pass, of a `MicroBatch` through a GPTModel.
 
     Returns:
-        The loss of each label, [B, S], on the last pipeline stage; else what the next one takes.
+        The loss of each label that counts, [B, S], on the last pipeline stage; else what the next
+        one takes.
     """
-    inputs = batch.inputs(next(model.parameters()).device)
+    gpt: Any = unwrap_model(model)
+    there = next(model.parameters()).device
+    inputs = batch.inputs(there)
     padding_BS = getattr(batch, "padding_BS", None)
-    if padding_BS is not None and unwrap_model(model).config.num_moe_experts:
-        inputs["padding_mask"] = _for_routers(padding_BS, unwrap_model(model))
+    if padding_BS is not None and gpt.config.num_moe_experts:
+        inputs["padding_mask"] = _for_routers(padding_BS, gpt)
+    last = getattr(gpt, "post_process", False)
+    if last and (place_N := labelled_positions(batch.mask_BS)) is not None:
+        inputs["output_processor"] = labelled_losses
+        inputs["output_processor_context"] = sent(place_N, there)
     return model(**inputs)
 
 
@@ -127,7 +148,7 @@ def mean_coefficients(
     Raises:
         ValueError: if a group is none of them, or the ranks have unequal numbers of micro-batches.
     """
-    targets = [(batch.mask_BS > 0).sum(dim=1, dtype=torch.float64) for batch in batches]
+    targets = [sequence_sums(batch.mask_BS > 0, batch) for batch in batches]
     sizes = [len(each) for each in targets]
     flat_B = summed(torch.cat(targets), groups.cp) if targets else torch.zeros(0).double()
     group_B = torch.cat([batch.group_B for batch in batches]) if targets else flat_B.long()

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scalebio.core.batch import Batch, mean_coefficients
+from megatron_scalebio.core.batch import Batch, mean_coefficients, sequence_sums
 from megatron_scalebio.core.collectives import device, reports_losses, summed
 from megatron_scalebio.core.objective import Role
 from megatron_scalebio.core.twin import TwinModel, finalize_twin_grads
@@ -207,7 +207,7 @@ def loss_func(
     # A padded position may hold anything, NaN included: select, do not multiply.
     kept_BS = torch.where(target_BS.to(loss_BS.device), loss_BS.float(), 0.0)
     # In float64: the hypergradient is a small difference of these sums.
-    sum_B = kept_BS.sum(dim=1, dtype=torch.float64)
+    sum_B = sequence_sums(kept_BS, this.batch)
     objective = (sum_B * weight_B).sum().float()
     record = {
         "role": this.role, "group_B": this.batch.group_B,

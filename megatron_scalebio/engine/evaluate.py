@@ -23,6 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
+from megatron_scalebio.core.batch import gpt_losses, sequence_sums
 from megatron_scalebio.core.collectives import reports_losses
 from megatron_scalebio.core.sampler import Ints, Picks
 from megatron_scalebio.core.twin import forget_weight_copies
@@ -111,11 +112,11 @@ def example_losses(
     sums_2N = torch.zeros(2, len(index_N), dtype=torch.float64)
     tokens = torch.zeros(1, dtype=torch.float64)
     for place_N, batches in flushes(source, index_N, config, layout):
-        for batch, loss_BS in token_losses(chunks, batches, config):
+        for batch, loss_BS in token_losses(chunks, batches):
             counted_B = batch.group_B == 0
             place_B = torch.from_numpy(place_N)[batch.member_B[counted_B]]
-            sums_2N[0, place_B] = loss_BS[counted_B].sum(dim=1)
-            sums_2N[1, place_B] = (batch.mask_BS[counted_B] > 0).sum(dim=1).double()
+            sums_2N[0, place_B] = sequence_sums(loss_BS, batch)[counted_B]
+            sums_2N[1, place_B] = sequence_sums(batch.mask_BS > 0, batch)[counted_B]
             tokens += batch.tokens
     flat = torch.cat([sums_2N.flatten(), tokens]).to(runtime.device())
     dist.all_reduce(flat)
@@ -125,7 +126,7 @@ def example_losses(
 
 @torch.no_grad()
 def token_losses(
-    chunks: Sequence[torch.nn.Module], batches: list[MicroBatch], config: Config
+    chunks: Sequence[torch.nn.Module], batches: list[MicroBatch]
 ) -> list[tuple[MicroBatch, torch.Tensor]]:
     """The loss of every target token [B, S], float64 on the CPU, zero elsewhere. A collective.
 
@@ -139,7 +140,7 @@ def token_losses(
             model=list(chunks),
             num_microbatches=len(batches),
             seq_length=max(batch.tokens_BS.shape[1] for batch in batches) * runtime.cp_size(),
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batch_size=len(batches[0].tokens_BS),
             forward_only=True,
         )
     if not reports_losses(ProcessGroupCollection.use_mpu_process_groups()):
@@ -186,7 +187,7 @@ def flushes(
 def _forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Any, Any]:
     PROGRESS.mark()
     batch = next(batches)
-    return model(**batch.inputs(runtime.device())), partial(_keep, batch)
+    return gpt_losses(model, batch), partial(_keep, batch)
 
 
 def _keep(

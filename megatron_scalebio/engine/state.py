@@ -89,15 +89,19 @@ class Data:
         parallel = config.parallel
         tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
         multiple = parallel.product_divisor * tp * cp if parallel.low_precision else 8
+        interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
         self.layout = BatchLayout(
             micro_batch_size=train.micro_batch_size,
             dp_rank=runtime.dp_rank(),
             dp_size=runtime.dp_size(),
             pad_multiple=math.lcm(multiple, parallel.length_divisor),
             seq_length=config.data.seq_length,
-            fixed_length=parallel.num_layers_per_virtual_pipeline_stage is not None,
+            fixed_length=interleaved,
             cp_rank=runtime.cp_rank(),
             cp_size=runtime.cp_size(),
+            packed=train.packing,
+            rows_multiple=runtime.dp_size()
+            * (parallel.pipeline_model_parallel_size if interleaved else 1),
         )
 
     def _open(self, cache: Path) -> None:

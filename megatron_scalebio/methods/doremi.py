@@ -31,6 +31,7 @@ import torch.distributed as dist
 from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.config import Config
+from megatron_scalebio.core.batch import sequence_sums
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.evaluate import token_losses
@@ -142,7 +143,7 @@ def doremi_step(state: DoremiState) -> Record:
     picks = data.sampler.next(torch.full((sources,), 1 / sources, dtype=torch.float64).numpy())
     with runtime.refused_together():
         batches = micro_batches(data.sources, picks, data.layout)
-    score_S = excess_losses(state.training.w, state.reference, batches, config, state.score_S)
+    score_S = excess_losses(state.training.w, state.reference, batches, state.score_S)
     eta = config.baseline.domain_lr or DOMAIN_LR
     log_weight_S = reweighted(state.log_weight_S, score_S, eta)
 
@@ -158,7 +159,6 @@ def excess_losses(
     proxy: Chunks,
     reference: Chunks,
     batches: list[MicroBatch],
-    config: Config,
     last_S: torch.Tensor,
 ) -> torch.Tensor:
     """λ of a global batch, equal on all ranks; `last_S` where a source is not in it. A collective.
@@ -166,14 +166,12 @@ def excess_losses(
     Args:
         batches: this rank's part of it.
     """
-    pairs = zip(
-        token_losses(proxy, batches, config), token_losses(reference, batches, config), strict=True
-    )
+    pairs = zip(token_losses(proxy, batches), token_losses(reference, batches), strict=True)
     sums_2S = torch.zeros(2, len(last_S), dtype=torch.float64)
     for (batch, proxy_BS), (_, reference_BS) in pairs:
-        excess_B = (proxy_BS - reference_BS).clamp_min(0).sum(dim=1)
+        excess_B = sequence_sums((proxy_BS - reference_BS).clamp_min(0), batch)
         sums_2S[0].index_add_(0, batch.group_B, excess_B)
-        sums_2S[1].index_add_(0, batch.group_B, (batch.mask_BS > 0).sum(dim=1).double())
+        sums_2S[1].index_add_(0, batch.group_B, sequence_sums(batch.mask_BS > 0, batch))
     sums_2S = sums_2S.to(runtime.device())
     dist.all_reduce(sums_2S)
     excess_S, targets_S = sums_2S.cpu()

@@ -147,7 +147,7 @@ class GradientFeatures:
 
     def _layout(self, size: int) -> BatchLayout:
         """Micro-batches of so many examples."""
-        return replace(self._state.data.layout, micro_batch_size=size)
+        return replace(self._state.data.layout, micro_batch_size=size, packed=False)
 
     def _flush(self, passes: list[Pass], row_P: list[int], out_RD: torch.Tensor) -> None:
         """Forward and backward of all; each one's gradient is added to its row (−1: to none)."""

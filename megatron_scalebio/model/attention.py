@@ -3,7 +3,8 @@
 Megatron-Core's local DotProductAttention builds the sequence² score matrix; this one does not,
 except where scores are soft-capped (Gemma 2) or a head may attend to nothing (gpt-oss). It serves
 the CPU, and CUDA without Transformer Engine, alone or under context parallelism. Sequences are
-padded on the right, so the causal mask alone keeps padding out of every real position.
+padded on the right, so the causal mask alone keeps padding out of every real position. In a packed
+row each sequence attends by itself.
 
 Legend: S sequence, B batch, N query heads of this rank, G key/value heads, D head size.
 """
@@ -13,11 +14,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -68,10 +71,16 @@ class SdpaAttention(MegatronModule):
         key_SBGD: torch.Tensor,
         value_SBGD: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        packed_seq_params: PackedSeqParams | None = None,
         **unused: Any,
     ) -> torch.Tensor:
-        """Returns the context, S × B × (N·D)."""
+        """Returns the context, S × B × (N·D); of a packed row, whose tensors have no B, B is 1."""
         assert attention_mask is None, "the causal mask is implied"
+        if packed_seq_params is not None:
+            whole = (x.unsqueeze(1) for x in (query_SBND, key_SBGD, value_SBGD))
+            ends = packed_seq_params.cu_seqlens_q.tolist()
+            lengths = [end - start for start, end in pairwise(ends)]
+            return torch.cat(list(map(self._attend, *(x.split(lengths) for x in whole))))
         group = parallel_state.get_context_parallel_group()
         if group.size() == 1:
             return self._attend(query_SBND, key_SBGD, value_SBGD)

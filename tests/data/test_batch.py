@@ -11,6 +11,7 @@ import torch
 from megatron_scalebio.core.batch import MicroBatch
 from megatron_scalebio.core.sampler import BlendSampler, Picks
 from megatron_scalebio.data.batch import BatchLayout, context_positions, micro_batches
+from megatron_scalebio.data.packing import packed_rows
 
 SEQ = 20
 
@@ -127,3 +128,44 @@ def test_context_parallel_ranks_hold_each_sequence_once() -> None:
                 together[:, part.positions_BS[0]] = getattr(part, name)
             assert together.equal(getattr(whole, name)), name
         assert sum(part.tokens for part in of_ranks) == whole.tokens
+
+
+@pytest.mark.parametrize(("micro", "dp"), CUTS)
+def test_packed_rows_hold_every_example_whole(micro: int, dp: int) -> None:
+    held = []
+    for batch in cut(micro, dp, packed=True, rows_multiple=dp):
+        assert batch.tokens_BS.shape[0] == 1 and batch.tokens_BS.shape[1] <= micro * SEQ
+        assert batch.lengths_B is not None and batch.padding_BS is not None
+        assert batch.tokens == batch.lengths_B.sum() == (~batch.padding_BS).sum()
+        assert batch.tokens_BS.shape[1] - batch.tokens < 8
+        chosen, start = picks(), 0
+        for member, group, length in zip(
+            batch.member_B.tolist(), batch.group_B.tolist(), batch.lengths_B.tolist(), strict=True
+        ):
+            here = slice(start, start := start + length)
+            tokens, targets = SOURCES[group].example(chosen.index_B[member])
+            assert group == chosen.group_B[member]
+            assert batch.tokens_BS[0, here].tolist() == tokens[:-1].tolist()
+            assert batch.labels_BS[0, here].tolist() == tokens[1:].tolist()
+            assert batch.mask_BS[0, here].tolist() == targets[1:].tolist()
+            assert batch.positions_BS[0, here].tolist() == list(range(length))
+            held.append(member)
+        assert not batch.mask_BS[0, start:].any() and batch.padding_BS[0, start:].all()
+    assert sorted(held) == list(range(24))
+
+
+def test_packed_rows_are_few_and_level() -> None:
+    lengths = np.random.default_rng(1).integers(1, 300, 64)
+    rows = packed_rows(lengths, 600, 1)
+    tokens = [int(lengths[row].sum()) for row in rows]
+    assert len(rows) <= -(-lengths.sum() // 600) + 1  # as few as hold them, or one more
+    assert max(tokens) <= 600 and max(tokens) - min(tokens) < 60 and tokens == sorted(tokens)
+    for ranks in (2, 4):
+        assert len(packed_rows(lengths, 600, ranks)) == -(-len(rows) // ranks) * ranks
+    # A large one leaves no room for more, and there are as many rows as examples at most.
+    assert packed_rows(np.array([9, 9, 9, 9]), 10, 2) == [[0], [1], [2], [3]]
+
+
+def test_packed_rows_of_an_interleaved_pipeline_have_one_length() -> None:
+    batches = cut(2, 1, packed=True, rows_multiple=2, fixed_length=True)
+    assert {b.tokens_BS.shape for b in batches} == {(1, 2 * SEQ)} and len(batches) % 2 == 0

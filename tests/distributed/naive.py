@@ -98,11 +98,16 @@ def _experts(
 def router_losses(
     weights: Weights, shape: dict, train: dict[int, list]
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-    """Mean over the training micro-batches (neighbours by length), and each layer's load."""
+    """Mean over the training micro-batches, and each layer's load.
+
+    They are neighbours by length, or `rows` of places in the global batch.
+    """
     examples = sorted((pair for pairs in train.values() for pair in pairs), key=lambda p: p[2])
     examples.sort(key=lambda pair: len(pair[0]))
     size = shape["micro_batch"]
     batches = [examples[at : at + size] for at in range(0, len(examples), size)]
+    if "rows" in shape:
+        batches = [[x for x in examples if x[2] in row] for row in shape["rows"]]
     total, loads = torch.zeros((), dtype=torch.float64), {}
     for batch in batches:
         routers = Routers()

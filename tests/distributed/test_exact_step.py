@@ -1,9 +1,11 @@
-"""One flush equals the naive step, and 20 steps are the same, under every layout."""
+"""One flush equals the naive step, packed or not, and 20 steps are the same, under every layout."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,6 +100,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+PACKED = [name for name in LAYOUTS if not name.startswith("cp2")]
 # Layouts whose 20 steps are compared with one rank's; of the others a flush is enough.
 SAME = {
     "one": [
@@ -226,15 +229,22 @@ def dump_naive(state, path: Path) -> None:
 
 
 def one_flush(problem: dict, name: str, folder: Path) -> None:
+    from megatron_scalebio.methods.scalebio import TrainState
 
+    state = TrainState(load(problem, name), folder / "cache")
+    as_configured = state.data.layout
+    for kind in ("flush", "packed")[: 2 if name in PACKED else 1]:
+        state.data.layout = replace(as_configured, packed=kind == "packed")
+        flush_of(state, name, kind, folder)
+
+
+def flush_of(state, name: str, kind: str, folder: Path) -> None:
     from megatron_scalebio.checkpoint import saver
     from megatron_scalebio.core import experts
     from megatron_scalebio.core.flush import flush, reduce_losses
     from megatron_scalebio.core.objective import hypergradient, logits_gradient
-    from megatron_scalebio.methods.scalebio import TrainState
 
-    config = load(problem, name)
-    state = TrainState(config, folder / "cache")
+    config = state.config
     saver.load_latest(state, folder / f"start-{start_of(name)}")
     probs = state.training.mixture.probs_S
     train, valid, picks, valid_picks = state.data.next(probs)
@@ -265,9 +275,22 @@ def one_flush(problem: dict, name: str, folder: Path) -> None:
                 "validation": losses.validation_V.tolist(),
             },
             "active": state.training.active_layers,
+            "batches": len(train),
+            "rows": rows_of_all_ranks(train),
         }
-        torch.save(content, folder / f"flush-{name}-{torch.distributed.get_rank()}.pt")
+        torch.save(content, folder / f"{kind}-{name}-{torch.distributed.get_rank()}.pt")
     state.training.leave_period()
+
+
+def rows_of_all_ranks(train: list) -> list[list[int]]:
+    """The places in the global batch of each micro-batch's examples."""
+    from megatron.core import parallel_state
+
+    mine = [batch.member_B.tolist() for batch in train]
+    group = parallel_state.get_data_parallel_group()
+    everyone = [None] * group.size()
+    torch.distributed.all_gather_object(everyone, mine, group=group)
+    return [row for rows in everyone for row in rows]
 
 
 def holds_what_others_do_not() -> bool:
@@ -328,12 +351,12 @@ def shape_of(name: str) -> dict:
     return shape | ({"topk": 2, "aux": 0.3, "z": 0.1} if "experts" in name else {})
 
 
-def naive_step(folder: Path, start: str, mean: str) -> tuple:
+def naive_step(folder: Path, start: str, mean: str, **shape: Any) -> tuple:
     """Gradients and losses of the naive step, in float64."""
     inputs = torch.load(folder / f"naive-{start}.pt", weights_only=True)
     weights = ({k: v.double() for k, v in inputs[role].items()} for role in ("w", "u"))
     rest = (inputs[name] for name in ("logits", "train", "valid", "shares"))
-    return naive.bilevel_gradients(*weights, *rest, 7.0, shape_of(start), mean)
+    return naive.bilevel_gradients(*weights, *rest, 7.0, shape_of(start) | shape, mean)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -360,6 +383,27 @@ def test_flush_equals_naive_autograd(results: Path, name: str) -> None:
     assert relative(parts[0]["lambda"], want_logits) <= most, (parts[0]["lambda"], want_logits)
     for kind, values in want_losses.items():
         np.testing.assert_allclose(parts[0]["losses"][kind], values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_rows_give_the_same_losses_and_gradients(results: Path, name: str) -> None:
+    packed, flush = (assembled(results, kind, name) for kind in ("packed", "flush"))
+    assert packed[0]["batches"] < flush[0]["batches"]
+    for kind, values in flush[0]["losses"].items():
+        np.testing.assert_allclose(packed[0]["losses"][kind], values, rtol=1e-6)
+    want = {kind: merged(flush, kind) for kind in ("w", "u")}
+    if "experts" in name:  # routers are balanced over what shares a micro-batch
+        mean = LAYOUTS[name][4].get("loss_mean", "sample")
+        *both, _, _ = naive_step(results, start_of(name), mean, rows=packed[0]["rows"])
+        want = dict(zip("wu", both, strict=True))
+    for kind, gradients in want.items():
+        got = merged(packed, kind)
+        for key, gradient in gradients.items():
+            if key in got and key != BIAS:
+                active = packed[0]["active"] if key.startswith("decoder.layers.") else None
+                value, gradient = (x if active is None else x[active] for x in (got[key], gradient))
+                most = 1e-5 if "experts" in name else 1e-6
+                assert relative(trim(value), trim(gradient)) <= most, (kind, key)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "experts" in name])

@@ -178,7 +178,7 @@ def batch_layouts(folder: str) -> list[list[int]]:
         {"train": {"micro_batch_size": 3, "global_batch_size": 6, "validation_batch_size": 9,
                    "seed": 7},
          "bilevel": {"floor_share": 0.75}},
-        {"train": {"micro_batch_size": 2, "global_batch_size": 8, "seed": 11},
+        {"train": {"micro_batch_size": 2, "global_batch_size": 8, "seed": 11, "packing": True},
          "data": {"seq_length": 48},
          "parallel": {**FP8, **TP2, "context_parallel_size": 3}},
         {"parallel": {"context_parallel_size": 3}},
@@ -188,6 +188,7 @@ def batch_layouts(folder: str) -> list[list[int]]:
         layout, train, valid = data.layout, data.sampler, data.validation_sampler
         found.append([
             layout.micro_batch_size, layout.pad_multiple, layout.seq_length, layout.fixed_length,
+            layout.packed, layout.rows_multiple,
             train.batch_size, train.floor_share, train.seed, valid.batch_size, valid.seed,
         ])  # fmt: skip
     return found
@@ -257,10 +258,10 @@ def test_options_reach_the_optimizers_of_both_models(found: dict[str, Any], name
 
 def test_options_reach_samplers_and_batches(found: dict[str, Any]) -> None:
     assert found["layout"] == [
-        [3, 8, 16, False, 6, 0.75, 7, 9, 8],
-        [2, 96, 48, False, 8, 0.25, 11, 8, 12],  # 16 · TP · CP
-        [4, 24, 16, False, 32, 0.25, 1234, 32, 1235],  # least multiple of 8 and 2 · CP
-        [4, 8, 16, True, 32, 0.25, 1234, 32, 1235],
+        [3, 8, 16, False, False, 1, 6, 0.75, 7, 9, 8],
+        [2, 96, 48, False, True, 1, 8, 0.25, 11, 8, 12],  # 16 · TP · CP
+        [4, 24, 16, False, False, 1, 32, 0.25, 1234, 32, 1235],  # least multiple of 8 and 2 · CP
+        [4, 8, 16, True, False, 2, 32, 0.25, 1234, 32, 1235],
     ]
 
 
