@@ -209,8 +209,10 @@ RULES: dict[str, dict[str, Any]] = {
 }
 
 
-def entries(folder: Path, problem: Problem, draw: np.random.Generator, examples: int) -> Any:
-    """Prepared sources and validation set of sequences from the problem."""
+def entries(
+    folder: Path, problem: Problem, draw: np.random.Generator, examples: int, validation: int
+) -> Any:
+    """Prepared sources and validation set of so many sequences from the problem."""
 
     def write(name: str, joint: Array, number: int) -> dict[str, str]:
         both = draw.choice(V * V, size=number, p=joint.ravel() / joint.sum())
@@ -220,7 +222,7 @@ def entries(folder: Path, problem: Problem, draw: np.random.Generator, examples:
 
     each = examples // len(problem.joint_SVV)
     sources = [write(f"s{i}", joint, each) for i, joint in enumerate(problem.joint_SVV)]
-    return sources, [write("validation", problem.validation_VV, examples)]
+    return sources, [write("validation", problem.validation_VV, validation)]
 
 
 def one_run(name: str, rule: str, alpha: float, steps: int, seed: int, args: Any) -> dict[str, Any]:
@@ -230,8 +232,9 @@ def one_run(name: str, rule: str, alpha: float, steps: int, seed: int, args: Any
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         sources, validation = entries(
-            Path(folder), problem, np.random.default_rng((seed, 32)), args.examples
-        )
+            Path(folder), problem, np.random.default_rng((seed, 32)), args.examples,
+            args.validation_examples or args.examples,
+        )  # fmt: skip
         found = learn(build({
             "data": {"seq_length": 16 if args.fp8_recipe else 2,  # FP8 products go by sixteens
                      "sources": sources, "validation": validation},
@@ -277,9 +280,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--problem", type=int, default=0, help="seed of the problems themselves")
-    parser.add_argument(
-        "--examples", type=int, default=200_000, help="of all sources together, and of validation"
-    )
+    parser.add_argument("--examples", type=int, default=200_000, help="of all sources together")
+    parser.add_argument("--validation-examples", type=int, help="[as many]")
     add_precision_arguments(parser)
     parser.add_argument("--json", type=Path, help="write the runs here")
     args = parser.parse_args()
