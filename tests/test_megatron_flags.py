@@ -39,6 +39,11 @@ OF_EXPERTS = [
     "--moe-router-group-topk", "2", "--moe-router-score-function", "sigmoid",
     "--moe-shared-expert-intermediate-size", "64",
 ]  # fmt: skip
+OF_LATENT_ATTENTION = ["--multi-latent-attention", "--qk-layernorm"]
+LATENT = {
+    "--multi-latent-attention", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim",
+    "--qk-pos-emb-head-dim", "--v-head-dim",
+}  # fmt: skip
 WORDS = {int: ["2", "4", "64"], float: ["0.25"], str: ["a/folder"]}
 
 
@@ -80,6 +85,7 @@ def differences(
     if flag != "--" + name.partition(".")[2].replace("_", "-"):
         yield f"{flag}: sets {name}"
     tried, before = 0, COMPANIONS + (OF_EXPERTS if "-expert" in flag or "--moe" in flag else [])
+    before += OF_LATENT_ATTENTION if flag in LATENT else []
     for words in words_after(ours._option_string_actions[flag]):
         if set(words) & OURS_ALONE.get(flag, set()):
             continue
