@@ -61,6 +61,8 @@ def load_config(
         values = tree.get(name) or {}
         if not isinstance(values, dict):
             raise UserError(f"{where}: {name}: {values!r} is not a mapping")
+        if name == "model" and path:
+            values = _with_file(values, Path(path))
         given[name] = {**values, **(overrides or {}).get(name, {})}
     preset = _preset(given)
     sections: dict[str, Any] = {}
@@ -77,6 +79,25 @@ def load_config(
             flags = (overrides or {}).get(name, {}) if from_flags else {}
             raise _under_its_flag(error, section_where, flags) from None
     return Config(**sections)
+
+
+def _with_file(model: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The model section of the file that `file` names, if it does, and over it what is beside.
+
+    Args:
+        path: the file that `model` is from; `file` is relative to it.
+    """
+    if "file" not in model:
+        return model
+    name, *beside = (model["file"], *(key for key in model if key != "file"))
+    other = path.parent / str(name)
+    if not other.is_file():
+        raise UserError(f"{path}: model.file: {name!r}: {other} is not a file (name a YAML file)")
+    tree = read_yaml(str(other), known=("model",))
+    _check_keys(tree, ("model",), str(other))
+    if not isinstance(tree.get("model"), dict) or "file" in tree["model"]:
+        raise UserError(f"{other}: needs a section `model` of plain options (write them there)")
+    return {**tree["model"], **{key: model[key] for key in beside}}
 
 
 def _under_its_flag(error: UserError, where: str, flags: Iterable[str]) -> UserError:

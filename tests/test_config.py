@@ -290,6 +290,8 @@ DISAGREEING = [
     ({"model": {"max_position_embeddings": 256, "rope_scaling": {
         "rope_type": "yarn", "factor": 3, "original_max_position_embeddings": 256}}}, 1,
      "max_position_embeddings: 256 is below data.seq_length 1024"),
+    ({"lisa": {"lisa_layers": 2, "lisa_train_routers": True}}, 1,
+     "lisa.lisa_train_routers: True needs model.num_experts"),
     ({"lisa": {"lisa_layers": 2, "lisa_interval": 1}}, 1,
      "lisa.lisa_interval: 1 leaves u no step to depart from w"),
     ({"model": {"ffn_hidden_size": 33}, "parallel": {"tensor_model_parallel_size": 2}}, 2,
@@ -315,6 +317,36 @@ def test_fields_that_disagree_are_refused(sections: dict, ranks: int, words: str
         config.validate(ranks)
     assert words in str(refusal.value), refusal.value
     assert str(refusal.value).endswith(")"), "says how to fix it"
+
+
+def test_the_model_may_be_in_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "small.yaml").write_text("model: {num_layers: 6, hidden_size: 96}")
+    model = {"file": "models/small.yaml", "hidden_size": 80}
+    path = written(tmp_path, {"model": model})
+    found = from_flags("--config", path, "--num-attention-heads", "8").model
+    assert (found.num_layers, found.hidden_size, found.num_attention_heads) == (6, 80, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "model.file: 'models/small.yaml': {}/models/small.yaml is not a file (name a YAML"),
+        ("train: {}", "unknown key 'train' (known: model)"),
+        ("model: {file: other.yaml}", "needs a section `model` of plain options"),
+        ("model: {num_layer: 6}", "unknown key 'num_layer' (did you mean num_layers?)"),
+    ],
+)
+def test_a_file_that_is_no_models_is_refused(
+    tmp_path: Path, content: str | None, words: str
+) -> None:
+    (tmp_path / "models").mkdir()
+    if content is not None:
+        (tmp_path / "models" / "small.yaml").write_text(content)
+    path = written(tmp_path, {"model": {"file": "models/small.yaml"}})
+    with pytest.raises(UserError) as refusal:
+        load_config(path)
+    assert words.format(tmp_path) in str(refusal.value)
 
 
 def test_fields_that_agree_pass() -> None:

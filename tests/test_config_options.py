@@ -74,6 +74,12 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "moe_aux_loss_coeff": (0.0, 0.01),
         "moe_z_loss_coeff": (None, 1e-3),
         "moe_token_dispatcher_type": ("alltoall", "flex"),
+        "multi_latent_attention": (False, True),
+        "q_lora_rank": (None, 48),
+        "kv_lora_rank": (512, 40),
+        "qk_head_dim": (128, 24),
+        "qk_pos_emb_head_dim": (64, 8),
+        "v_head_dim": (128, 20),
         "add_bias_linear": (False, True),
         "add_qkv_bias": (False, True),
         "window_size": (None, [6, 0]),
@@ -162,6 +168,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "lisa_interval": (20, 7),
         "lisa_train_embedding": (True, False),
         "lisa_train_norm": (True, False),
+        "lisa_train_routers": (False, True),
     },
     "train": {
         "output": ("run", "x/out"),
@@ -202,8 +209,12 @@ PAIR = {"moe_router_num_groups", "moe_router_group_topk"}
 
 # Options that another one cannot be without.
 EXPERTS = {"num_experts": 4}
+LATENT = {"multi_latent_attention": True, "qk_layernorm": True}
+LATENT_OPTIONS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 NEEDS: dict[str, dict[str, dict[str, Any]]] = {
     **{name: {"model": EXPERTS} for name in OPTIONS["model"] if name.startswith("moe_")},
+    "multi_latent_attention": {"model": {"qk_layernorm": True}},
+    **{name: {"model": LATENT} for name in LATENT_OPTIONS},
     "pre_norms": {"model": {"post_norms": True}},
     "qk_layernorm_whole": {"model": {"qk_layernorm": True}},
     "window_rotary_base": {"model": {"window_size": [6, 0]}},

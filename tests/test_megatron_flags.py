@@ -39,6 +39,11 @@ OF_EXPERTS = [
     "--moe-router-group-topk", "2", "--moe-router-score-function", "sigmoid",
     "--moe-shared-expert-intermediate-size", "64",
 ]  # fmt: skip
+OF_LATENT_ATTENTION = ["--multi-latent-attention", "--qk-layernorm"]
+LATENT = {
+    "--multi-latent-attention", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim",
+    "--qk-pos-emb-head-dim", "--v-head-dim",
+}  # fmt: skip
 WORDS = {int: ["2", "4", "64"], float: ["0.25"], str: ["a/folder"]}
 
 
@@ -81,6 +86,7 @@ def differences(
         yield f"{flag}: sets {name}"
     before = COMPANIONS + (OF_EXPERTS if "-expert" in flag or "--moe" in flag else [])
     before = [*before, *(["--fp8-format", "e4m3"] if flag != "--fp4-format" else [])]
+    before += OF_LATENT_ATTENTION if flag in LATENT else []
     tried = 0
     for words in words_after(ours._option_string_actions[flag]):
         if set(words) & OURS_ALONE.get(flag, set()):

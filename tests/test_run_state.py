@@ -37,6 +37,7 @@ OPTIMIZER = {
 }  # fmt: skip
 LISA = {
     "lisa_layers": 3, "lisa_interval": 7, "lisa_train_embedding": False, "lisa_train_norm": False,
+    "lisa_train_routers": True,
 }  # fmt: skip
 TRAIN = {"seed": 77, "global_batch_size": 24, "validation_batch_size": 12}
 DATA = {"seq_length": 33, "loss_mean": "token"}

@@ -12,6 +12,7 @@ import torch
 
 from megatron_scalebio.config import Config, ModelConfig
 from megatron_scalebio.config.experts import options_of_experts
+from megatron_scalebio.config.latent import OPTIONS as LATENT_OPTIONS
 from megatron_scalebio.model.provider import padded_vocab_size
 from megatron_scalebio.model.settings import (
     default_ffn_hidden_size,
@@ -34,7 +35,6 @@ _WITHOUT: dict[str, Any] = {
     "is_hybrid_model": False,
     "moe_use_legacy_grouped_gemm": False,
     "mtp_num_layers": None,
-    "multi_latent_attention": False,
     "no_persist_layer_norm": True,
     "qk_l2_norm": False,
     "rotary_interleaved": False,
@@ -80,6 +80,8 @@ def megatron_args(
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
+        multi_latent_attention=model.multi_latent_attention,
+        **{name: getattr(model, name) for name in LATENT_OPTIONS},
         layernorm_zero_centered_gamma=model.apply_layernorm_1p,
         apply_layernorm_1p=model.apply_layernorm_1p,  # the old name, which both loaders ask for
         window_size=None if model.window_size is None else tuple(model.window_size),

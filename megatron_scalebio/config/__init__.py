@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from megatron_scalebio.config.baseline import BaselineConfig
 from megatron_scalebio.config.data import DataConfig, SourceConfig, ValidationConfig
 from megatron_scalebio.config.experts import check_expert_layout
+from megatron_scalebio.config.latent import check_latent_layout
 from megatron_scalebio.config.model import ModelConfig
 from megatron_scalebio.config.parallel import ParallelConfig
 from megatron_scalebio.config.training import (
@@ -140,6 +141,7 @@ class Config:
                 "(choose a multiple)"
             )
         check_expert_layout(model, parallel, world_size)
+        check_latent_layout(model, parallel)
         if self.train.packing and cp > 1:
             raise UserError(
                 f"train.packing: True with parallel.context_parallel_size {cp} is not supported: "
@@ -158,6 +160,8 @@ class Config:
                 f"parallel.recompute_num_layers: {parallel.recompute_num_layers!r} is above the "
                 f"{per_chunk} layers of a pipeline stage or chunk (lower it)"
             )
+        if self.lisa.lisa_train_routers and model.num_experts is None:
+            raise UserError("lisa.lisa_train_routers: True needs model.num_experts (drop it)")
         lisa = self.lisa.lisa_layers
         if lisa is not None and lisa > model.num_layers:
             raise UserError(

@@ -12,6 +12,7 @@ from megatron_scalebio.config.checks import (
     require_within,
 )
 from megatron_scalebio.config.experts import check_experts, refuse_without_experts
+from megatron_scalebio.config.latent import check_latent
 from megatron_scalebio.config.rope import RopeScaling
 from megatron_scalebio.errors import UserError
 
@@ -93,6 +94,14 @@ class ModelConfig:
     moe_token_dispatcher_type: Literal["alltoall", "flex"] = option(
         "alltoall", "how tokens get to their experts; flex: DeepEP"
     )
+    multi_latent_attention: bool = option(
+        False, "queries, keys and values from narrow vectors (DeepSeek); needs qk_layernorm"
+    )
+    q_lora_rank: int | None = option(None, "width of what queries are made from [hidden_size]")
+    kv_lora_rank: int = option(512, "width of what keys and values are made from")
+    qk_head_dim: int = option(128, "channels of a query or key without rope")
+    qk_pos_emb_head_dim: int = option(64, "channels of a query or key that rope turns")
+    v_head_dim: int = option(128, "channels of a value")
     add_bias_linear: bool = option(False, "biases in linear layers")
     add_qkv_bias: bool = option(False, "biases in the QKV projection (Qwen 2)")
     window_size: list[int] | None = option(
@@ -158,6 +167,7 @@ class ModelConfig:
             )
         if self.post_norms and self.add_bias_linear:
             raise UserError("post_norms: True does not go with add_bias_linear (drop one of them)")
+        check_latent(self)
         if self.num_experts is not None:
             check_experts(self)
         else:
@@ -176,7 +186,8 @@ class ModelConfig:
                 f"{self.num_attention_heads} (choose a divisor)"
             )
         if self.position_embedding_type == "rope":
-            self._check_rope(self.head_channels)
+            latent = self.multi_latent_attention
+            self._check_rope(self.qk_pos_emb_head_dim if latent else self.head_channels)
         elif self.rope_scaling or self.no_rope_freq:
             name, value = "no_rope_freq", repr(self.no_rope_freq)
             if self.rope_scaling:
@@ -190,6 +201,11 @@ class ModelConfig:
     def gated(self) -> bool:
         """Half of an MLP's first layer is a gate for the other."""
         return self.swiglu or self.activation in ("geglu_tanh", "quick_geglu")
+
+    @property
+    def direct_queries(self) -> bool:
+        """Latent attention whose queries are not made from a narrow vector."""
+        return self.multi_latent_attention and self.q_lora_rank is None
 
     @property
     def head_channels(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_scalebio.config.checks import option, require_positive
 from megatron_scalebio.errors import UserError
@@ -121,7 +121,7 @@ class ParallelConfig:
         cp, tp = self.context_parallel_size, self.tensor_model_parallel_size
         return (2 * cp if cp > 1 else 1) * (tp if self.sequence_parallel else 1)
 
-    def group_sizes(self, num_layers: int) -> dict[str, int | None]:
+    def group_sizes(self, num_layers: int) -> dict[str, Any]:
         """The sizes of Megatron's groups, as `parallel_state` takes them."""
         return {
             "tensor_model_parallel_size": self.tensor_model_parallel_size,

@@ -119,6 +119,7 @@ class LisaConfig:
     lisa_interval: int = option(LisaOptions.interval, "steps between draws")
     lisa_train_embedding: bool = option(True, "train the embedding and the output head")
     lisa_train_norm: bool = option(True, "train the final norm")
+    lisa_train_routers: bool = option(False, "train the routers of experts in all layers")
 
     def __post_init__(self) -> None:
         require_positive(self, "lisa_layers", "lisa_interval")
@@ -128,8 +129,9 @@ class LisaConfig:
         if self.lisa_layers is None:
             return None
         return LisaOptions(
-            self.lisa_layers, self.lisa_interval, self.lisa_train_embedding, self.lisa_train_norm
-        )
+            self.lisa_layers, self.lisa_interval, self.lisa_train_embedding, self.lisa_train_norm,
+            self.lisa_train_routers,
+        )  # fmt: skip
 
 
 @dataclass

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from megatron.core.utils import unwrap_model
 
+from megatron_scalebio.core.experts import routers
 from megatron_scalebio.core.options import LisaOptions
 
 
@@ -85,6 +86,9 @@ def set_trainable(
         gpt.requires_grad_(False)
         for layer in gpt.decoder.layers:
             layer.requires_grad_(active is None or layer.layer_number - 1 in active)
+        if options is not None and options.train_routers:
+            for router in routers([gpt]):
+                router.requires_grad_(True)
         if gpt.pre_process:
             gpt.embedding.requires_grad_(active is None or embedding)
         if gpt.post_process:

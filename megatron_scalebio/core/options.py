@@ -85,12 +85,14 @@ class LisaOptions:
         interval: steps between draws.
         train_embedding: train the embedding and the output head in every period.
         train_norm: train the final norm in every period.
+        train_routers: train the routers of all layers in every period.
     """
 
     layers: int
     interval: int = 20
     train_embedding: bool = True
     train_norm: bool = True
+    train_routers: bool = False
 
     def __post_init__(self) -> None:
         whole = self.layers >= 1 and self.layers == int(self.layers)

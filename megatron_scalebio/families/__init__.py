@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.families import experts, gemma2, gpt, gpt_oss, llama, olmo
+from megatron_scalebio.families import deepseek, experts, gemma2, gpt, gpt_oss, llama, olmo
 from megatron_scalebio.families.base import Family, HfConfig, TensorMap
 
 __all__ = ["FAMILIES", "Family", "TensorMap", "read_family"]
 
 FAMILIES = {
     name: family
-    for module in (gpt, llama, gemma2, experts, olmo, gpt_oss)
+    for module in (gpt, llama, gemma2, experts, olmo, gpt_oss, deepseek)
     for family in module.FAMILIES
     for name in family.architectures
 }

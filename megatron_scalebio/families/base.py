@@ -46,9 +46,12 @@ _KIND_OF = {
         ("num_hidden_layers hidden_size num_attention_heads intermediate_size vocab_size n_embd "
          "max_position_embeddings n_layer n_head n_positions num_experts num_local_experts "
          "num_experts_per_tok moe_intermediate_size decoder_sparse_step n_routed_experts "
-         "n_shared_experts first_k_dense_replace",
+         "n_shared_experts kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",
          _Kind(_whole, "a whole number")),
-        ("head_dim num_key_value_heads n_inner sliding_window original_max_position_embeddings",
+        ("first_k_dense_replace", _Kind(lambda value: value == 0 or _whole(value),
+                                        "a whole number or 0")),
+        ("head_dim num_key_value_heads n_inner sliding_window original_max_position_embeddings "
+         "q_lora_rank n_group topk_group",
          _Kind(lambda value: value is None or _whole(value), "a whole number or null")),
         ("rms_norm_eps layer_norm_epsilon layer_norm_eps query_pre_attn_scalar "
          "routed_scaling_factor swiglu_limit",

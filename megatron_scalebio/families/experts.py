@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_scalebio.families.base import Family, HfConfig, TensorMap, sliding_window
-from megatron_scalebio.families.llama import TENSORS, silu_fields
+from megatron_scalebio.families.llama import TENSORS, common_fields, silu_fields
 
 _LAYER, _HF_LAYER = "decoder.layers.{}.", "model.layers.{}."
 _DENSE = (f"{_LAYER}mlp.linear_fc1.", f"{_LAYER}mlp.linear_fc2.")
 # Of Llama's tensors, which layers have them.
-_LLAMA = tuple(
+DENSE = tuple(
     replace(row, layers="dense") if row.megatron.startswith(_DENSE) else row for row in TENSORS
 )
 
@@ -24,7 +24,9 @@ def _rows(hf_of: dict[str, tuple[str, ...]]) -> tuple[TensorMap, ...]:
     )
 
 
-def _experts(block: str, gate: str, up: str, down: str) -> tuple[TensorMap, ...]:
+def experts(
+    block: str = "mlp", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[TensorMap, ...]:
     """Router, experts and the norm before them.
 
     Args:
@@ -41,9 +43,9 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[TensorMap, ...]
 
 
 _SHARED = f"{_HF_LAYER}mlp.shared_experts."
-_GLM = _rows(
+BIAS = _rows({"mlp.router.expert_bias": (f"{_HF_LAYER}mlp.gate.e_score_correction_bias",)})
+SHARED = _rows(
     {
-        "mlp.router.expert_bias": (f"{_HF_LAYER}mlp.gate.e_score_correction_bias",),
         "mlp.shared_experts.linear_fc1.weight": (
             f"{_SHARED}gate_proj.weight", f"{_SHARED}up_proj.weight",
         ),
@@ -90,42 +92,54 @@ def _mixtral(config: HfConfig) -> dict[str, Any]:
     }
 
 
-def _glm4_moe(config: HfConfig) -> dict[str, Any]:
-    config.require("norm_topk_prob", True)
-    config.require("n_group", 1)
-    config.require("topk_group", 1)
+# Routers whose experts a bias balances.
+SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+
+
+def shared_experts(config: HfConfig) -> dict[str, Any]:
+    """The fields of experts beside which one is shared, after dense first layers."""
+    config.require("hidden_act", "silu")
     config.take("output_router_logits")
     config.take("num_nextn_predict_layers")  # see Family.more_layers
     layers, dense = config.take("num_hidden_layers"), config.take("first_k_dense_replace")
     width, factor = config.take("moe_intermediate_size"), config.take("routed_scaling_factor")
     return {
-        **silu_fields(config),
-        "add_qkv_bias": bool(config.take("attention_bias")),
-        "qk_layernorm": config.take("use_qk_norm"),
+        "swiglu": True,
         "num_experts": config.take("n_routed_experts"),
         "moe_layer_freq": [int(layer >= dense) for layer in range(layers)],
         "moe_ffn_hidden_size": width,
         "moe_shared_expert_intermediate_size": width * config.take("n_shared_experts"),
         "moe_router_topk": config.take("num_experts_per_tok"),
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
         "moe_router_topk_scaling_factor": None if factor == 1 else factor,
         "moe_router_dtype": "fp32",
+    }
+
+
+def _glm4_moe(config: HfConfig) -> dict[str, Any]:
+    config.require("norm_topk_prob", True)
+    config.require("n_group", 1)
+    config.require("topk_group", 1)
+    return {
+        **common_fields(config),
+        **shared_experts(config),
+        **SIGMOID,
+        "add_qkv_bias": bool(config.take("attention_bias")),
+        "qk_layernorm": config.take("use_qk_norm"),
     }
 
 
 FAMILIES = (
     Family(
         ("Qwen3MoeForCausalLM",), _qwen3_moe,
-        (*_LLAMA, *_experts("mlp", "gate_proj", "up_proj", "down_proj")),
+        (*DENSE, *experts()),
     ),
     Family(
         ("Glm4MoeForCausalLM",), _glm4_moe,
-        (*_LLAMA, *_experts("mlp", "gate_proj", "up_proj", "down_proj"), *_GLM),
+        (*DENSE, *experts(), *BIAS, *SHARED),
         more_layers=True,
     ),
     Family(
         ("MixtralForCausalLM",), _mixtral,
-        (*_LLAMA, *_experts("block_sparse_moe", "w1", "w3", "w2")),
+        (*DENSE, *experts("block_sparse_moe", "w1", "w3", "w2")),
     ),
 )  # fmt: skip

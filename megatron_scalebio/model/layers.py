@@ -23,18 +23,23 @@ from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+)
 
 from megatron_scalebio.compat.megatron import PartedLayer
 from megatron_scalebio.model.attention import SdpaAttention
+from megatron_scalebio.model.latent import LatentAttention
 from megatron_scalebio.model.norm import LocalNorm, WholeNorm
 from megatron_scalebio.model.router import Router
 
 
 @dataclass
-class ModelSettings(TransformerConfig):
+class ModelSettings(MLATransformerConfig):
     """Megatron-Core's configuration and the options that it does not have."""
 
+    multi_latent_attention: bool = False
     pre_norms: bool = True
     post_norms: bool = False
     qk_layernorm_whole: bool = False
@@ -67,6 +72,8 @@ def _layer_spec(
     if experts:
         mlp.router = Router
     attention = layer.submodules.self_attention.submodules
+    if config.multi_latent_attention:
+        layer.submodules.self_attention.module = LatentAttention
     if config.qk_layernorm_whole:
         attention.q_layernorm = partial(WholeNorm, "num_attention_heads")
         attention.k_layernorm = partial(WholeNorm, "num_query_groups")
@@ -89,7 +96,10 @@ def _local_layer(config: ModelSettings, experts: int | None) -> ModuleSpec:
         num_experts=experts,
         normalization=config.normalization,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
     )
+    if config.multi_latent_attention:
+        layer.submodules.sharded_state_dict_keys_map = _LATENT_NAMES.copy()
     if experts:  # the norm before them is a module of its own in Transformer Engine, too
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
         if config.add_bias_linear:
@@ -99,9 +109,19 @@ def _local_layer(config: ModelSettings, experts: int | None) -> ModuleSpec:
     layer.submodules.pre_mlp_layernorm = LocalNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SdpaAttention
-    if config.qk_layernorm:
+    if config.multi_latent_attention:
+        attention.q_layernorm = attention.kv_layernorm = LocalNorm
+    elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = LocalNorm
     return layer
+
+
+# Transformer Engine's names, whose linear layers hold the norm before them.
+_LATENT_NAMES = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
 
 
 class _ExpertLinear(RowParallelLinear):
@@ -131,6 +151,7 @@ def _transformer_engine_layer(config: ModelSettings, experts: int | None) -> Mod
         num_experts=experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
     )
     # What Transformer Engine 2.11 has no option for, the second in the exchange of whole sequences.
     offset_under_cp = config.softmax_type != "vanilla" and config.context_parallel_size > 1

@@ -73,7 +73,7 @@ def build_chunk(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
-    if model.rope_scaling:
+    if model.rope_scaling and not model.multi_latent_attention:
         scale_rope(gpt, model, config.data.seq_length)
     if model.window_rotary_base is not None:
         turn_windows_apart(gpt, model)

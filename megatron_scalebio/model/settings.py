@@ -16,6 +16,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.config.experts import options_of_experts
+from megatron_scalebio.config.latent import OPTIONS as LATENT_OPTIONS
 from megatron_scalebio.config.model import ModelConfig
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.model.layers import ModelSettings
@@ -118,6 +119,7 @@ def transformer_config(config: Config) -> ModelSettings:
         # when interleaved, where two stages would swap the announced shapes (see below).
         variable_seq_lengths=parallel.num_layers_per_virtual_pipeline_stage is None,
         **_expert_settings(config),
+        **_latent_settings(model),
         # Coefficients already divide by global counts; Megatron must not divide again.
         calculate_per_token_loss=True,
         # A sent tensor's storage is freed once the send is under way. NCCL's stream order makes
@@ -153,6 +155,21 @@ def _expert_settings(config: Config) -> dict[str, Any]:
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size or ffn,
         "moe_grouped_gemm": uses_transformer_engine(config),
     }
+
+
+def _latent_settings(model: ModelConfig) -> dict[str, Any]:
+    """Of latent attention, which has rope within itself."""
+    if not model.multi_latent_attention:
+        return {}
+    settings = {name: getattr(model, name) for name in ("multi_latent_attention", *LATENT_OPTIONS)}
+    settings |= {"rope_type": "rope", "rotary_base": model.rotary_base}
+    scaling = model.rope_scaling
+    if scaling is None:
+        return settings
+    names = ["original_max_position_embeddings", "beta_fast", "beta_slow"]
+    names += ["mscale", "mscale_all_dim"] if scaling.mscale is not None else []
+    yarn = {"rope_type": "yarn", "rotary_scaling_factor": scaling.factor}
+    return {**settings, **yarn, **{name: getattr(scaling, name) for name in names}}
 
 
 def scoring_config(megatron: ModelSettings) -> ModelSettings:

@@ -4,7 +4,9 @@
 
 This holds for all that is counted, in bytes and FLOPs. The rehearsals give `frozen`, `active`, and
 the `ends`: embedding on the first stage, head and logits on the last, both on the only one. They
-depend on TP, CP and recompute alone, so a search over many layouts needs few.
+depend on TP, CP and recompute alone, so a search over many layouts needs few. With experts they
+also depend on EP, and on DP: the shards of experts' fp32 masters are dealt among fewer ranks than
+the others'. All layers are taken to have experts, where only some do.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class _Parts:
 
 
 class Estimator:
-    """Rehearses each (TP, CP, recompute) once.
+    """Rehearses each (TP, CP, recompute) once; with experts, each (EP, DP) of them.
 
     Args:
         mfu: as in `step_cost`.
@@ -62,7 +64,10 @@ class Estimator:
         self._parts: dict[tuple[object, ...], _Parts] = {}
 
     def estimate(self, config: Config, layout: Layout) -> Estimate:
-        key = (layout.tp, layout.cp, config.parallel.recompute_granularity, layout.gpu.name)
+        key = (
+            layout.tp, layout.cp, config.parallel.recompute_granularity, layout.gpu.name,
+            (layout.ep, layout.dp) if config.model.num_experts else None,
+        )  # fmt: skip
         if key not in self._parts:
             self._on_layout(str(layout))
             self._parts[key] = _rehearse_parts(config, layout)
@@ -106,14 +111,19 @@ def _rehearse_parts(config: Config, layout: Layout) -> _Parts:
 def _small(
     config: Config, layout: Layout, pp: int, per_stage: int, stage: int, active: list[int]
 ) -> tuple[StageMemory, Sizes]:
-    """Rehearses a stage of a model of `per_stage` layers a stage, one replica."""
+    """Rehearses a stage of a model of `per_stage` layers a stage, one replica without experts."""
     small = copy.deepcopy(config)
     small.model.num_layers = pp * per_stage
+    small.model.moe_layer_freq = small.model.no_rope_freq = None
     parallel = small.parallel
     parallel.pipeline_model_parallel_size = pp
     parallel.num_layers_per_virtual_pipeline_stage = None
-    parallel.use_distributed_optimizer = False
-    of_small = Layout(layout.tp, pp, 1, 1, _TRAIN, 1, layout.gpu, layout.cp)
+    dp = 1
+    if config.model.num_experts:
+        dp = layout.dp
+    else:
+        parallel.use_distributed_optimizer = False
+    of_small = Layout(layout.tp, pp, 1, dp, _TRAIN, 1, layout.gpu, layout.cp, layout.ep)
     memory = rehearse(small, of_small, stage, active)
     return memory, _sizes(memory, in_flight=pp - stage)
 
@@ -129,6 +139,8 @@ def _sizes(memory: StageMemory, in_flight: int) -> Sizes:
         "flops": memory.flops_per_pass,
         "TP": memory.sent_per_pass_bytes["TP"],
         "CP": memory.sent_per_pass_bytes["CP"],
+        "EP": memory.sent_per_pass_bytes["EP"],
+        "DP": memory.sent_per_step_bytes["DP"],
         "parameters": memory.parameters,
         "trainable": memory.trainable,
     }
@@ -148,7 +160,9 @@ def _stage(
                  parts.frozen, len(here) - len(active))  # fmt: skip
     if end:
         sizes = _sum(sizes, getattr(parts, end))
-    shard = layout.dp * layout.cp if config.parallel.use_distributed_optimizer else 1
+    experts = config.model.num_experts is not None
+    shards = config.parallel.use_distributed_optimizer and not experts  # else in shards already
+    shard = layout.dp * layout.cp if shards else 1
     held = {kind: int(sizes[kind] / (shard if kind in (MASTERS, ADAM) else 1)) for kind in KINDS}
     itemsize = 2 if config.parallel.bf16 else 4
     boundary = config.train.micro_batch_size * config.data.seq_length * config.model.hidden_size
@@ -173,10 +187,14 @@ def _stage(
         sent_per_pass_bytes={
             "TP": int(sizes["TP"]),
             "CP": int(sizes["CP"]),
-            "EP": 0,  # no search over experts
+            "EP": int(sizes["EP"]),
             "PP": 2 * boundary_bytes,
         },
-        sent_per_step_bytes={"DP": _data_parallel_bytes(config, layout, held, sizes["trainable"])},
+        sent_per_step_bytes={
+            "DP": int(sizes["DP"])
+            if experts
+            else _data_parallel_bytes(config, layout, held, sizes["trainable"])
+        },
         messages=(),
     )
 

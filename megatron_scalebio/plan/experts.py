@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_scalebio.compat import require
@@ -23,6 +24,7 @@ _SIZES = "_maybe_dtoh_and_synchronize"
 def balanced_experts() -> Iterator[None]:
     """Token dispatchers send, and experts get, equal numbers of tokens within."""
     require(MoEAlltoAllTokenDispatcher, _SIZES)
+    destroy_moe_metrics_tracker()  # which has room for the layers of one model
     with replaced(MoEAlltoAllTokenDispatcher, _SIZES, _equal_sizes):
         yield
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from megatron_scalebio.config import Config
 from megatron_scalebio.model import attention as core_attention
+from megatron_scalebio.model.attention import SdpaAttention
 from megatron_scalebio.model.layers import ModelSettings
 from megatron_scalebio.model.settings import fuses_activation, transformer_config
 from megatron_scalebio.plan.fake_rank import replaced
@@ -42,14 +43,17 @@ def settings_for(config: Config, cuda: bool) -> ModelSettings:
     if cuda:
         settings.deallocate_pipeline_outputs = True
         settings.bias_activation_fusion = fuses_activation(config.model)
-        settings.bias_dropout_fusion = True
+        settings.bias_dropout_fusion = not (config.model.num_experts and settings.add_bias_linear)
     return settings
 
 
 @contextmanager
-def kernels_of(cuda: bool) -> Iterator[None]:
+def kernels_of(config: Config, cuda: bool) -> Iterator[None]:
     """Meta tensors take the target's kernels within."""
     with ExitStack() as stack:
+        if cuda and config.model.transformer_impl != "local":
+            for name in ("_fused", "_explicit"):
+                stack.enter_context(replaced(SdpaAttention, name, _transformer_engines))
         attention = _flash_on_cuda if cuda else _flash_on_cpu
         stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
         stack.enter_context(
@@ -60,7 +64,20 @@ def kernels_of(cuda: bool) -> Iterator[None]:
         yield
 
 
-_reference = F.scaled_dot_product_attention
+_reference, _explicit = F.scaled_dot_product_attention, SdpaAttention._explicit
+
+
+def _transformer_engines(
+    layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float
+) -> torch.Tensor:
+    """Its attention, which takes windows and a score of nothing without a matrix, but no caps."""
+    offset = layer.softmax_offset
+    if layer.softcap is not None or (offset is not None and query.size(2) != key.size(2)):
+        return _explicit(layer, query, key, value, dropout)
+    grouped = query.size(1) != key.size(1)
+    return F.scaled_dot_product_attention(
+        query, key, value, None, dropout, True, scale=layer.softmax_scale, enable_gqa=grouped
+    )
 
 
 def _flash_on_cuda(
@@ -74,9 +91,10 @@ def _flash_on_cuda(
         return _reference(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    wide = F.pad(value, (0, query.size(-1) - value.size(-1)))  # of latent attention
     return _aten._scaled_dot_product_flash_attention(
-        query, key, value, dropout_p, is_causal, False, scale=scale
-    )[0]
+        query, key, wide, dropout_p, is_causal, False, scale=scale
+    )[0][..., : value.size(-1)]
 
 
 def _flash_on_cpu(
@@ -90,6 +108,8 @@ def _flash_on_cpu(
         return _reference(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    if value.size(-1) != query.size(-1):
+        return _reference(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
     return _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
     )[0]

@@ -94,7 +94,7 @@ def rehearse(config: Config, layout: Layout, stage: int, active: list[int] | Non
     plain = on_shapes(config)
     with (
         as_rank(config, rank, layout.world, lambda *m: ledgers[0].on_message(*m)),
-        kernels_of(layout.gpu.cuda),
+        kernels_of(config, layout.gpu.cuda),
         balanced_experts(),
     ):
         memory, models = _rehearse(plain, layout, stage, active, ledgers)

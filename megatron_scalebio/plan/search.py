@@ -1,8 +1,9 @@
 """`--search`: the fastest layout that fits, and the fewest devices that hold the model.
 
-Candidates are all TP × CP × PP × VPP × recompute that the model's sizes and the batch allow; DP is
-what remains. Each is estimated from rehearsals of a model of few layers (`estimate`), which are
-linear in its layers; the best are then rehearsed in full, and only those are proposed.
+Candidates are all TP × CP × PP × VPP × EP × recompute that the model's sizes and the batch allow;
+DP is what remains, and each expert is whole on its rank. Each is estimated from rehearsals of a
+model of few layers (`estimate`), which are linear in its layers; the best are then rehearsed in
+full, and only those are proposed.
 """
 
 from __future__ import annotations
@@ -56,11 +57,6 @@ def search(
     Raises:
         UserError: where none divides the model and the batch.
     """
-    if config.model.num_experts is not None:
-        raise UserError(
-            "--search: has no rule yet for how many ranks share the experts of model.num_experts "
-            "(plan layouts one by one, with --expert-model-parallel-size)"
-        )
     estimator = Estimator(mfu, on_layout)
     estimates = _estimates(config, gpus, gpu, estimator)
     if not estimates:
@@ -118,11 +114,11 @@ def in_order(estimates: list[Estimate]) -> list[Estimate]:
 def _complexity(estimate: Estimate) -> tuple[float, ...]:
     """Pipelines with virtual chunks, then pipelines, context and tensor parallelism; then time."""
     layout = estimate.plan.layout
-    return layout.virtual, layout.pp, layout.cp, layout.tp, estimate.plan.cost.step_s
+    return layout.virtual, layout.pp, layout.cp, layout.tp, layout.ep, estimate.plan.cost.step_s
 
 
 def candidates(config: Config, gpus: int, gpu: Gpu) -> Iterator[Config]:
-    """The configuration under every TP × CP × PP × VPP × recompute of that many devices."""
+    """The configuration under every TP × CP × PP × VPP × EP × recompute of that many devices."""
     layers = config.model.num_layers
     most_cp = max(1, config.data.seq_length // _TOKENS_WORTH_SPLITTING)
     for tp, cp in itertools.product(
@@ -133,19 +129,32 @@ def candidates(config: Config, gpus: int, gpu: Gpu) -> Iterator[Config]:
             per_stage = layers // pp
             halves = [per_stage // n for n in (2, 4) if pp > 1 and per_stage % n == 0]
             for per_chunk in [None, *dict.fromkeys(halves)]:
-                for recompute in (None, "full"):
-                    yield _with(config, tp, cp, pp, per_chunk, recompute, gpus // (tp * pp) > 1)
+                for recompute, ep in itertools.product((None, "full"), _experts(config, gpus, pp)):
+                    zero = gpus // (tp * pp) > 1
+                    yield _with(config, tp, cp, pp, per_chunk, ep, recompute, zero)
+
+
+def _experts(config: Config, gpus: int, pp: int) -> list[int]:
+    """How many ranks of a stage may share the experts: powers of two."""
+    experts = config.model.num_experts
+    if experts is None:
+        return [1]
+    return [ep for ep in _powers_of_two(gpus // pp) if experts % ep == gpus // pp % ep == 0]
 
 
 def _with(
-    config: Config, tp: int, cp: int, pp: int, per_chunk: int | None, recompute: Any, zero: bool
-) -> Config:
+    config: Config, tp: int, cp: int, pp: int, per_chunk: int | None, ep: int, recompute: Any,
+    zero: bool,
+) -> Config:  # fmt: skip
     candidate = copy.deepcopy(config)
     parallel = candidate.parallel
     parallel.tensor_model_parallel_size = tp
     parallel.context_parallel_size = cp
     parallel.pipeline_model_parallel_size = pp
     parallel.num_layers_per_virtual_pipeline_stage = per_chunk
+    parallel.expert_model_parallel_size = ep
+    if config.model.num_experts is not None:
+        parallel.expert_tensor_parallel_size = 1 if tp > 1 else None
     parallel.sequence_parallel = tp > 1
     parallel.use_distributed_optimizer = zero
     parallel.recompute_granularity = recompute
@@ -172,13 +181,14 @@ def _powers_of_two(largest: int) -> list[int]:
 def ranking(found: Found) -> Table:
     """The best estimates: those that fit first, then by time."""
     table = Table()
-    for name in ("TP", "CP", "PP", "VPP", "DP", "recompute", "LISA", "GB", "headroom", "s / step"):
+    names = ("TP", "CP", "PP", "VPP", "DP", "EP", "recompute", "LISA", "GB", "headroom", "s / step")
+    for name in names:
         table.add_column(name, justify="left" if name == "recompute" else "right")
     for estimate in found.estimates[:ROWS_SHOWN]:
         layout, parallel = estimate.plan.layout, estimate.config.parallel
         table.add_row(
             str(layout.tp), str(layout.cp), str(layout.pp), str(layout.virtual), str(layout.dp),
-            parallel.recompute_granularity or "none",
+            str(layout.ep), parallel.recompute_granularity or "none",
             str(estimate.config.lisa.lisa_layers or "all"),
             f"{estimate.plan.worst_bytes / 1e9:.1f}",
             f"{estimate.plan.headroom:.1%}", seconds(estimate.plan.cost.step_s),

@@ -29,6 +29,10 @@ _LONGROPE = {
 _YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "beta_fast": 16, "truncate": False,
          "original_max_position_embeddings": 64}  # fmt: skip
 _GPT2 = {"n_embd": 24, "n_head": 4, "n_layer": 3, "n_positions": 40, "vocab_size": 97}
+_LATENT = {
+    "num_key_value_heads": 4, "kv_lora_rank": 18, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6,
+    "v_head_dim": 7, "moe_intermediate_size": 14, "n_shared_experts": 2,
+}  # fmt: skip
 _NEOX = {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"} | {"hidden_size": 32}
 
 # name → (class, configuration). Heads and layers of most allow TP 2; the odd ones are named so.
@@ -77,6 +81,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Glm4Moe",
         {**_SMALL, "head_dim": 12, "n_routed_experts": 3, "moe_intermediate_size": 14,
          "num_experts_per_tok": 2, "use_qk_norm": True},
+    ),
+    "deepseek2": (
+        "DeepseekV2",
+        {**_SMALL, **_LATENT, "q_lora_rank": None, "n_routed_experts": 3, "num_experts_per_tok": 2},
+    ),
+    "deepseek3": (
+        "DeepseekV3",
+        {**_SMALL, **_LATENT, "q_lora_rank": 14, "n_routed_experts": 4, "num_experts_per_tok": 2,
+         "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     ),
     "mixtral": ("Mixtral", {**_SMALL, "num_local_experts": 3}),
     "gpt-oss": (

@@ -26,8 +26,9 @@ def test_every_family_in_fp32_and_one_file(tmp_path: Path, name: str) -> None:
     assert there_and_back(hf, tmp_path) == content(hf)
 
 
-def test_a_layer_for_multi_token_prediction_is_kept(tmp_path: Path) -> None:
-    hf = make(tmp_path / "hf", "glm4-moe")
+@pytest.mark.parametrize("name", ["glm4-moe", "deepseek3"])
+def test_a_layer_for_multi_token_prediction_is_kept(tmp_path: Path, name: str) -> None:
+    hf = make(tmp_path / "hf", name)
     path = hf / "model.safetensors"
     more = {"model.layers.3.eh_proj.weight": torch.randn(24, 48)}
     save_file({**load_file(path), **more}, path, {"format": "pt"})

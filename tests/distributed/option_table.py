@@ -9,6 +9,11 @@ Sections = dict[str, dict[str, Any]]
 TP2 = {"tensor_model_parallel_size": 2}
 PP2 = {"pipeline_model_parallel_size": 2}
 FP8 = {"bf16": True, "fp8_format": "hybrid"}
+LATENT = {"multi_latent_attention": True, "qk_layernorm": True}
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 48, "beta_fast": 16.0,
+    "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 0.8,
+}  # fmt: skip
 
 # attribute of Megatron's TransformerConfig: the sections, and what they make of it
 MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
@@ -127,6 +132,22 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
           "parallel": {**TP2, "sequence_parallel": True, "expert_tensor_parallel_size": n}}, n)
         for n in (1, 2)
     ],
+    "multi_latent_attention": [({}, False), ({"model": LATENT}, True)],
+    "q_lora_rank": [({"model": {**LATENT, "q_lora_rank": n}}, n) for n in (24, 40)],
+    "kv_lora_rank": [({"model": {**LATENT, "kv_lora_rank": n}}, n) for n in (24, 40)],
+    "qk_head_dim": [({"model": {**LATENT, "qk_head_dim": n}}, n) for n in (24, 40)],
+    "qk_pos_emb_head_dim": [({"model": {**LATENT, "qk_pos_emb_head_dim": n}}, n) for n in (8, 24)],
+    "v_head_dim": [({"model": {**LATENT, "v_head_dim": n}}, n) for n in (24, 40)],
+    "rope_type": [
+        ({"model": LATENT}, "rope"), ({"model": {**LATENT, "rope_scaling": YARN}}, "yarn"),
+    ],
+    "rotary_scaling_factor": [({"model": {**LATENT, "rope_scaling": YARN}}, 4.0)],
+    "original_max_position_embeddings": [({"model": {**LATENT, "rope_scaling": YARN}}, 48)],
+    "beta_fast": [({"model": {**LATENT, "rope_scaling": YARN}}, 16.0)],
+    "beta_slow": [({"model": {**LATENT, "rope_scaling": YARN}}, 2.0)],
+    "mscale": [({"model": {**LATENT, "rope_scaling": YARN}}, 0.7)],
+    "mscale_all_dim": [({"model": {**LATENT, "rope_scaling": YARN}}, 0.8)],
+    "rotary_base": [({"model": {**LATENT, "rotary_base": n}}, n) for n in (500, 700)],
     "add_bias_linear": [({"model": {"add_bias_linear": on}}, on) for on in (True, False)],
     "add_qkv_bias": [({"model": {"add_qkv_bias": on}}, on) for on in (True, False)],
     "window_size": [({}, None), *[({"model": {"window_size": [n, 0]}}, [n, 0]) for n in (1, 7)]],

@@ -44,6 +44,20 @@ EXPERTS = {"num_experts_per_tok": 4, "moe_intermediate_size": 28}
 EXPERT_FIELDS = {"swiglu": True, "num_experts": 10, "moe_ffn_hidden_size": 28,
                  "moe_router_topk": 4}  # fmt: skip
 
+LATENT = {
+    **{key: value for key, value in LLAMA.items() if key != "head_dim"}, **EXPERTS,
+    "num_key_value_heads": 6, "kv_lora_rank": 17, "qk_nope_head_dim": 11, "qk_rope_head_dim": 8,
+    "v_head_dim": 7, "n_routed_experts": 10, "n_shared_experts": 3, "first_k_dense_replace": 2,
+    "routed_scaling_factor": 1.7,
+}  # fmt: skip
+LATENT_FIELDS = {
+    **RMS_NORM, **EXPERT_FIELDS, "num_query_groups": 6, "kv_channels": None,
+    "qk_layernorm": True, "multi_latent_attention": True, "kv_lora_rank": 17, "qk_head_dim": 11,
+    "qk_pos_emb_head_dim": 8, "v_head_dim": 7, "moe_layer_freq": [0, 0, 1, 1, 1, 1],
+    "moe_shared_expert_intermediate_size": 84, "moe_router_topk_scaling_factor": 1.7,
+    "moe_router_dtype": "fp32",
+}  # fmt: skip
+
 # architecture: (model type, config.json, fields of the model)
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "LlamaForCausalLM": ("llama", LLAMA, {**RMS_NORM, "swiglu": True}),
@@ -117,6 +131,20 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "moe_shared_expert_intermediate_size": 84, "moe_router_score_function": "sigmoid",
          "moe_router_enable_expert_bias": True, "moe_router_topk_scaling_factor": 1.7,
          "moe_router_dtype": "fp32"},
+    ),
+    "DeepseekV2ForCausalLM": (
+        "deepseek_v2",
+        {**LATENT, "q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 5,
+         "topk_group": 4, "norm_topk_prob": False},
+        {**LATENT_FIELDS, "q_lora_rank": None, "moe_router_pre_softmax": True,
+         "moe_router_num_groups": 5, "moe_router_group_topk": 4},
+    ),
+    "DeepseekV3ForCausalLM": (
+        "deepseek_v3",
+        {**LATENT, "q_lora_rank": 23, "n_group": 5, "topk_group": 2},
+        {**LATENT_FIELDS, "q_lora_rank": 23, "moe_router_score_function": "sigmoid",
+         "moe_router_enable_expert_bias": True, "moe_router_num_groups": 5,
+         "moe_router_group_topk": 2},
     ),
     "GptOssForCausalLM": (
         "gpt_oss",

@@ -37,6 +37,7 @@ SHAPE = {
 }  # fmt: skip
 NEOX = {**{k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}, "hidden_size": 64}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+LATENT = {"kv_lora_rank": 18, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 7}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 
 # name: (transformers' class prefix, configuration)
@@ -96,6 +97,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "moe_intermediate_size": 20, "n_shared_experts": 2, "first_k_dense_replace": 1,
          "routed_scaling_factor": 1.7, "use_qk_norm": True, "attention_bias": True},
     ),
+    "deepseek2-groups": (
+        "DeepseekV2",
+        {**SHAPE, **LATENT, **UNTIED, "num_key_value_heads": 4, "q_lora_rank": None,
+         "moe_intermediate_size": 20, "first_k_dense_replace": 0, "n_routed_experts": 6,
+         "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2, "n_shared_experts": 1,
+         "topk_method": "group_limited_greedy", "norm_topk_prob": False,
+         "routed_scaling_factor": 1.3, "rms_norm_eps": 1e-3},
+    ),
+    "deepseek3-yarn": (
+        "DeepseekV3",
+        {**SHAPE, **LATENT, **UNTIED, "num_key_value_heads": 4, "q_lora_rank": 14,
+         "moe_intermediate_size": 20, "first_k_dense_replace": 1, "n_routed_experts": 12,
+         "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 2,
+         "rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 1.3}},
+    ),
     "mixtral": (
         "Mixtral",
         {**SHAPE, **UNTIED, "intermediate_size": 20, "num_local_experts": 4, "sliding_window": 7},
@@ -153,7 +169,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2-tp2": (4, {**EP2, **TP2, "sequence_parallel": True}),
 }
 OF_EXPERTS = ("one", "pp2", "ep2", "ep2-tp2")
-WITH_EXPERTS = ("qwen3-moe", "qwen3-moe-all-scores", "glm4-moe", "mixtral", "gpt-oss")
+WITH_EXPERTS = (
+    "qwen3-moe",
+    "qwen3-moe-all-scores",
+    "glm4-moe",
+    "mixtral",
+    "gpt-oss",
+    "deepseek2-groups",
+    "deepseek3-yarn",
+)
 # Its experts' biases are no part of an expert that ranks share.
 WITH = {("gpt-oss", "ep2-tp2"): {"expert_tensor_parallel_size": 1}}
 NOT_DIVISIBLE_BY_2 = ("llama-9-heads-3-groups", "llama-mqa-linear-rope")

@@ -22,16 +22,17 @@ CASES: dict[str, tuple[int, dict]] = {
     "ep4 pp2 tp2": (16, {**EP4, **TP2, "pipeline_model_parallel_size": 2}),
     "ep4 tp2 whole": (4, {**EP4, **TP2, "expert_tensor_parallel_size": 1}),
 }  # fmt: skip
+ESTIMATED = ("ep2 of dp4", "ep4 pp2 tp2")
 
 
 def plan_all() -> dict[str, Any]:
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.errors import UserError
     from megatron_scalebio.plan.checks import build_ranks, problems
+    from megatron_scalebio.plan.estimate import Estimator
     from megatron_scalebio.plan.hardware import gpu_named
     from megatron_scalebio.plan.layout import Layout
     from megatron_scalebio.plan.planner import make_plan
-    from megatron_scalebio.plan.search import search
+    from megatron_scalebio.plan.search import candidates
 
     entries = [{"name": name, "path": name} for name in ("a", "b")]
     found: dict[str, Any] = {}
@@ -57,11 +58,18 @@ def plan_all() -> dict[str, Any]:
                 config, plan, build_ranks(config, layout)
             ), "seconds": plan.cost.expert_parallel_s, "passes": layout.passes,
         }  # fmt: skip
-        try:
-            search(config, ranks, gpu, 0.4, lambda name: None)
-        except UserError as error:
-            found[name]["search"] = str(error)
-    return found
+        if name in ESTIMATED:
+            estimate = Estimator(0.4).estimate(config, layout).plan
+            found[name]["plans"] = [
+                [each.worst_bytes, each.cost.step_s] for each in (estimate, plan)
+            ]
+    config.parallel = type(config.parallel)(bf16=True)
+    shapes = {
+        (p.tensor_model_parallel_size, p.pipeline_model_parallel_size,
+         p.expert_model_parallel_size, p.expert_tensor_parallel_size)
+        for p in (candidate.parallel for candidate in candidates(config, 4, gpu))
+    }  # fmt: skip
+    return {**found, "candidates": sorted(shapes, key=str)}
 
 
 @pytest.fixture(scope="module")
@@ -102,5 +110,13 @@ def test_tokens_travel_to_their_experts_and_back(found: dict) -> None:
     assert found["ep4"]["seconds"] == pytest.approx(found["ep4"]["passes"] * sent / rate, rel=0.01)
 
 
-def test_a_search_over_experts_is_refused(found: dict) -> None:
-    assert "--search: has no rule yet" in found["ep4"]["search"]
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_an_estimate_of_a_search_is_what_a_rehearsal_counts(found: dict, name: str) -> None:
+    estimate, plan = found[name]["plans"]
+    assert estimate == pytest.approx(plan, rel=0.01)
+
+
+def test_a_search_tries_every_sharing_of_the_experts(found: dict) -> None:
+    one = {(1, 1, ep, None) for ep in (1, 2, 4)} | {(1, 2, ep, None) for ep in (1, 2)}
+    split = {(tp, 1, ep, 1) for tp in (2, 4) for ep in (1, 2, 4)} | {(2, 2, e, 1) for e in (1, 2)}
+    assert one | split <= set(map(tuple, found["candidates"]))
