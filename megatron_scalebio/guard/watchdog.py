@@ -60,20 +60,21 @@ class Watchdog:
     """
 
     def __init__(
-        self, timeout_s: float, before_end: Callable[[], None], board: Board | None = None
-    ) -> None:
+        self, timeout_s: float, before_end: Callable[[], None], beat_s: float = BEAT_S,
+        board: Board | None = None,
+    ) -> None:  # fmt: skip
         global _generation
         _generation += 1  # a process may run several commands in one store
-        self._timeout_s, self._before_end = timeout_s, before_end
+        self._timeout_s, self._beat_s, self._before_end = timeout_s, beat_s, before_end
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._board = board
         # A connection of its own: the main thread may be blocked in the other one.
         shared: Any = dist.distributed_c10d._get_default_store()
         store = shared.clone()
         self._store = dist.PrefixStore(f"watchdog/{_generation}", store)
-        self._store.set_timeout(datetime.timedelta(seconds=max(10.0, 5 * BEAT_S)))
+        self._store.set_timeout(datetime.timedelta(seconds=max(10.0, 5 * beat_s)))
         self._own = Status(self._rank, Process.this())
-        self._stillness = Stillness(BEAT_S)
+        self._stillness = Stillness(beat_s)
         self._seen: dict[int, tuple[Status, int]] = {}  # and for how many looks it is the same
         self._neighbour: int | None = None
         self._keeper = self._own  # rank 0's status, which is gone with its store
@@ -100,7 +101,7 @@ class Watchdog:
         if cause is not None and _in_collective(cause.__traceback__):
             self._pending = error
             self._wake.set()
-            self._told.wait(2 * _GRACE_BEATS * BEAT_S)
+            self._told.wait(2 * _GRACE_BEATS * self._beat_s)
         elif error is not None:
             self._failed.set()
             with contextlib.suppress(dist.DistError):
@@ -110,7 +111,7 @@ class Watchdog:
         self._wake.set()
         self._thread.join(timeout=10)
         if self._pending and self._verdict:
-            time.sleep(2 * BEAT_S if self._rank == 0 else 0)  # others read it in its store
+            time.sleep(2 * self._beat_s if self._rank == 0 else 0)  # others read it in its store
             raise RankLost(self._verdict) from None
         if error is None:
             with contextlib.suppress(dist.DistError):  # the store's keeper may have ended first
@@ -118,11 +119,11 @@ class Watchdog:
 
     def _linger(self) -> None:
         """Lets the others read what ended the keeper of their store, unless they end as well."""
-        deadline = time.monotonic() + 2 * BEAT_S
+        deadline = time.monotonic() + 2 * self._beat_s
         while self._rank == 0 and time.monotonic() < deadline:
             if all(self._read(rank).state != RUNNING for rank in range(1, self._size)):
                 return
-            time.sleep(BEAT_S / 10)
+            time.sleep(self._beat_s / 10)
 
     def _run(self) -> None:
         beats_without_store = 0
@@ -138,7 +139,7 @@ class Watchdog:
                 self._tell()
             if self._told.is_set():
                 return
-            self._wake.wait(BEAT_S / 4 if self._pending else BEAT_S)
+            self._wake.wait(self._beat_s / 4 if self._pending else self._beat_s)
             self._wake.clear()
 
     def _publish(self, state: str, error: str = "") -> None:
@@ -183,7 +184,7 @@ class Watchdog:
             self._seen[status.rank] = (status, looks + 1 if status == before else 0)
         over = stalled(ranks, self._timeout_s)
         for status, looks in self._seen.values():
-            silent_s = looks * BEAT_S
+            silent_s = looks * self._beat_s
             bound_s = min(_SILENT_S, self._timeout_s)
             if status.phase not in STEP_PHASES:
                 bound_s = self._timeout_s
@@ -242,10 +243,10 @@ class Watchdog:
     def _tell(self) -> None:
         """Hands the verdict to the main thread where that can end the process, else ends it."""
         self._told.set()
-        if self._stopped.wait(BEAT_S):
+        if self._stopped.wait(self._beat_s):
             return
         # Where this rank's store is read by others: they have to see the verdict first.
-        time.sleep(2 * BEAT_S if self._rank == 0 else 0)
+        time.sleep(2 * self._beat_s if self._rank == 0 else 0)
         self._before_end()
         for child in multiprocessing.active_children():
             child.kill()
