@@ -270,6 +270,7 @@ def flush_of(state, name: str, kind: str, folder: Path) -> None:
 
     for chunks in state.training.models.values():
         experts.move_biases(chunks, groups)
+    rows = rows_of_all_ranks(train)
     if holds_what_others_do_not():
         content = {
             "w": global_tensors(state.training.w, gradient),
@@ -282,7 +283,7 @@ def flush_of(state, name: str, kind: str, folder: Path) -> None:
             },
             "active": state.training.active_layers,
             "batches": len(train),
-            "rows": rows_of_all_ranks(train),
+            "rows": rows,
         }
         torch.save(content, folder / f"{kind}-{name}-{torch.distributed.get_rank()}.pt")
     state.training.leave_period()

@@ -29,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "post_norms": True, "softmax_scale": 0.3,
     },
     "parallel residual, partial rope": {"parallel_residual": True, "rotary_percent": 0.5},
+    "a score of nothing, no rope": {"softmax_type": "learnable", "no_rope_freq": [1, 0]},
     "norms of queries and keys": {"qk_layernorm": True, "qk_layernorm_whole": True},
     "llama3's rope": {
         "rope_scaling": {
