@@ -17,6 +17,7 @@ from megatron_scalebio.model.provider import padded_vocab_size
 from megatron_scalebio.model.settings import (
     default_ffn_hidden_size,
     fuses_activation,
+    latent_settings,
     uses_transformer_engine,
 )
 
@@ -54,7 +55,7 @@ def megatron_args(
         tokenizer: its `type` under Megatron-LM's name and its `model`, where the data tell them.
     """
     model, parallel = config.model, config.parallel
-    return argparse.Namespace(
+    args = argparse.Namespace(
         **_WITHOUT,
         **_tokenizer(tokenizer),
         num_layers=model.num_layers,
@@ -114,6 +115,8 @@ def megatron_args(
         dist_ckpt_format="torch_dist",
         use_dist_ckpt=True,
     )
+    vars(args).update(latent_settings(model))  # has its rope under names of its own
+    return args
 
 
 def _tokenizer(tokenizer: Mapping[str, Any] | None) -> dict[str, str]:
@@ -151,7 +154,7 @@ def _positions(model: ModelConfig) -> dict[str, Any]:
             scaling.factor if scaling and kind == "linear" else None
         ),
     }
-    if not scaling or kind != "yarn":
+    if not scaling or kind != "yarn" or model.multi_latent_attention:
         return values
     strength = 0.1 * math.log(scaling.factor) if scaling.factor > 1 else 0.0
     return {

@@ -119,7 +119,7 @@ def transformer_config(config: Config) -> ModelSettings:
         # when interleaved, where two stages would swap the announced shapes (see below).
         variable_seq_lengths=parallel.num_layers_per_virtual_pipeline_stage is None,
         **_expert_settings(config),
-        **_latent_settings(model),
+        **latent_settings(model),
         # Coefficients already divide by global counts; Megatron must not divide again.
         calculate_per_token_loss=True,
         # A sent tensor's storage is freed once the send is under way. NCCL's stream order makes
@@ -157,7 +157,7 @@ def _expert_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _latent_settings(model: ModelConfig) -> dict[str, Any]:
+def latent_settings(model: ModelConfig) -> dict[str, Any]:
     """Of latent attention, which has rope within itself."""
     if not model.multi_latent_attention:
         return {}

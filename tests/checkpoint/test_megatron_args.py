@@ -171,6 +171,13 @@ TOLD: list[tuple[dict[str, Any], dict[str, Any]]] = [
             "position_embedding_type": "rope",
         },
     ),
+    (
+        {"multi_latent_attention": True, "qk_layernorm": True, "q_lora_rank": 24,
+         "rope_scaling": RopeScaling("yarn", 6.0, mscale=0.7, mscale_all_dim=0.8)},
+        {"multi_latent_attention": True, "q_lora_rank": 24, "position_embedding_type": "rope",
+         "rope_type": "yarn", "rotary_scaling_factor": 6.0, "mscale": 0.7, "mscale_all_dim": 0.8,
+         "original_max_position_embeddings": 8192, "beta_fast": 32.0, "beta_slow": 1.0},
+    ),
     ({"hidden_size": 96, "swiglu": False}, {"ffn_hidden_size": 384, "bias_gelu_fusion": False}),
     (
         {"position_embedding_type": "learned_absolute"},
