@@ -164,9 +164,9 @@ def test_the_core_reads_no_file_prints_nothing_and_keeps_nothing(path: Path) -> 
 
 
 def test_the_core_is_small() -> None:
-    """3,000 lines, and 550 for mixtures that are bounded, grouped, pulled to a prior or kept in
-    ratio, for near-duplicates and for mixtures of experts."""
-    assert sum(len(path.read_text().splitlines()) for path in CORE) < 3550
+    """3,000 lines, and 700 for mixtures that are bounded, grouped, pulled to a prior or kept in
+    ratio, for near-duplicates, several goals and mixtures of experts."""
+    assert sum(len(path.read_text().splitlines()) for path in CORE) < 3700
 
 
 @pytest.mark.parametrize("stage", ["reweight", "train"])
