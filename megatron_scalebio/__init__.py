@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_scalebio.core.batch import Batch, MicroBatch
     from megatron_scalebio.core.constraints import Constraints
+    from megatron_scalebio.core.goals import Goals
     from megatron_scalebio.core.options import BilevelOptions, LisaOptions
     from megatron_scalebio.core.sampler import BlendSampler, Picks
     from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 _PLACES = {
     "Batch": "batch", "BilevelOptions": "options", "BlendSampler": "sampler",
-    "Constraints": "constraints",
+    "Constraints": "constraints", "Goals": "goals",
     "LisaOptions": "options", "MicroBatch": "batch", "Picks": "sampler", "ScaleBiO": "scalebio",
     "StepReport": "scalebio",
 }  # fmt: skip
 __all__ = [
-    "Batch", "BilevelOptions", "BlendSampler", "Constraints", "LisaOptions", "MicroBatch", "Picks",
-    "ScaleBiO", "StepReport",
+    "Batch", "BilevelOptions", "BlendSampler", "Constraints", "Goals", "LisaOptions", "MicroBatch",
+    "Picks", "ScaleBiO", "StepReport",
 ]  # fmt: skip
 
 

@@ -13,15 +13,19 @@ from megatron_scalebio.config import SECTIONS, Config
 from megatron_scalebio.config_loader import add_arguments, config_from_args, load_config
 
 A, B = {"name": "a", "path": "x/a"}, {"name": "b", "path": "x/b"}
+FREE_SET = {
+    "weight": 1.0, "reference_loss": None, "max_loss": None, "max_loss_rise": None
+}  # fmt: skip
 FREE = dict.fromkeys(("initial_weight", "min_weight", "max_weight", "fixed_weight"))
 
 # section: {option: (its default, another value)}
 OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     "data": {
         "sources": ([], [{**FREE, **A}, {**FREE, **B}]),
-        "validation": ([], [{**A, "weight": 1.0}]),
-        "test": ([], [{**A, "weight": 1.0}, {**B, "weight": 1.0}]),
+        "validation": ([], [{**FREE_SET, **A}]),
+        "test": ([], [{**FREE_SET, **A}, {**FREE_SET, **B}]),
         "weights": (None, "x/weights.json"),
+        "blend_schedule": (None, "x/blend_schedule.json"),
         "new_share": (None, 0.2),
         "keep_ratios": (False, True),
         "target_tokens": (None, 3e9),
@@ -132,6 +136,8 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "bilevel": {
         "preset": (None, "paper"),
+        "objective": ("mean", "worst_case"),
+        "interactions": (False, True),
         "alpha": (10.0, 7.0),
         "alpha_growth": (1.0, 2.0),
         "outer_rounds": (1, 4),

@@ -241,6 +241,7 @@ def test_tensorboard_shows_the_record_under_its_tags(folder: Path) -> None:
             expect(f"{prefix}/{name}", [record[field][i] for record in logged])
     for i, name in enumerate("vx"):
         expect(f"lm loss validation-{name}", [r["validation_losses"][i] for r in logged])
+        expect(f"mixture/validation/{name}", [r["validation_weights"][i] for r in logged])
     for phase in logged[0]["time_s"]:
         expect(f"time/{phase}", [record["time_s"][phase] for record in logged])
     expect("batch-size", [BATCH] * len(logged))

@@ -76,7 +76,8 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
     learned = {f"bilevel.{name}": value for name, value in BILEVEL.items()}
     limits = dict.fromkeys((
         "bilevel.kl_to_prior", "bilevel.prior", "data.target", "data.max_epochs",
-        "data.keep_ratios", "bounds of data.sources",
+        "data.keep_ratios", "bounds of data.sources", "bilevel.objective", "bilevel.interactions",
+        "bounds of data.validation",
     ))  # fmt: skip
     assert bare(TrainState, config_of()).settings() == {**common, **learned, **limits}
     data = {"weights": "x", "keep_ratios": True, "target_examples": 9.0, "max_epochs": 2.0}
@@ -87,6 +88,12 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
     assert [limited[name] for name in limits][:5] == [0.5, "natural", 9.0, 2.0, True]
     sources[0].min_weight = 0.2
     assert bare(TrainState, config).settings() != limited
+    config.data.validation = [ValidationConfig("v", "p"), ValidationConfig("w", "p")]
+    config.bilevel.objective, config.bilevel.interactions = "worst_case", True
+    several = bare(TrainState, config).settings()
+    assert [several["bilevel.objective"], several["bilevel.interactions"]] == ["worst_case", True]
+    config.data.validation[1].max_loss = 2.0
+    assert bare(TrainState, config).settings() != several
 
 
 # ---- its data ------------------------------------------------------------------------------------

@@ -44,6 +44,10 @@ KINDS: dict[str, Kind] = {
     "bf16 lisa, never reset, at a draw": (
         "reweight", 6, {"lisa": LISA, "bilevel": {"resync_interval": None}, "parallel": SHARDED},
     ),
+    "several goals": (
+        "reweight", 5,
+        {"bilevel": {"resync_interval": 3, "objective": "worst_case", "interactions": True}},
+    ),
     "train": ("train", 3, {"parallel": {"bf16": True}}),
     "doremi": ("doremi", 3, {"baseline": {"method": "doremi"}}),
     "doge": ("doge", 3, {"baseline": {"method": "doge"}, "optimizer": {"lr": 0.02}}),
@@ -54,11 +58,11 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 # Of `reweight`, the LISA periods whose layers of u are its own when it is saved; [] without LISA.
 DRAWN: dict[str, list[int]] = {
-    "reweight": [], "bf16 masters, at a reset": [], "bf16 lisa adamw": [1],
+    "reweight": [], "several goals": [], "bf16 masters, at a reset": [], "bf16 lisa adamw": [1],
     "lisa, never reset, at a draw": [0, 1], "bf16 lisa, never reset, at a draw": [0, 1],
 }  # fmt: skip
 # Of a state saved: what the configuration and the data decide.
-GIVEN = ("stage", "settings", "sources", "validation")
+GIVEN = ("stage", "settings", "sources", "validation", "mixture")
 
 
 def settings(problem: tuple[list, list], name: str) -> dict[str, Any]:
@@ -75,6 +79,8 @@ def settings(problem: tuple[list, list], name: str) -> dict[str, Any]:
     if name == "train":
         given = zip(sources, (1.0, 3.0, 1.0), strict=True)
         tree["data"]["sources"] = [{**source, "initial_weight": w} for source, w in given]
+    if name == "several goals":
+        tree["data"]["validation"] = [*validation, {**validation[0], "name": "again"}]
     for section, values in KINDS[name][2].items():
         tree[section] = {**tree.get(section, {}), **values}
     return tree
@@ -126,9 +132,14 @@ def disturb(state: Any) -> None:
         for number in range(50):
             excess_S = torch.tensor([0.1 * number, -0.2, 0.3]).double()
             state.training.mixture.lookalikes.append(excess_S)
-        trajectory = state.training.mixture.trajectory
-        while trajectory.block_length == 1 or not trajectory.steps % 2:
-            trajectory.append(state.training.mixture.probs_S)
+        state.training.goals.sums_2V += 0.5
+        state.sets.start_V = [2.5] * len(state.data.validation)
+        paths = [state.training.mixture.trajectory, state.sets.path]
+        if state.interactions is not None:
+            paths.append(state.interactions.sums)
+        for path in paths:
+            while path.block_length == 1 or not path.steps % 2:
+                path.append(torch.rand(path.tail().shape[1]).double())
     if hasattr(state, "best_loss"):
         state.best_loss = 3.25
 

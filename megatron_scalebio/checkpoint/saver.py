@@ -267,12 +267,14 @@ def _check_sources(state: Run, common: dict[str, Any], source: Path) -> None:
     ours = state.common_state()["sources"]
     theirs = common["run"]["sources"]
     names, saved_names = ([name for name, _ in each] for each in (ours, theirs))
-    if names != saved_names:
+    may_grow = stage == "train"  # new sources have numbers of their own, behind the others
+    if saved_names != (names[: len(saved_names)] if may_grow else names):
         raise UserError(
             f"{source}: was made for sources {told_apart(saved_names, names)} (choose a new "
-            "train.output, or the same data.sources in the same order)"
+            "train.output, or the same data.sources in the same order"
+            f"{', new ones after them' * may_grow})"
         )
-    changed = [a[0] for a, b in zip(ours, theirs, strict=True) if not same_data(b[1], a[1])]
+    changed = [a[0] for a, b in zip(ours, theirs, strict=False) if not same_data(b[1], a[1])]
     if changed:
         raise UserError(
             f"{source}: the data of source {changed[0]!r} has changed since (restore it, or choose "

@@ -61,6 +61,12 @@ class Config:
             raise UserError(
                 f"data.validation: {[]!r} is empty (name the validation set you aim at)"
             )
+        if self.data.blend_schedule:
+            raise UserError(
+                f"data.blend_schedule: {self.data.blend_schedule!r} is for `train`, which follows "
+                "it (drop it)"
+            )
+        self._validate_goals()
         if self.parallel.overlap_param_gather:
             raise UserError(
                 "parallel.overlap_param_gather: True leaves weights to be gathered that u is reset "
@@ -77,6 +83,37 @@ class Config:
             world_size, "global_batch_size", "validation_batch_size",
             sequences=2 * train.global_batch_size + train.validation_batch_size,
         )  # fmt: skip
+
+    def _validate_goals(self) -> None:
+        sets, objective = self.data.validation, self.bilevel.objective
+        free = [entry for entry in sets if not entry.is_bounded]
+        if not free:
+            raise UserError(
+                f"data.validation: {sets[0].name!r} has a bound, and so has every set (leave one "
+                "free, as the goal)"
+            )
+        if objective == "worst_case" and len(free) < 2:
+            raise UserError(
+                f"bilevel.objective: {objective!r} of {len(free)} validation set without a bound "
+                "(name two or more, or drop it)"
+            )
+        referred = next((entry for entry in sets if entry.reference_loss is not None), None)
+        if self.bilevel.interactions and len(sets) < 2:
+            raise UserError(
+                f"bilevel.interactions: True of {len(sets)} validation set (name two or more, or "
+                "drop it)"
+            )
+        if self.bilevel.interactions and not (
+            self.bilevel.resync_interval or self.lisa.lisa_layers
+        ):
+            raise UserError(
+                "bilevel.interactions: True needs steps at which u is reset (give resync_interval)"
+            )
+        if referred and objective != "worst_case":
+            raise UserError(
+                f"data.validation: {referred.name!r} has a reference_loss, which worst_case alone "
+                "compares with (set bilevel.objective, or drop it)"
+            )
 
     def validate_training(self, world_size: int) -> None:
         """The same for `train`, whose steps have training sequences alone."""

@@ -55,14 +55,37 @@ class SourceConfig:
 
 @dataclass
 class ValidationConfig:
-    """One validation set; L1 is the weighted mean of their losses."""
+    """One validation set; L1 is the weighted mean of their losses (see `bilevel.objective`).
+
+    Attributes:
+        reference_loss: what the worst case compares its loss with [its loss at the start].
+        max_loss, max_loss_rise: the most that its loss may be, or rise from the start; such a set
+            is no goal, and has no weight but what keeps it there.
+    """
 
     name: str
     path: str
     weight: float = 1.0
+    reference_loss: float | None = None
+    max_loss: float | None = None
+    max_loss_rise: float | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "weight")
+        require_positive(self, "weight", "max_loss")
+        require_positive(self, "reference_loss", "max_loss_rise", or_zero=True)
+        given = [
+            name for name in ("max_loss", "max_loss_rise", "reference_loss")
+            if getattr(self, name) is not None
+        ]  # fmt: skip
+        if len(given) > 1:
+            raise UserError(
+                f"{given[1]}: {getattr(self, given[1])!r} and {given[0]} exclude each other (drop "
+                "one)"
+            )
+
+    @property
+    def is_bounded(self) -> bool:
+        return self.max_loss is not None or self.max_loss_rise is not None
 
 
 @dataclass
@@ -79,6 +102,9 @@ class DataConfig:
         None,
         "weights.json of a `reweight` run: the initial weights of the sources, by name (it may "
         "name more)",
+    )
+    blend_schedule: str | None = option(
+        None, "`train`: blend_schedule.json, or the run that wrote it: mixtures, stage by stage"
     )
     new_share: float | None = option(
         None, "share that the sources which `weights` lacks begin with, all together"
@@ -120,6 +146,11 @@ class DataConfig:
         if self.weights and any(given):
             raise UserError(
                 f"weights: {self.weights!r} and initial_weight both give weights (drop one of them)"
+            )
+        if self.blend_schedule and (self.weights or any(given)):
+            other = "weights" if self.weights else "initial_weight"
+            raise UserError(
+                f"blend_schedule: {self.blend_schedule!r} and {other} both give weights (drop one)"
             )
         self._check_mixture()
         unknown = sorted(set(self.known_weights or {}) - {source.name for source in self.sources})

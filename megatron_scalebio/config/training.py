@@ -43,6 +43,14 @@ class BilevelConfig:
     preset: Literal["paper"] | None = option(
         None, "a named set of options, below the ones you give: paper, the method as published"
     )
+    objective: Literal["mean", "worst_case"] = option(
+        "mean",
+        "what several validation sets come to: the mean of their losses by weight, or the one that "
+        "is worst off against its reference_loss",
+    )
+    interactions: bool = option(
+        False, "fit which source serves which validation set, by looking at the sets in turn"
+    )
     alpha: float = option(BilevelOptions.alpha, "penalty on the lower level's suboptimality")
     alpha_growth: float = option(1.0, "alpha times this each outer round; rates divided by it")
     outer_rounds: int = option(1, "rounds of the alpha schedule")

@@ -80,10 +80,6 @@ class TrajectoryBlocks:
         self._open_steps = 0
 
     @property
-    def num_sources(self) -> int:
-        return self._sums_BS.shape[1]
-
-    @property
     def steps(self) -> int:
         """Steps appended so far, the open block's included."""
         return self.num_blocks * self.block_length + self._open_steps
@@ -167,12 +163,6 @@ class WeightIntervals:
     lookalikes: list[list[int]]  # sources of which only the sum is known, and within its interval
 
 
-def tail_average(blocks_BS: Tensor) -> Tensor:
-    """Average over blocks of equal length: ``[B, S]`` → ``[S]``, float64."""
-    assert blocks_BS.ndim == 2 and len(blocks_BS) > 0, blocks_BS.shape
-    return blocks_BS.to(torch.float64).mean(0)
-
-
 def random_scaling_half_width(blocks_BS: Tensor, confidence: float = 0.95) -> Tensor:
     """Half-widths c · sqrt(V_i / n) of the module's formula, ``[B, S]`` → ``[S]``, float64.
 
@@ -184,7 +174,7 @@ def random_scaling_half_width(blocks_BS: Tensor, confidence: float = 0.95) -> Te
     num_blocks, num_sources = blocks_BS.shape
     if num_blocks < 2:
         return torch.full((num_sources,), math.inf, dtype=torch.float64)
-    deviation_BS = blocks_BS.to(torch.float64) - tail_average(blocks_BS)
+    deviation_BS = blocks_BS.double() - blocks_BS.double().mean(0)
     variance_S = deviation_BS.cumsum(0).square().sum(0) / num_blocks**3
     return CRITICAL_VALUES[confidence] * variance_S.sqrt()
 
@@ -198,7 +188,7 @@ def drift_left(blocks_BS: Tensor) -> Tensor:
     half = len(blocks_BS) // 2
     if half == 0:
         return torch.zeros(blocks_BS.shape[1], dtype=torch.float64)
-    return LEFT_OF_DRIFT * (tail_average(blocks_BS[half:]) - tail_average(blocks_BS[:half])).abs()
+    return LEFT_OF_DRIFT * (blocks_BS[half:].mean(0) - blocks_BS[:half].mean(0)).abs()
 
 
 def weight_intervals(
@@ -219,7 +209,7 @@ def weight_intervals(
     A weight whose truth is 0 is approached from above and never reached, so the lower end of an
     estimate below ``RESOLUTION`` is 0; and the upper end of one as near to 1 is 1.
     """
-    weight_S = tail_average(blocks_BS)
+    weight_S = blocks_BS.double().mean(0)
     wandering_S = random_scaling_half_width(blocks_BS, confidence)
     drift_S = drift_left(blocks_BS)
     sampling_S = torch.zeros_like(weight_S)

@@ -37,14 +37,15 @@ class Picks:
 
 
 def expected_counts(probs_S: Floats, batch_size: int, floor_share: float) -> Floats:
-    """B · ((1 − f) p_i + f / S), raised to one seat each where the batch has that many."""
-    sources = len(probs_S)
-    share_S = (1 - floor_share) * probs_S + floor_share / sources
+    """B · ((1 − f) p_i + f / S), raised to a seat each where there are as many; p = 0: none."""
+    used_S = probs_S > 0
+    sources = np.count_nonzero(used_S)
+    share_S = (1 - floor_share) * probs_S + floor_share * used_S / sources
     expected_S = batch_size * share_S / share_S.sum()
     if batch_size < sources:
         return expected_S
     above_S = np.maximum(expected_S - 1, 0)
-    return 1 + above_S * ((batch_size - sources) / max(above_S.sum(), 1e-12))
+    return used_S + above_S * ((batch_size - sources) / max(above_S.sum(), 1e-12))
 
 
 def systematic_counts(expected_S: Floats, offset: float) -> Ints:

@@ -33,6 +33,7 @@ from megatron_scalebio.core.confidence import (
 )
 from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.core.flush import Losses, Pass, passes_of
+from megatron_scalebio.core.goals import Goals
 from megatron_scalebio.core.levels import Levels
 from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.objective import Role, hypergradient, mixed, role_scale
@@ -49,6 +50,7 @@ class StepReport:
     Attributes:
         step: steps made, this one included.
         weights_S: p before the step, float64.
+        shares_V: weights of the validation sets in L1, float64.
         losses: ℓ_i(u), ℓ_i(w) and the losses of the validation sets, before the step.
         train_loss_w, train_loss_u: L2(w), L2(u).
         validation_loss: L1(w).
@@ -60,6 +62,7 @@ class StepReport:
 
     step: int
     weights_S: torch.Tensor
+    shares_V: torch.Tensor
     losses: Losses
     train_loss_w: float
     train_loss_u: float
@@ -80,12 +83,14 @@ class ScaleBiO(Training):
         sources: names of the S data sources, in the order of their numbers in the batches.
         model_provider, ddp, optimizer, **training: as of `Training`.
         validation: weight of each validation set in L1, by name, in the order of their numbers.
+        goals: what the sets come to [the mean of their losses by these weights].
         initial_weights: of the sources, normalised here [equal ones].
         constraints: what the weights have to keep to [nothing].
         levels: groups of the sources, which step as groups, too [none].
 
     Attributes:
         mixture: λ and its trajectory.
+        goals: the weights of the validation sets.
 
     Raises:
         ValueError: if the weights are no weights, a name is there twice, or as of `Training`.
@@ -103,6 +108,7 @@ class ScaleBiO(Training):
         initial_weights: Sequence[float] | None = None,
         constraints: Constraints | None = None,
         levels: Levels | None = None,
+        goals: Goals | None = None,
         **training: Any,
     ) -> None:
         validation = {"validation": 1.0} if validation is None else validation
@@ -117,8 +123,7 @@ class ScaleBiO(Training):
             memory_growth=options.memory_growth, **training,
         )  # fmt: skip
         self.options, self.sources = options, list(sources)
-        shares_V = torch.tensor(list(validation.values()), dtype=torch.float64)
-        self.validation_shares_V = shares_V / shares_V.sum()
+        self.goals = goals or Goals(list(validation.values()))
         self.mixture = Mixture(initial, options.mixture_optimizer, constraints, levels)
 
     @property
@@ -158,7 +163,7 @@ class ScaleBiO(Training):
         for name, value in {**rates, "lr_lambda": lr_lambda, "alpha": alpha}.items():
             if not 0 <= value < math.inf or (name == "alpha" and value == 0):
                 raise ValueError(f"{name} is {value}")
-        probs_S, shares_V = self.mixture.probs_S, self.validation_shares_V
+        probs_S, shares_V = self.mixture.probs_S, self.goals.shares_V
         inclusion_S, inclusion_V = (
             torch.ones_like(each) if given is None else torch.as_tensor(np.asarray(given))
             for each, given in ((probs_S, inclusion), (shares_V, validation_inclusion))
@@ -194,12 +199,14 @@ class ScaleBiO(Training):
             excess_S = losses.w_S - losses.u_S
             gradient_S = hypergradient(excess_S, probs_S, inclusion_S, alpha)
             norm_lambda = self.mixture.step(gradient_S, lr_lambda, self.memory)
+            self.goals.step(losses.validation_V)
 
+        learned = [self.mixture.logits_S, self.goals.sums_2V.view(-1)]
         with self.observe("update"):
-            update = self.update(losses, watched, rates, self.mixture.logits_S, learn)
+            update = self.update(losses, watched, rates, learned, learn)
         return StepReport(
-            self.steps, probs_S, losses, loss_w, loss_u, loss_V, update.norms, norm_lambda,
-            alpha, rates["w"], rates["u"], lr_lambda, update.skipped,
+            self.steps, probs_S, shares_V, losses, loss_w, loss_u, loss_V, update.norms,
+            norm_lambda, alpha, rates["w"], rates["u"], lr_lambda, update.skipped,
         )  # fmt: skip
 
     def passes(
@@ -291,11 +298,14 @@ class ScaleBiO(Training):
         return {"sources": self.sources}
 
     def common_state(self) -> dict[str, Any]:
-        return {**super().common_state(), "mixture": self.mixture.state_dict()}
+        learned = {"mixture": self.mixture.state_dict(), "goals": self.goals.sums_2V.clone()}
+        return {**super().common_state(), **learned}
 
     def load_common_state(self, state: Mapping[str, Any]) -> None:
         super().load_common_state(state)
         self.mixture.load_state_dict(state["mixture"])
+        if "goals" in state:  # checkpoints of earlier versions have none
+            self.goals.sums_2V.copy_(state["goals"])
 
 
 def _require_shares(name: str, values: Sequence[float]) -> None:

@@ -228,7 +228,7 @@ class Training:
         losses: Losses,
         watched: Mapping[str, float],
         rates: Mapping[str, float],
-        learned: torch.Tensor | None = None,
+        learned: Sequence[torch.Tensor] = (),
         learn: Callable[[], None] = lambda: None,
     ) -> Update:
         """Steps the models, all or none, and counts the step. A collective.
@@ -266,19 +266,22 @@ class Training:
         return self.spikes.judge({**watched, **of_norms})
 
     @torch.no_grad()
-    def _agreed(self, sound: bool, learned: torch.Tensor | None, learn: Callable[[], None]) -> bool:
+    def _agreed(
+        self, sound: bool, learned: Sequence[torch.Tensor], learn: Callable[[], None]
+    ) -> bool:
         """Whether rank 0 applies the step, and what it has learned, in one broadcast."""
         first = dist.get_rank() == 0
         if first and sound:
             learn()
-        state = torch.zeros(0, dtype=torch.float64) if learned is None else learned.detach()
-        decision = of_first_rank(torch.cat([torch.tensor([float(sound)]).double(), state]))
-        applied = bool(decision[0])
+        flag = torch.tensor([float(sound)]).double()
+        applied, *states = of_first_rank(torch.cat([flag, *learned])).split(
+            [1, *(len(each) for each in learned)]
+        )
         if applied and not first:
             learn()
-        if learned is not None:
-            learned.copy_(decision[1:])
-        return applied
+        for each, state in zip(learned, states, strict=True):
+            each.copy_(state)
+        return bool(applied)
 
     def common_state(self) -> dict[str, Any]:
         """What is equal on all ranks: counts of steps, what the spike guard has seen."""

@@ -23,6 +23,7 @@ import megatron_scalebio
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config, ValidationConfig
 from megatron_scalebio.config_loader import config_text
+from megatron_scalebio.data.blend_schedule import SCHEDULE_FILE
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.engine.epochs import natural_counts
 from megatron_scalebio.engine.state import RunState, TokenCost
@@ -58,13 +59,18 @@ def prepare_folders(
         earlier = {"sources": run["sources"], "validation": run["validation"]}
     except (OSError, ValueError, KeyError, TypeError):
         return
-    reuse = f"; --weights {folder} there starts from the weights learned here"
+    is_train = run.get("stage") == "train"
+    more = f"; --weights {folder} there starts from the weights learned here"
+    if is_train:
+        more = ", or name new sources after those that it had"
     for kind, names in (("sources", sources), ("validation", validation)):
-        if names is not None and earlier[kind] not in ([], names):  # []: a part that has none
+        # []: a part that has none. `train` may go on with more sources.
+        known = names[: len(earlier[kind])] if names and is_train else names
+        if names is not None and earlier[kind] not in ([], known):
             raise UserError(
                 f"holds a run of other {kind}: {_difference(earlier[kind], names)}",
                 where=str(folder),
-                fix="choose a new train.output" + reuse * (kind == "sources"),
+                fix="choose a new train.output" + more * (kind == "sources"),
             )
 
 
@@ -204,11 +210,7 @@ def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list
     write_memory(folder)
     write_json(folder / "weights.json", content)
     floor = blend_floor(config)
-    kept = [e for e in content["sources"] if e["weight"] >= floor]
-    whole = sum(entry["weight"] for entry in kept)
-    words: list[str] = []
-    for entry in kept:
-        words += [f"{entry['weight'] / whole:.6f}", os.path.abspath(entry["path"])]
+    words = _blend_words([(e["weight"], e["path"]) for e in content["sources"]], floor)
     write_text(folder / "blend.txt", shlex.join(words) + "\n")
     splits: dict[str, list[str] | None] = {
         "train": words,
@@ -218,6 +220,36 @@ def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list
     splits["test"] = _weighted(config.data.test) or None
     write_json(folder / "blend.json", splits)
     return [e["name"] for e in content["sources"] if e["weight"] < floor]
+
+
+def _blend_words(entries: Sequence[tuple[float, str]], floor: float) -> list[str]:
+    """Weights and prefixes, as a blend has them, of the weights from a floor on."""
+    kept = [(weight, path) for weight, path in entries if weight >= floor]
+    whole = sum(weight for weight, _ in kept)
+    return [
+        word for weight, path in kept for word in (f"{weight / whole:.6f}", os.path.abspath(path))
+    ]
+
+
+def write_schedule(
+    folder: Path,
+    sources: Sequence[Source],
+    stages: Sequence[tuple[int, list[float]]],
+    config: Config,
+) -> None:
+    """Writes blend_schedule.json: the step at which each stage begins, and its mixture."""
+    floor = blend_floor(config)
+    content = [
+        {
+            "step": step,
+            "weights": {s.name: weight for s, weight in zip(sources, weight_S, strict=True)},
+            "blend": shlex.join(
+                _blend_words([(w, s.prefix) for s, w in zip(sources, weight_S, strict=True)], floor)
+            ),
+        }
+        for step, weight_S in stages
+    ]
+    write_json(folder / SCHEDULE_FILE, {"stages": content})
 
 
 def _weighted(sets: Sequence[ValidationConfig]) -> list[str]:

@@ -115,11 +115,17 @@ class Data:
         )
 
     def next(
-        self, probs_S: torch.Tensor
+        self, probs_S: torch.Tensor, shares_V: torch.Tensor | None = None
     ) -> tuple[list[MicroBatch], list[MicroBatch], Picks, Picks]:
-        """This rank's training and validation micro-batches, and the global picks of both."""
+        """This rank's training and validation micro-batches, and the global picks of both.
+
+        Args:
+            shares_V: of the validation sets [as configured].
+        """
         picks = self.sampler.next(probs_S.numpy())
-        valid_picks = self.validation_sampler.next(self.shares_V)
+        valid_picks = self.validation_sampler.next(
+            self.shares_V if shares_V is None else shares_V.numpy()
+        )
         with runtime.refused_together():
             train = micro_batches(self.sources, picks, self.layout)
             valid = micro_batches(self.validation, valid_picks, self.layout)

@@ -40,7 +40,7 @@ def step_w(
     losses: Losses,
     picks: Picks,
     probs_S: torch.Tensor,
-    learned: torch.Tensor | None = None,
+    learned: Sequence[torch.Tensor] = (),
     learn: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Steps w with the gradients at hand, unless something was not finite or spiked; the record.

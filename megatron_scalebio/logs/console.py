@@ -22,8 +22,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from megatron_scalebio.formatting import duration, percent, printable, quantity, shorten
+from megatron_scalebio.logs.interactions import Interaction
 
 ROWS_SHOWN = 15
+SETS_SHOWN = 8
 TOP_SHOWN = 3
 TOP_NAME_CHARS = 16
 LIVE_REFRESH_S = 0.25
@@ -162,6 +164,8 @@ class RunConsole:
             table.add_row(*row)
         self.console.print(table)
         self._note_hidden(len(ranked) - ROWS_SHOWN)
+        if weights.get("validation"):
+            self._sets(weights["validation"])
         if known:
             distance = sum(abs(e["weight"] - known.get(e["name"], 0.0)) for e in ranked)
             self._print(f"L1 distance from the known mixture: {distance:.3f}")
@@ -171,6 +175,31 @@ class RunConsole:
             of = f"{len(ranked):,} sources, " if weights.get("groups") else ""
             self._verdict(weights, of)
         self.places(outputs)
+
+    def interaction(self, found: Interaction, weights: Sequence[float]) -> None:
+        """Which source serves which validation set: of the heaviest sources, what is sure."""
+        names, scaled, sure = found.validation[:SETS_SHOWN], found.scaled, found.sure
+        table = _table("source serves set", *(shorten(printable(name), 16) for name in names))
+        for i in np.argsort(-np.asarray(weights), kind="stable")[:ROWS_SHOWN]:
+            shown = zip(scaled[i, : len(names)], sure[i], strict=False)
+            cells = (f"{value:+.2f}" if known else "·" for value, known in shown)
+            table.add_row(plain(str(found.sources[i])), *cells)
+        self.console.print(table)
+        self._print(Text("1: the most; below 0: harms; ·: not told from 0", style="dim"))
+
+    def _sets(self, sets: Sequence[Mapping[str, Any]]) -> None:
+        """Validation sets: weights, losses at the start and at the end, what these are held to."""
+        table = _table("validation set", "weight", "loss at start", "loss", "compared with")
+        for entry in sets[:ROWS_SHOWN]:
+            held, reference = entry.get("max_loss"), entry.get("reference_loss")
+            table.add_row(
+                plain(entry["name"]), percent(entry["weight"]), f"{entry['start_loss']:.4f}",
+                "–" if entry["loss"] is None else f"{entry['loss']:.4f}",
+                f"at most {held:.4f}" if held is not None
+                else "–" if reference is None else f"{reference:.4f}",
+            )  # fmt: skip
+        self.console.print(table)
+        self._note_hidden(len(sets) - ROWS_SHOWN, "validation sets")
 
     def _groups(self, weights: Mapping[str, Any], confidence: str) -> None:
         """The heaviest groups of each level, and whether the level has converged."""

@@ -160,6 +160,8 @@ def step_scalars(
     yield from _pick(record, STEP_TAGS)
     for name, loss in zip(validation, record.get("validation_losses") or (), strict=False):
         yield f"lm loss validation-{name}", loss
+    for name, weight in zip(validation, record.get("validation_weights") or (), strict=False):
+        yield f"mixture/validation/{name}", weight
     for field in ("rank", "ratio") if record.get("straggler") else ():
         yield f"straggler/{field}", record["straggler"][field]
     for name, weight in (record.get("group_weights") or {}).items():

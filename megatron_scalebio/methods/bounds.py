@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_scalebio.config import Config
+from megatron_scalebio.core.confidence import WeightIntervals
 from megatron_scalebio.core.constraints import Constraints
+from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.data.reuse import reused
 from megatron_scalebio.engine.epochs import caps
 from megatron_scalebio.engine.outputs import natural_shares
@@ -91,13 +93,35 @@ def refuse_bounds(config: Config) -> None:
     """For the methods that know no bounds."""
     method, sources = config.baseline.method, config.data.sources
     bound = next((s for s in sources if s.low > 0 or s.high < 1), None)
+    held = next((v for v in config.data.validation if v.is_bounded), None)
     asked = {
         f"data.sources: the bounds of {bound.name if bound else None!r}": bound is not None,
         "data.keep_ratios": config.data.keep_ratios,
         "bilevel.kl_to_prior": config.bilevel.kl_to_prior > 0,
+        "bilevel.objective": config.bilevel.objective != "mean",
+        "bilevel.interactions": config.bilevel.interactions,
+        f"data.validation: the bound of {held.name if held else None!r}": held is not None,
     }
     for what, is_asked in asked.items():
         if is_asked:
             raise UserError(
                 f"{what}: the method {method!r} can't keep to it (drop it, or baseline.method)"
             )
+
+
+def at_bounds(bio: ScaleBiO, intervals: WeightIntervals) -> list[str | None] | None:
+    """Which bound holds each weight, if there are any: "fixed", "min" or "max"."""
+    kept = bio.mixture.constraints
+    if kept is None:
+        return None
+    weight_S, close = intervals.weight_S, 1e-6
+    names: list[str | None] = [None] * len(weight_S)
+    for number in range(len(names)):
+        weight, low, high = (float(x[number]) for x in (weight_S, kept.low_S, kept.high_S))
+        if low == high:
+            names[number] = "fixed"
+        elif high - weight <= close * high and high < 1:
+            names[number] = "max"
+        elif weight - low <= close * weight and low > 0:
+            names[number] = "min"
+    return names

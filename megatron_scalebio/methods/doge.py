@@ -154,7 +154,7 @@ def doge_step(state: DogeState) -> Record:
 
     losses = run.losses()
     moved_S = log_weight_S.log_softmax(0)
-    record = step_w(state, losses, picks, moved_S.exp(), learned=moved_S)
+    record = step_w(state, losses, picks, moved_S.exp(), learned=[moved_S])
     if not record["skipped"]:
         state.mean_norm = float(norm_S.mean())
         state.move_to(moved_S)

@@ -147,7 +147,7 @@ def doremi_step(state: DoremiState) -> Record:
     eta = config.baseline.domain_lr or DOMAIN_LR
     log_weight_S = reweighted(state.log_weight_S, score_S, eta)
 
-    record = train_on(state, batches, picks, log_weight_S.exp(), learned=log_weight_S)
+    record = train_on(state, batches, picks, log_weight_S.exp(), learned=[log_weight_S])
     state.cost.scored += 2 * record["tokens"]
     if not record["skipped"]:
         state.score_S = score_S

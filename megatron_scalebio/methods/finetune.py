@@ -1,11 +1,13 @@
-"""What `train` does: trains w alone on a fixed mixture, by the same engine as `reweight`.
+"""What `train` does: trains w alone on a mixture, by the same engine as `reweight`.
 
     sources and their weights ─▶ BlendSampler ─▶ one flush ─▶ AdamW ─▶ losses of the held-out sets
                                                                         ├▶ checkpoints/ last ones
                                                                         └▶ best/        the best
 
 The sources are the folder that `sample` wrote, or several with `data.weights` (a run's
-weights.json). Supervised fine-tuning or continued pre-training: it is the data that differs.
+weights.json) or a `data.blend_schedule`, whose mixtures follow each other. A resumed run goes on
+where each source was, under another mixture too, and with sources that are new. Supervised
+fine-tuning or continued pre-training: it is the data that differs.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.sampler import Picks
 from megatron_scalebio.data.batch import micro_batches
+from megatron_scalebio.data.blend_schedule import BlendSchedule, read_schedule
 from megatron_scalebio.data.weights_file import much_shorter, searched_for
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.evaluate import HeldOutLoss, held_out_losses
@@ -29,6 +32,7 @@ from megatron_scalebio.engine.start import Job, resume_or_start, start_job
 from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import train_on
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
+from megatron_scalebio.formatting import few
 from megatron_scalebio.whole_files import write_json
 
 EVALUATION_FILE = "evaluation.json"
@@ -53,6 +57,7 @@ def train_begun(config: Config, job: Job, part_of: Path | None = None) -> tuple[
     home = part_of or job.folder
     state = FinetuneState(config, home / "cache")
     warnings = resume_or_start(state, home, job.save_to)
+    warnings += [state.changed] * bool(state.changed)
     iterations, found = config.train.train_iters, config.data.weights
     searched = searched_for(Path(found)) if found else None
     if searched and much_shorter(iterations, searched):
@@ -78,20 +83,43 @@ class FinetuneState(RunState):
         super().__init__(config, stage, cache)
         weights = torch.tensor(self.data.initial_weights(), dtype=torch.float64)
         self.probs_S = weights / weights.sum()
+        self.blends: BlendSchedule | None = None
+        if config.data.blend_schedule:
+            names = [source.name for source in self.data.sources]
+            self.blends = read_schedule(Path(config.data.blend_schedule), names)
+            self._take_blend()
         self.best_loss = math.inf
+        self.changed = ""  # since the checkpoint that it resumes from
+
+    def _take_blend(self) -> None:
+        """The mixture of the step to come, where a schedule has one for each."""
+        if self.blends is not None:
+            self.probs_S = torch.tensor(self.blends.at(self.step), dtype=torch.float64)
 
     def common_state(self) -> dict[str, Any]:
-        return {**super().common_state(), "best_loss": self.best_loss}
+        mixture = self.probs_S.tolist()  # of the last step
+        return {**super().common_state(), "best_loss": self.best_loss, "mixture": mixture}
 
     def load_common_state(self, state: dict[str, Any]) -> None:
-        super().load_common_state(state)
+        """Takes over a run's state; sources that are new since have drawn nothing yet."""
+        drawn = state["sampler"]["drawn"]
+        new = [0] * (len(self.data.sources) - len(drawn))
+        super().load_common_state({**state, "sampler": {**state["sampler"], "drawn": drawn + new}})
         self.best_loss = state["best_loss"]
+        ours = self.probs_S.tolist() if self.blends is None else self.blends.at(self.step - 1)
+        if state.get("mixture", ours) + new != ours:
+            added = few([source.name for source in self.data.sources[len(drawn) :]])
+            self.changed = f"goes on with another mixture from step {self.step + 1} on" + (
+                f", and with more sources: {added}" if added else ""
+            )
+        self._take_blend()
 
     def draw(self) -> Picks:
         """The examples of the next step, whose sources weigh `probs_S`."""
         return self.data.sampler.next(self.probs_S.numpy())
 
     def make_step(self) -> Record:
+        self._take_blend()
         with self.clock("data"):
             picks = self.draw()
             with runtime.refused_together():

@@ -2,6 +2,8 @@
 
     weights.json    intervals and a verdict are ScaleBiO's alone
     blend.txt, blend.json
+    blend_schedule.json  the mixtures that ScaleBiO went through
+    interaction.npz which source serves which validation set, where that was asked for
     selected.json   of methods that choose examples: which ones, per source
 
 `sample` takes both files: it draws by the weights, from the selected examples alone.
@@ -21,6 +23,7 @@ from megatron_scalebio.data.weights_file import SELECTED_FILE
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.epochs import epochs, target_examples
 from megatron_scalebio.engine.state import TokenCost
+from megatron_scalebio.logs.interactions import Interaction
 from megatron_scalebio.whole_files import write_json
 
 
@@ -40,6 +43,8 @@ class Found:
         at_bound_S: the bound that holds each weight: "fixed", "min", "max", or none; None: it has
             no bounds.
         selected_S: chosen examples of each source, indices, ascending; None: it chooses none.
+        stages: mixtures of a training, each from its step on, where the method has them.
+        interaction: which source serves which validation set; None: not asked for, or not known.
         remarks: what speaks against trusting the weights.
         details: what else a reader may want, by name; goes into weights.json.
     """
@@ -55,6 +60,8 @@ class Found:
     verdict: Verdict | None = None
     at_bound_S: list[str | None] | None = None
     selected_S: list[list[int]] | None = None
+    stages: list[tuple[int, list[float]]] = field(default_factory=list)
+    interaction: Interaction | None = None
     remarks: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -78,6 +85,10 @@ def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, A
                 ],
             },
         )
+    if found.stages:
+        outputs.write_schedule(folder, found.sources, found.stages, config)
+    if found.interaction is not None:
+        found.interaction.write(folder)
     verdict = found.verdict or Verdict(
         False, "; ".join([f"{method} gives no intervals", *found.remarks])
     )

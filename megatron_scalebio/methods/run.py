@@ -12,16 +12,19 @@ from pathlib import Path
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
+from megatron_scalebio.data.blend_schedule import SCHEDULE_FILE
 from megatron_scalebio.data.weights_file import SELECTED_FILE, WEIGHTS_FILE
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.start import Job, start_job
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
 from megatron_scalebio.formatting import few
 from megatron_scalebio.logs.console import RunConsole, SourceLine
+from megatron_scalebio.logs.interactions import INTERACTION_FILE
 from megatron_scalebio.logs.records import METRICS_FILE
 from megatron_scalebio.methods import fixed
 from megatron_scalebio.methods.bounds import refuse_bounds
 from megatron_scalebio.methods.found import Found, write_found
+from megatron_scalebio.methods.interactions import FEWEST_WINDOWS
 from megatron_scalebio.report.html import write_report
 from megatron_scalebio.whole_files import write_text
 
@@ -50,6 +53,8 @@ def _finish(config: Config, found: Found, job: Job) -> None:
     write_text(folder / "config.yaml", config_text(config))
     content, left_out = write_found(folder, found, config)
     places = {"weights": folder / WEIGHTS_FILE, "blend": folder / "blend.txt"}
+    if len(found.stages) > 1:
+        places["schedule"] = folder / SCHEDULE_FILE
     if found.selected_S is not None:
         places["selected"] = folder / SELECTED_FILE
     if (folder / METRICS_FILE).exists():  # it trained: there is something to draw
@@ -59,6 +64,11 @@ def _finish(config: Config, found: Found, job: Job) -> None:
     shares = zip(found.sources, natural, found.initial_S, strict=True)
     lines = [SourceLine(s.name, len(s), s.tokens, share, p) for s, share, p in shares]
     console = RunConsole(lines, config.train.train_iters, config.logging.log_interval)
+    if found.interaction is not None:
+        places["interaction"] = folder / INTERACTION_FILE
+        console.interaction(found.interaction, found.weight_S)
+    elif config.bilevel.interactions:
+        console.warn(f"interactions: too few steps to fit them ({FEWEST_WINDOWS} resets or more)")
     console.result(content, places, config.data.known_weights)
     if any(source.tokenizer for source in found.sources):  # prepared, with loss masks
         console.note(

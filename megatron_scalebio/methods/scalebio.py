@@ -16,8 +16,9 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.core.confidence import (
     RESOLUTION,
     Verdict,
-    WeightIntervals,
 )
+from megatron_scalebio.core.goals import LEAST
+from megatron_scalebio.core.objective import hypergradient
 from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
 from megatron_scalebio.data.weights_file import much_shorter
 from megatron_scalebio.engine import outputs
@@ -29,8 +30,17 @@ from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import with_names
 from megatron_scalebio.formatting import quantity
 from megatron_scalebio.logs.source_table import LISTED_SOURCES
-from megatron_scalebio.methods.bounds import constraints_of
+from megatron_scalebio.methods.bounds import at_bounds, constraints_of
 from megatron_scalebio.methods.found import Found
+from megatron_scalebio.methods.goals import (
+    SetRecord,
+    broken_bound,
+    goal_told,
+    goals_of,
+    losses_of_sets,
+    settle,
+)
+from megatron_scalebio.methods.goals import described as described_sets
 from megatron_scalebio.methods.groups import (
     Level,
     coarse_weights,
@@ -38,6 +48,8 @@ from megatron_scalebio.methods.groups import (
     described,
     levels_of,
 )
+from megatron_scalebio.methods.interactions import interactions_of
+from megatron_scalebio.methods.stages import stages_of
 
 FEWEST_AVERAGED = 20  # steps: the wandering of fewer says nothing of an interval
 MANY_PASSES = 10  # over a source or a validation set, from which on weights are no longer trusted
@@ -52,6 +64,7 @@ def find(config: Config, job: Job) -> Found:
     """The weights at the run's end, or so far where a signal has stopped it."""
     state = TrainState(config, job.folder / "cache")
     warnings = resume_or_start(state, job.folder, job.save_to)
+    state.measure_start()
     if config.parallel.fp8_format and config.parallel.fp8_recipe == "delayed":
         warnings.append(
             "fp8_recipe delayed: w and u get scales of their own, and the weights learn from their "
@@ -69,7 +82,15 @@ def find(config: Config, job: Job) -> Found:
         lambda: RunLog(state, job.folder, parameters, initial_S, warnings, _facts(state))
     )
     finished = logged_steps(state, job, log, job.save_to)
-    intervals = state.training.intervals(state.data.validation_examples)
+    measured = finished and state.sets.is_needed
+    sets = described_sets(
+        state.training.goals, state.sets, state, losses_of_sets(state) if measured else None
+    )
+    broken = broken_bound(sets.get("validation", []))
+    intervals = state.training.intervals(state.validation_examples)
+    interaction = None
+    if state.interactions is not None:
+        interaction = state.interactions.found(state.data, config.bilevel.confidence)
     known = state.step * config.bilevel.average_fraction >= FEWEST_AVERAGED
     return Found(
         sources=state.data.sources,
@@ -80,7 +101,7 @@ def find(config: Config, job: Job) -> Found:
         complete=finished,
         low_S=intervals.low_S.tolist() if known else None,
         high_S=intervals.high_S.tolist() if known else None,
-        verdict=verdict(state),
+        verdict=Verdict(False, broken) if broken else verdict(state),
         details={
             "confidence": config.bilevel.confidence,
             "final_train_iters": final,
@@ -91,11 +112,19 @@ def find(config: Config, job: Job) -> Found:
                 state.training,
                 state.levels,
                 _is_constant(config),
-                state.data.validation_examples,
+                state.validation_examples,
                 known,
             ),
+            **sets,
         },
         at_bound_S=at_bounds(state.training, intervals),
+        interaction=interaction,
+        stages=[
+            (round(step * final / config.train.train_iters), weight_S)
+            for step, weight_S in stages_of(
+                state.training.mixture.trajectory, config.bilevel.tolerance
+            )
+        ],
     )
 
 
@@ -107,6 +136,8 @@ class TrainState(RunState):
 
     def __init__(self, config: Config, cache: Path) -> None:
         super().__init__(config, "reweight", cache)
+        self.sets = SetRecord(config)
+        self.interactions = interactions_of(config, self.data)
 
     def _training(self) -> ScaleBiO:
         config, data = self.config, self.data
@@ -114,10 +145,7 @@ class TrainState(RunState):
         return ScaleBiO(
             config.bilevel.options(config.data.loss_mean),
             [source.name for source in data.sources],
-            validation={
-                source.name: float(share)
-                for source, share in zip(data.validation, data.shares_V, strict=True)
-            },
+            goals=goals_of(config),
             initial_weights=data.initial_weights(),
             constraints=constraints_of(config, data),
             levels=core_levels(self.levels),
@@ -138,14 +166,42 @@ class TrainState(RunState):
         bounds = [(source.low, source.high) for source in data.sources]
         digest = hashlib.sha256(repr(bounds).encode()).hexdigest()[:8]
         target = data.target_tokens or data.target_examples
+        held = [[v.reference_loss, v.max_loss, v.max_loss_rise] for v in data.validation]
         return {
             "bilevel.kl_to_prior": bilevel.kl_to_prior or None,
             "bilevel.prior": bilevel.prior if bilevel.kl_to_prior else None,
             "data.target": target,
             "data.max_epochs": data.max_epochs if target else None,
             "data.keep_ratios": data.keep_ratios or None,
+            "bilevel.objective": bilevel.objective if bilevel.objective != "mean" else None,
+            "bilevel.interactions": bilevel.interactions or None,
+            "bounds of data.validation": held if any(any(x) for x in held) else None,
             "bounds of data.sources": digest if set(bounds) - {(0.0, 1.0)} else None,
         }
+
+    def measure_start(self) -> None:
+        """Takes the sets' losses at the start, unless a checkpoint had them. A collective."""
+        if self.sets.is_needed:
+            self.sets.start_V = self.sets.start_V or losses_of_sets(self)
+            settle(self.training.goals, self.config.data.validation, self.sets.start_V)
+
+    @property
+    def validation_examples(self) -> float | None:
+        """As many as would weigh the same where each weighs alike."""
+        share_V = self.sets.weights(self.training.goals, self.config).tolist()
+        spread = sum(s**2 / len(v) for s, v in zip(share_V, self.data.validation, strict=True))
+        return 1 / spread if spread else None
+
+    def common_state(self) -> dict[str, Any]:
+        fitted = {"interactions": self.interactions.state_dict()} if self.interactions else {}
+        return {**super().common_state(), "sets": self.sets.state_dict(), **fitted}
+
+    def load_common_state(self, state: dict[str, Any]) -> None:
+        super().load_common_state(state)
+        if "sets" in state:  # checkpoints of earlier versions have none
+            self.sets.load_state_dict(state["sets"])
+        if self.interactions and state.get("interactions"):
+            self.interactions.load_state_dict(state["interactions"])
 
     def make_step(self) -> Record:
         return step_record(self, train_step(self))
@@ -157,8 +213,13 @@ class TrainState(RunState):
 def train_step(state: TrainState) -> StepReport:
     """One bilevel step of all ranks; advances `state` unless something was not finite or spiked."""
     bio, settings = state.training, state.schedule.at(state.step)
+    if state.interactions:
+        state.interactions.begin_step(state.step, bio.memory)
+        bio.goals.swing_V = state.interactions.swing(state.step)
     with state.clock("data"):
-        train, valid, picks, valid_picks = state.data.next(bio.mixture.probs_S)
+        train, valid, picks, valid_picks = state.data.next(
+            bio.mixture.probs_S, bio.goals.shares_V.clamp_min(LEAST)
+        )
     report = bio.step(
         train,
         valid,
@@ -170,6 +231,14 @@ def train_step(state: TrainState) -> StepReport:
         validation_inclusion=valid_picks.inclusion_S,
     )
     state.cost.trained += report.losses.tokens
+    if report.skipped is None:
+        state.sets.path.append(report.shares_V - bio.goals.swing_V)
+        if state.interactions:
+            excess_S = report.losses.w_S - report.losses.u_S
+            inclusion_S = torch.from_numpy(picks.inclusion_S)
+            state.interactions.append(
+                report, hypergradient(excess_S, report.weights_S, inclusion_S, settings.alpha)
+            )
     return report
 
 
@@ -189,6 +258,7 @@ def step_record(state: TrainState, report: StepReport) -> Record:
         "lr_lambda": report.lr_lambda,
         "validation_loss": report.validation_loss,
         "validation_losses": losses.validation_V.tolist(),
+        **({"validation_weights": report.shares_V.tolist()} if state.sets.is_needed else {}),
         "train_loss_w": report.train_loss_w,
         "train_loss_u": report.train_loss_u,
         "weights": held(report.weights_S),
@@ -208,7 +278,7 @@ def step_record(state: TrainState, report: StepReport) -> Record:
 def verdict(state: TrainState) -> Verdict:
     """Whether the weights have converged by now, and why."""
     constant = _is_constant(state.config)
-    judged = state.training.verdict(constant, state.data.validation_examples)
+    judged = state.training.verdict(constant, state.validation_examples)
     if judged.converged:
         worn = _seen_too_often(state)
         return Verdict(False, worn) if worn else judged
@@ -258,26 +328,9 @@ def _facts(state: TrainState) -> dict[str, object]:
             if state.levels
             else {}
         ),
+        **goal_told(config),
         **({} if target is None else {"target": repeated}),
         "steps": f"{train.train_iters} of {train.global_batch_size} training and "
         f"{train.validation_batch_size} validation sequences",
         "mixture": f"{bilevel.mixture_optimizer} lr {bilevel.lr_lambda:g}, alpha {bilevel.alpha:g}",
     }
-
-
-def at_bounds(bio: ScaleBiO, intervals: WeightIntervals) -> list[str | None] | None:
-    """Which bound holds each weight, if there are any: "fixed", "min" or "max"."""
-    kept = bio.mixture.constraints
-    if kept is None:
-        return None
-    weight_S, close = intervals.weight_S, 1e-6
-    names: list[str | None] = [None] * len(weight_S)
-    for number in range(len(names)):
-        weight, low, high = (float(x[number]) for x in (weight_S, kept.low_S, kept.high_S))
-        if low == high:
-            names[number] = "fixed"
-        elif high - weight <= close * high and high < 1:
-            names[number] = "max"
-        elif weight - low <= close * weight and low > 0:
-            names[number] = "min"
-    return names

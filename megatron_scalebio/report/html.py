@@ -14,10 +14,12 @@ from megatron_scalebio.report import page, summary
 from megatron_scalebio.report.advice import advice
 from megatron_scalebio.report.charts import GREY_LINES, mixture_charts, training_charts
 from megatron_scalebio.report.load import Run, load_run
+from megatron_scalebio.report.sets import heat_map
 from megatron_scalebio.report.svg import COLOURS
 from megatron_scalebio.whole_files import write_text
 
 ROWS_DRAWN = 20  # in the picture of the weights; the table holds all
+SERVED_SHOWN = 40  # in the picture of what serves which set; interaction.npz holds all
 SKIPS_SHOWN = 100
 
 
@@ -71,6 +73,7 @@ def _context(run: Run) -> dict[str, Any]:
         "changes": summary.biggest_changes(rows),
         "groups": sorted(run.weights.groups, key=lambda g: -g.weight) if run.weights else [],
         "levels": run.weights.levels if run.weights else [],
+        "served": heat_map(run.interaction, [row.name for row in rows[:SERVED_SHOWN]]),
         "repeats": any(row.epochs is not None for row in rows),
         "distance": summary.known_distance(rows),
         "left_out": [row for row in rows if row.in_blend is False],

@@ -10,8 +10,10 @@ from typing import Any
 import yaml
 
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.logs.interactions import Interaction, read_interaction
 from megatron_scalebio.logs.records import METRICS_FILE
 from megatron_scalebio.report.history import History, number_or_none, read_history
+from megatron_scalebio.report.sets import SetRow, set_rows
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Weights:
     complete: bool = True  # False: those so far of a run that a signal stopped
     groups: list[SourceWeight] = field(default_factory=list)
     levels: list[dict[str, Any]] = field(default_factory=list)  # verdict on each level of groups
+    sets: list[SetRow] = field(default_factory=list)  # validation sets, where there are several
+    objective: str = ""  # what they come to
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Run:
     config_text: str
     command: str
     blend: str
+    interaction: Interaction | None = None
     notices: list[str] = field(default_factory=list)
 
     def setting(self, section: str, name: str) -> Any:
@@ -101,7 +106,7 @@ def load_run(path: Path | str) -> Run:
     history = read_history(path / METRICS_FILE, sources, validation, notices)
     return Run(
         path=path, sources=sources, validation=validation, history=history, weights=weights,
-        info=info, config=config, config_text=config_text,
+        interaction=read_interaction(path), info=info, config=config, config_text=config_text,
         command=_read_text(path / "command.txt").strip(),
         blend=_read_text(path / "blend.txt").strip(), notices=notices,
     )  # fmt: skip
@@ -172,6 +177,8 @@ def _read_weights(path: Path, notices: list[str]) -> Weights | None:
             for i, entry in enumerate(_list(tree, "groups"))
         ],
         levels=[level for level in _list(tree, "levels") if isinstance(level, dict)],
+        sets=set_rows(_list(tree, "validation")),
+        objective=str(tree.get("objective") or ""),
     )
 
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
+from megatron_scalebio.core.goals import Goals
 from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.options import BilevelOptions, LisaOptions
 from megatron_scalebio.core.scalebio import ScaleBiO
@@ -36,7 +36,7 @@ def test_weights_and_names_that_are_none_are_refused(given: dict, words: str) ->
 def bare() -> Any:
     bio = ScaleBiO.__new__(ScaleBiO)
     bio.options, bio.mixture = BilevelOptions(), Mixture([1.0, 1.0], "eg")
-    bio.validation_shares_V = torch.ones(1).double()
+    bio.goals = Goals([1.0])
     return bio
 
 

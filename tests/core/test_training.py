@@ -78,7 +78,7 @@ def test_rank_0_decides(
 
     monkeypatch.setattr(module.dist, "get_rank", lambda: rank)
     monkeypatch.setattr(module, "of_first_rank", of_first_rank)
-    applied = Training._agreed(None, ours, learned, learn)  # type: ignore[arg-type]
+    applied = Training._agreed(None, ours, [learned], learn)  # type: ignore[arg-type]
     assert applied == (ours if rank == 0 else theirs)
     assert len(calls) == applied
     want = [1.25, 2.25] if rank else [1.5, 2.5] if ours else [1.0, 2.0]

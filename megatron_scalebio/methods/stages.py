@@ -1,0 +1,35 @@
+"""The mixtures that a search went through, as stages of a training: where they differ, and when."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_scalebio.core.confidence import TrajectoryBlocks
+
+PIECES = 8  # of the run, of which neighbours that are alike make one stage
+
+
+def stages_of(path: TrajectoryBlocks, tolerance: float) -> list[tuple[int, list[float]]]:
+    """The step at which each stage begins, and its mean mixture; of a run without steps: none.
+
+    Args:
+        tolerance: share of a training that two neighbouring stages draw from other sources; where
+            it is no more, they are one.
+    """
+    blocks_BS = path.tail(1.0)
+    if not len(blocks_BS):
+        return []
+    stages: list[list[torch.Tensor]] = []
+    for piece_BS in blocks_BS.tensor_split(min(PIECES, len(blocks_BS))):
+        if stages:
+            apart = (torch.cat(stages[-1]).mean(0) - piece_BS.mean(0)).abs().sum() / 2
+            if apart <= tolerance:
+                stages[-1].append(piece_BS)
+                continue
+        stages.append([piece_BS])
+    found, step = [], 0
+    for stage in stages:
+        whole_BS = torch.cat(stage)
+        found.append((step, whole_BS.mean(0).tolist()))
+        step += len(whole_BS) * path.block_length
+    return found
