@@ -80,9 +80,10 @@ def _run_transformers(hf: Path, tokens_BS: Tensor) -> dict[str, Tensor]:
     from transformers import AutoModelForCausalLM
 
     gguf = {"gguf_file": hf.name} if hf.suffix == ".gguf" else {}
+    # Its grouped products ask for experts of certain widths.
     model = AutoModelForCausalLM.from_pretrained(
         hf.parent if gguf else hf, dtype=torch.float32, attn_implementation="eager",
-        local_files_only=True, trust_remote_code=False, **gguf,
+        experts_implementation="eager", local_files_only=True, trust_remote_code=False, **gguf,
     ).eval()  # fmt: skip
     body = model.base_model
     layers = body.h if hasattr(body, "h") else body.layers
