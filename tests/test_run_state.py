@@ -92,7 +92,7 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
     config.bilevel.objective, config.bilevel.interactions = "worst_case", True
     several = bare(TrainState, config).settings()
     assert [several["bilevel.objective"], several["bilevel.interactions"]] == ["worst_case", True]
-    config.data.validation[1].max_loss = 2.0
+    config.data.validation[1].max_loss_rise = 0.0
     assert bare(TrainState, config).settings() != several
 
 

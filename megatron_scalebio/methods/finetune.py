@@ -107,7 +107,7 @@ class FinetuneState(RunState):
         super().load_common_state({**state, "sampler": {**state["sampler"], "drawn": drawn + new}})
         self.best_loss = state["best_loss"]
         ours = self.probs_S.tolist() if self.blends is None else self.blends.at(self.step - 1)
-        if state.get("mixture", ours) + new != ours:
+        if self.stage == "train" and state.get("mixture", ours) + new != ours:
             added = few([source.name for source in self.data.sources[len(drawn) :]])
             self.changed = f"goes on with another mixture from step {self.step + 1} on" + (
                 f", and with more sources: {added}" if added else ""

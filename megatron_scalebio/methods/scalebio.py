@@ -119,12 +119,11 @@ def find(config: Config, job: Job) -> Found:
         },
         at_bound_S=at_bounds(state.training, intervals),
         interaction=interaction,
-        stages=[
-            (round(step * final / config.train.train_iters), weight_S)
-            for step, weight_S in stages_of(
-                state.training.mixture.trajectory, config.bilevel.tolerance
-            )
-        ],
+        stages=stages_of(
+            state.training.mixture.trajectory,
+            config.bilevel.tolerance,
+            final / config.train.train_iters,
+        ),
     )
 
 
@@ -166,7 +165,7 @@ class TrainState(RunState):
         bounds = [(source.low, source.high) for source in data.sources]
         digest = hashlib.sha256(repr(bounds).encode()).hexdigest()[:8]
         target = data.target_tokens or data.target_examples
-        held = [[v.reference_loss, v.max_loss, v.max_loss_rise] for v in data.validation]
+        held = [(v.reference_loss, v.max_loss, v.max_loss_rise) for v in data.validation]
         return {
             "bilevel.kl_to_prior": bilevel.kl_to_prior or None,
             "bilevel.prior": bilevel.prior if bilevel.kl_to_prior else None,
@@ -175,7 +174,7 @@ class TrainState(RunState):
             "data.keep_ratios": data.keep_ratios or None,
             "bilevel.objective": bilevel.objective if bilevel.objective != "mean" else None,
             "bilevel.interactions": bilevel.interactions or None,
-            "bounds of data.validation": held if any(any(x) for x in held) else None,
+            "bounds of data.validation": held if set(held) - {(None,) * 3} else None,
             "bounds of data.sources": digest if set(bounds) - {(0.0, 1.0)} else None,
         }
 

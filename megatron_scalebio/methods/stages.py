@@ -9,12 +9,15 @@ from megatron_scalebio.core.confidence import TrajectoryBlocks
 PIECES = 8  # of the run, of which neighbours that are alike make one stage
 
 
-def stages_of(path: TrajectoryBlocks, tolerance: float) -> list[tuple[int, list[float]]]:
+def stages_of(
+    path: TrajectoryBlocks, tolerance: float, scale: float = 1.0
+) -> list[tuple[int, list[float]]]:
     """The step at which each stage begins, and its mean mixture; of a run without steps: none.
 
     Args:
         tolerance: share of a training that two neighbouring stages draw from other sources; where
             it is no more, they are one.
+        scale: steps of the training for each of the search.
     """
     blocks_BS = path.tail(1.0)
     if not len(blocks_BS):
@@ -27,9 +30,9 @@ def stages_of(path: TrajectoryBlocks, tolerance: float) -> list[tuple[int, list[
                 stages[-1].append(piece_BS)
                 continue
         stages.append([piece_BS])
-    found, step = [], 0
+    found, step = {}, 0  # a stage of less than a step is none
     for stage in stages:
         whole_BS = torch.cat(stage)
-        found.append((step, whole_BS.mean(0).tolist()))
+        found[round(scale * step)] = whole_BS.mean(0).tolist()
         step += len(whole_BS) * path.block_length
-    return found
+    return list(found.items())
