@@ -212,9 +212,10 @@ class TrainState(RunState):
 def train_step(state: TrainState) -> StepReport:
     """One bilevel step of all ranks; advances `state` unless something was not finite or spiked."""
     bio, settings = state.training, state.schedule.at(state.step)
+    unswung_V = swing_V = bio.goals.swing_V
     if state.interactions:
         state.interactions.begin_step(state.step, bio.memory)
-        bio.goals.swing_V = state.interactions.swing(state.step)
+        bio.goals.swing_V = swing_V = state.interactions.swing(state.step)
     with state.clock("data"):
         train, valid, picks, valid_picks = state.data.next(
             bio.mixture.probs_S, bio.goals.shares_V.clamp_min(LEAST)
@@ -229,9 +230,10 @@ def train_step(state: TrainState) -> StepReport:
         inclusion=picks.inclusion_S,
         validation_inclusion=valid_picks.inclusion_S,
     )
+    bio.goals.swing_V = unswung_V
     state.cost.trained += report.losses.tokens
     if report.skipped is None:
-        state.sets.path.append(report.shares_V - bio.goals.swing_V)
+        state.sets.path.append(report.shares_V - swing_V)
         if state.interactions:
             excess_S = report.losses.w_S - report.losses.u_S
             inclusion_S = torch.from_numpy(picks.inclusion_S)
