@@ -34,8 +34,10 @@ def test_expected_counts_fill_the_batch_and_seat_everyone(
 ) -> None:
     expected_S = expected_counts(probabilities(weights), batch, share)
     assert expected_S.sum() == pytest.approx(batch)
-    floor = 1.0 if batch >= len(weights) else batch * share / len(weights)
-    assert (expected_S >= floor - 1e-9).all()
+    used_S = np.array(weights) / sum(weights) > 0
+    floor = 1.0 if batch >= used_S.sum() else batch * share / used_S.sum()
+    assert (expected_S[used_S] >= floor - 1e-9).all()
+    assert not expected_S[~used_S].any(), "what weighs nothing is not drawn"
     order = np.argsort(weights, kind="stable")
     assert (np.diff(expected_S[order]) >= -1e-9).all(), "a heavier source gets no fewer seats"
 
@@ -43,7 +45,7 @@ def test_expected_counts_fill_the_batch_and_seat_everyone(
 @given(st.integers(1, 12), st.integers(1, 200))
 @settings(deadline=None)
 def test_a_floor_of_one_deals_all_sources_the_same(sources: int, batch: int) -> None:
-    weights = [1.0] + [0.0] * (sources - 1)
+    weights = [1.0] + [1e-9] * (sources - 1)
     expected_S = expected_counts(probabilities(weights), batch, 1.0)
     np.testing.assert_allclose(expected_S, batch / sources)
 
@@ -57,8 +59,10 @@ def test_counts_add_up_and_round_each_expectation(
     counts_S = systematic_counts(expected_S, offset)
     assert counts_S.sum() == batch
     assert (np.abs(counts_S - expected_S) < 1 + 1e-6).all()
-    if batch >= len(weights):
-        assert (counts_S >= 1).all()
+    used_S = expected_S > 0
+    assert not counts_S[~used_S].any()
+    if batch >= used_S.sum():
+        assert (counts_S[used_S] >= 1).all()
 
 
 def test_counts_have_the_expectation_they_should() -> None:
