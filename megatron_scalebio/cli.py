@@ -116,6 +116,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _quieten()
     asked = next((word for word in argv if word in COMMANDS), "")
+    if not asked and not argv[0].startswith("-"):
+        raise UserError(f"{argv[0]!r} is not a command ({_nearest(argv[0], list(COMMANDS))})")
     parser.set_defaults(parser=parser)
     for name, (module, help_text) in COMMANDS.items():
         sub = commands.add_parser(name, help=help_text, allow_abbrev=False)
@@ -171,7 +173,17 @@ def _unraisable(what: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(what)
 
 
+# What others call ours.
+_ELSEWHERE = {
+    "--learning-rate": "--lr", "--model": "--hf", "--model-path": "--hf",
+    "--max-steps": "--train-iters", "--num-steps": "--train-iters",
+    "--batch-size": "--global-batch-size", "--max-length": "--seq-length",
+}  # fmt: skip
+
+
 def _nearest(flag: str, known: list[str]) -> str:
+    if (ours := _ELSEWHERE.get(flag.partition("=")[0])) in known:
+        return f"did you mean {ours}?"
     near = difflib.get_close_matches(flag.partition("=")[0], known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else "see --help"
 

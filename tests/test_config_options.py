@@ -178,7 +178,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "train": {
         "output": ("run", "x/out"),
-        "train_iters": (600, 9),
+        "train_iters": (800, 9),
         "train_epochs": (None, 1.5),
         "micro_batch_size": (4, 2),
         "global_batch_size": (32, 48),

@@ -6,12 +6,15 @@ import json
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_scalebio.cli import COMMANDS, main
 from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.data.sources import repeated_data
 from tests.commands import the_only_line
 from tests.markov import write_source
 
@@ -156,3 +159,28 @@ def test_init_asks_which_set_is_the_goal(here: Path, capsys: Capture) -> None:
     assert main(["init", "raw"]) == 2
     line = the_only_line(capsys.readouterr().err)
     assert "among a-test, chat-data, math, values says" in line and "--validation NAME" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["reweight", "--learning-rate", "1e-3"], "did you mean --lr?"),
+        (["reweight", "--max-steps=5"], "did you mean --train-iters?"),
+        (["convert", "--learning-rate", "1"], "--help"),
+        (["reprot", "run"], "'reprot' is not a command (did you mean report?)"),
+    ],
+)
+def test_words_of_other_tools_are_understood(capsys: Capture, words: list[str], meant: str) -> None:
+    assert main(words) == 2
+    assert meant in the_only_line(capsys.readouterr().err)
+
+
+def test_data_that_stand_twice_are_named() -> None:
+    def of(name: str, fingerprint: str) -> Any:
+        return SimpleNamespace(name=name, fingerprint=fingerprint)
+
+    sources = [of("a", "x"), of("b", "y"), of("c", "x")]
+    assert not repeated_data(sources[:2], [of("goal", "z")])
+    twice, goal = repeated_data(sources, [of("goal", "y"), of("other", "z")])
+    assert twice.startswith("sources a, c hold the same examples")
+    assert goal.startswith("validation set 'goal' holds the examples of source 'b'")

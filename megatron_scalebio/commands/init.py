@@ -66,12 +66,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the folder holds no two sources and a validation set, or the file is there.
     """
-    target = Path(args.config)
+    target, folder = Path(args.config), Path(args.data)
+    if not folder.is_dir():
+        raise UserError("no such folder", where=str(folder), fix="name the folder of your data")
     if target.exists() and not args.overwrite:
         raise UserError("is there already", where=str(target), fix="--overwrite, or --config NAME")
     if args.hf:
         read_family(args.hf)
-    folder = Path(args.data)
     prepared = Path("prepared" if folder.resolve() == Path("data").resolve() else "data")
     found = list(_found(folder, prepared))
     sources, goals, tests = _roles(found, args.validation, folder)
@@ -88,8 +89,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _found(folder: Path, prepared: Path) -> Iterator[Found]:
-    if not folder.is_dir():
-        raise UserError("no such folder", where=str(folder), fix="name the folder of your data")
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
@@ -195,7 +194,7 @@ optimizer:
   lr: {"1.0e-5" if hf else "3.0e-4":<20}# the highest, of the model's training
 
 train:
-  train_iters: 600        # 400 or more, for the weights to be judged
+  train_iters: 800        # or more, for the weights to be judged
   global_batch_size: 32
   micro_batch_size: 4     # less where memory is short
   output: runs/first

@@ -145,7 +145,7 @@ class LisaConfig:
 @dataclass
 class TrainConfig:
     output: str = option("run", "folder that receives everything")
-    train_iters: int = option(600, "steps")
+    train_iters: int = option(800, "steps")
     train_epochs: float | None = option(
         None, "passes over the sources' examples, in place of train_iters"
     )

@@ -216,6 +216,24 @@ def vocab_size_told(config: Config) -> int | None:
     return None
 
 
+def repeated_data(sources: Sequence[Source], validation: Sequence[Source]) -> list[str]:
+    """What to warn of where two sets hold the same examples, a line each."""
+    names_of: dict[str, list[str]] = {}
+    for source in sources:
+        names_of.setdefault(source.fingerprint, []).append(source.name)
+    lines = [
+        f"sources {', '.join(names[:5])} hold the same examples: of their weights only the sum is "
+        "known (keep one)"
+        for names in names_of.values() if len(names) > 1
+    ]  # fmt: skip
+    return lines + [
+        f"validation set {goal.name!r} holds the examples of source "
+        f"{names_of[goal.fingerprint][0]!r}: what trains on them is best at them, whatever else "
+        "they are good for (hold some back)"
+        for goal in validation if goal.fingerprint in names_of
+    ]  # fmt: skip
+
+
 def shared_vocab_size(sources: Sequence[Source], configured: int | None) -> int:
     """Vocabulary size that all prepared sets agree on, or the configured one.
 
@@ -229,7 +247,8 @@ def shared_vocab_size(sources: Sequence[Source], configured: int | None) -> int:
             raise UserError(
                 f"{source.prefix}: source {source.name!r} was prepared with tokenizer "
                 f"{source.tokenizer['model']!r}, {told[0].name!r} with "
-                f"{told[0].tokenizer['model']!r} (prepare all sources with one tokenizer)"
+                f"{told[0].tokenizer['model']!r}, which are not the same (prepare all sources with "
+                "one tokenizer)"
             )
     size = told[0].tokenizer["vocab_size"] if told and told[0].tokenizer else None
     if configured is not None and size is not None and size > configured:

@@ -29,16 +29,16 @@ def load_hugging_face(path: Path) -> Any:
     json_file = path / "tokenizer.json" if path.is_dir() else path
     if json_file.exists():
         _check_tokenizer_json(json_file)
-        if path.is_file() or not (path / "tokenizer_config.json").exists():
-            return PreTrainedTokenizerFast(tokenizer_file=str(json_file))
     try:
+        if json_file.exists() and (path.is_file() or not (path / "tokenizer_config.json").exists()):
+            return PreTrainedTokenizerFast(tokenizer_file=str(json_file))
         return AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises a bare one at a damaged file
         raise UserError(
-            f"{path}: cannot load a tokenizer: {str(error).splitlines()[0]} (the directory needs "
-            "tokenizer.json, or tokenizer_config.json with vocabulary)"
+            f"{path}: cannot load a tokenizer: {(str(error).splitlines() or ['it is damaged'])[0]} "
+            "(the directory needs tokenizer.json, or tokenizer_config.json with vocabulary)"
         ) from error
 
 

@@ -20,6 +20,7 @@ from megatron_scalebio.core.confidence import (
 from megatron_scalebio.core.goals import LEAST
 from megatron_scalebio.core.objective import hypergradient
 from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
+from megatron_scalebio.data.sources import repeated_data
 from megatron_scalebio.data.weights_file import much_shorter
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.epochs import target_examples
@@ -70,6 +71,7 @@ def find(config: Config, job: Job) -> Found:
             "fp8_recipe delayed: w and u get scales of their own, and the weights learn from their "
             "noise as well (use tensorwise)"
         )
+    warnings += repeated_data(state.data.sources, state.data.validation)
     final = config.bilevel.final_train_iters or config.train.train_iters
     if much_shorter(final, config.train.train_iters):
         warnings.append(
