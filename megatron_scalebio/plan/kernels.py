@@ -91,7 +91,8 @@ def _flash_on_cuda(
         return _reference(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    wide = F.pad(value, (0, query.size(-1) - value.size(-1)))  # of latent attention
+    lacking = query.size(-1) - value.size(-1)  # of latent attention
+    wide = F.pad(value, (0, lacking)) if lacking else value  # which would be a copy
     return _aten._scaled_dot_product_flash_attention(
         query, key, wide, dropout_p, is_causal, False, scale=scale
     )[0][..., : value.size(-1)]

@@ -383,7 +383,7 @@ def test_a_ranking_shows_what_was_estimated() -> None:
     found = Found([Estimate(searched, a_plan())], None, searched, None)
     Console(file=out, width=120).print(ranking(found))
     cells = [c.strip() for c in re.split(r"[│┃]", out.getvalue().splitlines()[3]) if c.strip()]
-    assert cells == ["2", "3", "2", "1", "2", "full", "4", "5.0", "28.7%", "1.75"]
+    assert cells == ["2", "3", "2", "1", "2", "1", "full", "4", "5.0", "28.7%", "1.75"]
 
 
 def test_costs_are_no_part_of_memory() -> None:
