@@ -68,7 +68,7 @@ def learn(state: TrainState, trace_every: int = 0) -> dict[str, Any]:
             trace.append(state.training.mixture.probs_S.tolist())
         result = train_step(state)
         assert result.skipped is None, result.skipped
-    intervals = state.training.intervals(state.data.validation_examples)
+    intervals = state.training.intervals(state.validation_examples)
     judged = verdict(state)
     return {
         "weights": intervals.weight_S.tolist(),

@@ -69,9 +69,6 @@ class Data:
             source.vocab_size = self.vocab_size
         weights = np.array([entry.weight for entry in config.data.validation])
         self.shares_V = weights / weights.sum() if len(weights) else weights
-        # As many as would weigh the same where each weighs alike.
-        spread = sum(s**2 / len(v) for s, v in zip(self.shares_V, self.validation, strict=True))
-        self.validation_examples = 1 / spread if spread else None
         train, seed = config.train, config.train.seed
         assert train.validation_batch_size is not None
         self.sampler = BlendSampler(

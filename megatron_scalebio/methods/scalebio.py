@@ -188,7 +188,7 @@ class TrainState(RunState):
 
     @property
     def validation_examples(self) -> float | None:
-        """As many as would weigh the same where each weighs alike."""
+        """As many as would tell as much if each weighed alike, where sets weigh unequally."""
         share_V = self.sets.weights(self.training.goals, self.config).tolist()
         spread = sum(s**2 / len(v) for s, v in zip(share_V, self.data.validation, strict=True))
         return 1 / spread if spread else None

@@ -18,7 +18,7 @@ from megatron_scalebio.core.options import LisaOptions
 from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.engine.loop import _refuse_skips
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.methods.scalebio import verdict
+from megatron_scalebio.methods.scalebio import TrainState, verdict
 
 STEPS = 1200  # the trajectory is then kept in blocks of four steps
 
@@ -37,13 +37,15 @@ def run(options: dict, travelling: int = 0) -> SimpleNamespace:
     bio._resync_interval = config.bilevel.resync_interval
     bio._memory_growth = config.bilevel.memory_growth
     bio.mixture.logits_S = torch.tensor([0.5, 0.495, 0.005]).log()
-    return SimpleNamespace(config=config, training=bio, data=data_of(10**6))
+    return SimpleNamespace(
+        config=config, training=bio, data=data_of(), validation_examples=10**6
+    )  # fmt: skip
 
 
-def data_of(examples: int, drawn: tuple[int, ...] = (0, 0, 0), drawn_valid: int = 0) -> Any:
+def data_of(drawn: tuple[int, ...] = (0, 0, 0), drawn_valid: int = 0) -> Any:
     sources = [SimpleNamespace(name=name) for name in ("code", "math", "web")]
     return SimpleNamespace(
-        validation_examples=examples, sources=sources, validation=[SimpleNamespace(name="valid")],
+        sources=sources, validation=[SimpleNamespace(name="valid")],
         sampler=SimpleNamespace(drawn_S=np.array(drawn), sizes_S=np.array([100] * 3)),
         validation_sampler=SimpleNamespace(
             drawn_S=np.array([drawn_valid]), sizes_S=np.array([100])
@@ -116,14 +118,14 @@ def test_data_that_were_gone_through_too_often_are_named() -> None:
         ((1000, 1010, 0), 0, "math has been gone through 10 times"),
         ((0, 0, 0), 1300, "valid has been gone through 13 times"),
     ):
-        state.data = data_of(10**6, drawn, drawn_valid)
+        state.data = data_of(drawn, drawn_valid)
         said = verdict(state)
         assert said.converged == (not culprit) and culprit in said.reason, said
 
 
 def test_a_small_validation_set_is_named() -> None:
     state = run({})
-    state.data = data_of(100)
+    state.validation_examples = 100
     assert "validation set is too small" in verdict(state).reason
 
 
@@ -146,3 +148,17 @@ def test_a_run_ends_after_as_many_skipped_steps_as_asked(
     record = {"skipped": "w: gradient norm is nan"}
     with pytest.raises(UserError, match=f"{in_a_row} steps in a row") if ends else nullcontext():
         _refuse_skips(state, record)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("weights", "examples"), [([0.75, 0.25], 400), ([0.5, 0.5], 300)])
+def test_sets_of_uneven_weight_tell_as_much_as_fewer_examples(
+    weights: list[float], examples: float
+) -> None:
+    """Of 300 and 100 examples: 1 / (sum of the squares of the weights, each over its examples)."""
+    state: Any = SimpleNamespace(
+        sets=SimpleNamespace(weights=lambda goals, config: np.array(weights)), config=None,
+        training=SimpleNamespace(goals=None),
+        data=SimpleNamespace(validation=[range(300), range(100)]),
+    )  # fmt: skip
+    told: Any = TrainState.validation_examples
+    assert told.fget(state) == pytest.approx(examples)

@@ -27,7 +27,7 @@ def test_the_examples_of_a_batch() -> None:
 
 def test_the_sources_of_a_batch_that_is_smaller_than_they_are() -> None:
     sampler = BlendSampler([9] * 5, 3, seed=77, floor_share=0.5)
-    batches = [sampler.next(np.array([0.5, 0.3, 0.1, 0.1, 0.0])) for _ in range(3)]
+    batches = [sampler.next(np.array([0.5, 0.3, 0.1, 0.1, 1e-9])) for _ in range(3)]
     assert [batch.group_B.tolist() for batch in batches] == [[0, 1, 4], [0, 1, 2], [0, 1, 3]]
     assert [batch.index_B.tolist() for batch in batches] == [[4, 4, 6], [7, 7, 3], [5, 2, 6]]
     # 3 · (p / 2 + 1/10), at most 1
