@@ -320,6 +320,17 @@ def test_bad_tokenizers(tmp_path: Path, name: str, content: str | None, words: s
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_merge_of_no_token_is_refused(byte_level: Path, tmp_path: Path, whole: bool) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(byte_level, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"].insert(0, ["a", "nothing"])
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="cannot load a tokenizer: .*`nothing` out of vocabulary"):
+        load_tokenizer(folder if whole else folder / "tokenizer.json")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
