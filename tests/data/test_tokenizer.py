@@ -327,7 +327,7 @@ def test_a_merge_of_no_token_is_refused(byte_level: Path, tmp_path: Path, whole:
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["merges"].insert(0, ["a", "nothing"])
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="cannot load a tokenizer: .*`nothing` out of vocabulary"):
+    with pytest.raises(UserError, match="`nothing` out of vocabulary"):
         load_tokenizer(folder if whole else folder / "tokenizer.json")
 
 
