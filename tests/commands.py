@@ -73,6 +73,25 @@ def noted(folder: Path, name: str, rank: int = 0) -> tuple[int | None, str]:
     return code, said
 
 
+def ended_well(folder: Path, name: str) -> str:
+    """What a noted command wrote, which has to have ended with 0."""
+    code, said = noted(folder / "noted", name)
+    assert code == 0, said
+    return said
+
+
+def found_weights(folder: Path, name: str) -> tuple[dict[str, Any], str]:
+    """The weights.json of a noted run that ended well, in a folder of its name; what it wrote."""
+    said = ended_well(folder, name)
+    return json.loads((folder / name / "weights.json").read_text()), said
+
+
+def refused(folder: Path, name: str, words: str) -> None:
+    """Asserts that a noted command was refused, in one line with these words."""
+    code, said = noted(folder / "noted", name)
+    assert code == 2 and words in the_only_line(said), said
+
+
 def start_command(*argv: object, ranks: int = 1) -> subprocess.Popen[str]:
     """Starts the real command, bare or under torchrun, in a session of its own."""
     launcher = [sys.executable]

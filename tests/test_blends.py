@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands import command, metrics, note, noted, the_only_line, write_config
+from tests.commands import command, ended_well, metrics, note, refused, write_config
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
 
@@ -71,12 +71,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ended_well(folder: Path, name: str) -> str:
-    code, said = noted(folder / "noted", name)
-    assert code == 0, said
-    return said
-
-
 def test_each_stage_draws_its_sources(folder: Path) -> None:
     ended_well(folder, "whole")
     for record in metrics(folder / "whole"):
@@ -125,5 +119,4 @@ def test_a_search_writes_what_train_follows(folder: Path) -> None:
     ],
 )
 def test_what_no_training_can_follow_is_one_line(folder: Path, name: str, words: str) -> None:
-    code, said = noted(folder / "noted", name)
-    assert code == 2 and words in the_only_line(said), said
+    refused(folder, name, words)

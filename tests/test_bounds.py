@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.commands import command, note, noted, the_only_line, write_config
+from tests.commands import command, found_weights, note, refused, write_config
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
 
@@ -69,18 +69,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def outcome(folder: Path, name: str) -> tuple[dict[str, Any], str]:
-    code, said = noted(folder / "noted", name)
-    assert code == 0, said
-    return json.loads((folder / name / "weights.json").read_text()), said
-
-
 def weights(content: dict[str, Any]) -> list[float]:
     return [source["weight"] for source in content["sources"]]
 
 
 def test_weights_are_within_the_bounds_of_their_sources(folder: Path) -> None:
-    content, said = outcome(folder, "bounds")
+    content, said = found_weights(folder, "bounds")
     s0, s1, s2 = content["sources"]
     assert (s0["weight"], s0["ci_low"], s0["ci_high"]) == pytest.approx((0.5, 0.5, 0.5))
     assert s1["ci_high"] <= 0.2 + 1e-9 and s2["ci_low"] >= 0.31 - 1e-9
@@ -90,7 +84,7 @@ def test_weights_are_within_the_bounds_of_their_sources(folder: Path) -> None:
 
 def test_no_source_is_repeated_more_than_is_allowed(folder: Path) -> None:
     """1,000 examples, 40 of them in s1, which validation wants: two passes are 8 %."""
-    content, said = outcome(folder, "target")
+    content, said = found_weights(folder, "target")
     assert (content["target_examples"], content["max_epochs"]) == (1000, 2.0)
     for source, size in zip(content["sources"], SIZES, strict=True):
         assert source["epochs"] == pytest.approx(source["weight"] * 1000 / size)
@@ -105,7 +99,7 @@ def test_no_source_is_repeated_more_than_is_allowed(folder: Path) -> None:
 
 def test_epochs_are_told_of_any_method(folder: Path) -> None:
     """33,000 tokens, 17 of each example; the natural mixture passes all sources alike."""
-    content, said = outcome(folder, "tokens")
+    content, said = found_weights(folder, "tokens")
     passes = [source["epochs"] for source in content["sources"]]
     assert passes == pytest.approx([33000 / 17 / sum(SIZES)] * 3) and "epochs" in said
 
@@ -117,8 +111,8 @@ def test_a_strong_prior_holds_the_mixture(folder: Path) -> None:
 
 
 def test_a_former_runs_sources_keep_their_ratios(folder: Path) -> None:
-    former = dict(zip(("s0", "s2"), weights(outcome(folder, "former")[0]), strict=True))
-    content, said = outcome(folder, "reused")
+    former = dict(zip(("s0", "s2"), weights(found_weights(folder, "former")[0]), strict=True))
+    content, said = found_weights(folder, "reused")
     s0, s1, s2 = content["sources"]
     assert s1["initial_weight"] == pytest.approx(0.2) and s1["weight"] != pytest.approx(0.2)
     assert s0["weight"] / s2["weight"] == pytest.approx(former["s0"] / former["s2"])
@@ -126,7 +120,7 @@ def test_a_former_runs_sources_keep_their_ratios(folder: Path) -> None:
 
 
 def test_groups_are_sums_of_their_sources(folder: Path) -> None:
-    content, said = outcome(folder, "groups")
+    content, said = found_weights(folder, "groups")
     math, code = content["groups"]
     assert (math["name"], code["name"]) == ("math", "code")
     assert math["weight"] == pytest.approx(sum(weights(content)[:2]))
@@ -153,5 +147,4 @@ def test_groups_are_sums_of_their_sources(folder: Path) -> None:
     ],
 )
 def test_what_no_mixture_can_keep_to_is_one_line(folder: Path, name: str, words: str) -> None:
-    code, said = noted(folder / "noted", name)
-    assert code == 2 and words in the_only_line(said), said
+    refused(folder, name, words)

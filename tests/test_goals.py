@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_scalebio.logs.interactions import read_interaction
-from tests.commands import command, metrics, note, noted, the_only_line, write_config
+from tests.commands import command, found_weights, metrics, note, refused, write_config
 from tests.distributed.harness import run_distributed
 from tests.markov import draw, transition_matrices, write_source
 
@@ -39,7 +39,7 @@ def on_one_rank(folder_name: str) -> None:
     run("broken", {"max_loss": 0.01})
     turns = ("--train-iters", 70, "--resync-interval", 2)
     run("turns", {}, *turns, "--interactions")
-    run("too short", {}, "--interactions")
+    run("too short", {"path": sources[1]["path"]}, "--interactions")
     run("bad both", {"max_loss": 1.0, "max_loss_rise": 0.1})
     run("bad reference", {"reference_loss": 1.0})
     run("bad worst", {"max_loss": 1.0}, **worst)
@@ -62,14 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def outcome(folder: Path, name: str) -> tuple[dict[str, Any], str]:
-    code, said = noted(folder / "noted", name)
-    assert code == 0, said
-    return json.loads((folder / name / "weights.json").read_text()), said
-
-
 def test_the_worst_case_moves_to_the_set_that_is_worst_off(folder: Path) -> None:
-    content, said = outcome(folder, "worst")
+    content, said = found_weights(folder, "worst")
     first, second = content["validation"]
     assert content["objective"] == "worst_case"
     assert first["reference_loss"] == first["start_loss"] and second["reference_loss"] == 0.5
@@ -84,14 +78,14 @@ def test_the_worst_case_moves_to_the_set_that_is_worst_off(folder: Path) -> None
 
 def test_losses_are_those_of_whole_sets(folder: Path) -> None:
     for name in ("worst", "bound"):  # of the same start, whatever the steps are
-        starts = [entry["start_loss"] for entry in outcome(folder, name)[0]["validation"]]
-        assert starts == [e["start_loss"] for e in outcome(folder, "broken")[0]["validation"]]
+        starts = [entry["start_loss"] for entry in found_weights(folder, name)[0]["validation"]]
+        assert starts == [e["start_loss"] for e in found_weights(folder, "broken")[0]["validation"]]
         batch = metrics(folder / name)[0]["validation_losses"]
         assert batch == pytest.approx(starts, abs=0.05)
 
 
 def test_a_set_with_a_bound_is_no_goal(folder: Path) -> None:
-    content, said = outcome(folder, "bound")
+    content, said = found_weights(folder, "bound")
     held = content["validation"][1]
     assert held["max_loss"] == held["start_loss"] > held["loss"]
     assert metrics(folder / "bound")[0]["validation_weights"] == [1.0, 0.0]
@@ -104,14 +98,14 @@ def test_a_set_with_a_bound_is_no_goal(folder: Path) -> None:
 
 
 def test_a_bound_that_is_not_kept_is_said(folder: Path) -> None:
-    content, said = outcome(folder, "broken")
+    content, said = found_weights(folder, "broken")
     assert not content["converged"] and "above its bound of 0.0100" in content["reason"]
     assert "not converged: the loss of second is" in said
     assert metrics(folder / "broken")[-1]["validation_weights"][1] > 0
 
 
 def test_what_serves_what_is_written_and_shown(folder: Path) -> None:
-    _, said = outcome(folder, "turns")
+    _, said = found_weights(folder, "turns")
     found = read_interaction(folder / "turns")
     assert found is not None and found.validation.tolist() == list(SETS)
     assert (found.low < found.serves).all() and (found.serves < found.high).all()
@@ -126,7 +120,8 @@ def test_what_serves_what_is_written_and_shown(folder: Path) -> None:
 
 
 def test_too_few_steps_to_tell_are_said(folder: Path) -> None:
-    _, said = outcome(folder, "too short")
+    _, said = found_weights(folder, "too short")
+    assert "validation set 'second' holds the examples of source 's1'" in said
     assert "interactions: too few steps" in said
     assert not (folder / "too short" / "interaction.npz").exists()
 
@@ -143,5 +138,4 @@ def test_too_few_steps_to_tell_are_said(folder: Path) -> None:
     ],
 )
 def test_what_can_not_be_asked_is_one_line(folder: Path, name: str, words: str) -> None:
-    code, said = noted(folder / "noted", name)
-    assert code == 2 and words in the_only_line(said), said
+    refused(folder, name, words)

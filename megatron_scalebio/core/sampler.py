@@ -95,7 +95,7 @@ class BlendSampler:
             ValueError: if p has another length, or something that is no share.
         """
         probs_S = np.asarray(probs_S, dtype=np.float64)
-        if probs_S.shape != self.sizes_S.shape or not (probs_S >= 0).all():
+        if probs_S.shape != self.sizes_S.shape or not ((probs_S >= 0).all() and probs_S.any()):
             raise ValueError(f"weights {probs_S} for {len(self.sizes_S)} sources")
         expected_S = expected_counts(probs_S, self.batch_size, self.floor_share)
         offset = np.random.default_rng((self.seed, self.step)).random()

@@ -33,6 +33,7 @@ from megatron_scalebio.core.collectives import of_first_rank
 from megatron_scalebio.core.flush import Losses, Observer, Pass, flush, reduce_losses, unobserved
 from megatron_scalebio.core.options import WHOLE_RESETS, LisaOptions
 from megatron_scalebio.core.period import Period, prepare_gradients, step_with
+from megatron_scalebio.core.right_losses import require_right_losses
 from megatron_scalebio.core.spikes import SpikeGuard
 from megatron_scalebio.core.twin import (
     ModelProvider,
@@ -113,7 +114,7 @@ class Training:
             self.w, self.u = build_twins(model_provider, self.groups)
         else:
             self.w = build_chunks(model_provider, self.groups)
-        _require_right_losses(self.model_config, ddp)
+        require_right_losses(self.model_config, ddp)
         if lisa is not None and lisa.layers > self.model_config.num_layers:
             raise ValueError(f"lisa.layers is {lisa.layers} of {self.model_config.num_layers}")
         self.steps = 0
@@ -378,33 +379,3 @@ class Training:
         states.load_low_bits(self.models, loaded, self.sharing_group)
         if "optimizer_w" in loaded and self.period is not None:
             states.load_optimizers(self.period, loaded)
-
-
-def _require_right_losses(config: TransformerConfig, ddp: DistributedDataParallelConfig) -> None:
-    """Refuses a model of whose losses a step's gradients would not be right."""
-    experts.require_right_routers(config)
-    for wrong, why in (
-        (
-            not config.calculate_per_token_loss,
-            "calculate_per_token_loss is False: Megatron would divide the objective, whose "
-            "coefficients are those of the global batch, once more; set it to True",
-        ),
-        (config.fp16, "fp16 is True: use bf16, whose losses need no scaling"),
-        (
-            config.fp8_param,
-            "fp8_param is True: u shares w's storage, which weights kept in FP8 can't; set it to "
-            "False",
-        ),
-        (
-            config.mtp_num_layers,
-            "mtp_num_layers is set, a loss that is scaled for a division by tokens that a step "
-            "does not make; switch it off",
-        ),
-    ):
-        if wrong:
-            raise ValueError(f"the model's config: {why}")
-    if ddp.check_for_nan_in_grad:
-        raise ValueError(
-            "ddp.check_for_nan_in_grad is True, which needs Megatron-LM's own loop; set it to "
-            "False: a step whose gradients are not finite is left out anyway"
-        )

@@ -290,7 +290,7 @@ def test_numbers_out_of_their_range_are_refused(given: dict, words: str) -> None
         BlendSampler(**{"sizes_S": [3, 4], "batch_size": 4, "seed": 1, "floor_share": 0.5, **given})
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.5, math.nan], [1.5, -0.5]])
+@pytest.mark.parametrize("weights", [[1.0], [0.5, math.nan], [1.5, -0.5], [0.0, 0.0]])
 def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
     sampler = BlendSampler([3, 4], 4, 1)
     assert sampler.next([0.5, 0.5]).group_B.tolist() == [0, 0, 1, 1], "a list will do"  # type: ignore[arg-type]

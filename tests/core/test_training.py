@@ -10,6 +10,7 @@ import torch
 
 from megatron_scalebio.core import training as module
 from megatron_scalebio.core.options import LisaOptions
+from megatron_scalebio.core.right_losses import require_right_losses
 from megatron_scalebio.core.training import Training
 
 
@@ -46,15 +47,15 @@ USUAL = {
 def test_a_model_whose_losses_megatron_would_scale_is_refused(changed: dict, words: str) -> None:
     ddp: Any = SimpleNamespace(check_for_nan_in_grad=False)
     for fine in ({}, {"num_moe_experts": 4}):
-        module._require_right_losses(SimpleNamespace(**USUAL | fine), ddp)  # type: ignore[arg-type]
+        require_right_losses(SimpleNamespace(**USUAL | fine), ddp)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=words):
-        module._require_right_losses(SimpleNamespace(**USUAL | changed), ddp)  # type: ignore[arg-type]
+        require_right_losses(SimpleNamespace(**USUAL | changed), ddp)  # type: ignore[arg-type]
 
 
 def test_a_check_that_needs_megatron_lms_loop_is_refused() -> None:
     ddp: Any = SimpleNamespace(check_for_nan_in_grad=True)
     with pytest.raises(ValueError, match="check_for_nan_in_grad is True"):
-        module._require_right_losses(SimpleNamespace(**USUAL), ddp)  # type: ignore[arg-type]
+        require_right_losses(SimpleNamespace(**USUAL), ddp)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
