@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from megatron_scalebio.core.confidence import TrajectoryBlocks
+from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.core.levels import Levels
-from megatron_scalebio.core.mixture import LARGEST_STEP, Mixture
+from megatron_scalebio.core.mixture import LARGEST_STEP, LEAST_SHARE, SIZE_WARMUP, Mixture
 from megatron_scalebio.core.objective import hypergradient, logits_gradient, mixture_probs
 from megatron_scalebio.core.sampler import BlendSampler
+from tests.core.test_lookalikes import hypergradients
 from tests.distributed import naive_loop
 
 KINDS = ["eg", "adamw"]
@@ -325,3 +327,70 @@ def test_the_trajectory_of_many_sources_is_short_and_earlier_ones_are_read() -> 
     again = Mixture([1.0] * 1000, "eg")
     again.load_state_dict(mixture.state_dict())
     assert torch.equal(again.trajectory.tail(1.0), mixture.trajectory.tail(1.0))
+
+
+def test_a_spike_is_cut_to_what_is_largest() -> None:
+    """One of ten times the usual size moves λ as one of LARGEST_STEP times does."""
+    direction_S = torch.tensor([1.0, -1.0], dtype=torch.float64)  # of size 1 at equal weights
+    moved = []
+    for size in (LARGEST_STEP, 10.0):
+        mixture = Mixture([1.0, 1.0], "eg")
+        for step in range(2 * SIZE_WARMUP):
+            mixture.step(direction_S * (-1) ** step, lr=1e-9)
+        mixture.step(size * direction_S, lr=0.01)
+        moved.append(mixture.logits_S)
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=0.0)
+
+
+def test_the_sources_that_look_alike_are_those_of_its_steps() -> None:
+    """s1 and s3 are the same; s3 began with a fortieth of the other's weight, and keeps it."""
+    path = hypergradients([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0.02]], 1500, 0)
+    mixture = Mixture([0.4, 0.39, 0.2, 0.01], "eg")
+    for g_S in torch.tensor(path):
+        mixture.step(g_S, lr=1e-6)
+    tail_BS = mixture.trajectory.tail()
+    assert mixture.lookalike_groups(tail_BS) == [[1, 3]]
+    other = Mixture([0.25] * 4, "eg")
+    other.load_state_dict(mixture.state_dict())
+    assert other.lookalike_groups(tail_BS) == [[1, 3]]
+
+
+def test_a_source_of_no_weight_may_have_bounds() -> None:
+    mixture = Mixture([1.0, 0.0], "eg", Constraints([0.0, 0.0], [1.0, 1.0]))
+    assert mixture.initial_S[1] == pytest.approx(LEAST_SHARE / 2, rel=1e-3)
+    assert mixture.state_dict()["level_squares"] == [], "there are no groups"
+
+
+def test_states_of_earlier_versions_are_read() -> None:
+    def made() -> Mixture:
+        return Mixture([1.0, 1.0, 2.0], "eg", levels=Levels([[0, 0, 1]]))
+
+    mixture, other = made(), made()
+    for g_S in noise(12, 3):
+        mixture.step(g_S, lr=0.1)
+    state = mixture.state_dict()
+    for later in ("level_squares", "recent", "is_slow", "lookalikes"):
+        del state[later]
+    other.load_state_dict(state)
+    assert other.level_squares == [0.0, 0.0] and not other.recent_S.any() and other.is_slow is False
+    assert other.lookalike_groups(other.trajectory.tail()) == []
+
+
+def test_a_state_is_no_part_of_who_gave_or_took_it() -> None:
+    mixture, other = Mixture([1.0, 1.0], "eg"), Mixture([1.0, 1.0], "eg")
+    for g_S in noise(3, 2):
+        mixture.step(g_S, lr=0.1)
+    state = mixture.state_dict()
+    recent_S = state["recent"].clone()
+    other.load_state_dict(state)
+    for each in (mixture, other):
+        each.step(torch.tensor([5.0, -5.0], dtype=torch.float64), lr=0.1)
+        assert torch.equal(state["recent"], recent_S)
+
+
+def test_the_trajectory_of_many_sources_is_taken_as_it_is() -> None:
+    mixture, other = Mixture([1.0] * 3000, "eg"), Mixture([1.0] * 3000, "eg")
+    mixture.step(noise(1, 3000)[0], lr=0.1)
+    other.load_state_dict(mixture.state_dict())
+    assert other.trajectory.capacity == mixture.trajectory.capacity < 512
+    assert torch.equal(other.trajectory.tail(), mixture.trajectory.tail())

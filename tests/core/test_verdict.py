@@ -18,6 +18,7 @@ from megatron_scalebio.core.options import LisaOptions
 from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.engine.loop import _refuse_skips
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.methods.groups import described, levels_of
 from megatron_scalebio.methods.scalebio import TrainState, verdict
 
 STEPS = 1200  # the trajectory is then kept in blocks of four steps
@@ -92,6 +93,14 @@ def test_steps_before_memory_grows_show_no_convergence(options: dict, words: str
     assert (words in said.reason and not said.converged) if words else said.converged, said
     state.training.lisa = LisaOptions(2)  # resets u with each draw, to the end
     assert verdict(state).converged
+
+
+@pytest.mark.parametrize("interval", [15, 16])  # memory grows from step 600 on, or from 640
+def test_nor_do_they_of_groups(interval: int) -> None:
+    state = run({"resync_interval": interval})
+    found = described(state.training, levels_of(["a/code", "a/math", "b"]), True, 1e6, True)
+    [level] = found["levels"]
+    assert level["converged"] == (interval == 15), level
 
 
 def test_verdict_names_the_source() -> None:
