@@ -188,7 +188,8 @@ def drift_left(blocks_BS: Tensor) -> Tensor:
     half = len(blocks_BS) // 2
     if half == 0:
         return torch.zeros(blocks_BS.shape[1], dtype=torch.float64)
-    return LEFT_OF_DRIFT * (blocks_BS[half:].mean(0) - blocks_BS[:half].mean(0)).abs()
+    halves = blocks_BS.double().tensor_split([half])
+    return LEFT_OF_DRIFT * (halves[1].mean(0) - halves[0].mean(0)).abs()
 
 
 def weight_intervals(
@@ -217,9 +218,9 @@ def weight_intervals(
         spread_S = (weight_S * (1 - weight_S)).clamp_min(0).sqrt()
         sampling_S = _normal(confidence) * spread_S / math.sqrt(validation_examples)
     half_width_S = torch.stack([wandering_S, drift_S, sampling_S]).square().sum(0).sqrt()
-    low_S = (weight_S - half_width_S).clamp(0.0, 1.0)
+    low_S = (weight_S - half_width_S).clamp_min(0.0)
     low_S = torch.where(weight_S < RESOLUTION, torch.zeros_like(low_S), low_S)
-    high_S = (weight_S + half_width_S).clamp(0.0, 1.0)
+    high_S = (weight_S + half_width_S).clamp_max(1.0)
     high_S = torch.where(weight_S > 1 - RESOLUTION, torch.ones_like(high_S), high_S)
     groups = [g for g in lookalikes if len(g) > 1 and weight_S[g].sum() >= RESOLUTION]
     for group in groups:

@@ -12,6 +12,7 @@ from megatron_scalebio.core.confidence import (
     MIN_TAIL_STEPS,
     TrajectoryBlocks,
     Verdict,
+    drift_left,
     judge_convergence,
     random_scaling_half_width,
     weight_intervals,
@@ -350,3 +351,63 @@ def test_one_source_need_not_move() -> None:
     assert judge_convergence(one_of_two).converged
     decayed = judge_convergence(one_of_two, constant_rate=False)
     assert not decayed.converged and "decays" in decayed.reason
+
+
+def still_noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_intervals_are_in_double_whatever_the_blocks_are() -> None:
+    blocks_BS = mixture_path(0.01)[:8].float()
+    found = weight_intervals(blocks_BS)
+    parts = (found.weight_S, found.low_S, found.high_S, found.wandering_S, found.drift_S)
+    assert {part.dtype for part in parts} == {torch.float64}
+    assert random_scaling_half_width(blocks_BS[:1]).dtype == torch.float64
+    exact = random_scaling_half_width(blocks_BS.double())
+    assert torch.equal(random_scaling_half_width(blocks_BS), exact)
+
+
+def test_one_block_does_not_drift() -> None:
+    drift_S = drift_left(torch.tensor([[0.4, 0.6]]))
+    assert drift_S.tolist() == [0.0, 0.0] and drift_S.dtype == torch.float64
+
+
+def test_a_weight_a_bit_above_one_by_rounding_has_a_draw_of_nothing() -> None:
+    above = torch.tensor([[1.0 + 2**-52]], dtype=torch.float64)
+    assert weight_intervals(above.repeat(4, 1), validation_examples=10).sampling_S.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(("weight", "high"), [(0.99, 0.99), (0.995, 1.0)])
+def test_what_is_nearer_to_one_than_can_be_resolved_reaches_it(weight: float, high: float) -> None:
+    blocks_BS = torch.tensor([[weight]] * 4, dtype=torch.float64)
+    assert weight_intervals(blocks_BS).high_S.tolist() == [high]
+
+
+def test_a_source_that_stands_still_beside_others_is_no_mixture_that_does() -> None:
+    blocks_BS = torch.tensor([0.5, 0.3, 0.2]).double().repeat(256, 1)
+    blocks_BS[:, 1:] += 1e-3 * still_noise(256, 1) * torch.tensor([1, -1])
+    assert judge_convergence(blocks_BS).converged
+
+
+@pytest.mark.parametrize(("sources", "tolerance"), [(20, 0.05), (21, 0.05 * 20 / 21)])
+def test_the_tolerance_of_many_sources_is_in_proportion(sources: int, tolerance: float) -> None:
+    blocks_BS = 1 / sources + 0.1 * still_noise(256, sources)
+    assert f"the tolerance is ±{tolerance:g}:" in judge_convergence(blocks_BS).reason
+
+
+def test_the_largest_part_of_an_interval_is_what_is_named() -> None:
+    """The draw of the validation set is larger than the drift, and wandering larger than both."""
+    draw = still_noise(256, 2)
+    blocks_BS = 0.5 + 0.5 * (draw - draw.mean(1, keepdim=True))
+    found = weight_intervals(blocks_BS, validation_examples=400)
+    drift, sampling, wandering = (
+        float(part[0]) for part in (found.drift_S, found.sampling_S, found.wandering_S)
+    )
+    assert drift < sampling < wandering, "as this test needs it"
+    said = judge_convergence(blocks_BS, validation_examples=400)
+    assert "wanders from step to step" in said.reason
+
+
+def test_a_trajectory_begins_without_steps() -> None:
+    path = TrajectoryBlocks(2)
+    assert path.steps == 0 and path.state_dict()["open_steps"] == 0

@@ -125,3 +125,29 @@ def test_lookalikes_that_nobody_uses_are_not_spoken_of() -> None:
     blocks_BS = torch.tensor([[0.001, 0.001, 0.998]] * 400) + 1e-5 * torch.randn(400, 3)
     said = judge_convergence(blocks_BS, lookalikes=[[0, 1]])
     assert said.converged and "sum" not in said.reason
+
+
+def test_each_of_a_group_reaches_from_nothing_to_the_sums_upper_end() -> None:
+    """The sum's interval is at its own level, and with the draw of the validation set."""
+    draw = np.random.default_rng(4)
+    blocks_BS = torch.tensor(draw.normal((0.3, 0.3, 0.4), 0.004, (64, 3)))
+    sum_B1 = blocks_BS[:, :2].sum(1, keepdim=True)
+    found = weight_intervals(blocks_BS, 0.8, 900, [[0, 1], [2]])
+    assert found.lookalikes == [[0, 1]], "one alone is no group"
+    assert found.low_S[:2].tolist() == [0.0, 0.0] and found.low_S[2] > 0.3
+    assert found.high_S[:2].tolist() == weight_intervals(sum_B1, 0.8, 900).high_S.tolist() * 2
+    assert found.high_S[0] != weight_intervals(sum_B1, 0.8).high_S[0]
+
+
+@pytest.mark.parametrize(("each", "known"), [(0.005, True), (0.0049, False)])
+def test_groups_below_what_can_be_resolved_are_none(each: float, known: bool) -> None:
+    blocks_BS = torch.tensor([[each, each, 1 - 2 * each]] * 8, dtype=torch.float64)
+    assert bool(weight_intervals(blocks_BS, lookalikes=[[0, 1]]).lookalikes) == known
+
+
+def test_the_verdict_of_a_group_counts_the_draw_of_the_validation_set() -> None:
+    draw = np.random.default_rng(5)
+    blocks_BS = torch.tensor(draw.normal((0.3, 0.3, 0.4), 0.001, (256, 3)))
+    told = {n: judge_convergence(blocks_BS, lookalikes=[[0, 1]], validation_examples=n)
+            for n in (100, 10_000)}  # fmt: skip
+    assert told[10_000].converged and "too small to tell" in told[100].reason
