@@ -298,3 +298,15 @@ def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
         sampler.next(np.array(weights))
     with pytest.raises(ValueError, match="a state of 3 sources for 2"):
         sampler.load_state_dict(BlendSampler([3, 4, 5], 4, 1).state_dict())
+
+
+def test_a_source_without_weight_is_not_drawn() -> None:
+    sampler = BlendSampler([3, 4], 4, 1)
+    for _ in range(3):
+        picks = sampler.next(np.array([1.0, 0.0]))
+        assert picks.group_B.tolist() == [0, 0, 0, 0]
+
+
+def test_the_smallest_numbers_are_taken() -> None:
+    assert BlendSampler([1], 1, 0, floor_share=1.0).next(np.array([1.0])).index_B.tolist() == [0]
+    assert BlendSampler([1], 1, 0).floor_share == 0.25
