@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from megatron_scalebio import __version__, launcher
-from megatron_scalebio.errors import EXIT_LOST, EXIT_OK, EXIT_USER_ERROR, RankLost, UserError
+from megatron_scalebio.errors import EXIT_OK, EXIT_USER_ERROR, RankLost, UserError
+from megatron_scalebio.guard.process import end_lost
 
 # Imported when used: `report` must not wait for Megatron.
 COMMANDS = {
@@ -101,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         launcher.give_way()
         return EXIT_USER_ERROR
     except RankLost:
-        return EXIT_LOST
+        sys.stdout.flush()
+        end_lost()
     except KeyboardInterrupt:
         return 130
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import multiprocessing
 import os
 import sys
 import threading
@@ -25,9 +24,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_scalebio.errors import EXIT_LOST, RankLost, UserError
+from megatron_scalebio.errors import RankLost, UserError
 from megatron_scalebio.guard.board import Board
-from megatron_scalebio.guard.process import Process
+from megatron_scalebio.guard.process import Process, end_lost
 from megatron_scalebio.guard.status import (
     ENDED,
     FAILED,
@@ -248,9 +247,7 @@ class Watchdog:
         # Where this rank's store is read by others: they have to see the verdict first.
         time.sleep(2 * self._beat_s if self._rank == 0 else 0)
         self._before_end()
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(EXIT_LOST)
+        end_lost()
 
 
 def _in_collective(traceback: TracebackType | None) -> bool:

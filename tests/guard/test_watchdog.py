@@ -23,8 +23,9 @@ from tests.ports import free_port
 RANK = """
 import os, pathlib, signal, sys, time
 import torch, torch.distributed as dist
-from megatron_scalebio.errors import EXIT_LOST, RankLost, UserError
+from megatron_scalebio.errors import RankLost, UserError
 from megatron_scalebio.guard.board import Board
+from megatron_scalebio.guard.process import end_lost
 from megatron_scalebio.guard.watchdog import Watchdog
 from megatron_scalebio.progress import PROGRESS
 bad, fault = int(sys.argv[1]), sys.argv[2]
@@ -50,7 +51,7 @@ try:
             with PROGRESS.at("flush"):
                 dist.all_reduce(torch.ones(1))
 except RankLost:
-    sys.exit(EXIT_LOST)
+    end_lost()
 except UserError:
     sys.exit(2)
 """
