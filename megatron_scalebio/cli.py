@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 from megatron_scalebio import __version__, launcher
 from megatron_scalebio.errors import EXIT_OK, EXIT_USER_ERROR, RankLost, UserError
-from megatron_scalebio.guard.process import end_lost
 
 # Imported when used: `report` must not wait for Megatron.
 COMMANDS = {
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except RankLost:
         sys.stdout.flush()
-        end_lost()
+        launcher.end_lost()
     except KeyboardInterrupt:
         return 130
 

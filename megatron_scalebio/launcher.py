@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import time
 from pathlib import Path
+from typing import NoReturn
+
+from megatron_scalebio.errors import EXIT_LOST
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -63,3 +67,14 @@ def tell_torchrun(message: str) -> None:
 def _in_step_of_srun() -> bool:
     step = os.environ.get("SLURM_STEP_ID")
     return int(step) <= _LAST_STEP_OF_SRUN if step else False
+
+
+def end_lost() -> NoReturn:
+    """Ends this process with EXIT_LOST and without Python's clearing up.
+
+    The threads of a broken collective live on; one that wants Python's lock while the interpreter
+    ends aborts the process (SIGABRT, "terminate called without an active exception").
+    """
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(EXIT_LOST)

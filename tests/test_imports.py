@@ -20,7 +20,7 @@ BELOW = {
     "errors": set(),
     "fingerprint": set(),
     "formatting": set(),
-    "launcher": set(),
+    "launcher": {"errors"},
     "progress": set(),
     "whole_files": {"errors"},
     "__init__": {"core"},  # the library's names, looked up when they are asked for

@@ -6,13 +6,12 @@ Imports nothing heavy: helper processes start with it.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_scalebio.errors import EXIT_LOST
 
@@ -85,14 +84,3 @@ def die_with(parent: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
     if os.getppid() != parent:
         os._exit(EXIT_LOST)  # it was faster
-
-
-def end_lost() -> NoReturn:
-    """Ends this process with EXIT_LOST and without Python's clearing up.
-
-    The threads of a broken collective live on; one that wants Python's lock while the interpreter
-    ends aborts the process (SIGABRT, "terminate called without an active exception").
-    """
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(EXIT_LOST)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from megatron_scalebio.errors import RankLost, UserError
 from megatron_scalebio.guard.board import Board
-from megatron_scalebio.guard.process import Process, end_lost
+from megatron_scalebio.guard.process import Process
 from megatron_scalebio.guard.status import (
     ENDED,
     FAILED,
@@ -40,6 +40,7 @@ from megatron_scalebio.guard.status import (
     stall_line,
     stalled,
 )
+from megatron_scalebio.launcher import end_lost
 from megatron_scalebio.progress import PROGRESS
 
 BEAT_S = 2.0

@@ -25,8 +25,8 @@ import os, pathlib, signal, sys, time
 import torch, torch.distributed as dist
 from megatron_scalebio.errors import RankLost, UserError
 from megatron_scalebio.guard.board import Board
-from megatron_scalebio.guard.process import end_lost
 from megatron_scalebio.guard.watchdog import Watchdog
+from megatron_scalebio.launcher import end_lost
 from megatron_scalebio.progress import PROGRESS
 bad, fault = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo")
