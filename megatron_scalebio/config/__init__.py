@@ -103,9 +103,7 @@ class Config:
                 f"bilevel.interactions: True of {len(sets)} validation set (name two or more, or "
                 "drop it)"
             )
-        if self.bilevel.interactions and not (
-            self.bilevel.resync_interval or self.lisa.lisa_layers
-        ):
+        if self.bilevel.interactions and self.bilevel.resync_interval is None:
             raise UserError(
                 "bilevel.interactions: True needs steps at which u is reset (give resync_interval)"
             )

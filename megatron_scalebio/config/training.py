@@ -92,6 +92,9 @@ class BilevelConfig:
     final_train_iters: int | None = option(
         None, "steps of the training that the weights are for [as many as the search has]"
     )
+    final_check: bool = option(
+        True, "after the last step, measure how far the weights could move, at 5% of the steps"
+    )
     early_stop: bool = option(False, "stop once converged")
     blend_floor: float = option(1e-3, "weights below this are left out of the blend files")
 

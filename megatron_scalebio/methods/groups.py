@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_scalebio.core.confidence import judge_convergence, weight_intervals
+from megatron_scalebio.core.confidence import EndCheck, judge_convergence, weight_intervals
 from megatron_scalebio.core.levels import Levels
 from megatron_scalebio.core.scalebio import ScaleBiO
 
@@ -56,11 +56,13 @@ def described(
     constant_rate: bool,
     validation_examples: float | None,
     known: bool,
+    check: EndCheck | None = None,
 ) -> dict[str, Any]:
     """Weights of groups with their intervals, and a verdict on each level, for weights.json.
 
     Args:
         known: enough steps were averaged for an interval.
+        check: of the sources' weights.
     """
     core, options, path = core_levels(levels), bio.options, bio.mixture.trajectory
     if core is None:
@@ -68,7 +70,9 @@ def described(
     groups, verdicts = [], []
     for number, level in enumerate(levels):
         tail_BG = core.sums(path.tail(options.average_fraction), number)
-        found = weight_intervals(tail_BG, options.confidence, validation_examples)
+        members = [np.flatnonzero(np.equal(level.group_S, g)) for g in range(len(level.names))]
+        of_level = check and check.of_sums([each.tolist() for each in members])
+        found = weight_intervals(tail_BG, options.confidence, validation_examples, check=of_level)
         ends = (x.tolist() for x in (found.weight_S, found.low_S, found.high_S))
         for name, weight, low, high in zip(level.names, *ends, strict=True):
             ends_told = {"ci_low": low, "ci_high": high} if known else _NO_INTERVAL
@@ -76,7 +80,7 @@ def described(
         judged = judge_convergence(
             tail_BG, level.names, block_length=path.block_length, tolerance=options.tolerance,
             confidence=options.confidence, constant_rate=constant_rate,
-            validation_examples=validation_examples, unless=bio.short_memory(),
+            validation_examples=validation_examples, unless=bio.short_memory(), check=of_level,
         )  # fmt: skip
         verdicts.append({
             "level": level.depth, "groups": len(level.names), "converged": judged.converged,

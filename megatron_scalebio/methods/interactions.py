@@ -119,7 +119,12 @@ def interactions_of(config: Config, data: Data) -> Interactions | None:
             f"bilevel.interactions: True of {sources:,} sources and {sets} validation sets is "
             f"more than {MOST_PAIRS:,} pairs (drop it, or give fewer sets)"
         )
-    lisa = config.lisa
-    window = lisa.lisa_interval if lisa.lisa_layers else config.bilevel.resync_interval
+    window = steps_between_resets(config)
     assert window is not None
     return Interactions(sources, sets, window, config.train.seed)
+
+
+def steps_between_resets(config: Config) -> int | None:
+    """Of u to w; None: it is never reset."""
+    lisa, interval = config.lisa, config.bilevel.resync_interval
+    return lisa.lisa_interval if lisa.lisa_layers and interval is not None else interval

@@ -13,10 +13,7 @@ import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.confidence import (
-    RESOLUTION,
-    Verdict,
-)
+from megatron_scalebio.core.confidence import RESOLUTION, EndCheck, Verdict, WeightIntervals
 from megatron_scalebio.core.goals import LEAST
 from megatron_scalebio.core.objective import hypergradient
 from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
@@ -32,6 +29,7 @@ from megatron_scalebio.engine.update import with_names
 from megatron_scalebio.formatting import quantity
 from megatron_scalebio.logs.source_table import LISTED_SOURCES
 from megatron_scalebio.methods.bounds import at_bounds, constraints_of
+from megatron_scalebio.methods.end_check import end_check
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.goals import (
     SetRecord,
@@ -57,7 +55,7 @@ MANY_PASSES = 10  # over a source or a validation set, from which on weights are
 # Options of the bilevel section that judge or write what was learned.
 _JUDGING = {
     "preset", "average_fraction", "confidence", "tolerance", "early_stop",
-    "final_train_iters", "blend_floor",
+    "final_train_iters", "blend_floor", "final_check",
 }  # fmt: skip
 
 
@@ -89,7 +87,11 @@ def find(config: Config, job: Job) -> Found:
         state.training.goals, state.sets, state, losses_of_sets(state) if measured else None
     )
     broken = broken_bound(sets.get("validation", []))
-    intervals = state.training.intervals(state.validation_examples)
+    if finished:
+        say = log.console.note if log else lambda line: None
+        weight_S = state.training.intervals().weight_S
+        state.check = end_check(state, weight_S, say, lambda: job.signals.received)
+    intervals = state.intervals()
     interaction = None
     if state.interactions is not None:
         interaction = state.interactions.found(state.data, config.bilevel.confidence)
@@ -116,7 +118,9 @@ def find(config: Config, job: Job) -> Found:
                 _is_constant(config),
                 state.validation_examples,
                 known,
+                state.check,
             ),
+            **_check_told(state),
             **sets,
         },
         at_bound_S=at_bounds(state.training, intervals),
@@ -134,6 +138,7 @@ class TrainState(RunState):
 
     training: ScaleBiO
     levels: list[Level]
+    check: EndCheck | None = None  # after the last step
 
     def __init__(self, config: Config, cache: Path) -> None:
         super().__init__(config, "reweight", cache)
@@ -192,6 +197,9 @@ class TrainState(RunState):
         share_V = self.sets.weights(self.training.goals, self.config).tolist()
         spread = sum(s**2 / len(v) for s, v in zip(share_V, self.data.validation, strict=True))
         return 1 / spread if spread else None
+
+    def intervals(self) -> WeightIntervals:
+        return self.training.intervals(self.validation_examples, self.check)
 
     def common_state(self) -> dict[str, Any]:
         fitted = {"interactions": self.interactions.state_dict()} if self.interactions else {}
@@ -281,7 +289,7 @@ def step_record(state: TrainState, report: StepReport) -> Record:
 def verdict(state: TrainState) -> Verdict:
     """Whether the weights have converged by now, and why."""
     constant = _is_constant(state.config)
-    judged = state.training.verdict(constant, state.validation_examples)
+    judged = state.training.verdict(constant, state.validation_examples, state.check)
     if judged.converged:
         worn = _seen_too_often(state)
         return Verdict(False, worn) if worn else judged
@@ -290,6 +298,19 @@ def verdict(state: TrainState) -> Verdict:
         more = f"set train_iters to {math.ceil(enough)} or more"
         return Verdict(False, f"{judged.reason} ({more})")
     return judged
+
+
+def _check_told(state: TrainState) -> dict[str, Any]:
+    """The check for weights.json: what it would change in the weights, and its standard errors."""
+    if state.check is None:
+        return {}
+    names = [source.name for source in state.data.sources]
+    told = {
+        "change": state.check.change_S.tolist(),
+        "standard_error": state.check.error_SS.diagonal().sqrt().tolist(),
+        "draw": state.check.draw_SS.diagonal().sqrt().tolist(),
+    }
+    return {"final_check": {key: dict(zip(names, of_S, strict=True)) for key, of_S in told.items()}}
 
 
 def _is_constant(config: Config) -> bool:

@@ -1,0 +1,197 @@
+"""A check after the last step: how far could, and should, the weights move?
+
+Each source i in use stands in for the validation set for some steps, from u = w on, while the
+mixture keeps the weights found. w then leans to source i and u does not, and what another example x
+has of more of source i, in place of the mixture, is read from both:
+
+    k_i(x) = ℓ_x(u) − ℓ_x(w)         K_ij: its mean over examples of source j
+    F_i = mean of k_i over the validation set − Σ_j p_j K_ij
+
+Where the weights are right, F is equal for all sources in use; p moves F by −K, and so
+
+    p̂ − p ≈ Z F                      Z: upper left of the inverse of [[K, 1], [1ᵀ, 0]]
+    cov(p̂) ≈ Z cov(F) Zᵀ             over draws of examples
+
+which is the sandwich of an estimating equation (Huber 1967; White, Econometrica 50, 1982). It asks
+nothing of the directions in which w leans, so that few steps and noisy ones do. Flat directions are
+felt little in few steps: a check that sees no change is no proof. Measured in docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from megatron_scalebio import runtime
+from megatron_scalebio.config import Config
+from megatron_scalebio.core.confidence import RESOLUTION, EndCheck
+from megatron_scalebio.core.goals import Goals
+from megatron_scalebio.core.mixture import Mixture
+from megatron_scalebio.core.sampler import BlendSampler, Ints
+from megatron_scalebio.core.scalebio import ScaleBiO
+from megatron_scalebio.core.spikes import SpikeGuard
+from megatron_scalebio.data.batch import micro_batches
+from megatron_scalebio.data.sources import Source
+from megatron_scalebio.engine.evaluate import example_losses
+from megatron_scalebio.methods.interactions import steps_between_resets
+
+if TYPE_CHECKING:
+    from megatron_scalebio.methods.scalebio import TrainState
+
+COST = 0.05  # of the run's steps, at most
+STEPS_WITH_LOSSES = 1.5  # a step of the check costs, with the losses read after it
+FEWEST_STEPS = 4  # for each source
+ALPHA = 1.0  # w leans to a source with half its gradient: far enough to be seen in bf16
+MOST_SOURCES = 256  # of a run: the covariance is S × S
+
+
+def check_steps(config: Config, sources_in_use: int) -> int:
+    """Steps for each source, 0 where the check would cost too much or can tell nothing."""
+    window = steps_between_resets(config)
+    if not config.bilevel.final_check or window is None or sources_in_use < 2:
+        return 0
+    share = COST / STEPS_WITH_LOSSES * config.train.train_iters
+    steps = min(window, int(share / sources_in_use))
+    return steps if steps >= FEWEST_STEPS else 0
+
+
+def end_check(
+    state: TrainState,
+    weight_S: torch.Tensor,
+    say: Callable[[str], None] = lambda line: None,
+    signalled: Callable[[], int] = lambda: 0,
+) -> EndCheck | None:
+    """Checks the weights of a run that has made its last step; w and u move on. A collective.
+
+    Args:
+        say: is told what takes so long.
+        signalled: whether to give up.
+
+    Returns:
+        None where it is switched off or would cost too much, where bounds or a prior hold the
+        weights, where a source has one example, where a step is not finite, and after a signal.
+    """
+    config, bio, data = state.config, state.training, state.data
+    used = [i for i, weight in enumerate(weight_S.tolist()) if weight >= RESOLUTION]
+    steps = check_steps(config, len(used))
+    looked_at = [*data.validation, *(data.sources[i] for i in used)]
+    if not steps or bio.mixture.constraints is not None or len(weight_S) > MOST_SOURCES:
+        return None
+    if min(len(source) for source in looked_at) < 2:
+        return None
+    say(f"check of the weights: {steps} steps for each of {len(used)} sources in use")
+    examples = steps * config.train.global_batch_size
+    draw = np.random.default_rng((config.train.seed, 5))
+
+    shares = [len(data.validation)] * len(data.validation) + [len(used)] * len(used)
+    index = [
+        draw.permutation(len(source))[: max(examples // share, 2)]
+        for source, share in zip(looked_at, shares, strict=True)
+    ]
+    gains = []
+    with _set_aside(bio, weight_S):
+        for i in used:
+            if not _lean(state, i, steps) or any(runtime.any_rank(signalled())):
+                return None
+            gains.append([_gains(state, *each) for each in zip(looked_at, index, strict=True)])
+    share_V = state.sets.weights(bio.goals, config).tolist()
+    sizes_V = [len(each) for each in data.validation]
+    each = [torch.stack(rows) for rows in zip(*gains, strict=True)]  # [A, examples] of each
+    sets = len(data.validation)
+    return solved(each[:sets], share_V, sizes_V, each[sets:], weight_S, used)
+
+
+def solved(
+    validation: Sequence[torch.Tensor],
+    share_V: Sequence[float],
+    sizes_V: Sequence[int],
+    sources: Sequence[torch.Tensor],
+    weight_S: torch.Tensor,
+    used: Sequence[int],
+) -> EndCheck:
+    """The module's formula.
+
+    Args:
+        validation, sources: of each validation set, and each source in use, k of some examples,
+            [A, examples].
+        share_V, sizes_V: weight of each validation set, and all of its examples.
+        used: the A numbers of the sources in use.
+    """
+    A, S = len(used), len(weight_S)
+    p_A = weight_S[list(used)] / weight_S[list(used)].sum()
+    K = torch.stack([k.mean(1) for k in sources], 1)
+    F_A = -K @ p_A
+    draw_AA, error_AA = torch.zeros(2, A, A, dtype=torch.float64)
+    for k, share, size in zip(validation, share_V, sizes_V, strict=True):
+        F_A += share * k.mean(1)
+        draw_AA += share**2 / size * torch.cov(k)
+        error_AA += share**2 * (1 / k.shape[1] - 1 / size) * torch.cov(k)
+    for k, p in zip(sources, p_A, strict=True):
+        error_AA += p**2 / k.shape[1] * torch.cov(k)
+    ones_A1 = torch.ones(A, 1, dtype=torch.float64)
+    bordered = torch.cat([torch.cat([K, ones_A1], 1), torch.cat([ones_A1.T, torch.zeros(1, 1)], 1)])
+    Z_AA = torch.linalg.pinv(bordered)[:A, :A]
+    at = torch.zeros(S, A, dtype=torch.float64)
+    at[list(used), range(A)] = 1.0
+    ZS = at @ Z_AA
+    return EndCheck(ZS @ draw_AA @ ZS.T, ZS @ F_A, ZS @ error_AA @ ZS.T)
+
+
+@contextmanager
+def _set_aside(bio: ScaleBiO, weight_S: torch.Tensor) -> Iterator[None]:
+    """What the run has learned; the block's steps have a mixture, goal and guard of their own."""
+    kept = bio.mixture, bio.goals, bio.spikes, bio.steps
+    bio.mixture, bio.goals = Mixture(weight_S.clamp_min(1e-6).tolist(), "eg"), Goals([1.0])
+    try:
+        yield
+    finally:
+        bio.mixture, bio.goals, bio.spikes, bio.steps = kept
+
+
+def _lean(state: TrainState, source: int, steps: int) -> bool:
+    """Trains w towards a source for some steps, from u = w on. False if one was not finite."""
+    config, bio, data = state.config, state.training, state.data
+    window = steps_between_resets(config)
+    assert window is not None
+    bio.steps = (bio.steps // window + 1) * window
+    bio.spikes = SpikeGuard()  # it has not seen losses of this source
+    period = bio.enter_period()
+    if bio.lisa is None:
+        period.resync(1.0)  # by then, the run's own resets may leave a part
+    batch, seed = config.train.global_batch_size, config.train.seed + 2 + source
+    sampler = BlendSampler(data.sampler.sizes_S.tolist(), batch, seed, config.bilevel.floor_share)
+    stand_in = BlendSampler([len(data.sources[source])], batch, seed)
+    rates = state.schedule.at(config.train.train_iters // 2)
+    for _ in range(steps):
+        picks = sampler.next(bio.weights)
+        with runtime.refused_together():
+            train = micro_batches(data.sources, picks, data.layout)
+            lean = micro_batches([data.sources[source]], stand_in.next(np.ones(1)), data.layout)
+        report = bio.step(
+            train, lean, rates.lr_w, lr_u=rates.lr_u, lr_lambda=0.0, alpha=ALPHA,
+            inclusion=picks.inclusion_S,
+        )  # fmt: skip
+        state.cost.trained += report.losses.tokens
+        if report.skipped is not None:
+            return False
+    return True
+
+
+def _gains(state: TrainState, source: Source, index_N: Ints) -> torch.Tensor:
+    """k of examples, [N]: where losses are means over tokens, each one's part in that mean."""
+    config, bio = state.config, state.training
+    assert bio.u is not None
+    u, w = (
+        example_losses(chunks, source, index_N, config, state.data.layout)
+        for chunks in (bio.u, bio.w)
+    )
+    state.cost.scored += u.tokens + w.tokens
+    if config.data.loss_mean == "sample":
+        return u.mean_N - w.mean_N
+    gain_N, targets = u.sum_N - w.sum_N, u.targets_N
+    mean = gain_N.sum() / targets.sum()
+    return mean + (gain_N - mean * targets) / targets.double().mean()
