@@ -22,7 +22,6 @@ import torch  # noqa: E402
 from megatron_scalebio import runtime  # noqa: E402
 from megatron_scalebio.config.presets import PRESETS  # noqa: E402
 from megatron_scalebio.config_loader import load_config  # noqa: E402
-from megatron_scalebio.methods.end_check import end_check  # noqa: E402
 from megatron_scalebio.methods.scalebio import TrainState, train_step, verdict  # noqa: E402
 
 # The mixture as the method was published: AdamW on λ under a cosine, u never reset, equal counts.
@@ -69,7 +68,7 @@ def learn(state: TrainState, trace_every: int = 0) -> dict[str, Any]:
             trace.append(state.training.mixture.probs_S.tolist())
         result = train_step(state)
         assert result.skipped is None, result.skipped
-    state.check = end_check(state, state.intervals().weight_S)
+    state.check_weights()
     intervals = state.intervals()
     judged = verdict(state)
     return {

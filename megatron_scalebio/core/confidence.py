@@ -18,8 +18,8 @@ Symbols: p_k → ``blocks_BS`` (B blocks, S sources), p̄ → ``weight_S``, V_i 
 
 To it are added, as independent errors, what the weights have still to go, seen from how far they
 went within the tail (``drift_left``), and the draw of the validation set: had each of its n
-examples come from one of the sources, its own mixture would be off by sqrt(p (1 − p) / n). Other
-validation sets are known no better.
+examples come from one of the sources, its own mixture would be off by sqrt(p (1 − p) / n). Others
+are known no better; how much worse can be measured (``draw_SS``).
 
 Of near-duplicates (``lookalikes``) only the sum is known, so their intervals reach from 0 to it.
 
@@ -197,6 +197,7 @@ def weight_intervals(
     confidence: float = 0.95,
     validation_examples: float | None = None,
     lookalikes: Sequence[list[int]] = (),
+    draw_SS: Tensor | None = None,
 ) -> WeightIntervals:
     """Confidence intervals of the tail-averaged weights.
 
@@ -206,6 +207,7 @@ def weight_intervals(
         validation_examples: in the validation set; None: its own draw is left out.
         lookalikes: sources that can't be told from each other (`Lookalikes.groups`): each one's
             weight may be all of their sum, or nothing.
+        draw_SS: covariance of the best weights over draws of the validation set, where measured.
 
     A weight whose truth is 0 is approached from above and never reached, so the lower end of an
     estimate below ``RESOLUTION`` is 0; and the upper end of one as near to 1 is 1.
@@ -217,6 +219,8 @@ def weight_intervals(
     if validation_examples:
         spread_S = (weight_S * (1 - weight_S)).clamp_min(0).sqrt()
         sampling_S = _normal(confidence) * spread_S / math.sqrt(validation_examples)
+    if draw_SS is not None:
+        sampling_S = sampling_S.maximum(_normal(confidence) * draw_SS.diagonal().clamp_min(0).sqrt())
     half_width_S = torch.stack([wandering_S, drift_S, sampling_S]).square().sum(0).sqrt()
     low_S = (weight_S - half_width_S).clamp_min(0.0)
     low_S = torch.where(weight_S < RESOLUTION, torch.zeros_like(low_S), low_S)
@@ -226,10 +230,21 @@ def weight_intervals(
     for group in groups:
         sum_B1 = blocks_BS[:, group].sum(1, keepdim=True)
         low_S[group] = 0.0
-        high_S[group] = weight_intervals(sum_B1, confidence, validation_examples).high_S
+        draw_11 = covariance_of_sums(draw_SS, [group])
+        high_S[group] = weight_intervals(
+            sum_B1, confidence, validation_examples, (), draw_11
+        ).high_S
     return WeightIntervals(
         weight_S, low_S, high_S, half_width_S, wandering_S, drift_S, sampling_S, confidence, groups
     )
+
+
+def covariance_of_sums(of_SS: Tensor | None, groups: Sequence[Sequence[int]]) -> Tensor | None:
+    """That of the sum of each group of numbers, [S, S] → [groups, groups]."""
+    if of_SS is None:
+        return None
+    sum_GS = torch.stack([torch.eye(len(of_SS)).double()[list(g)].sum(0) for g in groups])
+    return sum_GS @ of_SS @ sum_GS.T
 
 
 def _normal(confidence: float) -> float:
@@ -255,6 +270,7 @@ def judge_convergence(
     validation_examples: float | None = None,
     lookalikes: Sequence[list[int]] = (),
     unless: str = "",
+    draw_SS: Tensor | None = None,
 ) -> Verdict:
     """Converged only if the tail is long enough and every interval is within the tolerance.
 
@@ -267,7 +283,7 @@ def judge_convergence(
         block_length: steps in a block (``TrajectoryBlocks.block_length``).
         tolerance: largest acceptable half-width, a share of 1; with more than ``MANY_SOURCES`` it
             shrinks as an equal weight does.
-        confidence, validation_examples: of the intervals.
+        confidence, validation_examples, draw_SS: of the intervals.
         lookalikes: sources of which the sum alone has to be known.
         constant_rate: whether the mixture's learning rate was constant over the tail; if it
             decayed, stillness is no evidence and the verdict is never "converged".
@@ -286,7 +302,7 @@ def judge_convergence(
         return Verdict(
             False, f"only {tail_steps} steps are averaged, at least {MIN_TAIL_STEPS} are needed"
         )
-    found = weight_intervals(blocks_BS, confidence, validation_examples, lookalikes)
+    found = weight_intervals(blocks_BS, confidence, validation_examples, lookalikes, draw_SS)
     if num_sources > 1 and not found.wandering_S.any():
         return Verdict(False, "no weight has moved over the averaged steps")
     groups, alike = found.lookalikes, ""
@@ -298,15 +314,17 @@ def judge_convergence(
         members = [[i] for i in range(num_sources) if not any(i in g for g in groups)] + groups
         names = [" + ".join(names[i] for i in group) for group in members]
         blocks_BS = torch.stack([blocks_BS[:, group].sum(1) for group in members], 1)
-        found = weight_intervals(blocks_BS, confidence, validation_examples)
+        draw_SS = covariance_of_sums(draw_SS, members)
+        found = weight_intervals(blocks_BS, confidence, validation_examples, (), draw_SS)
     tolerance *= min(1.0, MANY_SOURCES / num_sources)
     widest = int(found.half_width_S.argmax())
     half_width = float(found.half_width_S[widest])
     if half_width > tolerance:
+        why = _why(found, widest, tolerance, validation_examples)
         return Verdict(
             False,
             f"the weight of {names[widest]} is known to ±{half_width:.3f} only, "
-            f"the tolerance is ±{tolerance:g}: {_why(found, widest, tolerance)}{alike}",
+            f"the tolerance is ±{tolerance:g}: {why}{alike}",
         )
     if unless:
         return Verdict(False, unless)
@@ -318,15 +336,16 @@ def judge_convergence(
     )
 
 
-def _why(found: WeightIntervals, source: int, tolerance: float) -> str:
+def _why(
+    found: WeightIntervals, source: int, tolerance: float, validation_examples: float | None
+) -> str:
     """What makes an interval as wide as it is, for the most part."""
     wandering, drift, sampling = (
         float(part[source]) for part in (found.wandering_S, found.drift_S, found.sampling_S)
     )
     if sampling > max(wandering, drift):
-        weight = float(found.weight_S[source])
-        enough = weight * (1 - weight) * (_normal(found.confidence) / tolerance) ** 2
-        return f"the validation set is too small to tell, {2 * enough:.0f} examples would do"
+        enough = 2 * (validation_examples or math.nan) * (sampling / tolerance) ** 2
+        return f"the validation set is too small to tell, {enough:.0f} examples would do"
     if drift > wandering:
         return (
             f"it is still drifting, by {drift / LEFT_OF_DRIFT:.3f} between the halves of the "

@@ -232,27 +232,32 @@ class ScaleBiO(Training):
         on_train = passes_of(scales, train, weight_S, mean, groups)
         return on_train + passes_of(on_validation, validation, weight_V, mean, groups)
 
-    def intervals(self, validation_examples: float | None = None) -> WeightIntervals:
+    def intervals(
+        self, validation_examples: float | None = None, draw_SS: torch.Tensor | None = None
+    ) -> WeightIntervals:
         """The learned weights, averaged over the last steps, and how sure they are.
 
         Args:
             validation_examples: in the validation set, whose own draw then counts.
+            draw_SS: what that does to the weights, where measured, as of `weight_intervals`.
         """
         tail = self._tail()
-        found = weight_intervals(
-            tail, self.options.confidence, validation_examples, self.mixture.lookalike_groups(tail)
-        )
+        alike, level = self.mixture.lookalike_groups(tail), self.options.confidence
+        found = weight_intervals(tail, level, validation_examples, alike, draw_SS)
         kept = self.mixture.constraints
         return found if kept is None else kept.narrow(found)
 
     def verdict(
-        self, constant_rate: bool = True, validation_examples: float | None = None
+        self,
+        constant_rate: bool = True,
+        validation_examples: float | None = None,
+        draw_SS: torch.Tensor | None = None,
     ) -> Verdict:
         """Whether the weights have converged by now, and why.
 
         Args:
             constant_rate: lr_lambda was the same over the averaged steps.
-            validation_examples: as of `intervals`.
+            validation_examples, draw_SS: as of `intervals`.
         """
         tail = self._tail()
         groups = self.mixture.lookalike_groups(tail)
@@ -268,6 +273,7 @@ class ScaleBiO(Training):
             validation_examples=validation_examples,
             lookalikes=[[free.index(i) for i in group if i in free] for group in groups],
             unless=self.short_memory(),
+            draw_SS=draw_SS if draw_SS is None else draw_SS[free][:, free],
         )
 
     def short_memory(self) -> str:

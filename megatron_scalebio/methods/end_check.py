@@ -21,14 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.confidence import RESOLUTION, EndCheck
+from megatron_scalebio.core.confidence import RESOLUTION
 from megatron_scalebio.core.goals import Goals
 from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.sampler import BlendSampler, Ints
@@ -37,16 +37,51 @@ from megatron_scalebio.core.spikes import SpikeGuard
 from megatron_scalebio.data.batch import micro_batches
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.engine.evaluate import example_losses
+from megatron_scalebio.engine.state import RunState
 from megatron_scalebio.methods.interactions import steps_between_resets
-
-if TYPE_CHECKING:
-    from megatron_scalebio.methods.scalebio import TrainState
 
 COST = 0.05  # of the run's steps, at most
 STEPS_WITH_LOSSES = 1.5  # a step of the check costs, with the losses read after it
 FEWEST_STEPS = 4  # for each source
 ALPHA = 1.0  # w leans to a source with half its gradient: far enough to be seen in bf16
+SURE = 3.0  # standard errors, of the change that one of several sources has most
 MOST_SOURCES = 256  # of a run: the covariance is S × S
+
+
+@dataclass(frozen=True)
+class EndCheck:
+    """Of the weights of S sources, in shares of 1; float64.
+
+    Attributes:
+        draw_SS: covariance of the best weights over draws of the validation set.
+        change_S: from the weights found to those of least validation loss, as seen from there.
+        error_S: standard error of that.
+    """
+
+    draw_SS: torch.Tensor
+    change_S: torch.Tensor
+    error_S: torch.Tensor
+
+    def told(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """For weights.json, by source."""
+        of_names = {
+            "change": self.change_S,
+            "standard_error": self.error_S,
+            "draw": self.draw_SS.diagonal().clamp_min(0).sqrt(),
+        }
+        return {key: dict(zip(names, x.tolist(), strict=True)) for key, x in of_names.items()}
+
+    def objection(self, names: Sequence[str], tolerance: float) -> str:
+        """What speaks against weights that stand still, "" if nothing does."""
+        sure_S = self.change_S.abs() - SURE * self.error_S
+        most = int(sure_S.argmax())
+        if sure_S[most] <= 0 or self.change_S[most].abs() <= tolerance:
+            return ""
+        return (
+            "a check after the last step sees the validation loss fall if the weight of "
+            f"{names[most]} changes by {self.change_S[most]:+.3f} ± {self.error_S[most]:.3f} "
+            "(train longer)"
+        )
 
 
 def check_steps(config: Config, sources_in_use: int) -> int:
@@ -60,14 +95,19 @@ def check_steps(config: Config, sources_in_use: int) -> int:
 
 
 def end_check(
-    state: TrainState,
+    state: RunState,
+    bio: ScaleBiO,
     weight_S: torch.Tensor,
+    share_V: Sequence[float],
     say: Callable[[str], None] = lambda line: None,
     signalled: Callable[[], int] = lambda: 0,
 ) -> EndCheck | None:
     """Checks the weights of a run that has made its last step; w and u move on. A collective.
 
     Args:
+        state: whose models `bio` trains.
+        weight_S: the weights found.
+        share_V: weight of each validation set in the goal.
         say: is told what takes so long.
         signalled: whether to give up.
 
@@ -75,7 +115,7 @@ def end_check(
         None where it is switched off or would cost too much, where bounds or a prior hold the
         weights, where a source has one example, where a step is not finite, and after a signal.
     """
-    config, bio, data = state.config, state.training, state.data
+    config, data = state.config, state.data
     used = [i for i, weight in enumerate(weight_S.tolist()) if weight >= RESOLUTION]
     steps = check_steps(config, len(used))
     looked_at = [*data.validation, *(data.sources[i] for i in used)]
@@ -86,7 +126,6 @@ def end_check(
     say(f"check of the weights: {steps} steps for each of {len(used)} sources in use")
     examples = steps * config.train.global_batch_size
     draw = np.random.default_rng((config.train.seed, 5))
-
     shares = [len(data.validation)] * len(data.validation) + [len(used)] * len(used)
     index = [
         draw.permutation(len(source))[: max(examples // share, 2)]
@@ -95,10 +134,9 @@ def end_check(
     gains = []
     with _set_aside(bio, weight_S):
         for i in used:
-            if not _lean(state, i, steps) or any(runtime.any_rank(signalled())):
+            if not _lean(state, bio, i, steps) or any(runtime.any_rank(signalled())):
                 return None
-            gains.append([_gains(state, *each) for each in zip(looked_at, index, strict=True)])
-    share_V = state.sets.weights(bio.goals, config).tolist()
+            gains.append([_gains(state, bio, *each) for each in zip(looked_at, index, strict=True)])
     sizes_V = [len(each) for each in data.validation]
     each = [torch.stack(rows) for rows in zip(*gains, strict=True)]  # [A, examples] of each
     sets = len(data.validation)
@@ -138,7 +176,8 @@ def solved(
     at = torch.zeros(S, A, dtype=torch.float64)
     at[list(used), range(A)] = 1.0
     ZS = at @ Z_AA
-    return EndCheck(ZS @ draw_AA @ ZS.T, ZS @ F_A, ZS @ error_AA @ ZS.T)
+    error_S = (ZS @ error_AA @ ZS.T).diagonal().clamp_min(0).sqrt()
+    return EndCheck(ZS @ draw_AA @ ZS.T, ZS @ F_A, error_S)
 
 
 @contextmanager
@@ -152,9 +191,9 @@ def _set_aside(bio: ScaleBiO, weight_S: torch.Tensor) -> Iterator[None]:
         bio.mixture, bio.goals, bio.spikes, bio.steps = kept
 
 
-def _lean(state: TrainState, source: int, steps: int) -> bool:
+def _lean(state: RunState, bio: ScaleBiO, source: int, steps: int) -> bool:
     """Trains w towards a source for some steps, from u = w on. False if one was not finite."""
-    config, bio, data = state.config, state.training, state.data
+    config, data = state.config, state.data
     window = steps_between_resets(config)
     assert window is not None
     bio.steps = (bio.steps // window + 1) * window
@@ -181,9 +220,9 @@ def _lean(state: TrainState, source: int, steps: int) -> bool:
     return True
 
 
-def _gains(state: TrainState, source: Source, index_N: Ints) -> torch.Tensor:
+def _gains(state: RunState, bio: ScaleBiO, source: Source, index_N: Ints) -> torch.Tensor:
     """k of examples, [N]: where losses are means over tokens, each one's part in that mean."""
-    config, bio = state.config, state.training
+    config = state.config
     assert bio.u is not None
     u, w = (
         example_losses(chunks, source, index_N, config, state.data.layout)

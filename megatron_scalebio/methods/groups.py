@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_scalebio.core.confidence import EndCheck, judge_convergence, weight_intervals
+from megatron_scalebio.core.confidence import (
+    covariance_of_sums,
+    judge_convergence,
+    weight_intervals,
+)
 from megatron_scalebio.core.levels import Levels
 from megatron_scalebio.core.scalebio import ScaleBiO
 
@@ -56,13 +60,13 @@ def described(
     constant_rate: bool,
     validation_examples: float | None,
     known: bool,
-    check: EndCheck | None = None,
+    draw_SS: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Weights of groups with their intervals, and a verdict on each level, for weights.json.
 
     Args:
         known: enough steps were averaged for an interval.
-        check: of the sources' weights.
+        draw_SS: as of `weight_intervals`, of the sources.
     """
     core, options, path = core_levels(levels), bio.options, bio.mixture.trajectory
     if core is None:
@@ -71,8 +75,8 @@ def described(
     for number, level in enumerate(levels):
         tail_BG = core.sums(path.tail(options.average_fraction), number)
         members = [np.flatnonzero(np.equal(level.group_S, g)) for g in range(len(level.names))]
-        of_level = check and check.of_sums([each.tolist() for each in members])
-        found = weight_intervals(tail_BG, options.confidence, validation_examples, check=of_level)
+        draw_GG = covariance_of_sums(draw_SS, [each.tolist() for each in members])
+        found = weight_intervals(tail_BG, options.confidence, validation_examples, (), draw_GG)
         ends = (x.tolist() for x in (found.weight_S, found.low_S, found.high_S))
         for name, weight, low, high in zip(level.names, *ends, strict=True):
             ends_told = {"ci_low": low, "ci_high": high} if known else _NO_INTERVAL
@@ -80,7 +84,7 @@ def described(
         judged = judge_convergence(
             tail_BG, level.names, block_length=path.block_length, tolerance=options.tolerance,
             confidence=options.confidence, constant_rate=constant_rate,
-            validation_examples=validation_examples, unless=bio.short_memory(), check=of_level,
+            validation_examples=validation_examples, unless=bio.short_memory(), draw_SS=draw_GG,
         )  # fmt: skip
         verdicts.append({
             "level": level.depth, "groups": len(level.names), "converged": judged.converged,

@@ -13,7 +13,7 @@ import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.confidence import RESOLUTION, EndCheck, Verdict, WeightIntervals
+from megatron_scalebio.core.confidence import RESOLUTION, Verdict, WeightIntervals
 from megatron_scalebio.core.goals import LEAST
 from megatron_scalebio.core.objective import hypergradient
 from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
@@ -29,7 +29,7 @@ from megatron_scalebio.engine.update import with_names
 from megatron_scalebio.formatting import quantity
 from megatron_scalebio.logs.source_table import LISTED_SOURCES
 from megatron_scalebio.methods.bounds import at_bounds, constraints_of
-from megatron_scalebio.methods.end_check import end_check
+from megatron_scalebio.methods.end_check import EndCheck, end_check
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.goals import (
     SetRecord,
@@ -88,9 +88,9 @@ def find(config: Config, job: Job) -> Found:
     )
     broken = broken_bound(sets.get("validation", []))
     if finished:
-        say = log.console.note if log else lambda line: None
-        weight_S = state.training.intervals().weight_S
-        state.check = end_check(state, weight_S, say, lambda: job.signals.received)
+        state.check_weights(
+            log.console.note if log else lambda line: None, lambda: job.signals.received
+        )
     intervals = state.intervals()
     interaction = None
     if state.interactions is not None:
@@ -118,9 +118,9 @@ def find(config: Config, job: Job) -> Found:
                 _is_constant(config),
                 state.validation_examples,
                 known,
-                state.check,
+                state.draw_SS,
             ),
-            **_check_told(state),
+            **({"final_check": state.check.told(state.training.sources)} if state.check else {}),
             **sets,
         },
         at_bound_S=at_bounds(state.training, intervals),
@@ -198,8 +198,18 @@ class TrainState(RunState):
         spread = sum(s**2 / len(v) for s, v in zip(share_V, self.data.validation, strict=True))
         return 1 / spread if spread else None
 
+    def check_weights(self, *asked: Any) -> None:
+        """After the last step; the models are not those of the run any more. A collective."""
+        share_V = self.sets.weights(self.training.goals, self.config).tolist()
+        weight_S = self.training.intervals().weight_S
+        self.check = end_check(self, self.training, weight_S, share_V, *asked)
+
+    @property
+    def draw_SS(self) -> torch.Tensor | None:
+        return self.check.draw_SS if self.check else None
+
     def intervals(self) -> WeightIntervals:
-        return self.training.intervals(self.validation_examples, self.check)
+        return self.training.intervals(self.validation_examples, self.draw_SS)
 
     def common_state(self) -> dict[str, Any]:
         fitted = {"interactions": self.interactions.state_dict()} if self.interactions else {}
@@ -289,28 +299,18 @@ def step_record(state: TrainState, report: StepReport) -> Record:
 def verdict(state: TrainState) -> Verdict:
     """Whether the weights have converged by now, and why."""
     constant = _is_constant(state.config)
-    judged = state.training.verdict(constant, state.validation_examples, state.check)
+    judged = state.training.verdict(constant, state.validation_examples, state.draw_SS)
     if judged.converged:
-        worn = _seen_too_often(state)
-        return Verdict(False, worn) if worn else judged
+        against = _seen_too_often(state)
+        if state.check and not against:
+            tolerance = state.config.bilevel.tolerance
+            against = state.check.objection(state.training.sources, tolerance)
+        return Verdict(False, against) if against else judged
     enough = state.training.fewest_steps
     if constant and state.config.train.train_iters < enough < math.inf:
         more = f"set train_iters to {math.ceil(enough)} or more"
         return Verdict(False, f"{judged.reason} ({more})")
     return judged
-
-
-def _check_told(state: TrainState) -> dict[str, Any]:
-    """The check for weights.json: what it would change in the weights, and its standard errors."""
-    if state.check is None:
-        return {}
-    names = [source.name for source in state.data.sources]
-    told = {
-        "change": state.check.change_S.tolist(),
-        "standard_error": state.check.error_SS.diagonal().sqrt().tolist(),
-        "draw": state.check.draw_SS.diagonal().sqrt().tolist(),
-    }
-    return {"final_check": {key: dict(zip(names, of_S, strict=True)) for key, of_S in told.items()}}
 
 
 def _is_constant(config: Config) -> bool:

@@ -1,0 +1,225 @@
+"""The check after a run's last step: its formula on a known law, and what models measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_scalebio.methods.end_check import EndCheck, check_steps, solved
+from tests import described
+from tests.distributed.harness import run_distributed
+from tests.distributed.small_runs import BATCH, begun, write_problem
+
+# ---- the formula, where each source is a law of V outcomes and a model can be any mixture --------
+
+V = 12
+DRAW = np.random.default_rng(3)
+LAW_SV = DRAW.dirichlet(np.full(V, 0.7), size=3)
+SETS = [LAW_SV.T @ np.array([0.5, 0.3, 0.2]), 0.7 * LAW_SV[0] + 0.3 * DRAW.dirichlet(np.ones(V))]
+
+
+def best(counts_V: np.ndarray) -> np.ndarray:
+    """The mixture of most likelihood (expectation maximisation)."""
+    p = np.full(3, 1 / 3)
+    for _ in range(3000):
+        p = p * ((LAW_SV / (p @ LAW_SV)) @ (counts_V / counts_V.sum()))
+    return p
+
+
+def gains(p: np.ndarray, outcomes: np.ndarray) -> torch.Tensor:
+    """k: what the loss of each outcome falls by with more of each source, [S, outcomes]."""
+    return torch.from_numpy((LAW_SV / (p @ LAW_SV) - 1)[:, outcomes])
+
+
+def checked(p: np.ndarray, sets: list[np.ndarray], shares: list[float], n: int) -> EndCheck:
+    source = [gains(p, DRAW.choice(V, 40_000, p=law)) for law in LAW_SV]
+    validation = [gains(p, outcomes) for outcomes in sets]
+    return solved(validation, shares, [n] * len(sets), source, torch.from_numpy(p), [0, 1, 2])
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.6, 0.4]])
+def test_it_measures_what_another_draw_of_the_validation_sets_would_change(
+    shares: list[float],
+) -> None:
+    n, laws = 500, SETS[: len(shares)]
+    many = [
+        best(sum(s * DRAW.multinomial(n, law) for s, law in zip(shares, laws, strict=True)))
+        for _ in range(300)
+    ]
+    right = best(sum(s * law for s, law in zip(shares, laws, strict=True)))
+    drawn = [DRAW.choice(V, n, p=law) for law in laws]
+    found = checked(right, drawn, shares, n).draw_SS
+    # 300 draws tell a standard deviation to 4 %, 500 examples to about as much.
+    np.testing.assert_allclose(found.diagonal().sqrt(), np.std(many, axis=0), rtol=0.15)
+    np.testing.assert_allclose(found.sum(0), 0, atol=1e-9)
+    assert (found.diagonal().sqrt().numpy() > np.sqrt(right * (1 - right) / n)).any()
+
+
+def test_it_sees_where_the_validation_loss_is_least() -> None:
+    drawn = DRAW.choice(V, 4000, p=SETS[0])
+    own = best(np.bincount(drawn, minlength=V).astype(float))
+    off = own + np.array([0.03, -0.05, 0.02])
+    found = checked(off, [drawn], [1.0], 4000)
+    assert (np.abs(found.change_S.numpy() - (own - off)) < 4 * found.error_S.numpy()).all()
+    assert float(found.error_S.max()) < 0.012
+    # Of a part of the set, its own draw is a part of the error.
+    part = checked(off, [drawn[:400]], [1.0], 4000)
+    assert (part.error_S > 2 * found.error_S).all()
+    missed = np.array(
+        [
+            checked(off, [DRAW.permutation(drawn)[:400]], [1.0], 4000).change_S - (own - off)
+            for _ in range(200)
+        ]
+    )
+    np.testing.assert_allclose(missed.std(0), part.error_S, rtol=0.2)
+
+
+def test_sources_that_are_not_in_use_stay_out() -> None:
+    p = torch.tensor([0.6, 0.0, 0.4], dtype=torch.float64)
+    at = np.array([0.6, 0.0, 0.4])
+    drawn, *of_used = (
+        gains(at, DRAW.choice(V, 300, p=law))[[0, 2]] for law in (SETS[0], LAW_SV[0], LAW_SV[2])
+    )
+    found = solved([drawn], [1.0], [300], of_used, p, [0, 2])
+    assert found.change_S[1] == found.error_S[1] == 0 and not found.draw_SS[1].any()
+    assert found.draw_SS[0, 0] == pytest.approx(float(found.draw_SS[2, 2])) != 0
+
+
+def test_alike_sources_cost_no_more_than_being_told() -> None:
+    """K is singular then: a pseudo-inverse, no error."""
+    drawn = gains(np.full(3, 1 / 3), DRAW.choice(V, 300, p=SETS[0]))
+    twice = [torch.stack([row, row]) for row in (drawn[0], drawn[0])]
+    p = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    assert solved([twice[0]], [1.0], [300], twice, p, [0, 1]).draw_SS.isfinite().all()
+
+
+def test_it_objects_to_what_is_large_and_sure() -> None:
+    def said(change: float, error: float) -> str:
+        both = torch.tensor([change, -change]).double()
+        return EndCheck(torch.zeros(2, 2), both, torch.full((2,), error).double()).objection(
+            ["a", "b"], 0.05
+        )
+
+    assert "the weight of a changes by +0.090 ± 0.020" in said(0.09, 0.02)
+    assert not said(0.09, 0.031) and not said(0.049, 0.001) and said(0.051, 0.001)
+
+
+def test_it_costs_a_twentieth_at_most() -> None:
+    def steps(iters: int, used: int, **given: Any) -> int:
+        bilevel = {"final_check": True, "resync_interval": 10, **given}
+        config: Any = SimpleNamespace(
+            bilevel=SimpleNamespace(**bilevel), train=SimpleNamespace(train_iters=iters),
+            lisa=SimpleNamespace(lisa_layers=None, lisa_interval=6),
+        )  # fmt: skip
+        return check_steps(config, used)
+
+    assert [steps(n, 3) for n in (300, 360, 600, 2000)] == [0, 4, 6, 10]
+    assert steps(2000, 1) == steps(2000, 3, final_check=False) == 0
+    assert steps(2000, 3, resync_interval=None) == 0 and steps(2000, 3, resync_interval=5) == 5
+
+
+# ---- of models ----------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "one": (1, {}),
+    "tp2": (2, {"parallel": {"tensor_model_parallel_size": 2}}),
+    "pp2": (2, {"parallel": {"pipeline_model_parallel_size": 2}}),
+    "dp2": (2, {"parallel": {"use_distributed_optimizer": True}}),
+    "lisa": (1, {"lisa": {"lisa_layers": 1, "lisa_interval": 4}}),
+    "grown": (1, {"bilevel": {"memory_growth": 1.0}}),
+    "tokens": (1, {"data": {"loss_mean": "token"}}),
+    "as the first": (1, {}),
+    "bounds": (1, {"bilevel": {"kl_to_prior": 0.1}}),
+}  # fmt: skip
+FOUND = torch.tensor([0.4, 0.35, 0.25], dtype=torch.float64)
+
+
+def on_a_rank(folder_name: str, name: str) -> None:
+    import torch.distributed as dist
+
+    from megatron_scalebio.methods.end_check import end_check
+
+    folder = Path(folder_name)
+    sections = dict(LAYOUTS[name][1])
+    if name == "as the first":
+        sections["data"] = {"validation": [{"name": "same", "path": str(folder / "data" / "a")}]}
+    train = {**BATCH, "train_iters": 400}
+    state = begun(folder, "reweight", train=train, **sections)
+    bio = state.training
+    for _ in range(3):
+        state.make_step()
+    if name == "grown":  # resets leave a part, by now
+        bio.steps = 500
+    before, said = described.described(state), []
+    share_V = [1 / len(state.data.validation)] * len(state.data.validation)
+    check = end_check(state, bio, FOUND, share_V, said.append)
+    result = {
+        "change": check and check.change_S.tolist(),
+        "draw": check and check.draw_SS.tolist(),
+        "said": said,
+        "signalled": end_check(state, bio, FOUND, share_V, signalled=lambda: 15) is None,
+        "moved": sorted(described.differing(described.described(state), before)),
+    }
+    if dist.get_rank() == 0:
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("check")
+    (folder / "data").mkdir()
+    write_problem(folder / "data")
+    for name, (ranks, _) in LAYOUTS.items():
+        run_distributed(on_a_rank, ranks, str(folder), name)
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in LAYOUTS}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["tp2", "pp2", "dp2"])
+def test_layouts_measure_the_same(measured: dict[str, Any], name: str) -> None:
+    for key in ("change", "draw"):
+        ours, theirs = measured[name][key], measured["one"][key]
+        np.testing.assert_allclose(ours, theirs, rtol=0.01, atol=1e-4)
+    told = "check of the weights: 4 steps for each of 3 sources in use"
+    assert measured[name]["said"] == [told]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["one", "lisa", "grown", "tokens"])
+def test_every_kind_of_run_is_measured(measured: dict[str, Any], name: str) -> None:
+    draw = np.array(measured[name]["draw"])
+    assert (np.linalg.eigvalsh(draw)[1:] > 1e-6).all() and np.abs(draw.sum(0)).max() < 1e-6
+    alike = [
+        other for other in ("one", "lisa", "grown", "tokens")
+        if np.allclose(draw, measured[other]["draw"], rtol=0.02)
+    ]  # fmt: skip
+    # By then, resets leave a part of u's departure; the check's do not.
+    assert alike == (["one", "grown"] if name in ("one", "grown") else [name])
+
+
+@pytest.mark.distributed
+def test_more_is_asked_of_the_source_that_validation_is_made_of(measured: dict[str, Any]) -> None:
+    first, *others = measured["as the first"]["change"]
+    assert first > 0.05 and sum(others) == pytest.approx(-first, abs=1e-6)
+
+
+@pytest.mark.distributed
+def test_the_run_keeps_what_it_has_learned(measured: dict[str, Any]) -> None:
+    assert all(found["signalled"] for found in measured.values())
+    # The cost, which tells of the check, too.
+    moved = [[], [".cost.scored", ".cost.trained"]]
+    assert [found["moved"] for found in measured.values()] == [
+        moved[name != "bounds"] for name in LAYOUTS
+    ]
+
+
+@pytest.mark.distributed
+def test_bounds_and_priors_are_not_checked(measured: dict[str, Any]) -> None:
+    assert measured["bounds"]["change"] is None and not measured["bounds"]["said"]
