@@ -153,6 +153,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "kl_to_prior": (0.0, 0.3),
         "prior": ("natural", "initial"),
         "final_train_iters": (None, 300),
+        "final_check": (True, False),
         "early_stop": (False, True),
         "blend_floor": (1e-3, 0.01),
     },

@@ -48,7 +48,7 @@ BILEVEL = {
 }  # fmt: skip
 JUDGING: dict[str, Any] = {
     "average_fraction": 0.3, "confidence": 0.9, "tolerance": 0.2, "early_stop": True,
-    "blend_floor": 0.01, "final_train_iters": 30,
+    "blend_floor": 0.01, "final_train_iters": 30, "final_check": False,
 }  # fmt: skip
 
 

@@ -215,12 +215,10 @@ def weight_intervals(
     weight_S = blocks_BS.double().mean(0)
     wandering_S = random_scaling_half_width(blocks_BS, confidence)
     drift_S = drift_left(blocks_BS)
-    sampling_S = torch.zeros_like(weight_S)
-    if validation_examples:
-        spread_S = (weight_S * (1 - weight_S)).clamp_min(0).sqrt()
-        sampling_S = _normal(confidence) * spread_S / math.sqrt(validation_examples)
+    drawn_S = (weight_S * (1 - weight_S)).clamp_min(0) / (validation_examples or math.inf)
     if draw_SS is not None:
-        sampling_S = sampling_S.maximum(_normal(confidence) * draw_SS.diagonal().clamp_min(0).sqrt())
+        drawn_S = drawn_S.maximum(draw_SS.diagonal())
+    sampling_S = _normal(confidence) * drawn_S.sqrt()
     half_width_S = torch.stack([wandering_S, drift_S, sampling_S]).square().sum(0).sqrt()
     low_S = (weight_S - half_width_S).clamp_min(0.0)
     low_S = torch.where(weight_S < RESOLUTION, torch.zeros_like(low_S), low_S)

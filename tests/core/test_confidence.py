@@ -223,6 +223,35 @@ def test_the_validation_sets_own_draw_widens_them() -> None:
     )
 
 
+def test_a_measured_draw_counts_where_it_is_larger() -> None:
+    """Its covariance goes into sums, of near-duplicates and of what is judged, as a whole."""
+    blocks_BS = torch.tensor([[0.5, 0.3, 0.2]] * 2).double()
+    spread = torch.tensor([[4.0, -3.0, -1.0], [-3.0, 4.0, -1.0], [-1.0, -1.0, 2.0]]).double()
+    draw_SS = 2.5e-3 * spread
+    got = weight_intervals(blocks_BS, 0.95, 300, draw_SS=draw_SS)
+    assert got.sampling_S.tolist() == pytest.approx([0.196] * 2 + [0.098 * 2**0.5], 1e-4)
+    counted = weight_intervals(blocks_BS, 0.95, 300)
+    smaller = weight_intervals(blocks_BS, 0.95, 300, draw_SS=1e-4 * draw_SS)
+    assert torch.equal(smaller.sampling_S, counted.sampling_S)
+    # Errors of the first two cancel in their sum.
+    summed = weight_intervals(blocks_BS, 0.95, 300, [[0, 1]], draw_SS)
+    assert summed.high_S[:2].tolist() == pytest.approx([0.8 + 0.098 * 2**0.5] * 2, 1e-4)
+    rounded = weight_intervals(blocks_BS, draw_SS=torch.full((3, 3), -1e-20).double())
+    assert rounded.half_width_S.tolist() == [0.0] * 3
+
+
+def test_the_verdict_asks_for_as_many_examples_as_the_measured_draw_wants() -> None:
+    path = mixture_path(0.02)
+    path = torch.cat([path[:, :1], 0.6 * path[:, 1:], 0.4 * path[:, 1:]], 1)
+    assert judge_convergence(path, validation_examples=10**5).converged
+    apart = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, -1.0], [0.0, -1.0, 1.0]]).double()
+    said = judge_convergence(path, validation_examples=10**5, draw_SS=0.01 * apart)
+    # 2 · 10⁵ · (1.96 · 0.1 / 0.05)² = 3.07 million
+    assert not said.converged and "too small to tell, 3073167 examples would do" in said.reason
+    alike = judge_convergence(path, validation_examples=10**5, lookalikes=[[1, 2]], draw_SS=apart)
+    assert alike.converged, alike
+
+
 @pytest.mark.parametrize("power", [1.0, 1.5])
 def test_what_is_left_of_a_drift_is_seen_from_its_course(power: float) -> None:
     """A weight that nears its end like 1 / t is off by what is said; one that hurries, by less."""

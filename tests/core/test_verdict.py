@@ -18,6 +18,7 @@ from megatron_scalebio.core.options import LisaOptions
 from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.engine.loop import _refuse_skips
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.methods.end_check import EndCheck
 from megatron_scalebio.methods.groups import described, levels_of
 from megatron_scalebio.methods.scalebio import TrainState, verdict
 
@@ -39,7 +40,8 @@ def run(options: dict, travelling: int = 0) -> SimpleNamespace:
     bio._memory_growth = config.bilevel.memory_growth
     bio.mixture.logits_S = torch.tensor([0.5, 0.495, 0.005]).log()
     return SimpleNamespace(
-        config=config, training=bio, data=data_of(), validation_examples=10**6
+        config=config, training=bio, data=data_of(), validation_examples=10**6,
+        check=None, draw_SS=None,
     )  # fmt: skip
 
 
@@ -136,6 +138,30 @@ def test_a_small_validation_set_is_named() -> None:
     state = run({})
     state.validation_examples = 100
     assert "validation set is too small" in verdict(state).reason
+
+
+def test_a_check_after_the_last_step_may_object() -> None:
+    state = run({})
+    state.draw_SS = torch.eye(3).double()
+    assert "validation set is too small" in verdict(state).reason
+    state.draw_SS = torch.zeros(3, 3).double()
+    for change, converged in ((0.04, True), (0.06, False)):
+        change_S = torch.tensor([change, 0.0, -change]).double()
+        state.check = EndCheck(state.draw_SS, change_S, torch.full((3,), 0.01).double())
+        said = verdict(state)
+        assert said.converged == converged, said
+    assert "if the weight of code changes by +0.060 ± 0.010" in said.reason
+    state.config.bilevel.tolerance = 0.1
+    assert verdict(state).converged
+
+
+def test_groups_take_the_draw_of_their_sources() -> None:
+    state = run({})
+    draw_SS = torch.tensor([[4.0, -4, 0], [-4, 4, 0], [0, 0, 0]]).double()
+    for names, converged in ((["a/code", "a/math", "b"], True), (["a/code", "b", "a/web"], False)):
+        found = described(state.training, levels_of(names), True, 1e6, True, draw_SS)
+        assert found["levels"][0]["converged"] == converged
+        assert (found["groups"][0]["ci_high"] == 1.0) == (not converged)
 
 
 def test_the_way_there_is_no_rest() -> None:
