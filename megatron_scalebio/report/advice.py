@@ -96,6 +96,8 @@ def _longer(run: Run, rows: list[SourceRow], reason: str) -> Iterator[Advice]:
     steps = run.last_step or (run.weights.step if run.weights else 0)
     told = re.search(r"set train_iters to (\d+)", reason)
     factor = _times(run, rows, drifting="drift" in reason)
+    if "sees the validation loss fall" in reason:  # its intervals are narrow
+        factor = max(factor, 2.0)
     wanted = int(told[1]) if told else 100 * math.ceil(steps * factor / 100)
     if told or factor <= LONGEST:
         yield Advice(

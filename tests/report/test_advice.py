@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_scalebio.core.confidence import judge_convergence, weight_intervals
+from megatron_scalebio.methods.end_check import EndCheck
 from megatron_scalebio.report.advice import advice
 from megatron_scalebio.report.html import write_report
 from megatron_scalebio.report.load import load_run
@@ -96,6 +97,16 @@ def test_other_verdicts(make_run: MakeRun, reason: str, asked: str) -> None:
     content = json.loads((run / "weights.json").read_text())
     (run / "weights.json").write_text(json.dumps(content | {"converged": False, "reason": reason}))
     assert told(run)[0].startswith(asked)
+
+
+def test_a_check_that_objects_asks_for_twice_the_steps(make_run: MakeRun) -> None:
+    """However narrow the intervals are."""
+    run = judged(make_run(steps=60), mixtures(300, 0.001))
+    both = torch.tensor([0.1, -0.1, 0.0, 0.0, 0.0]).double()
+    reason = EndCheck(torch.zeros(5, 5), both, both.abs() / 10).objection(list("abcde"), 0.05)
+    content = json.loads((run / "weights.json").read_text())
+    (run / "weights.json").write_text(json.dumps(content | {"converged": False, "reason": reason}))
+    assert told(run) == ["Run longer: about 200 steps"]
 
 
 def test_what_the_core_says_of_decay_and_stillness_is_known(make_run: MakeRun) -> None:
