@@ -75,6 +75,7 @@ def learn(state: TrainState, trace_every: int = 0) -> dict[str, Any]:
         "weights": intervals.weight_S.tolist(),
         "low": intervals.low_S.tolist(),
         "high": intervals.high_S.tolist(),
+        "draw": state.check and state.check.draw_SS.diagonal().sqrt().tolist(),
         "last": state.training.mixture.probs_S.tolist(),
         "converged": judged.converged,
         "reason": judged.reason,

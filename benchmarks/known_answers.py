@@ -23,7 +23,9 @@ small GPT is such a model. The problems, each drawn anew from a seed:
 Reported per problem, means over seeds: L1 distance to the best mixture, regret (validation loss of
 full training on the found mixture, less the best) in thousandths of a nat and as a share of what
 the best gains over equal weights, how many 95 % intervals of sources in use hold the answer, runs
-called converged, and those of them whose regret is above 2 % and 0.3 thousandths.
+called converged, those of them whose regret is above 2 % and 0.3 thousandths, and ("draw", with
+`--validation-examples`) the standard error of a weight that the check after the last step measures
+for another draw of the validation set, over the exact one: the median of the sources in use.
 """
 
 from __future__ import annotations
@@ -95,6 +97,13 @@ class Problem:
         z = min(found, key=lambda each: each.fun).x
         p = np.exp(z - z.max())
         return p / p.sum()
+
+
+def drawn_spread(problem: Problem, examples: int) -> Array:
+    """Standard deviations of the best mixture over validation sets of so many examples."""
+    draw, law_VV = np.random.default_rng(1), problem.validation_VV / problem.validation_VV.sum()
+    counts = draw.multinomial(examples, law_VV.ravel(), size=60).reshape(-1, V, V) / examples
+    return np.std([Problem(problem.joint_SVV, each).best(starts=2) for each in counts], axis=0)
 
 
 def rows(draw: np.random.Generator, concentration: float, number: int | None = None) -> Array:
@@ -251,8 +260,12 @@ def one_run(name: str, rule: str, alpha: float, steps: int, seed: int, args: Any
     gain = problem.loss(np.full(len(best), 1 / len(best))) - problem.loss(best)
     used = best > 1e-3
     held = (np.array(found["low"]) <= best) & (best <= np.array(found["high"]))
+    draw = None
+    if found["draw"] is not None and args.validation_examples:
+        exact = drawn_spread(problem, args.validation_examples)
+        draw = float(np.median((np.array(found["draw"]) / exact)[used & (weights > 0.01)]))
     return {
-        "problem": name, "rule": rule, "alpha": alpha, "steps": steps, "seed": seed,
+        "draw": draw, "problem": name, "rule": rule, "alpha": alpha, "steps": steps, "seed": seed,
         "l1": float(np.abs(weights - best).sum()), "regret_mn": 1e3 * regret,
         "share": regret / gain, "covered": float(held[used].mean()),
         "converged": found["converged"],
@@ -264,9 +277,11 @@ def one_run(name: str, rule: str, alpha: float, steps: int, seed: int, args: Any
 def row(runs: list[dict[str, Any]]) -> list[str]:
     of = lambda key: mean(float(run[key]) for run in runs)  # noqa: E731
     head = [str(runs[0][key]) for key in ("problem", "rule", "alpha", "steps")]
+    draws = [run["draw"] for run in runs if run["draw"] is not None]
+    told = f"{mean(draws):.2f}" if draws else "–"
     return [*head, f"{of('l1'):.3f}", f"{of('regret_mn'):.2f}", f"{of('share'):.1%}",
             f"{of('covered'):.2f}", f"{sum(r['converged'] for r in runs)}/{len(runs)}",
-            str(sum(r["wrongly"] for r in runs)), f"{of('seconds'):.0f}"]  # fmt: skip
+            str(sum(r["wrongly"] for r in runs)), told, f"{of('seconds'):.0f}"]  # fmt: skip
 
 
 def main() -> None:
@@ -291,13 +306,15 @@ def main() -> None:
         for steps in args.steps:
             for alpha in args.alphas:
                 for rule in args.rules:
-                    these = [one_run(name, rule, alpha, steps, s, args) for s in args.seeds]
+                    these = []
+                    for seed in args.seeds:
+                        these.append(one_run(name, rule, alpha, steps, seed, args))
+                        write_json(args.json, runs + these)
                     runs += these
                     lines.append(row(these))
                     print(*lines[-1], flush=True)
-                    write_json(args.json, runs)
     head = ["problem", "rule", "alpha", "steps", "L1", "regret, 1e-3 nats", "of uniform's gain",
-            "covered", "converged", "wrongly", "s"]  # fmt: skip
+            "covered", "converged", "wrongly", "draw", "s"]  # fmt: skip
     print(table(head, lines))
 
 
