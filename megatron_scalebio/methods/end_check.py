@@ -19,6 +19,7 @@ felt little in few steps: a check that sees no change is no proof. Measured in d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
+from megatron_scalebio.core.collectives import summed
 from megatron_scalebio.core.confidence import RESOLUTION
 from megatron_scalebio.core.goals import Goals
 from megatron_scalebio.core.mixture import Mixture
@@ -43,7 +45,10 @@ from megatron_scalebio.methods.interactions import steps_between_resets
 COST = 0.05  # of the run's steps, at most
 STEPS_WITH_LOSSES = 1.5  # a step of the check costs, with the losses read after it
 FEWEST_STEPS = 4  # for each source
-ALPHA = 1.0  # w leans to a source with half its gradient: far enough to be seen in bf16
+ALPHA = 1.0  # w leans to a source with half its gradient
+# In bf16, whose own steps are up to 0.8 % of a weight, by this share of a usual weight or more:
+# a tenth of that is lost in rounding (docs/experiments.md).
+LEAN_IN_BF16 = 0.02
 SURE = 3.0  # standard errors, of the change that one of several sources has most
 MOST_SOURCES = 256  # of a run: the covariance is S × S
 
@@ -87,7 +92,9 @@ class EndCheck:
 def check_steps(config: Config, sources_in_use: int) -> int:
     """Steps for each source, 0 where the check would cost too much or can tell nothing."""
     window = steps_between_resets(config)
-    if not config.bilevel.final_check or window is None or sources_in_use < 2:
+    if not config.bilevel.final_check or config.parallel.low_precision:
+        return 0
+    if window is None or sources_in_use < 2:
         return 0
     share = COST / STEPS_WITH_LOSSES * config.train.train_iters
     steps = min(window, int(share / sources_in_use))
@@ -112,8 +119,9 @@ def end_check(
         signalled: whether to give up.
 
     Returns:
-        None where it is switched off or would cost too much, where bounds or a prior hold the
-        weights, where a source has one example, where a step is not finite, and after a signal.
+        None where it is switched off or would cost too much, in FP8 and FP4 (the difference would
+        be rounding), where bounds or a prior hold the weights, where a source has one example,
+        where a step is not finite, and after a signal.
     """
     config, data = state.config, state.data
     used = [i for i, weight in enumerate(weight_S.tolist()) if weight >= RESOLUTION]
@@ -205,19 +213,30 @@ def _lean(state: RunState, bio: ScaleBiO, source: int, steps: int) -> bool:
     sampler = BlendSampler(data.sampler.sizes_S.tolist(), batch, seed, config.bilevel.floor_share)
     stand_in = BlendSampler([len(data.sources[source])], batch, seed)
     rates = state.schedule.at(config.train.train_iters // 2)
+    least = _least_rate(bio, steps) if config.parallel.bf16 else 0.0
     for _ in range(steps):
         picks = sampler.next(bio.weights)
         with runtime.refused_together():
             train = micro_batches(data.sources, picks, data.layout)
             lean = micro_batches([data.sources[source]], stand_in.next(np.ones(1)), data.layout)
         report = bio.step(
-            train, lean, rates.lr_w, lr_u=rates.lr_u, lr_lambda=0.0, alpha=ALPHA,
-            inclusion=picks.inclusion_S,
+            train, lean, max(rates.lr_w, least), lr_u=max(rates.lr_u, least), lr_lambda=0.0,
+            alpha=ALPHA, inclusion=picks.inclusion_S,
         )  # fmt: skip
         state.cost.trained += report.losses.tokens
         if report.skipped is not None:
             return False
     return True
+
+
+def _least_rate(bio: ScaleBiO, steps: int) -> float:
+    """The learning rate at which w can lean by LEAN_IN_BF16 in so many steps. A collective."""
+    trained = [p for chunk in bio.w for p in chunk.parameters() if p.requires_grad]
+    square = sum(float(p.detach().float().square().sum()) for p in trained)
+    square, count = summed(
+        torch.tensor([square, sum(p.numel() for p in trained)]).double()
+    ).tolist()
+    return LEAN_IN_BF16 * math.sqrt(square / count) * (1 + ALPHA) / steps
 
 
 def _gains(state: RunState, bio: ScaleBiO, source: Source, index_N: Ints) -> torch.Tensor:

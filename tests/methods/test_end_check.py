@@ -111,16 +111,17 @@ def test_it_objects_to_what_is_large_and_sure() -> None:
 
 
 def test_it_costs_a_twentieth_at_most() -> None:
-    def steps(iters: int, used: int, **given: Any) -> int:
+    def steps(iters: int, used: int, precision: str | None = None, **given: Any) -> int:
         bilevel = {"final_check": True, "resync_interval": 10, **given}
         config: Any = SimpleNamespace(
             bilevel=SimpleNamespace(**bilevel), train=SimpleNamespace(train_iters=iters),
             lisa=SimpleNamespace(lisa_layers=None, lisa_interval=6),
+            parallel=SimpleNamespace(low_precision=precision),
         )  # fmt: skip
         return check_steps(config, used)
 
     assert [steps(n, 3) for n in (300, 360, 600, 2000)] == [0, 4, 6, 10]
-    assert steps(2000, 1) == steps(2000, 3, final_check=False) == 0
+    assert steps(2000, 1) == steps(2000, 3, final_check=False) == steps(2000, 3, "hybrid") == 0
     assert steps(2000, 3, resync_interval=None) == 0 and steps(2000, 3, resync_interval=5) == 5
 
 
@@ -135,6 +136,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "grown": (1, {"bilevel": {"memory_growth": 1.0}}),
     "tokens": (1, {"data": {"loss_mean": "token"}}),
     "as the first": (1, {}),
+    "slow": (1, {"optimizer": {"lr": 1e-6}}),
+    "slow in bf16": (1, {"optimizer": {"lr": 1e-6}, "parallel": {"bf16": True}}),
     "bounds": (1, {"bilevel": {"kl_to_prior": 0.1}}),
 }  # fmt: skip
 FOUND = torch.tensor([0.4, 0.35, 0.25], dtype=torch.float64)
@@ -208,6 +211,12 @@ def test_every_kind_of_run_is_measured(measured: dict[str, Any], name: str) -> N
 def test_more_is_asked_of_the_source_that_validation_is_made_of(measured: dict[str, Any]) -> None:
     first, *others = measured["as the first"]["change"]
     assert first > 0.05 and sum(others) == pytest.approx(-first, abs=1e-6)
+
+
+@pytest.mark.distributed
+def test_rounding_is_not_taken_for_what_examples_gain(measured: dict[str, Any]) -> None:
+    spread = [np.diag(measured[name]["draw"]) ** 0.5 for name in ("slow in bf16", "slow")]
+    np.testing.assert_allclose(*spread, rtol=0.4)
 
 
 @pytest.mark.distributed
