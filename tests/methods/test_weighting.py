@@ -1,4 +1,4 @@
-"""DoReMi, DoGE and RegMix as commands: right answers, layouts, resume, mistakes."""
+"""DoReMi, DoGE, RegMix and olmix as commands: right answers, layouts, resume, mistakes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.commands import command, metrics, note, noted, the_only_line, write_c
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
 from tests.methods.naive_regmix import least_error, naive_proxy
+from tests.methods.test_log_linear import simplex
 
 pytestmark = pytest.mark.distributed
 
@@ -34,6 +35,7 @@ RUNS: dict[str, tuple[int, str, list]] = {
     "doge": (1, "doge", ["--train-iters", 40, "--domain-lr", 2.5]),
     "regmix": (1, "regmix", ["--train-iters", 40]),
     "regmix-short": (1, "regmix", PROXIES),
+    "olmix": (1, "olmix", [*PROXIES, "--kl-to-prior", 1e-3]),
     "regmix-epochs": (1, "regmix", ["--train-epochs", 0.1, *PROXIES]),
     "doremi-epochs": (1, "doremi", ["--train-epochs", 0.08, "--reference-iters", 4]),
     "doremi": (1, "doremi", DOREMI),
@@ -102,6 +104,8 @@ def on_ranks(folder_name: str) -> None:
             run(folder, name, method, flags, f"mistake-{name}")
         for method in FIXED:
             run(folder, method, method, [])
+        for method, options in (("olmix", ["--kl-to-prior", 1e-3]), ("regmix", [])):
+            run(folder, f"{method}-fed", method, ["--swarm", folder / "olmix", *options])
         told_losses(folder)
         (folder / "naive.json").write_text(json.dumps(naive_proxy(folder, 1)))
 
@@ -143,7 +147,7 @@ def told_losses(folder: Path) -> None:
         if 0.6 < least_error(mixtures, losses)[1] / losses.std() < 0.9:
             break
     for proxy, loss in zip(content["proxies"], losses, strict=True):
-        proxy["loss"] = float(loss)
+        proxy["losses"] = [float(loss)] * 2
     path.write_text(json.dumps(content))
     run(folder, "regmix-told", "regmix", PROXIES)
 
@@ -202,6 +206,38 @@ def test_regmix_ends_in_the_best_mixture_of_its_regression(runs: Path, name: str
     )
     assert found["reason"] == "regmix gives no intervals" + remark * int(error > losses.std() / 2)
     assert (name == "regmix") == (error < losses.std() / 2)
+
+
+def test_olmix_ends_in_the_best_mixture_of_its_laws(runs: Path) -> None:
+    """Of the laws of both validation sets, which count three to one, on a grid of mixtures."""
+    found = weights(runs / "olmix")
+    grid_NS = simplex(200)[1:-1]
+    laws = found["regression"]["laws"]
+    losses = [law["floor"] + np.exp(grid_NS @ law["slopes"]) for law in laws]
+    prior = np.array(SIZES) / sum(SIZES)
+    pull_N = 1e-3 * np.sum(grid_NS * np.log(np.maximum(grid_NS, 1e-9) / prior), axis=1)
+    whole_N = 0.75 * losses[0] + 0.25 * losses[1] + pull_N
+    got = np.array([entry["weight"] for entry in found["sources"]])
+    assert np.abs(got - grid_NS[whole_N.argmin()]).max() < 0.006
+    assert found["regression"]["kl_to_prior"] == 1e-3
+    told = [proxy["weights"] for proxy in found["proxies"]]
+    assert told == [draw_mixture(prior, 1234, number).tolist() for number in range(4)]
+
+
+def test_a_finished_swarm_feeds_both_regressions(runs: Path) -> None:
+    """The tables of a run have all that its end came of but the validation sets' weights."""
+    for method in ("olmix", "regmix"):
+        code, said = noted(runs / "noted", f"{method}-fed")
+        assert code == 0, said
+        fed = weights(runs / f"{method}-fed")
+        assert fed["cost"] == {"trained_tokens": 0, "scored_tokens": 0} and fed["step"] == 0
+        mixtures = [proxy["weights"] for proxy in weights(runs / "olmix")["proxies"]]
+        assert [proxy["weights"] for proxy in fed["proxies"]] == mixtures
+        trained = json.loads((runs / "olmix" / "proxies.json").read_text())["proxies"]
+        means = [sum(proxy["losses"]) / 2 for proxy in trained]
+        assert [proxy["loss"] for proxy in fed["proxies"]] == pytest.approx(means)
+    laws = [weights(runs / name)["regression"]["laws"] for name in ("olmix", "olmix-fed")]
+    assert laws[0] == laws[1]
 
 
 def test_every_proxy_begins_anew_and_is_judged_by_all_validation_sets(runs: Path) -> None:
