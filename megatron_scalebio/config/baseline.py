@@ -9,8 +9,8 @@ from megatron_scalebio.config.checks import option, require_positive, require_wi
 from megatron_scalebio.errors import UserError
 
 Method = Literal[
-    "scalebio", "uniform", "natural", "manual", "doremi", "doge", "regmix", "olmix", "less",
-    "rho_loss",
+    "scalebio", "uniform", "natural", "manual", "doremi", "doge", "regmix", "olmix", "climb",
+    "less", "rho_loss",
 ]  # fmt: skip
 
 
@@ -26,9 +26,10 @@ class BaselineConfig:
     )
     proxies: int | None = option(
         None,
-        "regmix, olmix: small trainings [as many as cost what ScaleBiO does in train_iters steps]",
+        "regmix, olmix, climb: small trainings [as many as cost what ScaleBiO does in train_iters "
+        "steps]",
     )
-    proxy_iters: int | None = option(None, "regmix, olmix: steps of each [train_iters / 5]")
+    proxy_iters: int | None = option(None, "regmix, olmix, climb: steps of each [train_iters / 5]")
     swarm: str | None = option(
         None, "regmix, olmix: folder of a finished swarm, ratios.csv and metrics.csv [trains one]"
     )

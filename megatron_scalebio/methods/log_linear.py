@@ -29,7 +29,7 @@ PARTS = 10
 FIT_STEPS = 200
 LARGEST = 100.0  # exponent of a law that a step has thrown out of bounds
 STEPS, CLOSE = 5000, 1e-9
-LEAST = 1e-30  # a weight of nothing would have no logarithm
+LEAST, NONE = 1e-30, 1e-9  # weights while they have logarithms, and those that are given as 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _descend(law: Floats, mixture_NS: Floats, loss_N: Floats) -> tuple[float, Fl
 
     def missed(law: Floats) -> tuple[float, Floats, Floats]:
         above_N = np.exp(np.minimum(mixture_NS @ law[1:], LARGEST))
-        off_N = loss_N - np.exp(law[0]) - above_N
+        off_N = loss_N - np.exp(min(law[0], LARGEST)) - above_N
         size_N = np.abs(off_N)
         huber_N = np.where(size_N < DELTA, off_N**2 / 2, DELTA * (size_N - DELTA / 2))
         return float(huber_N.sum()), off_N, above_N
@@ -107,10 +107,11 @@ def best_mixture(laws: list[Law], share_V: Floats, kept: Constraints, start_S: F
     Args:
         start_S: where it begins; sources that keep their ratios have those of it.
     """
-    slope_VS, weight_V = torch.from_numpy(np.stack([law.slope_S for law in laws])), share_V
+    slope_VS = torch.from_numpy(np.stack([law.slope_S for law in laws]))
+    weight_V = torch.from_numpy(share_V)
 
     def losses(p_S: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(weight_V) * (slope_VS @ p_S).exp()
+        return weight_V * (slope_VS @ p_S).exp()
 
     p_S = kept.project(torch.from_numpy(start_S).clamp_min(LEAST))
     size = 1.0
@@ -129,4 +130,4 @@ def best_mixture(laws: list[Law], share_V: Floats, kept: Constraints, start_S: F
         p_S, size = new_S, 1.5 * size
         if moved < CLOSE:
             break
-    return p_S.numpy()
+    return torch.where(p_S < NONE, 0.0, p_S).numpy()

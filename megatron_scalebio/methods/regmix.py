@@ -6,24 +6,14 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.engine.start import Job
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.mixture_regression import best_mixture, fit
-from megatron_scalebio.methods.swarm import swarm_of
+from megatron_scalebio.methods.swarm import data_of, swarm_of
 
 
 def find(config: Config, job: Job) -> Found | None:
     """Trains the proxies that are missing; the mixture they point to, or None at a signal."""
-    swarm = swarm_of(config, job)
+    swarm = swarm_of(config, job, data_of(config, job))
     if swarm is None:
         return None
     regression = fit(swarm.mixture_NS, swarm.loss_N)
-    return Found(
-        sources=swarm.data.sources,
-        weight_S=best_mixture(regression, swarm.prior_S, config.train.seed).tolist(),
-        initial_S=swarm.prior_S.tolist(),
-        cost=swarm.cost,
-        step=swarm.step,
-        remarks=swarm.remarks(regression.error),
-        details={
-            "regression": {"features": regression.features, "left_out_error": regression.error},
-            "proxies": swarm.entries(),
-        },
-    )
+    weight_S = best_mixture(regression, swarm.prior_S, config.train.seed)
+    return swarm.found(weight_S, regression.error, {"features": regression.features})

@@ -31,6 +31,7 @@ from megatron_scalebio.engine.start import Job, load_start
 from megatron_scalebio.engine.state import Data, Record, TokenCost
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.finetune import FinetuneState
+from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.mixture_regression import draw_mixture
 from megatron_scalebio.methods.swarm_tables import read_tables, write_tables
 from megatron_scalebio.methods.weighting import prior_weights, start_log
@@ -65,34 +66,49 @@ class Swarm:
     def loss_N(self) -> Floats:
         return self.loss_NV @ self.share_V
 
-    def remarks(self, error: float) -> list[str]:
-        """What speaks against a regression that misses left-out losses by so much."""
-        spread = self.loss_N.std()
-        if error <= spread / 2:
-            return []
-        advice = "raise proxy_iters or proxies" if self.step else "it needs more runs"
-        return [
-            f"its regression misses a proxy left out by {error:.2g}, and they differ by "
-            f"{spread:.2g}: {advice}"
-        ]
-
-    def entries(self) -> list[Proxy]:
-        """As weights.json has them."""
+    def found(self, weight_S: Floats, error: float, regression: dict[str, Any]) -> Found:
+        """The outcome of a regression that misses left-out losses by `error`, in nats."""
+        spread, remarks = self.loss_N.std(), []
+        if error > spread / 2:
+            advice = "raise proxy_iters or proxies" if self.step else "it needs more runs"
+            remarks.append(
+                f"its regression misses a proxy left out by {error:.2g}, and they differ by "
+                f"{spread:.2g}: {advice}"
+            )
         pairs = zip(self.mixture_NS.tolist(), self.loss_N.tolist(), strict=True)
-        return [{"weights": weights, "loss": loss} for weights, loss in pairs]
+        proxies = [{"weights": weights, "loss": loss} for weights, loss in pairs]
+        return Found(
+            sources=self.data.sources,
+            weight_S=weight_S.tolist(),
+            initial_S=self.prior_S.tolist(),
+            cost=self.cost,
+            step=self.step,
+            remarks=remarks,
+            details={"regression": {**regression, "left_out_error": error}, "proxies": proxies},
+        )
+
+
+def data_of(config: Config, job: Job) -> Data:
+    """The sources and validation sets of a swarm, from a configuration that can train one."""
+    config.validate_training(runtime.world_size_from_environment())
+    data = Data(config, job.folder / "cache")
+    config.train.resolve_epochs(sum(len(source) for source in data.sources))
+    return data
 
 
 def swarm_of(
-    config: Config, job: Job, propose: Callable[[Floats, int], Propose] | None = None
+    config: Config,
+    job: Job,
+    data: Data,
+    propose: Callable[[Floats, Floats, int], Propose] | None = None,
 ) -> Swarm | None:
     """The swarm of a run's configuration: ready-made or trained here; None at a signal.
 
     Args:
-        propose: says the mixtures, given the prior and how many there will be [around the prior].
+        data: of `data_of`.
+        propose: says the mixtures, given the prior, the weights of the validation sets and how many
+            there will be [around the prior].
     """
-    config.validate_training(runtime.world_size_from_environment())
-    data = Data(config, job.folder / "cache")
-    config.train.resolve_epochs(sum(len(source) for source in data.sources))
     prior_S, ready = np.array(prior_weights(config, data)), config.baseline.swarm
     names = [source.name for source in data.sources]
     if ready is not None:
@@ -101,7 +117,8 @@ def swarm_of(
         return Swarm(data, prior_S, mixture_NS, loss_NV, np.full(sets, 1 / sets))
     count, iters = budget(config, len(names))
     drawn: Propose = lambda number, _: draw_mixture(prior_S, config.train.seed, number)  # noqa: E731
-    mixtures = propose(prior_S, count) if propose else drawn
+    share_V = np.asarray(data.shares_V)
+    mixtures = propose(prior_S, share_V, count) if propose else drawn
     ledger = Ledger(job.folder / PROXIES_FILE, data, iters, prior_S, count, mixtures)
     if ledger.missing and not train_proxies(config, job, iters, ledger):
         return None
@@ -109,7 +126,7 @@ def swarm_of(
     loss_NV = np.array([proxy["losses"] for proxy in ledger.proxies])
     sets = [each.name for each in data.validation]
     runtime.on_main(lambda: write_tables(job.folder, names, mixture_NS, sets, loss_NV))
-    return Swarm(data, prior_S, mixture_NS, loss_NV, np.asarray(data.shares_V), ledger.cost, iters)
+    return Swarm(data, prior_S, mixture_NS, loss_NV, share_V, ledger.cost, iters)
 
 
 def budget(config: Config, sources: int) -> tuple[int, int]:
