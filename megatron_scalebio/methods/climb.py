@@ -53,7 +53,8 @@ def in_rounds(prior_S: Floats, share_V: Floats, count: int, seed: int) -> Propos
             loss_N = np.array([proxy["losses"] for proxy in before[:begin]]) @ share_V
             ranked_NS = pool_NS[fit(done_NS, loss_N).predict(pool_NS).argsort(kind="stable")]
             known = set(map(tuple, done_NS.tolist()))
-            new_NS = np.array([each for each in ranked_NS.tolist() if tuple(each) not in known])
+            ranked = dict.fromkeys(map(tuple, ranked_NS.tolist()))  # corners are drawn repeatedly
+            new_NS = np.array([each for each in ranked if each not in known])
             shuffle = np.random.default_rng((seed, 5, begin)).permutation
             rounds[begin] = shuffle(new_NS[: max(BEST, count)])
         return rounds[begin][number - begin]
