@@ -162,6 +162,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "reference_iters": (None, 11),
         "proxies": (None, 12),
         "proxy_iters": (None, 13),
+        "swarm": (None, "finished"),
         "domain_lr": (None, 0.7),
         "select_fraction": (0.05, 0.2),
         "less_checkpoints": (4, 3),
@@ -220,6 +221,7 @@ LATENT = {"multi_latent_attention": True, "qk_layernorm": True}
 LATENT_OPTIONS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 NEEDS: dict[str, dict[str, dict[str, Any]]] = {
     **{name: {"model": EXPERTS} for name in OPTIONS["model"] if name.startswith("moe_")},
+    "swarm": {"baseline": {"method": "olmix"}},
     "multi_latent_attention": {"model": {"qk_layernorm": True}},
     **{name: {"model": LATENT} for name in LATENT_OPTIONS},
     "pre_norms": {"model": {"post_norms": True}},

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_scalebio.config.checks import option, require_positive, require_within
+from megatron_scalebio.errors import UserError
 
 Method = Literal[
-    "scalebio", "uniform", "natural", "manual", "doremi", "doge", "regmix", "less", "rho_loss"
-]
+    "scalebio", "uniform", "natural", "manual", "doremi", "doge", "regmix", "olmix", "climb",
+    "less", "rho_loss",
+]  # fmt: skip
 
 
 @dataclass
@@ -23,9 +25,14 @@ class BaselineConfig:
         "three epochs of the validation sets]",
     )
     proxies: int | None = option(
-        None, "regmix: small trainings [as many as cost what ScaleBiO does in train_iters steps]"
+        None,
+        "regmix, olmix, climb: small trainings [as many as cost what ScaleBiO does in train_iters "
+        "steps]",
     )
-    proxy_iters: int | None = option(None, "regmix: steps of each [train_iters / 5]")
+    proxy_iters: int | None = option(None, "regmix, olmix, climb: steps of each [train_iters / 5]")
+    swarm: str | None = option(
+        None, "regmix, olmix: folder of a finished swarm, ratios.csv and metrics.csv [trains one]"
+    )
     domain_lr: float | None = option(
         None, "doremi, doge: step size of the exponentiated update [1; 100 / train_iters up to 1]"
     )
@@ -41,4 +48,8 @@ class BaselineConfig:
             self, "reference_iters", "proxies", "proxy_iters", "domain_lr", "less_checkpoints",
             "less_dimensions",
         )  # fmt: skip
+        if self.swarm is not None and self.method not in ("regmix", "olmix"):
+            raise UserError(f"swarm: {self.swarm!r} is not for the method {self.method} (drop it)")
+        if self.swarm is not None and (self.proxies or self.proxy_iters):
+            raise UserError(f"swarm: {self.swarm!r} is trained already (drop proxies, proxy_iters)")
         require_within(self, "(0, 1]", "select_fraction", "less_warmup_fraction", "rho_batch_share")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.confidence import WeightIntervals
 from megatron_scalebio.core.constraints import Constraints
-from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.data.reuse import reused
 from megatron_scalebio.engine.epochs import caps
 from megatron_scalebio.engine.outputs import natural_shares
@@ -17,13 +16,16 @@ from megatron_scalebio.errors import UserError
 LEAST_PRIOR = 1e-4  # of an equal weight: a prior of nothing would have no logarithm
 
 
-def constraints_of(config: Config, data: Data) -> Constraints | None:
+def constraints_of(config: Config, data: Data, kappa: float) -> Constraints | None:
     """Bounds of sources and of their repetition, the prior, and the ratios that stay.
+
+    Args:
+        kappa: of the pull to the prior; 0: there is none.
 
     Raises:
         UserError: if no mixture keeps to them.
     """
-    kappa, tied_S = config.bilevel.kl_to_prior, None
+    tied_S = None
     if config.data.keep_ratios and data.former is not None:
         tied_S = data.former.known
         if all(tied_S):
@@ -90,14 +92,20 @@ def prior_of(config: Config, data: Data) -> list[float]:
 
 
 def refuse_bounds(config: Config) -> None:
-    """For the methods that know no bounds."""
+    """For the methods that know no bounds, or only those of sources."""
     method, sources = config.baseline.method, config.data.sources
     bound = next((s for s in sources if s.low > 0 or s.high < 1), None)
     held = next((v for v in config.data.validation if v.is_bounded), None)
-    asked = {
-        f"data.sources: the bounds of {bound.name if bound else None!r}": bound is not None,
-        "data.keep_ratios": config.data.keep_ratios,
-        "bilevel.kl_to_prior": config.bilevel.kl_to_prior > 0,
+    asked = (
+        {}
+        if method == "olmix"
+        else {
+            f"data.sources: the bounds of {bound.name if bound else None!r}": bound is not None,
+            "data.keep_ratios": config.data.keep_ratios,
+            "bilevel.kl_to_prior": config.bilevel.kl_to_prior > 0,
+        }
+    )
+    asked |= {
         "bilevel.objective": config.bilevel.objective != "mean",
         "bilevel.interactions": config.bilevel.interactions,
         f"data.validation: the bound of {held.name if held else None!r}": held is not None,
@@ -109,12 +117,11 @@ def refuse_bounds(config: Config) -> None:
             )
 
 
-def at_bounds(bio: ScaleBiO, intervals: WeightIntervals) -> list[str | None] | None:
+def at_bounds(kept: Constraints | None, weight_S: Sequence[float]) -> list[str | None] | None:
     """Which bound holds each weight, if there are any: "fixed", "min" or "max"."""
-    kept = bio.mixture.constraints
     if kept is None:
         return None
-    weight_S, close = intervals.weight_S, 1e-6
+    close = 1e-6
     names: list[str | None] = [None] * len(weight_S)
     for number in range(len(names)):
         weight, low, high = (float(x[number]) for x in (weight_S, kept.low_S, kept.high_S))

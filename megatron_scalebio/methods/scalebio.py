@@ -123,7 +123,7 @@ def find(config: Config, job: Job) -> Found:
             **({"final_check": state.check.told(state.training.sources)} if state.check else {}),
             **sets,
         },
-        at_bound_S=at_bounds(state.training, intervals),
+        at_bound_S=at_bounds(state.training.mixture.constraints, intervals.weight_S.tolist()),
         interaction=interaction,
         stages=stages_of(
             state.training.mixture.trajectory,
@@ -153,7 +153,7 @@ class TrainState(RunState):
             [source.name for source in data.sources],
             goals=goals_of(config),
             initial_weights=data.initial_weights(),
-            constraints=constraints_of(config, data),
+            constraints=constraints_of(config, data, config.bilevel.kl_to_prior),
             levels=core_levels(self.levels),
             **self.training_options(),
         )

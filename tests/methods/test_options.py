@@ -10,7 +10,7 @@ import pytest
 from megatron_scalebio.config.baseline import BaselineConfig
 from megatron_scalebio.engine.loop import _refuse_skips
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.methods import doge, doremi, less, regmix, rho_loss
+from megatron_scalebio.methods import doge, doremi, less, olmix, rho_loss, swarm
 
 
 def config(train_iters: int = 100, **baseline: Any) -> Any:
@@ -31,7 +31,17 @@ def test_defaults_are_the_published_values() -> None:
     # DoReMi's η and c; DoGE's 5e-4 / 0.05 over 10,000 steps; passes of a bilevel step
     assert (doremi.DOMAIN_LR, doremi.SMOOTHING) == (1.0, 1e-3)
     assert pytest.approx(5e-4 / 0.05 * 10_000) == doge.PUBLISHED_REACH
-    assert (rho_loss.REFERENCE_EPOCHS, regmix.PASSES_OF_A_BILEVEL_STEP) == (3, 3)
+    assert olmix.PUBLISHED_PULL == 0.1
+    assert (rho_loss.REFERENCE_EPOCHS, swarm.PASSES_OF_A_BILEVEL_STEP) == (3, 3)
+
+
+def test_a_finished_swarm_is_for_methods_that_take_one() -> None:
+    assert BaselineConfig(method="regmix", swarm="folder").swarm == "folder"
+    with pytest.raises(UserError, match=r"swarm: 'folder' is not for the method doge"):
+        BaselineConfig(method="doge", swarm="folder")
+    for count in ("proxies", "proxy_iters"):
+        with pytest.raises(UserError, match=r"swarm: 'folder' is trained already"):
+            BaselineConfig(method="olmix", swarm="folder", **{count: 30})  # type: ignore[arg-type]
 
 
 def test_less_is_refused_with_experts() -> None:
@@ -68,7 +78,7 @@ def test_shares_are_above_zero_and_at_most_one(name: str) -> None:
 def test_regmix_spends_as_many_steps_as_scalebio(
     train_iters: int, options: dict, sources: int, proxies: int, steps: int
 ) -> None:
-    assert regmix.budget(config(train_iters, **options), sources) == (proxies, steps)
+    assert swarm.budget(config(train_iters, **options), sources) == (proxies, steps)
 
 
 def test_less_warms_up_on_whole_batches() -> None:

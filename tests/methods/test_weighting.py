@@ -1,4 +1,4 @@
-"""DoReMi, DoGE and RegMix as commands: right answers, layouts, resume, mistakes."""
+"""DoReMi, DoGE, RegMix, olmix and CLIMB as commands: right answers, layouts, resume, mistakes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.commands import command, metrics, note, noted, the_only_line, write_c
 from tests.distributed.harness import run_distributed
 from tests.markov import write_problem
 from tests.methods.naive_regmix import least_error, naive_proxy
+from tests.methods.test_log_linear import simplex
 
 pytestmark = pytest.mark.distributed
 
@@ -34,6 +35,8 @@ RUNS: dict[str, tuple[int, str, list]] = {
     "doge": (1, "doge", ["--train-iters", 40, "--domain-lr", 2.5]),
     "regmix": (1, "regmix", ["--train-iters", 40]),
     "regmix-short": (1, "regmix", PROXIES),
+    "olmix": (1, "olmix", [*PROXIES, "--kl-to-prior", 1e-3]),
+    "climb": (1, "climb", ["--proxies", 5, "--proxy-iters", 2, "--eval-examples", 15]),
     "regmix-epochs": (1, "regmix", ["--train-epochs", 0.1, *PROXIES]),
     "doremi-epochs": (1, "doremi", ["--train-epochs", 0.08, "--reference-iters", 4]),
     "doremi": (1, "doremi", DOREMI),
@@ -88,6 +91,7 @@ def on_ranks(folder_name: str) -> None:
         stop_and_go_on(folder, "doge-stopped", "doge-one", [("", 2)])
         stop_and_go_on(folder, "doremi-stopped", "doremi", [("reference", 2), ("", 3)])
         stop_and_go_on(folder, "regmix-stopped", "regmix-short", [("", 5)])
+        stop_and_go_on(folder, "climb-stopped", "climb", [("", 7)])
         stop_and_go_on(folder, "doremi-few-stopped", "doremi-few-places", [("", 2)])
         for name in ("regmix-longer", "regmix-seed"):
             shutil.copytree(folder / "regmix-short", folder / name)
@@ -95,6 +99,7 @@ def on_ranks(folder_name: str) -> None:
             "regmix-few": ("regmix", ["--proxies", 3]),
             "regmix-longer": ("regmix", ["--proxies", 4, "--proxy-iters", 4]),
             "regmix-seed": ("regmix", [*PROXIES, "--seed", 7]),
+            "olmix-caps": ("olmix", [*PROXIES, "--target-examples", 10**6]),
             "doge-one": ("doremi", SHORT),
             "manual-none": ("manual", []),
         }
@@ -102,6 +107,8 @@ def on_ranks(folder_name: str) -> None:
             run(folder, name, method, flags, f"mistake-{name}")
         for method in FIXED:
             run(folder, method, method, [])
+        for method, options in (("olmix", ["--kl-to-prior", 1e-3]), ("regmix", [])):
+            run(folder, f"{method}-fed", method, ["--swarm", folder / "olmix", *options])
         told_losses(folder)
         (folder / "naive.json").write_text(json.dumps(naive_proxy(folder, 1)))
 
@@ -143,7 +150,7 @@ def told_losses(folder: Path) -> None:
         if 0.6 < least_error(mixtures, losses)[1] / losses.std() < 0.9:
             break
     for proxy, loss in zip(content["proxies"], losses, strict=True):
-        proxy["loss"] = float(loss)
+        proxy["losses"] = [float(loss)] * 2
     path.write_text(json.dumps(content))
     run(folder, "regmix-told", "regmix", PROXIES)
 
@@ -202,6 +209,51 @@ def test_regmix_ends_in_the_best_mixture_of_its_regression(runs: Path, name: str
     )
     assert found["reason"] == "regmix gives no intervals" + remark * int(error > losses.std() / 2)
     assert (name == "regmix") == (error < losses.std() / 2)
+
+
+def test_olmix_ends_in_the_best_mixture_of_its_laws(runs: Path) -> None:
+    """Of the laws of both validation sets, which count three to one, on a grid of mixtures."""
+    found = weights(runs / "olmix")
+    grid_NS = simplex(200)[1:-1]
+    laws = found["regression"]["laws"]
+    losses = [law["floor"] + np.exp(grid_NS @ law["slopes"]) for law in laws]
+    prior = np.array(SIZES) / sum(SIZES)
+    pull_N = 1e-3 * np.sum(grid_NS * np.log(np.maximum(grid_NS, 1e-9) / prior), axis=1)
+    whole_N = 0.75 * losses[0] + 0.25 * losses[1] + pull_N
+    got = np.array([entry["weight"] for entry in found["sources"]])
+    assert np.abs(got - grid_NS[whole_N.argmin()]).max() < 0.006
+    assert found["regression"]["kl_to_prior"] == 1e-3
+    told = [proxy["weights"] for proxy in found["proxies"]]
+    assert told == [draw_mixture(prior, 1234, number).tolist() for number in range(4)]
+
+
+def test_climb_ends_in_the_candidate_that_its_regression_likes_best(runs: Path) -> None:
+    found = weights(runs / "climb")
+    prior = np.array(SIZES) / sum(SIZES)
+    pool = np.stack([draw_mixture(prior, 1234, 5 + number) for number in range(5000)])
+    mixtures = np.array([proxy["weights"] for proxy in found["proxies"]])
+    losses = np.array([proxy["loss"] for proxy in found["proxies"]])
+    ridge, _ = least_error(mixtures, losses)
+    best = pool[ridge.predict(pool, mixtures, losses).argmin()]
+    assert [entry["weight"] for entry in found["sources"]] == best.tolist()
+    assert mixtures[:3].tolist() == [draw_mixture(prior, 1234, k).tolist() for k in range(3)]
+    assert all(row in pool.tolist() for row in mixtures[3:].tolist())
+
+
+def test_a_finished_swarm_feeds_both_regressions(runs: Path) -> None:
+    """The tables of a run have all that its end came of but the validation sets' weights."""
+    for method in ("olmix", "regmix"):
+        code, said = noted(runs / "noted", f"{method}-fed")
+        assert code == 0, said
+        fed = weights(runs / f"{method}-fed")
+        assert fed["cost"] == {"trained_tokens": 0, "scored_tokens": 0} and fed["step"] == 0
+        mixtures = [proxy["weights"] for proxy in weights(runs / "olmix")["proxies"]]
+        assert [proxy["weights"] for proxy in fed["proxies"]] == mixtures
+        trained = json.loads((runs / "olmix" / "proxies.json").read_text())["proxies"]
+        means = [sum(proxy["losses"]) / 2 for proxy in trained]
+        assert [proxy["loss"] for proxy in fed["proxies"]] == pytest.approx(means)
+    laws = [weights(runs / name)["regression"]["laws"] for name in ("olmix", "olmix-fed")]
+    assert laws[0] == laws[1]
 
 
 def test_every_proxy_begins_anew_and_is_judged_by_all_validation_sets(runs: Path) -> None:
@@ -290,7 +342,8 @@ def test_weights_are_the_average_of_all_steps(runs: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("stopped", "times", "whole"),
     [("doge-stopped", 1, "doge-one"), ("doremi-stopped", 2, "doremi"),
-     ("doremi-few-stopped", 1, "doremi-few-places"), ("regmix-stopped", 1, "regmix-short")],
+     ("doremi-few-stopped", 1, "doremi-few-places"), ("regmix-stopped", 1, "regmix-short"),
+     ("climb-stopped", 1, "climb")],
 )  # fmt: skip
 def test_stopped_and_started_again_equals_undisturbed(
     runs: Path, stopped: str, times: int, whole: str
@@ -346,8 +399,10 @@ def test_mistakes_cost_one_line(runs: Path) -> None:
         "regmix-few": "baseline.proxies: 3 can't tell 3 sources apart",
         "regmix-longer": "holds proxies of other sources, steps, seed",
         "regmix-seed": "holds proxies of other sources, steps, seed",
+        "olmix-caps": "4 passes over all sources are 2.4 k examples, the final training draws",
         "doge-one": "holds a run of `doge`, which doremi can't continue with",
         "manual-none": "baseline.method: manual needs weights",
     }.items():
         code, said = noted(runs / "noted", f"mistake-{name}")
         assert code == 2 and words in the_only_line(said), said
+    assert not (runs / "olmix-caps" / "proxies.json").exists(), "found before anything is trained"
