@@ -269,3 +269,15 @@ def test_what_would_be_a_list_without_end_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"{key}: 10001 is not supported .10000 at most"):
         read_family(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"])
+def test_groups_of_experts_of_which_none_is_chosen_are_refused(
+    tmp_path: Path, architecture: str
+) -> None:
+    kind, values = CASES[architecture][:2]
+    changes = {"n_group": 2, "topk_group": None, "topk_method": "group_limited_greedy"}
+    config = {"architectures": [architecture], "model_type": kind, **values, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="topk_group: None is not supported"):
+        read_family(tmp_path)
