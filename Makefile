@@ -38,9 +38,14 @@ $(VENV)/.installed-te-$(TE): $(VENV)/.installed
 demo: environment
 	$(BIN)/python examples/demo/run.py --output demo-run
 
+# Those of SLURM would leave half of two cores idle: they run beside the others, told at the end.
 test: $(VENV)/.installed-test $(VENV)/.installed-te-$(TE)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=25 -m "not long and not slurm"
-	$(BIN)/python -m pytest -m "slurm and not long"
+	@trap 'kill $$slurm 2> /dev/null' EXIT; trap 'exit 1' INT TERM; log=$$(mktemp); \
+	$(BIN)/python -m pytest -m "slurm and not long" tests/slurm > $$log 2>&1 & slurm=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 \
+		-m "not long and not slurm"; others=$$?; \
+	wait $$slurm; of_slurm=$$?; echo "tests/slurm:"; cat $$log; rm $$log; \
+	[ $$others = 0 ] && [ $$of_slurm = 0 ]
 
 test-long: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m long

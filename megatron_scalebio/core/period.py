@@ -218,11 +218,9 @@ def prepare_gradients(optimizer: MegatronOptimizer) -> float:
     """Makes the gradients ready to step with, clipped; returns their norm before clipping."""
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    clip_grad = optimizer.config.clip_grad
-    if clip_grad > 0 and math.isfinite(norm):
-        for part in optimizer.chained_optimizers:
-            if not part.is_stub_optimizer and part.get_parameters():
-                clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, norm)
+    clip_grad, parameters = optimizer.config.clip_grad, optimizer.get_parameters()
+    if clip_grad > 0 and math.isfinite(norm) and parameters:
+        clip_grad_by_total_norm_fp32(parameters, clip_grad, norm)
     return norm
 
 

@@ -19,6 +19,8 @@ FAMILIES = {
     for name in family.architectures
 }
 
+MOST_LAYERS = 10_000  # transformers makes a list of them, or of labels, as long as it is told to
+
 
 def read_family(hf: str | Path) -> tuple[Family, dict[str, Any]]:
     """The family of a Hugging Face folder (or GGUF file), and its fields of ModelConfig.
@@ -54,6 +56,12 @@ def _read_config(hf: Path) -> HfConfig:
             given = json.loads(where.read_text())
             if not isinstance(given, dict):
                 raise ValueError("not an object")
+            for key in ("num_hidden_layers", "n_layer", "num_labels"):
+                if isinstance(count := given.get(key), int) and count > MOST_LAYERS:
+                    raise UserError(
+                        f"{where}: {key}: {count!r} is not supported ({MOST_LAYERS} at most; mend "
+                        "it, or fetch the file again)"
+                    )
         elif not hf.is_file():
             raise FileNotFoundError(2, "No such file", str(hf))
     except OSError as error:

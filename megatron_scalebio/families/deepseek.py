@@ -62,6 +62,8 @@ def _groups(config: HfConfig, best_of_a_group: int) -> dict[str, Any]:
     groups, chosen = config.take("n_group"), config.take("topk_group")
     if groups in (None, 1) or groups == chosen:
         return {}
+    if chosen is None:
+        raise config.refuse("topk_group", "a whole number is expected beside n_group")
     topk = config.take("num_experts_per_tok")
     if topk != best_of_a_group * chosen:
         raise config.refuse(

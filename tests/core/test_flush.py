@@ -150,6 +150,9 @@ def test_a_forward_step_takes_the_next_pass_to_the_model_of_its_role() -> None:
         assert calls[-1] == (this.role is U, this.batch, this.last, 0.5 * this.role)
         for got, want in zip(loss(output)[:2], loss_func(this, output)[:2], strict=True):
             assert torch.equal(got, want)
+    plain = Pass(U, TRAIN[0], *[torch.ones(2).double()] * 2)
+    forward_step(iter([plain]), twin)  # type: ignore[arg-type]
+    assert calls.pop() == (True, TRAIN[0], False, 0.0)
     assert seen == [("forward", n // 2 + n % 2) for n in range(2 * len(planned))], "around each"
 
 
@@ -187,9 +190,11 @@ def test_a_flush_hands_all_passes_to_every_chunk(
         return "records"
 
     monkeypatch.setattr(module, "get_forward_backward_func", lambda: schedule)
-    planned = passes([1.0] * 3, [1.0] * 2, 1.0, shared=False)
+    of_step = passes([1.0] * 3, [1.0] * 2, 1.0, shared=False)
+    planned = [of_step[number] for number in (2, 0, 1, 3, 4, 5)]
     context = groups(cp=Group(size=4))
-    assert flush(twins, planned, context, forward_only=True) == "records"  # type: ignore[comparison-overlap]
+    said = flush(twins, planned, context, module.unobserved, forward_only=True)
+    assert said == "records"  # type: ignore[comparison-overlap]
     iterators = given.pop("data_iterator")
     if chunks == 1:
         iterators = [iterators]
@@ -202,8 +207,9 @@ def test_a_flush_hands_all_passes_to_every_chunk(
         for p in got:  # sent to the device before a kernel is queued
             assert p.target_BS is not None and torch.equal(p.target_BS, p.batch.mask_BS > 0)
         # The last pass of u is its second, that of w the second on validation.
-        assert [p.last for p in got] == [False, False, True, False, False, True]
-    assert given.pop("forward_step_func").func is forward_step
+        assert [p.last for p in got] == [False, True, False, False, False, True]
+    step = given.pop("forward_step_func")
+    assert step.func is forward_step and step.keywords == {"observe": module.unobserved}
     assert given.pop("held") == [1] * chunks, "no gradient is reduced before its time"
     found = given.pop("found")
     assert found == {
@@ -213,7 +219,7 @@ def test_a_flush_hands_all_passes_to_every_chunk(
     assert vars(config) == before, "the caller's own are put back"
     # Validation's four columns are the longest, a quarter of the sequence under CP.
     assert given == {
-        "model": twins, "num_microbatches": 6, "seq_length": 16, "micro_batch_size": 2,
+        "model": twins, "num_microbatches": 6, "seq_length": 16, "micro_batch_size": 1,
         "forward_only": True,
     }  # fmt: skip
 
@@ -245,6 +251,32 @@ def test_unequal_shapes_need_a_pipeline_that_can_tell(
             flush([twin], planned, where)
     else:
         assert flush([twin], planned, where) == "records"  # type: ignore[comparison-overlap]
+    first, other = planned[0], planned[2]
+    if stages == 2 and not variable:
+        with pytest.raises(ValueError, match=r"shapes \[\(1, 3\), \(2, 2\)\]"):
+            flush([twin], [first, other], where)
+    assert flush([twin], [first, first], where) == "records"  # type: ignore[comparison-overlap]
+
+
+def test_what_losses_take_is_on_the_device_before_the_schedule_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(
+        module, "get_forward_backward_func", lambda: lambda **given: list(given["data_iterator"])
+    )
+    twin: Any = ToyTwin()
+    sent: Any = flush([twin], passes([1.0] * 3, [1.0] * 2, 1.0, shared=False), groups())
+    assert len(sent) == 6
+    for this in sent:
+        tensors = (this.coefficient_B, this.weight_B, this.target_BS)
+        assert [tensor.device.type for tensor in tensors] == ["meta"] * 3
+
+
+def test_labels_count_where_the_device_was_told_that_they_do() -> None:
+    told = torch.tensor([[False, True]])
+    this = Pass(U, batch([0], [[1, 1]]), tensor([1.0]), tensor([1.0]), target_BS=told)
+    assert float(loss_func(this, torch.tensor([[3.0, 5.0]]))[0]) == 5.0
 
 
 def test_a_pass_counts_what_its_role_counts() -> None:
@@ -359,16 +391,15 @@ def test_what_is_not_finite_is_named(
 
 
 class ToyOptimizer:
-    """Megatron's chain of optimizers: two with parameters, one without any, one a stub."""
+    """A chain of Megatron's optimizers."""
 
-    def __init__(self, norm: float, most: float) -> None:
+    def __init__(self, norm: float, most: float, parameters: int = 3) -> None:
         self.norm, self.prepared = norm, False
         self.config = SimpleNamespace(clip_grad=most)
-        first, last = self.clipped = [[torch.nn.Parameter(torch.zeros(2))] for _ in range(2)]
-        self.chained_optimizers = [
-            SimpleNamespace(is_stub_optimizer=stub, get_parameters=lambda held=held: held)
-            for stub, held in ((False, first), (False, []), (True, None), (False, last))
-        ]
+        self.held = [torch.nn.Parameter(torch.zeros(2)) for _ in range(parameters)]
+
+    def get_parameters(self) -> list[torch.nn.Parameter]:
+        return self.held
 
     def prepare_grads(self) -> None:
         self.prepared = True
@@ -391,4 +422,7 @@ def test_gradients_are_clipped_by_the_norm_of_all(
     got = prepare_gradients(optimizer)
     assert got == norm and isinstance(got, float)
     assert optimizer.prepared
-    assert calls == ([(held, most, norm) for held in optimizer.clipped] if clips else [])
+    assert calls == ([(optimizer.held, most, norm)] if clips else [])
+    calls.clear()
+    nothing_trains: Any = ToyOptimizer(norm, most, parameters=0)  # on this stage
+    assert prepare_gradients(nothing_trains) == norm and not calls

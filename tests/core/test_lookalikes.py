@@ -121,6 +121,19 @@ def test_of_lookalikes_the_sum_is_known() -> None:
     assert said.converged and "only the sum of a, b is known" in said.reason
 
 
+def test_of_two_groups_the_sums_are_judged_each_as_one_source() -> None:
+    trade = 0.1 * np.sin(np.arange(400) / 60)
+    still = np.random.default_rng(3).normal(0, 0.002, 400)
+    pairs = [0.25 + trade, 0.25 - trade + still, 0.25 + trade, 0.25 - trade - still]
+    blocks_BS, groups = torch.tensor(np.stack(pairs, 1)), [[0, 1], [2, 3]]
+    assert judge_convergence(blocks_BS, lookalikes=groups).converged
+    sums_BS = torch.stack([blocks_BS[:, group].sum(1) for group in groups], 1)
+    known = float(weight_intervals(sums_BS).half_width_S.max())
+    for share, converged in ((1.01, True), (0.99, False)):
+        said = judge_convergence(blocks_BS, lookalikes=groups, tolerance=share * known)
+        assert said.converged == converged and f"±{known:.3f}" in said.reason
+
+
 def test_lookalikes_that_nobody_uses_are_not_spoken_of() -> None:
     blocks_BS = torch.tensor([[0.001, 0.001, 0.998]] * 400) + 1e-5 * torch.randn(400, 3)
     said = judge_convergence(blocks_BS, lookalikes=[[0, 1]])

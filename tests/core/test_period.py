@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.exact_layouts import EXPERTS
 from tests.distributed.harness import run_distributed
+from tests.distributed.test_low_bits import parts
 
 # All away from their defaults.
 RATES = {
@@ -36,24 +38,20 @@ Weights = dict[str, torch.Tensor]
 class Case:
     """A tiny model with layers 1 and 2 of three training, and its period."""
 
-    def __init__(self, parallel: dict, with_u: bool = True) -> None:
+    def __init__(self, parallel: dict, with_u: bool = True, **model: Any) -> None:
         from megatron.core.process_groups_config import ProcessGroupCollection
 
         from megatron_scalebio import runtime
         from megatron_scalebio.config_loader import load_config
         from megatron_scalebio.core.lisa import set_trainable
-        from megatron_scalebio.core.period import Period
         from megatron_scalebio.core.twin import build_twins, named_parameters
         from megatron_scalebio.model.provider import model_provider
-        from megatron_scalebio.model.settings import (
-            ddp_config,
-            optimizer_config,
-            transformer_config,
-        )
+        from megatron_scalebio.model.settings import transformer_config
 
         lisa = {"lisa_layers": 2, "lisa_interval": 4}
         self.config = load_config(
-            None, {"model": MODEL, "parallel": parallel, "optimizer": RATES, "lisa": lisa}
+            None,
+            {"model": MODEL | model, "parallel": parallel, "optimizer": RATES, "lisa": lisa},
         )
         runtime.start(self.config)
         self.megatron = transformer_config(self.config)
@@ -65,11 +63,17 @@ class Case:
             p.data.copy_(0.3 * torch.randn(p.shape, generator=generator))
         for chunks in (self.w, self.u):
             set_trainable(chunks, [1, 2], self.config.lisa.options())
+        for chunks in (self.w, self.u):  # as Transformer Engine's modules have it
+            chunks[0].fuse_wgrad_accumulation = False
         self.places = [p.data_ptr() for p in self.named("w").values()]
-        self.period = Period(
-            ddp_config(self.config), optimizer_config(self.config), self.w,
-            self.u if with_u else None,
-        )  # fmt: skip
+        self.begin(with_u)
+
+    def begin(self, with_u: bool = True) -> None:
+        from megatron_scalebio.core.period import Period
+        from megatron_scalebio.model.settings import ddp_config, optimizer_config
+
+        options = (ddp_config(self.config), optimizer_config(self.config))
+        self.period = Period(*options, self.w, self.u if with_u else None)
 
     def named(self, which: str, trained: bool = True) -> dict[str, torch.nn.Parameter]:
         from megatron_scalebio.core.twin import named_parameters
@@ -185,7 +189,13 @@ def steps_and_resync(case: Case) -> None:
     held = [t.data_ptr() for t in masters_and_moments(case, "u")]
     for chunks, value in ((case.w, 3.0), (case.u, 7.0)):  # such as an expert's bias
         chunks[0].register_buffer("counted", torch.full((2,), value), persistent=False)
+    next(iter(case.named("u").values())).data.fill_(math.inf)
+    for each in masters_and_moments(case, "u"):
+        each.fill_(math.inf)  # what has diverged comes back, too
+    told: list[bool] = []
+    period.twins[0].weights_have_moved = lambda: told.append(True)
     period.resync()
+    assert told, "copies in other formats are made anew"
     assert case.u[0].counted.eq(3.0).all() and case.w[0].counted.eq(3.0).all()
     assert case.u[0].counted.data_ptr() != case.w[0].counted.data_ptr()
     assert same(case.values("w"), case.values("u"))
@@ -221,6 +231,8 @@ def watched_hooks(period: Any) -> list[bool]:
 
 
 def closing(case: Case) -> None:
+    from megatron_scalebio.core.low_bits import kept
+
     period = case.period
     assert all(p.main_grad is not None for p in case.named("w").values())
     before = {which: case.values(which) for which in ("w", "u")}
@@ -230,13 +242,16 @@ def closing(case: Case) -> None:
         for t in (buffer.grad_data, buffer.param_data) if t is not None
     }  # fmt: skip
     case.megatron.no_sync_func = object()
+    assert case.w[0].fuse_wgrad_accumulation and case.u[0].fuse_wgrad_accumulation
     synced = watched_hooks(period)
     period.gather_parameters()
     assert synced == [True] * len(synced)
     chunks = [chunk for chunks in period.ddp.values() for chunk in chunks]
     overlap = case.config.parallel.overlap_param_gather
     assert [bool(chunk.remove_forward_pre_hook_handles) for chunk in chunks] == [overlap] * 2
-    period.close()
+    period.close(("w", "u"))
+    bf16 = {p.dtype is torch.bfloat16 for p in case.named("w", trained=False).values() if kept(p)}
+    assert bf16 == ({True} if case.config.parallel.bf16 else set()), "fp32 has no low bits"
     assert synced == [True] * (4 if overlap else 0), "weights are made whole first"
     assert not any(chunk.remove_forward_pre_hook_handles for chunk in chunks)
     for which in ("w", "u"):
@@ -247,6 +262,7 @@ def closing(case: Case) -> None:
                 assert not hasattr(p, left), left
             assert not hasattr(p, "grad_added_to_main_grad")
             assert p.untyped_storage().data_ptr() not in buffers
+    assert not case.w[0].fuse_wgrad_accumulation and not case.u[0].fuse_wgrad_accumulation
     assert not any(hasattr(period, name) for name in ("twins", "ddp", "optimizers"))
 
 
@@ -314,3 +330,81 @@ def without_u(parallel: dict) -> None:
 
 def test_periods_step_return_and_close() -> None:
     run_distributed(on_rank, 1)
+
+
+def masters_outlast_a_period(parallel: dict, model: dict) -> None:
+    """Those of bf16 weights, in a period that goes on with both models, or with none."""
+    from megatron_scalebio import runtime
+    from megatron_scalebio.core.low_bits import kept
+
+    case = Case(parallel, **model)
+    frozen = [p for p in case.named("w", trained=False).values() if not p.requires_grad]
+    for going_on in (("w", "u"), ()):
+        for number, which in enumerate(("w", "u")):
+            case.period.zero_grad()
+            case.give(which, 40 + number)
+            case.step(which, 0.01)
+            for _, values in parts(case.period, which).values():
+                of_bits = values.view(torch.int32)[::3]  # half way between two bf16 numbers
+                of_bits.copy_(of_bits & -(1 << 16) | 0x8000)
+        left = {which: copies(case, which) for which in ("w", "u")}
+        case.period.close(going_on)
+        assert not any(map(kept, frozen))
+        for which in ("w", "u"):
+            ranks_agree(case, which)
+        rounded = {which: case.values(which) for which in ("w", "u")}
+        case.begin()
+        for which, before in left.items():
+            now = copies(case, which)
+            assert now.keys() == before.keys()
+            for name, (start, values) in now.items():
+                weights = rounded[which][name].flatten()[start : start + len(values)].float()
+                wanted = before[name][1] if which in going_on else weights
+                assert torch.equal(values, wanted), (parallel, model, which, name)
+                assert not torch.equal(before[name][1], weights), "rounding loses something"
+    case.period.close()
+    runtime.stop_model_parallel()
+
+
+def copies(case: Case, which: str) -> dict[str, tuple[int, torch.Tensor]]:
+    """This rank's part of each master, and where it starts."""
+    held = parts(case.period, which)
+    return {
+        name: (held[p][0], held[p][1].clone()) for name, p in case.named(which).items() if p in held
+    }
+
+
+def ranks_agree(case: Case, which: str) -> None:
+    for name, value in case.values(which).items():
+        if ".experts.experts." not in name:  # each rank has its own
+            of_ranks = [torch.empty_like(value).float() for _ in range(2)]
+            torch.distributed.all_gather(of_ranks, value.float())
+            assert torch.equal(*of_ranks), (which, name)
+
+
+def loads_are_copied() -> None:
+    """Of a shared pass the routers of u have counted; both move their biases by it."""
+    from megatron_scalebio import runtime
+    from megatron_scalebio.core.experts import routers
+
+    case = Case({}, **EXPERTS)
+    pairs = list(zip(routers(case.w), routers(case.u), strict=True))
+    for n, (of_w, of_u) in enumerate(pairs):
+        of_w.load, of_u.load = torch.zeros(4), torch.arange(4.0) + n
+    case.period.add_gradients_of_u(0.5)
+    for n, (of_w, of_u) in enumerate(pairs):
+        assert of_w.load.tolist() == of_u.load.tolist() == [n, n + 1, n + 2, n + 3]
+    case.period.close()
+    runtime.stop_model_parallel()
+
+
+def on_two_ranks() -> None:
+    loads_are_copied()
+    for parallel in ({"bf16": True}, {**OVERLAP, "bf16": True}):
+        masters_outlast_a_period(parallel, {})
+    experts = {**OVERLAP, "bf16": True, "expert_model_parallel_size": 2}
+    masters_outlast_a_period(experts, EXPERTS)
+
+
+def test_masters_of_bf16_weights_outlast_their_period() -> None:
+    run_distributed(on_two_ranks, 2)

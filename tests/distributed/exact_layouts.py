@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-VOCAB, SEQ, STEPS, WARM_STEPS = 61, 24, 20, 3
+VOCAB, SEQ, STEPS, WARM_STEPS = 61, 24, 12, 3
 MODEL = {
     "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2,
     "ffn_hidden_size": 48, "make_vocab_size_divisible_by": 16, "init_method_std": 0.1,
@@ -91,7 +91,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 PACKED = [name for name in LAYOUTS if not name.startswith("cp2")]
-# Layouts whose 20 steps are compared with one rank's; of the others a flush is enough.
+# Layouts whose 12 steps are compared with one rank's; of the others a flush is enough.
 SAME = {
     "one": [
         "tp2", "tp2-sequence-parallel", "pp2", "vpp", "dp2", "dp2-distributed-optimizer", "cp2",
@@ -122,7 +122,7 @@ def settings(problem: dict, name: str) -> dict:
         "lisa": lisa,
         "bilevel": {"alpha": 7.0, "resync_interval": 5},
         "train": {
-            "train_iters": STEPS, "micro_batch_size": 2, "global_batch_size": 12,
-            "validation_batch_size": 8,
+            "train_iters": STEPS, "micro_batch_size": 3, "global_batch_size": 12,
+            "validation_batch_size": 12,
         },
     }  # fmt: skip

@@ -254,3 +254,30 @@ def test_values_of_another_type_are_refused_in_one_line(
         assert ("\n" not in str(error) and key in str(error)) or "transformers" in str(error)
     else:  # what transformers takes for another: true for tie_word_embeddings, 0 for false
         assert (key, value) in [("tie_word_embeddings", True), ("rope_parameters", {})]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key"),
+    [("Qwen3ForCausalLM", "num_hidden_layers"), ("Qwen3ForCausalLM", "num_labels"),
+     ("GPT2LMHeadModel", "n_layer")],
+)  # fmt: skip
+def test_what_would_be_a_list_without_end_is_refused(
+    tmp_path: Path, architecture: str, key: str
+) -> None:
+    kind, values = CASES[architecture][:2]
+    config = {"architectures": [architecture], "model_type": kind, **values, key: 10_001}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"{key}: 10001 is not supported .10000 at most"):
+        read_family(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"])
+def test_groups_of_experts_of_which_none_is_chosen_are_refused(
+    tmp_path: Path, architecture: str
+) -> None:
+    kind, values = CASES[architecture][:2]
+    changes = {"n_group": 2, "topk_group": None, "topk_method": "group_limited_greedy"}
+    config = {"architectures": [architecture], "model_type": kind, **values, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="topk_group: None is not supported"):
+        read_family(tmp_path)
