@@ -27,13 +27,18 @@ from megatron_scalebio.data.formats import detect_format
 from megatron_scalebio.data.inputs import STANDARD_INPUT, SourceInput, local_copies
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from megatron_scalebio.data.records import Record
-from megatron_scalebio.data.source_writer import SOURCE_FILE, SourceWriter, Staging, staging_error
+from megatron_scalebio.data.source_writer import (
+    SOURCE_FILE,
+    TOKENIZER_FILE,
+    SourceWriter,
+    Staging,
+    staging_error,
+)
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.data.train_tokenizer import train_sentencepiece
 from megatron_scalebio.errors import UserError
 
 DROPPED = ("no_target", "empty", "too_long", "prompt_too_long")
-TOKENIZER_FILE = "tokenizer.model"
 _BATCH_BYTES = 1 << 18
 _BATCH_RECORDS = 1024
 _BYTES_A_WORKER = 16 << 20  # below this, starting a worker takes longer than it saves

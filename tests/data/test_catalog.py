@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from megatron.core.datasets import indexed_dataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_scalebio.data import indexed, scan
@@ -38,6 +39,12 @@ def opened(
     seen: list[tuple[int, int]] = []
     open_catalog(cache, paths, length, seed, lambda *progress: seen.append(progress), **options)
     return seen
+
+
+def test_the_format_is_megatrons() -> None:
+    assert indexed_dataset._INDEX_HEADER == indexed.MAGIC
+    theirs = {each.value: np.dtype(DType.dtype_from_code(each.value)) for each in DType}
+    assert theirs == indexed.DTYPES
 
 
 def test_sources_are_looked_at_once(tmp_path: Path, paths: list[str]) -> None:
