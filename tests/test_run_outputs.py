@@ -189,7 +189,7 @@ def test_blend_leaves_out_what_is_below_the_floor_and_is_made_whole(folder: Path
     sets = ["3.000000", f"{folder}/data/v/tokens", "1.000000", f"{folder}/data/x/tokens"]
     assert splits == {"train": words, "valid": sets, "test": None}
     said = noted(folder / "noted", "run")[1]
-    assert "warning: below 0.03, left out of the blend: a\n" in said
+    assert "warning: below 0.03, left out of blend.txt" in said and ": a; `sample` and" in said
 
 
 def test_of_many_sources_a_tenth_of_a_uniform_weight_stays() -> None:
@@ -330,3 +330,10 @@ def test_train_records_the_mixture_that_it_was_given(folder: Path) -> None:
     content = json.loads((folder / "trained" / "evaluation.json").read_text())
     assert content["best_validation_loss"] == min(r["validation_loss"] for r in evaluated)
     assert content["cost"]["trained_tokens"] == sum(record["tokens"] for record in found)
+
+
+def test_models_that_did_not_learn_are_warned_of_once(folder: Path) -> None:
+    _, said = noted(folder / "noted", "still")
+    assert said.count("the validation loss did not fall by more than its noise") == 1
+    assert "Raise lr, or make more steps" in (folder / "still" / "report.html").read_text()
+    assert "did not fall" not in noted(folder / "noted", "run")[1], "too few steps to say"

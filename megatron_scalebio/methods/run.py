@@ -26,6 +26,8 @@ from megatron_scalebio.methods.bounds import refuse_bounds
 from megatron_scalebio.methods.found import Found, write_found
 from megatron_scalebio.methods.interactions import FEWEST_WINDOWS
 from megatron_scalebio.report.html import write_report
+from megatron_scalebio.report.learning import stood_still
+from megatron_scalebio.report.load import load_run
 from megatron_scalebio.whole_files import write_text
 
 FIXED = ("uniform", "natural", "manual")  # the others have modules of their names
@@ -57,8 +59,10 @@ def _finish(config: Config, found: Found, job: Job) -> None:
         places["schedule"] = folder / SCHEDULE_FILE
     if found.selected_S is not None:
         places["selected"] = folder / SELECTED_FILE
+    still = ""
     if (folder / METRICS_FILE).exists():  # it trained: there is something to draw
         places["report"] = write_report(folder)
+        still = stood_still(load_run(folder).history)
         places["tensorboard"] = Path(config.logging.tensorboard_dir or folder / "tensorboard")
     natural = outputs.natural_shares(found.sources)
     shares = zip(found.sources, natural, found.initial_S, strict=True)
@@ -70,6 +74,8 @@ def _finish(config: Config, found: Found, job: Job) -> None:
     elif config.bilevel.interactions:
         console.warn(f"interactions: too few steps to fit them ({FEWEST_WINDOWS} resets or more)")
     console.result(content, places, config.data.known_weights)
+    if still and found.complete:
+        console.warn(still)
     if any(source.tokenizer for source in found.sources):  # prepared, with loss masks
         console.note(
             "Megatron-LM reads blend.txt packed and without loss masks, so that prompts train too; "
@@ -79,4 +85,7 @@ def _finish(config: Config, found: Found, job: Job) -> None:
         console.warn(lost)
     if left_out:
         floor = outputs.blend_floor(config)
-        console.warn(f"below {floor:g}, left out of the blend: {few(left_out)}")
+        console.warn(
+            f"below {floor:g}, left out of blend.txt and blend.json, where Megatron-LM may fail on "
+            f"it: {few(left_out)}; `sample` and `train` still draw it by its weight"
+        )
