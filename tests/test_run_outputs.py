@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_scalebio.formatting import pace
 from tests.commands import MODEL, noted
 from tests.distributed.harness import run_distributed
 from tests.outputs_run import (
@@ -276,15 +277,16 @@ def test_the_console_shows_the_run_in_the_numbers_of_its_files(folder: Path) -> 
     assert f"L1 distance from the known mixture: {away:.3f}" in said
     assert "12 of 10 training and 6 validation sequences" in said
     assert "eg lr 0.3, alpha 7" in said
+    assert "without loss masks, so that prompts train too" in said
     assert f"2 layers x 32, {run['parameters']:,} parameters" in said
     shown = {int(n): rest for n, rest in re.findall(r"^step (\d+)/12  (.*)$", said, re.M)}
     assert list(shown) == [1, 4, 8, 12]
     found = records(folder)
     for step, rest in shown.items():
         record = found[step - 1]
-        assert rest.startswith(f"L1 {record['validation_loss']:.3f}  ETA ")
+        assert rest.startswith(f"validation {record['validation_loss']:.3f}  ETA ")
         usual = np.median([r["step_time_s"] for r in found[:step]])
-        assert f"  {1000 * usual:.3g} ms/step  " in rest
+        assert f"  {pace(usual)}  " in rest
         assert f"ETA {round(usual * (STEPS - step))} s" in rest
         top = sorted(range(3), key=lambda i: -record["weights"][i])
         assert rest.endswith(

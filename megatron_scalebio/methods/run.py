@@ -13,6 +13,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.blend_schedule import SCHEDULE_FILE
+from megatron_scalebio.data.sources import has_prompts
 from megatron_scalebio.data.weights_file import SELECTED_FILE, WEIGHTS_FILE
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.start import Job, start_job
@@ -76,7 +77,7 @@ def _finish(config: Config, found: Found, job: Job) -> None:
     console.result(content, places, config.data.known_weights)
     if still and found.complete:
         console.warn(still)
-    if any(source.tokenizer for source in found.sources):  # prepared, with loss masks
+    if any(map(has_prompts, found.sources)):
         console.note(
             "Megatron-LM reads blend.txt packed and without loss masks, so that prompts train too; "
             "`megatron-scalebio train` trains on what the weights were learned for"
