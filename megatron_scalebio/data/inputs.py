@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,7 @@ def parse_input(value: str) -> SourceInput:
     if not name and not NAME.fullmatch(name := _stem(entries[0])):
         raise UserError(
             f"--input: {value!r} gives no name to the source, and {name!r} can't be one (letters, "
-            f"digits, '.', '_' and '-'; give it one: --input NAME={value})"
+            f"digits, '.', '_' and '-'; give it one: --input {shlex.quote(f'NAME={value}')})"
         )
     require_name("--input", name)
     unread: list[Path] = []

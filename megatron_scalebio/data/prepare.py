@@ -251,13 +251,15 @@ class _Source:
         left_out = self.left_out
         reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items() if count)
         fix = "records need an assistant turn with text, or --train-on-prompt"
+        if set(+left_out) == {"empty"}:
+            fix = "its records hold no text: check the field, which --map or --text-key names"
         if left_out["prompt_too_long"] or left_out["too_long"]:
             fix = "raise --seq-length, or --too-long split"
         if set(left_out) - set(DROPPED):
             fix = "without --bad-records skip the first of them is shown"
         return UserError(
             f"source {self.source.name}: {self.source.files[0]}: no example with a target token is "
-            f"left (dropped: {reasons}) ({fix})"
+            f"left, dropped: {reasons} ({fix})"
         )
 
 

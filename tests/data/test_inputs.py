@@ -128,7 +128,7 @@ def test_folders_globs_lists_and_names(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(parse_input(many).files) == len(parse_input(f"x={many}").files) == 40
     monkeypatch.chdir(raw)
     (raw / "ünï.jsonl").write_text("{}")
-    with pytest.raises(UserError, match=r"can't be one .*--input NAME=ünï\.jsonl"):
+    with pytest.raises(UserError, match=r"can't be one .*--input 'NAME=ünï\.jsonl'\)"):
         parse_input("ünï.jsonl")
     for value, words in ((f"x={raw}/*.txt", "no file matches"), (f"x={'y' * 300}", "no such file"),
                          (f"x={raw}/a.jsonl.gz,{raw}/./a.jsonl.gz", "stands twice")):  # fmt: skip
