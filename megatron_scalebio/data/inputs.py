@@ -56,7 +56,7 @@ def parse_input(value: str) -> SourceInput:
     entries = whole or [path for path in paths.split(",") if path]
     if not entries:
         raise UserError(f"--input: no path in {value!r} (--input name=file.jsonl)")
-    if not name and not NAME.fullmatch(name := _stem(entries[0])):
+    if not name and not NAME.fullmatch(name := stem(entries[0])):
         raise UserError(
             f"--input: {value!r} gives no name to the source, and {name!r} can't be one (letters, "
             f"digits, '.', '_' and '-'; give it one: --input {shlex.quote(f'NAME={value}')})"
@@ -80,7 +80,7 @@ def parse_inputs(value: str) -> list[SourceInput]:
     whole = parse_input(f"files={paths}")
     sources = []
     for number, file in enumerate(whole.files):
-        parts = (*Path(os.path.abspath(file)).parent.parts, _stem(str(file)))
+        parts = (*Path(os.path.abspath(file)).parent.parts, stem(str(file)))
         name = named(template, parts, "--input")
         require_name("--input", name)
         sources.append(SourceInput(name, (file,), whole.unread if number == 0 else ()))
@@ -95,7 +95,8 @@ def exists(path: Path) -> bool:
         return False
 
 
-def _stem(path: str) -> str:
+def stem(path: str) -> str:
+    """What a source is called by its path: text.en for text.en.jsonl.gz."""
     place = Path(path.removeprefix("@"))
     while place.suffix.lower() in (*COMPRESSED, *JSON_SUFFIXES, *TABLE_SUFFIXES):
         place = place.with_suffix("")
