@@ -227,6 +227,7 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
 
 def _model_from_hf(cls: type, values: dict[str, Any], where: str) -> ModelConfig:
     """The model of a Hugging Face folder; values given beside it must not say otherwise."""
+    _convert(values["hf"], str, f"{where}.hf")
     _, architecture = read_family(values["hf"])
     build(ModelConfig, architecture, f"{values['hf']}: model")  # refuses what is wrong there
     free = {key: value for key, value in values.items() if key in _FREE_WITH_HF}
@@ -274,7 +275,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return _convert_scalar(value, hint, where)
 
 
-_WANTED = {
+_WANTED: dict[type, str] = {
+    dict: "a section of options, {name: value}",
     int: "a whole number",
     float: "a number",
     bool: "true or false",

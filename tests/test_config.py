@@ -144,6 +144,7 @@ REFUSED = [
     ("lisa", "lisa_layers", -2, "lisa_layers: -2 must be above 0"),
     ("checkpoint", "keep_last", 0, "keep_last: 0 must be above 0"),
     ("data", "seq_length", 0, "seq_length: 0 must be above 0"),
+    ("model", "hf", True, "model.hf: True is not of type str (give text in quotes)"),
     ("data", "sources", "abc", "'abc' is not a list of names and paths (write [{name"),
     ("data", "sources", [{"name": "a"}], "data.sources[0]: path is missing"),
     ("data", "sources", [{"name": "a", "path": "p", "initial_weight": -1}],
