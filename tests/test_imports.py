@@ -57,7 +57,7 @@ BELOW = {
         "checkpoint.folder", "compare", "config", "config_loader", "convert", "data", "evaluate",
         "families", "guard", "logs", "methods", "plan", "runtime", "sample",
     },
-    "cli": {"guard.process"},  # stages are imported by name, when they are asked for
+    "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},
 }  # fmt: skip
 # Private names outside `compat`: of Python and of torch.
