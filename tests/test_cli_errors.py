@@ -41,7 +41,7 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--sources", "a"], "'a' is not NAME=PATH"),
     (["--known-weights", "a=much"], "'a=much' is not NAME=WEIGHT"),
     (["--train-iters"], "argument --train-iters: expected one argument"),
-    (["--sources", "a=HERE/data/s0"], "data.sources: ['a'] a mixture needs at least two sources"),
+    (["--sources", "a=HERE/data/s0"], "data.sources: ['a'] is not a mixture (name two"),
     (["--global-batch-size", "7"], "global_batch_size: 7 is not divisible by micro_batch_size 2"),
     (["--tensor-model-parallel-size", "4"], "world size: 1 is not divisible by TP 4 x PP 1"),
     (["--config", "nowhere.yaml"], "nowhere.yaml: No such file or directory (check --config)"),

@@ -130,7 +130,8 @@ def _listed(path: Path, unread: list[Path]) -> list[Path]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the list of files: {error} (check --input)") from None
+        problem = getattr(error, "strerror", None) or "is not text"
+        raise UserError(f"{path}: cannot read the list: {problem} (check --input)") from None
     entries = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not entries:
         raise UserError(f"{path}: the list names no file")
