@@ -39,9 +39,8 @@ def run(args: argparse.Namespace) -> int:
     require_at_least("--from", args.first, 0)
     folder = PreparedFolder(Path(args.folder))
     if args.first >= len(folder):
-        raise UserError(
-            f"--from: {args.first} is beyond the {len(folder):,} examples (count from 0)"
-        )
+        last = len(folder) - 1
+        raise UserError(f"--from: {args.first} is beyond the last example (give {last} or less)")
     tokenizer = load_tokenizer(args.tokenizer or folder.model, chat_template="plain")
     shown = list(folder.examples(args.first, args.rows, tokenizer))
     listed, counts = folder.left_out(args.rows)

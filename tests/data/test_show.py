@@ -55,7 +55,7 @@ def test_examples_beyond_the_last_are_not_nothing(
 ) -> None:
     folder = prepared(tmp_path, byte_level, jsonl(tmp_path / "a.jsonl", chat("One?", "Yes")))
     assert main(["show", str(folder), "--from", "1"]) == 2
-    assert "--from: 1 is beyond the 1 examples (count from 0)" in capsys.readouterr().err
+    assert "--from: 1 is beyond the last example (give 0 or less)" in capsys.readouterr().err
     assert main(["show", str(folder), "--from", "0"]) == 0
 
 
