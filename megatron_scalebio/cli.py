@@ -7,6 +7,7 @@ import difflib
 import importlib
 import logging
 import os
+import select
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 from megatron_scalebio import __version__, launcher
 from megatron_scalebio.errors import EXIT_OK, EXIT_USER_ERROR, RankLost, UserError
 
+EXIT_UNREAD = 1  # rich's, where it prints
 # Imported when used: `report` must not wait for Megatron.
 COMMANDS = {
     "init": ("megatron_scalebio.commands.init", "write a commented run.yaml for a folder of data"),
@@ -93,7 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with _missing_packages_named():
             args = _parse(argv)
-            return args.run_stage(args)
+            code = args.run_stage(args)
+            sys.stdout.flush()
+            return code
     except UserError as error:
         if launcher.is_first_rank():
             print(f"megatron-scalebio: error: {error}", file=sys.stderr)
@@ -105,6 +109,21 @@ def main(argv: list[str] | None = None) -> int:
         launcher.end_lost()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return EXIT_UNREAD
+
+
+def _nobody_reads() -> bool:
+    """Whether what was reading the output has ended, as `head` does; the rest then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    # Or Python would try to write the rest when it ends, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -10,7 +10,7 @@ import copy
 import difflib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,12 +42,17 @@ _FREE_WITH_HF = {
 
 
 def load_config(
-    path: str | None, overrides: dict[str, dict[str, Any]] | None = None, from_flags: bool = False
+    path: str | None,
+    overrides: dict[str, dict[str, Any]] | None = None,
+    from_flags: bool = False,
+    before_model: Callable[[Config], None] | None = None,
 ) -> Config:
     """Reads a YAML file (None: defaults only) and lays section-wise overrides over it.
 
     Args:
         from_flags: the overrides are command-line flags, and are refused under those names.
+        before_model: is given the configuration without the model, which is read last: a Hugging
+            Face folder takes seconds.
 
     Raises:
         UserError: for a missing or malformed file, an unknown key (with the nearest known one),
@@ -66,8 +71,10 @@ def load_config(
         given[name] = {**values, **(overrides or {}).get(name, {})}
     preset = _preset(given)
     sections: dict[str, Any] = {}
-    for name, section in SECTIONS.items():
-        cls = typing.get_type_hints(Config)[section.name]
+    for name in [*(name for name in SECTIONS if name != "model"), "model"]:
+        cls = typing.get_type_hints(Config)[name]
+        if cls is ModelConfig and before_model:
+            before_model(Config(**sections))
         merged = {**preset.get(name, {}), **given[name]}
         section_where = f"{where}: {name}"
         make = build if cls is not ModelConfig or not merged.get("hf") else _model_from_hf
@@ -220,6 +227,7 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
 
 def _model_from_hf(cls: type, values: dict[str, Any], where: str) -> ModelConfig:
     """The model of a Hugging Face folder; values given beside it must not say otherwise."""
+    _convert(values["hf"], str, f"{where}.hf")
     _, architecture = read_family(values["hf"])
     build(ModelConfig, architecture, f"{values['hf']}: model")  # refuses what is wrong there
     free = {key: value for key, value in values.items() if key in _FREE_WITH_HF}
@@ -267,7 +275,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return _convert_scalar(value, hint, where)
 
 
-_WANTED = {
+_WANTED: dict[type, str] = {
+    dict: "a section of options, {name: value}",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
@@ -364,11 +373,13 @@ def _flag_type(hint: Any) -> dict[str, Any]:
     return {"type": hint, "metavar": {int: "N", float: "X", Quantity: "N"}.get(hint, "TEXT")}
 
 
-def config_from_args(args: argparse.Namespace) -> Config:
-    """The configuration that the parsed flags of `add_arguments` describe."""
+def config_from_args(
+    args: argparse.Namespace, before_model: Callable[[Config], None] | None = None
+) -> Config:
+    """The configuration that the parsed flags of `add_arguments` describe; see `load_config`."""
     overrides: dict[str, dict[str, Any]] = {}
     for dest, value in vars(args).items():
         section, dot, key = dest.partition(".")
         if dot:
             overrides.setdefault(section, {})[key] = value
-    return load_config(getattr(args, "config", None), overrides, from_flags=True)
+    return load_config(getattr(args, "config", None), overrides, True, before_model)

@@ -50,12 +50,22 @@ def sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def disk_error(error: OSError, path: Path) -> UserError:
+    """What an operating system's refusal to write at a path is to a user."""
+    there = Path(error.filename or path)
+    if isinstance(error, FileExistsError) and there.is_file():
+        return not_a_folder(there)
+    return UserError(f"can't write: {error.strerror or error}", where=str(path), fix=WRITABLE)
+
+
+def not_a_folder(path: Path) -> UserError:
+    return UserError(f"{path}: is a file, and a folder is to be made there (choose another name)")
+
+
 @contextmanager
 def disk_errors_named(path: Path) -> Iterator[None]:
     """Turns what a disk refuses into a UserError that names the path."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"can't write: {error.strerror or error}", where=str(path), fix=WRITABLE
-        ) from None
+        raise disk_error(error, path) from None

@@ -25,6 +25,11 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
+def pace(seconds: float) -> str:
+    """The time of a step for reading."""
+    return f"{1000 * seconds:.3g} ms/step" if seconds < 0.9995 else f"{seconds:.3g} s/step"
+
+
 def quantity(value: float | None) -> str:
     """A count for reading: 14_745_600 as "14.7 M"."""
     if value is None:

@@ -48,6 +48,14 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
+def speaks_for_all() -> bool:
+    """Whether this process may refuse before the ranks have met: it is alone, or the first of
+    torchrun's, which then ends the others. srun's would wait for it.
+    """
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and is_first_rank()
+    return by_torchrun or world_size_from_environment() == 1
+
+
 def give_way() -> None:
     """Before a rank ends with an error that the first rank tells.
 

@@ -61,6 +61,11 @@ def run_all(folder_name: str) -> None:
     )  # fmt: skip
     note(folder / "noted", "run", command("reweight", "--config", folder / "x.yaml"))
     note(folder / "noted", "stopped", stopped_early(folder))
+    still = folder / "still"
+    words = ["--output", still, "--save", still / "kept", "--tensorboard-dir", still / "events"]
+    slow = ["--train-iters", 20, "--lr", 1e-12, "--lr-u", 1e-12, "--min-lr", 0]
+    outcome = command("reweight", "--config", folder / "x.yaml", *words, *slow)
+    note(folder / "noted", "still", outcome)
     plain = [f"{name}={entries[name]['path']}" for name in SIZES]
     words = ["--weights", folder / "run", "--sources", *plain, "--output", folder / "trained"]
     apart = ["--save", folder / "trained-kept", "--tensorboard-dir", folder / "trained-events"]

@@ -41,7 +41,7 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--sources", "a"], "'a' is not NAME=PATH"),
     (["--known-weights", "a=much"], "'a=much' is not NAME=WEIGHT"),
     (["--train-iters"], "argument --train-iters: expected one argument"),
-    (["--sources", "a=x"], "data.sources: ['a'] a mixture needs at least two sources"),
+    (["--sources", "a=HERE/data/s0"], "data.sources: ['a'] is not a mixture (name two"),
     (["--global-batch-size", "7"], "global_batch_size: 7 is not divisible by micro_batch_size 2"),
     (["--tensor-model-parallel-size", "4"], "world size: 1 is not divisible by TP 4 x PP 1"),
     (["--config", "nowhere.yaml"], "nowhere.yaml: No such file or directory (check --config)"),
@@ -53,6 +53,7 @@ def test_wrong_flags(
     problem: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
 ) -> None:
     output = problem / "never"
+    flags = [flag.replace("HERE", str(problem)) for flag in flags]
     argv = ["reweight", "--config", str(problem / "x.yaml"), "--output", str(output), *flags]
     assert main(argv) == 2
     assert words in the_only_line(capsys.readouterr().err)
@@ -214,7 +215,7 @@ def test_damaged_sources(noted_on_wrong_data: Path, name: str) -> None:
     ("name", "words"),
     [
         ("vocabulary", "model.vocab_size: 20 is below the tokenizer's 32 tokens"),
-        ("output is a file", "afile: can't write: File exists"),
+        ("output is a file", "afile: is a file, and a folder is to be made there"),
         ("output below a file", "afile/run: can't write: Not a directory"),
         ("save below a file", "afile/checkpoints: can't write: Not a directory"),
         ("tensorboard below a file", "can't write: Not a directory"),

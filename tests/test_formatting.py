@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_scalebio.formatting import duration, percent, quantity
+from megatron_scalebio.formatting import duration, pace, percent, quantity
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,9 @@ def test_counts_in_words(count: float | None, words: str) -> None:
 )  # fmt: skip
 def test_times_in_words(seconds: float | None, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_the_time_of_a_step_is_in_the_unit_that_it_needs() -> None:
+    assert [pace(s) for s in (0.0123, 0.5, 0.9994, 0.9996, 1.08, 75.2)] == [
+        "12.3 ms/step", "500 ms/step", "999 ms/step", "1 s/step", "1.08 s/step", "75.2 s/step",
+    ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,7 +102,7 @@ def test_init_writes_the_run_and_the_commands_before_it(here: Path, capsys: Capt
     assert all(f"#   {line.strip()}" in Path("run.yaml").read_text() for line in told[-2:])
     assert main(["init", "raw"]) == 2 and "run.yaml: is there already" in capsys.readouterr().err
     assert main(["init", "raw", "--overwrite", "--validation", "math", "val"]) == 2
-    assert "holds 1 source(s)" in capsys.readouterr().err, "and a-test is one for testing"
+    assert "one source alone" in capsys.readouterr().err, "and a-test is one for testing"
     (here / "raw" / "more.json").touch()
     assert main(["init", "raw", "--overwrite", "--validation", "math"]) == 0
     config = load_config("run.yaml")
@@ -132,6 +133,18 @@ def test_init_quotes_what_yaml_would_take_for_something_else(here: Path) -> None
     assert names(config.data.sources) == [("1", "📚/1"), ("null", "📚/null")]
 
 
+def test_init_tells_languages_apart(here: Path) -> None:
+    (here / "two").mkdir()
+    for name in ("web.en.parquet", "web.de.jsonl.gz", "goal.de.jsonl", "v1.0.idx", "v1.0.bin"):
+        (here / "two" / name).touch()
+    assert main(["init", "two"]) == 0
+    data = load_config("run.yaml").data
+    assert names(data.sources) == [
+        ("v1.0", "two/v1.0"), ("web.de", "data/web.de"), ("web.en", "data/web.en"),
+    ]  # fmt: skip
+    assert names(data.validation) == [("goal.de", "data/goal.de")]
+
+
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
@@ -140,13 +153,15 @@ def test_init_quotes_what_yaml_would_take_for_something_else(here: Path) -> None
             ["raw", "--validation", "goals"],
             "--validation: 'goals' is not in raw (a-test, chat-data",
         ),
-        (["raw/math"], "raw/math: holds 1 source(s)"),
+        (["raw/math"], "raw/math: one source alone beside the validation and test sets (found: "),
+        (["none"], "none: no source beside the validation and test sets (found: nothing"),
         (["raw", "--hf", "raw"], "raw/config.json: No such file"),
         (["odd"], "odd/数学.json: '' cannot name a source or a set (use letters"),
     ],
 )
 def test_init_refuses(here: Path, capsys: Capture, words: list[str], answer: str) -> None:
     (here / "odd").mkdir()
+    (here / "none").mkdir()
     for name in ("a", "数学", "goal"):
         (here / "odd" / f"{name}.json").touch()
     assert main(["init", *words]) == 2
@@ -173,6 +188,15 @@ def test_init_asks_which_set_is_the_goal(here: Path, capsys: Capture) -> None:
 def test_words_of_other_tools_are_understood(capsys: Capture, words: list[str], meant: str) -> None:
     assert main(words) == 2
     assert meant in the_only_line(capsys.readouterr().err)
+
+
+def test_a_reader_that_ends_first_is_no_crash() -> None:
+    """As `head` does."""
+    command = [sys.executable, "-m", "megatron_scalebio", "completion", "bash"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 1)
 
 
 def test_data_that_stand_twice_are_named() -> None:

@@ -4,11 +4,15 @@ commands."""
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.commands import the_only_line
+from tests.markov import write_source
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_scalebio"
 
@@ -50,8 +54,8 @@ BELOW = {
     "plan": {"compat", "config", "config_loader", "core", "families", "data", "model", "runtime"},
     "compare": {"config", "config_loader", "report"},
     "commands": {
-        "compare", "config", "config_loader", "convert", "data", "evaluate", "families", "guard",
-        "logs", "methods", "plan", "runtime", "sample",
+        "checkpoint.folder", "compare", "config", "config_loader", "convert", "data", "evaluate",
+        "families", "guard", "logs", "methods", "plan", "runtime", "sample",
     },
     "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},
@@ -192,3 +196,49 @@ def test_light_parts_do_not_load_megatron(part: str) -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             assert not {n.split(".")[0] for n in names} & set(heavy), path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "show nowhere",
+        "reweight --sources a=nowhere b=nowhere --validation v=nowhere --hf model",
+        "reweight --sources a=here b=here --validation v=nowhere --hf model",
+        "reweight --sources a=here b=here --validation v=here --weights nowhere --hf model",
+        "reweight --sources a=here b=here --validation v=here --load nowhere --hf model",
+        "reweight --sources a=here b=here --validation v=here --output afile --hf model",
+        "reweight --sources a=here b=here --validation v=here --num-layers 2 --hidden-size 32 "
+        "--num-attention-heads 4 --pretrained-checkpoint nowhere",
+        "train --sources a=nowhere --hf model",
+        "train --sources a=here --test t=nowhere --hf model",
+        "train --sources a=here --blend-schedule nowhere --hf model",
+        "evaluate --test t=nowhere --hf model",
+        "evaluate --test t=here --load nowhere --hf model",
+        "sample --weights nowhere --num-samples 2 --out out",
+        "sample --weights a=1 --input a=nowhere --num-samples 2 --out out",
+        "sample --weights a=1 --input a=here --exclude nowhere --num-samples 2 --out out",
+        "sample --weights a=1 --input a=here --num-samples 2 --out afile --overwrite",
+        "convert import --hf nowhere --save out",
+        "convert import --hf model --save afile",
+        "convert export --load nowhere --hf-reference model --save out",
+    ],
+)
+def test_a_wrong_path_does_not_wait_for_torch(words: str, tmp_path: Path) -> None:
+    """Nor leaves anything behind."""
+    write_source(tmp_path, "here", [[1, 2, 3]])
+    (tmp_path / "afile").write_text("kept")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    code = (
+        "import sys; from megatron_scalebio.cli import main; "
+        "print(main(sys.argv[1:]), {'torch', 'megatron.core'} & {*sys.modules})"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
+    )  # fmt: skip
+    assert said.stdout == "2 set()\n", said.stderr
+    wrong = "afile" if "afile" in words else "nowhere"
+    assert wrong in the_only_line(said.stderr)
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "afile").read_text() == "kept"

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_scalebio.formatting import pace
 from tests.commands import MODEL, noted
 from tests.distributed.harness import run_distributed
 from tests.outputs_run import (
@@ -189,7 +190,7 @@ def test_blend_leaves_out_what_is_below_the_floor_and_is_made_whole(folder: Path
     sets = ["3.000000", f"{folder}/data/v/tokens", "1.000000", f"{folder}/data/x/tokens"]
     assert splits == {"train": words, "valid": sets, "test": None}
     said = noted(folder / "noted", "run")[1]
-    assert "warning: below 0.03, left out of the blend: a\n" in said
+    assert "warning: below 0.03, left out of blend.txt" in said and ": a; `sample` and" in said
 
 
 def test_of_many_sources_a_tenth_of_a_uniform_weight_stays() -> None:
@@ -276,15 +277,16 @@ def test_the_console_shows_the_run_in_the_numbers_of_its_files(folder: Path) -> 
     assert f"L1 distance from the known mixture: {away:.3f}" in said
     assert "12 of 10 training and 6 validation sequences" in said
     assert "eg lr 0.3, alpha 7" in said
+    assert "without loss masks, so that prompts train too" in said
     assert f"2 layers x 32, {run['parameters']:,} parameters" in said
     shown = {int(n): rest for n, rest in re.findall(r"^step (\d+)/12  (.*)$", said, re.M)}
     assert list(shown) == [1, 4, 8, 12]
     found = records(folder)
     for step, rest in shown.items():
         record = found[step - 1]
-        assert rest.startswith(f"L1 {record['validation_loss']:.3f}  ETA ")
+        assert rest.startswith(f"validation {record['validation_loss']:.3f}  ETA ")
         usual = np.median([r["step_time_s"] for r in found[:step]])
-        assert f"  {1000 * usual:.3g} ms/step  " in rest
+        assert f"  {pace(usual)}  " in rest
         assert f"ETA {round(usual * (STEPS - step))} s" in rest
         top = sorted(range(3), key=lambda i: -record["weights"][i])
         assert rest.endswith(
@@ -330,3 +332,10 @@ def test_train_records_the_mixture_that_it_was_given(folder: Path) -> None:
     content = json.loads((folder / "trained" / "evaluation.json").read_text())
     assert content["best_validation_loss"] == min(r["validation_loss"] for r in evaluated)
     assert content["cost"]["trained_tokens"] == sum(record["tokens"] for record in found)
+
+
+def test_models_that_did_not_learn_are_warned_of_once(folder: Path) -> None:
+    _, said = noted(folder / "noted", "still")
+    assert said.count("the validation loss did not fall by more than its noise") == 1
+    assert "Raise lr, or make more steps" in (folder / "still" / "report.html").read_text()
+    assert "did not fall" not in noted(folder / "noted", "run")[1], "too few steps to say"

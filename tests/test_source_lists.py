@@ -86,8 +86,18 @@ def test_the_written_configuration_names_each_source(corpus: Path) -> None:
             {"sources": {"glob": "corpus/*/*.idx", "name": "{folder}"}},
             "sources[0].name: '{folder}' is not a name (it may hold {stem}, {parent}, {grand",
         ),
-        ({"sources": {"glob": "corpus/*/*.idx", "name": "{stem}"}}, "'books' names two entries"),
-        ({"sources": {"glob": "corpus/*/*.idx", "name": "{stem}/"}}, "'books/' cannot name a"),
+        (
+            {"sources": {"glob": "corpus/*/*.idx", "name": "{stem}"}},
+            "sources[0].name: '{stem}' calls both corpus/code/books and corpus/math/books 'books'",
+        ),
+        ({"sources": {"glob": ["a", "b"]}}, "sources[0].glob: ['a', 'b'] is not a text (make each"),
+        ({"sources": ["corpus/math/web"]}, "data.sources: 'corpus/math/web' is not a list"),
+        ({"sources": {"m": "corpus/math/web"}}, "(write [{name: m, path: corpus/math/web}])"),
+        ({"validation": {"name": "v", "path": "p"}}, "data.validation: {'name': 'v', 'path': 'p'}"),
+        ({"test": ["p"]}, "data.test: 'p' is not a list of names and paths"),
+        ({"data_args_path": "mixed"}, "mixed: '0.5' stands where a path should (write a weight"),
+        ({"data_args_path": "minus"}, "minus: the weight of corpus/math/web is -0.5 (give"),
+        ({"sources": {"glob": "corpus/math/*.idx", "name": "{stem}/"}}, "'books/' cannot name a"),
         ({"sources": {"glob": "x", "path": "y"}}, "sources[0]: glob and path both name sources"),
         ({"sources": {"list": "none"}}, "sources[0].list: none: No such file or directory"),
         ({"sources": {"list": "empty"}}, "empty: names no source (one path a line)"),
@@ -104,6 +114,8 @@ def test_the_written_configuration_names_each_source(corpus: Path) -> None:
 def test_what_names_no_sources_is_refused(corpus: Path, data: dict, words: str) -> None:
     (corpus / "empty").touch()
     (corpus / "quote").write_text("1.0 'a")
+    (corpus / "mixed").write_text("0.5 corpus/math/web corpus/math/books")
+    (corpus / "minus").write_text("0.5 corpus/math/books -0.5 corpus/math/web")
     (corpus / "twice").write_text("1 corpus/math/web 2 corpus/math/web.idx")
     with pytest.raises(UserError) as refused:
         load_config(None, {"data": data})

@@ -17,8 +17,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME as MANIFEST
-
+MANIFEST = "integrity.json"  # as in megatron.core, whose import takes seconds
 _PART = "integrity-{}.part"  # of a rank, until the checkpoint is whole
 _TEMPORARY = ".tmp"
 

@@ -23,9 +23,12 @@ from rich.progress import (
 )
 
 from megatron_scalebio import launcher
+from megatron_scalebio.checkpoint.folder import find_checkpoint
 from megatron_scalebio.config.checks import require_at_least
 from megatron_scalebio.convert.carry import has_tokenizer, is_packed
+from megatron_scalebio.convert.output import refuse_existing
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
+from megatron_scalebio.families import read_family
 
 _LINE_EVERY_S = 10.0
 
@@ -68,6 +71,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True, quiet=not is_main, highlight=False, markup=False)
     if args.verify and launcher.world_size_from_environment() > 1:
         raise UserError("--verify: runs in one process (start it without a launcher)")
+    if launcher.speaks_for_all():  # before torch is imported, for seconds
+        refuse_existing(Path(args.save))
+        if args.direction == "export":
+            find_checkpoint(Path(args.load))
+        read_family(args.hf if args.direction == "import" else args.hf_reference)
     begin = time.monotonic()
     try:
         with sigterm_interrupts(), _display(console, args.direction) as on_progress:

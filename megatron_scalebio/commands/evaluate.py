@@ -15,10 +15,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_scalebio import config_loader
+from megatron_scalebio import config_loader, launcher
+from megatron_scalebio.checkpoint.folder import find_checkpoint
+from megatron_scalebio.commands.early import refuse_missing_sets
 from megatron_scalebio.config import Config
 from megatron_scalebio.config.checks import require_at_least
-from megatron_scalebio.errors import EXIT_OK, UserError
+from megatron_scalebio.data.scan import prepared_length
+from megatron_scalebio.errors import EXIT_OK, UserError, not_a_folder
 from megatron_scalebio.evaluate.answers import answer_all
 from megatron_scalebio.evaluate.benchmarks import (
     TASKS,
@@ -44,7 +47,6 @@ from megatron_scalebio.evaluate.results import (
     write_lines,
     write_section,
 )
-from megatron_scalebio.launcher import is_first_rank
 from megatron_scalebio.logs.console import RunConsole
 
 USUAL = (
@@ -93,23 +95,50 @@ def run(args: argparse.Namespace) -> int:
             "evaluate: nothing to evaluate (--config run.yaml, --test NAME=PATH, --tasks gsm8k, or "
             "--mt-bench FILE)"
         )
-    config = config_loader.config_from_args(args) if holds_out else None
+    config = _run_config(args) if holds_out else None
     hf = given.get("model.hf") or (config.model.hf if config else None)
     output = given.get("train.output") or (config.train.output if config else None)
     if output is None:
         raise UserError("--output: is missing (name a folder for the results)")
+    if Path(output).is_file():
+        raise not_a_folder(Path(output))
     if config is not None:
         _held_out(config, Path(output))
-    if (args.tasks or args.mt_bench) and is_first_rank():
+    if (args.tasks or args.mt_bench) and launcher.is_first_rank():
         _on_hf_folder(args, hf, Path(output))
     return EXIT_OK
+
+
+def _run_config(args: argparse.Namespace) -> Config:
+    """The configuration of the held-out losses, of what is there.
+
+    Where no seq_length is given, it is the one that the sets were prepared with.
+    """
+    config = config_loader.config_from_args(args, _refuse_wrong_paths)
+    sets = [*config.data.validation, *config.data.test]
+    if not sets:
+        raise UserError("data.test: names no set (--test NAME=PATH ...)")
+    if not (config.checkpoint.load or config.model.hf or config.model.pretrained_checkpoint):
+        raise UserError("checkpoint.load: no model (--load CHECKPOINT or --hf DIR)")
+    in_file = config_loader.read_yaml(args.config, config_loader.SECTIONS) if args.config else {}
+    if "data.seq_length" not in vars(args) and "seq_length" not in (in_file.get("data") or {}):
+        lengths = [prepared_length(entry.path) for entry in sets]
+        config.data.seq_length = max(filter(None, lengths), default=config.data.seq_length)
+    config.validate_layout(launcher.world_size_from_environment())
+    return config
+
+
+def _refuse_wrong_paths(config: Config) -> None:
+    refuse_missing_sets(config)
+    if config.checkpoint.load:
+        find_checkpoint(Path(config.checkpoint.load))
 
 
 def _held_out(config: Config, output: Path) -> None:
     from megatron_scalebio.evaluate.held_out import evaluate_config  # takes seconds
 
     losses = [loss.as_dict() for loss in evaluate_config(config)]
-    if is_first_rank():
+    if launcher.is_first_rank():
         write_section(output, "held_out", {"sets": losses})
         console = RunConsole([], 0)
         console.losses(losses)

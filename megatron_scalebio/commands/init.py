@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_scalebio.config.checks import require_name
 from megatron_scalebio.config_loader import load_config
+from megatron_scalebio.data.inputs import stem
 from megatron_scalebio.data.source_writer import SOURCE_FILE
 from megatron_scalebio.data.tables import JSON_SUFFIXES, TABLE_SUFFIXES, bare_suffix
 from megatron_scalebio.errors import EXIT_OK, UserError, disk_errors_named
@@ -92,7 +93,8 @@ def _found(folder: Path, prepared: Path) -> Iterator[Found]:
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.name.partition(".")[0]).strip("-._")
+        bare = path.stem if path.suffix == ".idx" else stem(path.name)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", bare).strip("-._")
         if (path / SOURCE_FILE).is_file():
             yield Found(name, None, path)
         elif path.suffix == ".idx" and path.with_suffix(".bin").is_file():
@@ -132,7 +134,8 @@ def _roles(
         )
     if len(sources) < 2:
         raise UserError(
-            f"holds {len(sources)} source(s) besides validation and test, among {listed}",
+            f"{'one source alone' if sources else 'no source'} beside the validation and test sets "
+            f"(found: {listed})",
             where=str(folder),
             fix="a mixture needs two: a file or folder for each",
         )

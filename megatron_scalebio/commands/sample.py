@@ -148,7 +148,7 @@ def _sources(
         if name not in weights or name not in paths:
             lacks = "--weights" if name not in weights else "--input"
             raise UserError(f"{lacks}: says nothing of source {name!r} (name it in both)")
-        require_name("--input", name)
+        require_name("--input", name, grouped=args.per_source is None)  # else a folder's name
     if not weights:
         raise UserError("--input: no source is given (--input name=file.jsonl)")
     sources = (WeightedSource(n, paths[n], w, selected.get(n)) for n, w in weights.items())

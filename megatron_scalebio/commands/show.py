@@ -14,7 +14,7 @@ from megatron_scalebio import launcher
 from megatron_scalebio.config.checks import require_at_least
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from megatron_scalebio.data.prepared import PreparedFolder, Shown
-from megatron_scalebio.errors import EXIT_OK
+from megatron_scalebio.errors import EXIT_OK, UserError
 
 MARKS = ("⟦", "⟧")
 
@@ -38,6 +38,9 @@ def run(args: argparse.Namespace) -> int:
     require_at_least("--rows", args.rows, 1)
     require_at_least("--from", args.first, 0)
     folder = PreparedFolder(Path(args.folder))
+    if args.first >= len(folder):
+        last = len(folder) - 1
+        raise UserError(f"--from: {args.first} is beyond the last example (give {last} or less)")
     tokenizer = load_tokenizer(args.tokenizer or folder.model, chat_template="plain")
     shown = list(folder.examples(args.first, args.rows, tokenizer))
     listed, counts = folder.left_out(args.rows)

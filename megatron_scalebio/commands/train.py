@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_scalebio import launcher
+from megatron_scalebio.commands.early import refuse_missing_start, refuse_wrong_paths
 from megatron_scalebio.config_loader import add_arguments, config_from_args
 
 __all__ = ["USUAL", "add_arguments", "run"]
@@ -16,8 +17,9 @@ USUAL = (
 
 
 def run(args: argparse.Namespace) -> int:
-    config = config_from_args(args)
+    config = config_from_args(args, refuse_wrong_paths)
     config.validate_training(launcher.world_size_from_environment())
+    refuse_missing_start(config)
     from megatron_scalebio.methods import finetune
 
     return finetune.train(config)

@@ -80,7 +80,7 @@ class CompareConfig:
             if not getattr(self, name):
                 raise UserError(f"{name}: {getattr(self, name)!r} is empty (name at least one)")
         if len(self.sources) < 2:
-            raise UserError(f"sources: {list(self.sources)!r} is no mixture (name two or more)")
+            raise UserError(f"sources: {list(self.sources)!r} is not a mixture (name two or more)")
         for name in ("methods", "seeds"):
             values = getattr(self, name)
             if len(set(values)) < len(values):

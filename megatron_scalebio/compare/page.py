@@ -12,6 +12,7 @@ from megatron_scalebio.report import page
 from megatron_scalebio.report.advice import Advice
 from megatron_scalebio.whole_files import write_text
 
+_SHOWN = 0.00005  # half of the last digit of a loss
 SOURCES_SHOWN = 7  # in colour; the others together are the eighth
 
 
@@ -54,6 +55,9 @@ def headline(methods: list[dict[str, Any]]) -> str:
     if behind is None:
         return f"{said}; {second['name']}, next, was run with other seeds."
     ahead = _seeds_ahead(best, second)
+    if _equal(best, second):
+        names = f"{best['name']} and {second['name']}"
+        return f"{names} end at the same test loss, {best['test_loss']['mean']:.4f}."
     return (
         f"{said}; {second['name']} is {behind['mean']:.4f} behind, worse in {ahead[0]} of "
         f"{ahead[1]} seed{'s' if ahead[1] > 1 else ''}."
@@ -95,8 +99,8 @@ def advice(folder: Path, comparison: dict[str, Any]) -> list[Advice]:
         found.append(
             Advice(
                 f"Do not choose between {methods[0]['name']} and {', '.join(tied)} by this",
-                "Their difference is within twice its standard error over the seeds: take the "
-                "cheaper, or compare longer trainings.",
+                "They end equal, or within twice the standard error of their difference over the "
+                "seeds: take the cheaper, or compare longer trainings.",
             )
         )
     else:
@@ -116,8 +120,16 @@ def _three(seeds: list[int]) -> list[int]:
     return [*seeds, *(seed for seed in range(3) if seed not in seeds)][:3]
 
 
+def _equal(best: dict[str, Any], other: dict[str, Any]) -> bool:
+    """To the digits that are shown: their training sets may have been the same."""
+    behind = other["behind"]
+    return behind is not None and abs(behind["mean"]) < _SHOWN and not behind["sd"]
+
+
 def _within_noise(best: dict[str, Any], other: dict[str, Any]) -> bool:
     behind, seeds = other["behind"], _seeds_ahead(best, other)[1]
+    if _equal(best, other):
+        return True
     if behind is None or behind["sd"] is None:
         return False
     return behind["mean"] <= 2 * behind["sd"] / math.sqrt(seeds)

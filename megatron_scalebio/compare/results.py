@@ -137,7 +137,7 @@ def write(folder: Path, comparison: Content, console: Console) -> None:
             draw(comparison, temporary, suffix)
     shown_sources = largest(comparison, _ON_SCREEN)
     head, rows = table(comparison, shown_sources)
-    write_text(folder / "compare.tex", latex(head, rows))
+    write_text(folder / "compare.tex", latex(head, rows, progress(comparison)))
     screen = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in head:
         screen.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)

@@ -55,8 +55,8 @@ _LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
 }  # fmt: skip
 
 
-def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The table of the screen, for LaTeX with the package booktabs."""
+def latex(head: Sequence[str], rows: Sequence[Sequence[str]], remark: str = "") -> str:
+    """The table of the screen, for LaTeX with the package booktabs; a remark is a comment in it."""
 
     def line(cells: Sequence[str]) -> str:
         escaped = ["".join(_LATEX.get(c, c) for c in cell) for cell in cells]
@@ -64,7 +64,8 @@ def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     body = "\n".join(map(line, rows))
     columns = "l" + "r" * (len(head) - 1)
+    told = "".join(f"% {text}\n" for text in (r"needs \usepackage{booktabs}", remark) if text)
     return (
-        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(head)}\n\\midrule\n{body}\n"
+        f"{told}\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(head)}\n\\midrule\n{body}\n"
         "\\bottomrule\n\\end{tabular}\n"
     )

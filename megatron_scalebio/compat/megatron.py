@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets import gpt_dataset, helpers, indexed_dataset
+from megatron.core.datasets import gpt_dataset, helpers
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer
@@ -31,7 +31,6 @@ _BORROWED: list[tuple[Any, ...]] = [
     (filesystem_async, "_results_queue", "get_write_results_queue"),
     (gpt_dataset, "_build_document_index", "_build_shuffle_index"),
     (helpers, "build_sample_idx"),
-    (indexed_dataset, "_INDEX_HEADER"),
     (p2p_communication, *_EXCHANGES),
     (TopKRouter, "_apply_expert_bias"),
     (TransformerLayer, "_forward_attention", "_forward_pre_mlp_layernorm", "_forward_post_mlp"),
@@ -151,11 +150,6 @@ def start_manager_of_writers(initializer: Callable[..., None], *args: Any) -> No
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(initializer, args)
         filesystem_async._results_queue = manager.Queue()
-
-
-def index_magic() -> bytes:
-    """What every `.idx` file begins with."""
-    return indexed_dataset._INDEX_HEADER
 
 
 def packing_order(

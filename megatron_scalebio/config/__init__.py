@@ -54,8 +54,8 @@ class Config:
         """
         if len(self.data.sources) < 2:
             raise UserError(
-                f"data.sources: {[source.name for source in self.data.sources]!r} a mixture needs "
-                "at least two sources (add sources)"
+                f"data.sources: {[source.name for source in self.data.sources]!r} is not a mixture "
+                "(name two sources or more)"
             )
         if not self.data.validation:
             raise UserError(

@@ -46,7 +46,25 @@ def with_sources_listed(data: dict[str, Any], where: str) -> dict[str, Any]:
         for number, entry in enumerate(sources):
             entries += _expanded(entry, f"{where}.sources[{number}]")
         data["sources"] = entries
+    for kind in ("sources", "validation", "test"):
+        _refuse_other_forms(data.get(kind) or [], f"{where}.{kind}")
     return data
+
+
+def _refuse_other_forms(entries: Any, where: str) -> None:
+    """Refuses `data/math`, [data/math] and {math: data/math} by what is to be written instead."""
+    listed = entries if isinstance(entries, list) else [entries]
+    for entry in listed:
+        is_entry = isinstance(entry, dict) and (not entry or entry.keys() & {"name", "path"})
+        if is_entry and isinstance(entries, list):
+            continue
+        meant = ("math", "data/math")
+        if isinstance(entry, dict) and not is_entry:
+            meant = next((i for i in entry.items() if isinstance(i[1], str)), meant)
+        raise UserError(
+            f"{where}: {entry!r} is not a list of names and paths (write "
+            f"[{{name: {meant[0]}, path: {meant[1]}}}])"
+        )
 
 
 def _expanded(entry: Any, where: str) -> list[Any]:
@@ -57,10 +75,19 @@ def _expanded(entry: Any, where: str) -> list[Any]:
         both = " and ".join([*kinds, "path"][:2])
         raise UserError(f"{where}: {both} both name sources (drop one of them)")
     others = {key: value for key, value in entry.items() if key not in ("glob", "list", "name")}
-    given, where = str(entry[kinds[0]]), f"{where}.{kinds[0]}"
+    given, where = entry[kinds[0]], f"{where}.{kinds[0]}"
+    if not isinstance(given, str):
+        raise UserError(f"{where}: {given!r} is not a text (make each an entry of its own)")
     found = _matches(given, where) if kinds[0] == "glob" else _lines(given, where)
     paths = list(dict.fromkeys(map(_source_of, found)))
     names = _names(paths, entry.get("name"), where)
+    twice = {name: number for number, name in enumerate(names)}
+    for number, (name, path) in enumerate(zip(names, paths, strict=True)):
+        if twice[name] != number:
+            raise UserError(
+                f"{where.rpartition('.')[0]}.name: {entry['name']!r} calls both {path} and "
+                f"{paths[twice[name]]} {name!r} (add {{parent}}, or leave name out)"
+            )
     return [{"name": name, "path": path, **others} for name, path in zip(names, paths, strict=True)]
 
 
@@ -97,6 +124,18 @@ def _of_megatron(file: str, where: str) -> list[dict[str, Any]]:
     numbers = [_number(word) for word in words]
     if len(words) % 2 == 0 and None not in numbers[::2]:
         weights, words = numbers[::2], words[1::2]
+    lone = next((word for word in words if _number(word) is not None), None)
+    if lone is not None:
+        raise UserError(
+            f"{where}: {file}: {lone!r} stands where a path should (write a weight before every "
+            "path, or before none)"
+        )
+    for weight, path in zip(weights, words, strict=True):
+        if weight is not None and not weight > 0:
+            raise UserError(
+                f"{where}: {file}: the weight of {path} is {weight:g} (give one above 0, or drop "
+                "the path)"
+            )
     if not words:
         raise UserError(f"{where}: {file}: names no source (weight path weight path …)")
     paths = [_source_of(word) for word in words]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_scalebio.errors import UserError
+
+if TYPE_CHECKING:
+    import torch  # its import takes seconds
 
 # Weights in any format; an index names them; code is not carried.
 _LEFT_OUT = {

@@ -13,7 +13,7 @@ target or wholly not, and each segment is tokenized alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_scalebio.data.examples import (
     AS_ITS_ROLE,
@@ -26,6 +26,7 @@ from megatron_scalebio.data.examples import (
 )
 from megatron_scalebio.data.targets import ChatTemplateError, Render, Span, answer_spans
 from megatron_scalebio.data.tokenizer import Tokenizer
+from megatron_scalebio.data.tool_calls import as_template_wants
 from megatron_scalebio.errors import UserError
 
 _PLAIN_HEADERS = {
@@ -124,6 +125,8 @@ class ExampleEncoder:
         turns = dialogue.turns
         if not self.train_on_prompt and not any(_trains(turn) for turn in turns):
             return [], []
+        turns = tuple(as_template_wants(turns, lambda turns: render(turns, False)))
+        dialogue = replace(dialogue, turns=turns)
         full = render(turns, False)
         if self.train_on_prompt:
             spans = self._spans_with_prompts(turns, full, render)
@@ -202,17 +205,21 @@ def _trains(turn: Turn) -> bool:
 def _check_fields(dialogue: Dialogue, template: str | None, where: str) -> None:
     """Refuses what the template has no place for: it would be lost without a word."""
     names = [*dialogue.context, *(name for turn in dialogue.turns for name in turn.fields)]
+    lost = []
     for name in dict.fromkeys(names):
         aliases = REASONING_FIELDS if name in REASONING_FIELDS else (name,)
         telling = name in ("tools", "documents", "tool_calls", *REASONING_FIELDS)
         if telling and not any(alias in (template or "") for alias in aliases):
-            whose = "the chat template" if template else "the built-in template"
-            raise RecordError(
-                f"{whose} has no place for {name!r}",
-                reason=f"no place for {name}",
-                where=where,
-                fix=f"use --chat-template with a file that has one, or --ignore-fields {name}",
-            )
+            lost.append(name)
+    if lost:
+        whose = "the chat template" if template else "the built-in template"
+        raise RecordError(
+            f"{whose} has no place for {' and '.join(map(repr, lost))}",
+            reason=f"no place for {', '.join(lost)}",
+            where=where,
+            fix="use --chat-template with a file that has one, or --ignore-fields "
+            + " ".join(lost),
+        )
 
 
 def plain_segments(turns: Sequence[Turn], train_on_prompt: bool = False) -> list[Segment]:

@@ -124,9 +124,25 @@ class _Record:
     ) -> None:
         self.format, self.where, self.options = format_name, where, options
         self.ignored: dict[str, None] = {}
+        self.unknown: dict[str, str] = {}  # fields, and where each was first
         self.value = self._used(value, where)
 
     def parse(self) -> Text | Dialogue:
+        example = self._parsed()
+        if not self.unknown:
+            return example
+        names, one = list(self.unknown), len(self.unknown) == 1
+        listed = ", ".join(map(repr, names))
+        raise RecordError(
+            f"{'field' if one else 'fields'} {listed} {'is' if one else 'are'} not known in format "
+            f"{self.format}, and would be lost",
+            reason=f"unknown {'field' if one else 'fields'} {', '.join(names)}",
+            where=self.unknown[names[0]],
+            fix=f"--ignore-fields {' '.join(names)} leaves {'it' if one else 'them'} out, --map "
+            f"reads {'it' if one else 'one'} as another",
+        )
+
+    def _parsed(self) -> Text | Dialogue:
         if self.format == "text":
             text = self._string(self.value, self.options.text_key, self.where)
             self._check_known((self.options.text_key,))
@@ -160,12 +176,7 @@ class _Record:
             if name in METADATA or self.options.ignores(name):
                 self.ignored[name] = None
                 continue
-            raise RecordError(
-                f"field {name!r} is not known in format {self.format}, and would be lost",
-                reason=f"unknown field {name}",
-                where=where or self.where,
-                fix=f"--ignore-fields {name} leaves it out, --map reads it as another",
-            )
+            self.unknown.setdefault(name, where or self.where)
 
     def _alpaca(self) -> tuple[list[Turn], tuple[str, ...]]:
         prompt = self._string(self.value, "instruction", self.where)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,10 +56,10 @@ def parse_input(value: str) -> SourceInput:
     entries = whole or [path for path in paths.split(",") if path]
     if not entries:
         raise UserError(f"--input: no path in {value!r} (--input name=file.jsonl)")
-    if not name and not NAME.fullmatch(name := _stem(entries[0])):
+    if not name and not NAME.fullmatch(name := stem(entries[0])):
         raise UserError(
             f"--input: {value!r} gives no name to the source, and {name!r} can't be one (letters, "
-            f"digits, '.', '_' and '-'; give it one: --input NAME={value})"
+            f"digits, '.', '_' and '-'; give it one: --input {shlex.quote(f'NAME={value}')})"
         )
     require_name("--input", name)
     unread: list[Path] = []
@@ -79,7 +80,7 @@ def parse_inputs(value: str) -> list[SourceInput]:
     whole = parse_input(f"files={paths}")
     sources = []
     for number, file in enumerate(whole.files):
-        parts = (*Path(os.path.abspath(file)).parent.parts, _stem(str(file)))
+        parts = (*Path(os.path.abspath(file)).parent.parts, stem(str(file)))
         name = named(template, parts, "--input")
         require_name("--input", name)
         sources.append(SourceInput(name, (file,), whole.unread if number == 0 else ()))
@@ -94,7 +95,8 @@ def exists(path: Path) -> bool:
         return False
 
 
-def _stem(path: str) -> str:
+def stem(path: str) -> str:
+    """What a source is called by its path: text.en for text.en.jsonl.gz."""
     place = Path(path.removeprefix("@"))
     while place.suffix.lower() in (*COMPRESSED, *JSON_SUFFIXES, *TABLE_SUFFIXES):
         place = place.with_suffix("")
@@ -128,7 +130,8 @@ def _listed(path: Path, unread: list[Path]) -> list[Path]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the list of files: {error} (check --input)") from None
+        problem = getattr(error, "strerror", None) or "is not text"
+        raise UserError(f"{path}: cannot read the list: {problem} (check --input)") from None
     entries = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not entries:
         raise UserError(f"{path}: the list names no file")

@@ -27,13 +27,18 @@ from megatron_scalebio.data.formats import detect_format
 from megatron_scalebio.data.inputs import STANDARD_INPUT, SourceInput, local_copies
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from megatron_scalebio.data.records import Record
-from megatron_scalebio.data.source_writer import SOURCE_FILE, SourceWriter, Staging, staging_error
+from megatron_scalebio.data.source_writer import (
+    SOURCE_FILE,
+    TOKENIZER_FILE,
+    SourceWriter,
+    Staging,
+    staging_error,
+)
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.data.train_tokenizer import train_sentencepiece
 from megatron_scalebio.errors import UserError
 
 DROPPED = ("no_target", "empty", "too_long", "prompt_too_long")
-TOKENIZER_FILE = "tokenizer.model"
 _BATCH_BYTES = 1 << 18
 _BATCH_RECORDS = 1024
 _BYTES_A_WORKER = 16 << 20  # below this, starting a worker takes longer than it saves
@@ -246,13 +251,15 @@ class _Source:
         left_out = self.left_out
         reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items() if count)
         fix = "records need an assistant turn with text, or --train-on-prompt"
+        if set(+left_out) == {"empty"}:
+            fix = "its records hold no text: check the field, which --map or --text-key names"
         if left_out["prompt_too_long"] or left_out["too_long"]:
             fix = "raise --seq-length, or --too-long split"
         if set(left_out) - set(DROPPED):
             fix = "without --bad-records skip the first of them is shown"
         return UserError(
             f"source {self.source.name}: {self.source.files[0]}: no example with a target token is "
-            f"left (dropped: {reasons}) ({fix})"
+            f"left, dropped: {reasons} ({fix})"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_scalebio.data.indexed import open_indexed
+from megatron_scalebio.data.indexed import IndexedPair, check_pair
 from megatron_scalebio.data.scan import read_description
 from megatron_scalebio.data.source_writer import (
     LEFT_OUT_FILE,
@@ -65,7 +65,7 @@ class PreparedFolder:
         self.folder = folder
         self.description = read_description(folder / SOURCE_FILE)
         self.model: str = self.description["tokenizer"]["model"]
-        self._tokens, self._mask = (open_indexed(folder / part) for part in (TOKENS, LOSS_MASK))
+        self._tokens, self._mask = (self._pair(folder / part) for part in (TOKENS, LOSS_MASK))
         rows = folder / ROWS_FILE
         try:
             self._rows = np.load(rows, mmap_mode="r") if rows.is_file() else None
@@ -73,12 +73,17 @@ class PreparedFolder:
             raise UserError(f"{rows}: is damaged ({error}) (run prepare again)") from None
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return self._tokens.sequences
+
+    @staticmethod
+    def _pair(prefix: Path) -> IndexedPair:
+        code, lengths_D = check_pair(prefix)
+        return IndexedPair(str(prefix), code, len(lengths_D))
 
     def examples(self, first: int, count: int, tokenizer: Tokenizer) -> Iterator[Shown]:
         """Examples in the order of the folder."""
         for number in range(first, min(len(self), first + count)):
-            ids, mask = self._tokens[number], self._mask[number]
+            ids, mask = self._tokens.tokens(number), self._mask.tokens(number)
             borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
             pieces = tuple(
                 Piece(tokenizer.decode(ids[low:high].tolist()), bool(mask[low]))

@@ -153,7 +153,9 @@ def readable(path: Path, shown: Path) -> Iterator[tuple[BinaryIO, Callable[[], i
             else:
                 yield file, file.tell
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{shown}: cannot read the file: {error.strerror}") from error
+        raise UserError(
+            f"{shown}: cannot read the file: {error.strerror} (check the path)"
+        ) from error
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the disk's, not the content's

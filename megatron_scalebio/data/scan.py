@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.indexed_dataset import DType
 
-from megatron_scalebio.compat.megatron import packing_order
-from megatron_scalebio.data.indexed import check_pair
+from megatron_scalebio.data.indexed import DTYPES, check_pair
 from megatron_scalebio.data.source_writer import SOURCE_FILE
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.fingerprint import of_files
@@ -83,12 +81,7 @@ def look_at(path: str, sources: int, seq_length: int, seed: int) -> tuple[Facts,
     Raises:
         UserError: naming what is missing, damaged, empty or too short.
     """
-    now = stamp(path)
-    if not now:
-        raise UserError(
-            f"{path}: is neither a prepared folder nor a .bin/.idx prefix (run "
-            "`megatron-scalebio prepare`, or correct the path)"
-        )
+    now = stamp_of(path)
     ids = max(1, min(IDS_LOOKED_AT, _IDS_OF_ALL // sources))
     if is_prepared(path):
         return look_at_examples(Path(path), ids, now), None
@@ -97,6 +90,13 @@ def look_at(path: str, sources: int, seq_length: int, seed: int) -> tuple[Facts,
 
 def is_prepared(path: str) -> bool:
     return os.path.isfile(os.path.join(path, SOURCE_FILE))
+
+
+def prepared_length(path: str) -> int | None:
+    """The seq_length that a folder was prepared with; None for others."""
+    told = read_description(Path(path) / SOURCE_FILE) if is_prepared(path) else {}
+    length = told.get("seq_length")
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def stamp(path: str) -> str:
@@ -110,6 +110,20 @@ def stamp(path: str) -> str:
     told = [os.stat(part) for part in parts if os.path.isfile(part)]
     said = [(each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in told]
     return hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()
+
+
+def stamp_of(path: str) -> str:
+    """The stamp of what has to be a source.
+
+    Raises:
+        UserError: if it is none.
+    """
+    if now := stamp(path):
+        return now
+    raise UserError(
+        f"{path}: is neither a prepared folder nor a .bin/.idx prefix (run "
+        "`megatron-scalebio prepare`, or correct the path)"
+    )
 
 
 def look_at_examples(folder: Path, ids: int = IDS_LOOKED_AT, now: str = "") -> Facts:
@@ -131,6 +145,8 @@ def look_at_examples(folder: Path, ids: int = IDS_LOOKED_AT, now: str = "") -> F
 def _look_at_prefix(
     prefix: str, seq_length: int, seed: int, ids: int, now: str
 ) -> tuple[Facts, Packing]:
+    from megatron_scalebio.compat.megatron import packing_order  # takes seconds
+
     code, lengths_D = check_pair(Path(prefix))
     tokens = int(lengths_D.sum(dtype=np.int64))
     if tokens <= seq_length:
@@ -166,7 +182,7 @@ def same_data(saved: str, now: str) -> bool:
 
 def _largest_id(prefix: str, code: int, ids: int) -> int:
     """Largest token id at the head of a .bin: tells a wrong vocabulary, not every wrong token."""
-    return int(np.fromfile(f"{prefix}.bin", DType.dtype_from_code(code), ids).max(initial=0))
+    return int(np.fromfile(f"{prefix}.bin", DTYPES[code], ids).max(initial=0))
 
 
 def read_description(path: Path) -> dict[str, Any]:

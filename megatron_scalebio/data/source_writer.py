@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scalebio.errors import WRITABLE, UserError
+from megatron_scalebio.errors import UserError, disk_error, not_a_folder
 
 FORMAT_VERSION = 1
 SOURCE_FILE = "source.json"
@@ -32,6 +32,7 @@ MANIFEST_FILE = "manifest.json"  # of `sample`, which writes no source.json to a
 TOKENS = "tokens"
 LOSS_MASK = "loss_mask"
 ROWS_FILE = "rows.npy"
+TOKENIZER_FILE = "tokenizer.model"  # beside the sources, where `prepare` has trained it
 LEFT_OUT_FILE = "left_out.jsonl"
 _MANIFEST_KEYS = {"format_version", "rows_are", "contamination", "fingerprint", "sources"}
 
@@ -213,6 +214,8 @@ class Staging:
     def _check_target(target: Path, overwrite: bool) -> None:
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return
+        if target.is_file() and target.name != TOKENIZER_FILE:
+            raise not_a_folder(target)
         if not overwrite:
             raise UserError(f"{target}: exists and is not empty (--overwrite replaces it)")
         if target.is_dir() and not (target / SOURCE_FILE).exists() and not _is_sample(target):
@@ -254,5 +257,5 @@ def staging_error(error: OSError, out: Path) -> UserError:
     """What an operating system's refusal is to a user, who knows of `out` and of no staging."""
     place = Path(error.filename or out)
     if place == out or out in place.parents or _STAGED in place.name:
-        return UserError(f"{out}: can't write: {error.strerror or error} ({WRITABLE})")
+        return disk_error(error, out)
     return UserError(f"{place}: {error.strerror or error} (check this file)")

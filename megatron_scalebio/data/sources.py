@@ -216,6 +216,14 @@ def vocab_size_told(config: Config) -> int | None:
     return None
 
 
+def has_prompts(source: Source) -> bool:
+    """Whether it was prepared with tokens that do not train; each example's first never does."""
+    if not source.tokenizer:
+        return False
+    told = read_description(Path(source.prefix).parent / SOURCE_FILE)
+    return bool(told.get("target_tokens") != source.tokens - len(source))
+
+
 def repeated_data(sources: Sequence[Source], validation: Sequence[Source]) -> list[str]:
     """What to warn of where two sets hold the same examples, a line each."""
     names_of: dict[str, list[str]] = {}

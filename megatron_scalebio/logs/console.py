@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from megatron_scalebio.formatting import duration, percent, printable, quantity, shorten
+from megatron_scalebio.formatting import duration, pace, percent, printable, quantity, shorten
 from megatron_scalebio.logs.interactions import Interaction
 
 ROWS_SHOWN = 15
@@ -250,11 +250,11 @@ class RunConsole:
         loss = record.get("validation_loss")
         usual_s = median(self._recent_s)
         left = duration(round(usual_s * (self._train_iters - int(record["step"]))))
-        parts = [f"ETA {left}", f"{1000 * usual_s:.3g} ms/step"]
+        parts = [f"ETA {left}", pace(usual_s)]
         if loss is None or "weights" not in record:
             parts.insert(0, f"loss {record['train_loss_w']:.4f}")
         else:
-            parts.insert(0, f"L1 {loss:.3f}" if math.isfinite(loss) else "L1 –")
+            parts.insert(0, f"validation {loss:.3f}" if math.isfinite(loss) else "validation –")
         # The weights come last: a narrow terminal cuts off the end.
         if "weights" in record:
             parts.append(self._top_weights(record["weights"]))

@@ -13,6 +13,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.blend_schedule import SCHEDULE_FILE
+from megatron_scalebio.data.sources import has_prompts
 from megatron_scalebio.data.weights_file import SELECTED_FILE, WEIGHTS_FILE
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.start import Job, start_job
@@ -26,6 +27,8 @@ from megatron_scalebio.methods.bounds import refuse_bounds
 from megatron_scalebio.methods.found import Found, write_found
 from megatron_scalebio.methods.interactions import FEWEST_WINDOWS
 from megatron_scalebio.report.html import write_report
+from megatron_scalebio.report.learning import stood_still
+from megatron_scalebio.report.load import load_run
 from megatron_scalebio.whole_files import write_text
 
 FIXED = ("uniform", "natural", "manual")  # the others have modules of their names
@@ -57,8 +60,10 @@ def _finish(config: Config, found: Found, job: Job) -> None:
         places["schedule"] = folder / SCHEDULE_FILE
     if found.selected_S is not None:
         places["selected"] = folder / SELECTED_FILE
+    still = ""
     if (folder / METRICS_FILE).exists():  # it trained: there is something to draw
         places["report"] = write_report(folder)
+        still = stood_still(load_run(folder).history)
         places["tensorboard"] = Path(config.logging.tensorboard_dir or folder / "tensorboard")
     natural = outputs.natural_shares(found.sources)
     shares = zip(found.sources, natural, found.initial_S, strict=True)
@@ -70,7 +75,9 @@ def _finish(config: Config, found: Found, job: Job) -> None:
     elif config.bilevel.interactions:
         console.warn(f"interactions: too few steps to fit them ({FEWEST_WINDOWS} resets or more)")
     console.result(content, places, config.data.known_weights)
-    if any(source.tokenizer for source in found.sources):  # prepared, with loss masks
+    if still and found.complete:
+        console.warn(still)
+    if any(map(has_prompts, found.sources)):
         console.note(
             "Megatron-LM reads blend.txt packed and without loss masks, so that prompts train too; "
             "`megatron-scalebio train` trains on what the weights were learned for"
@@ -79,4 +86,7 @@ def _finish(config: Config, found: Found, job: Job) -> None:
         console.warn(lost)
     if left_out:
         floor = outputs.blend_floor(config)
-        console.warn(f"below {floor:g}, left out of the blend: {few(left_out)}")
+        console.warn(
+            f"below {floor:g}, left out of blend.txt and blend.json, where Megatron-LM may fail on "
+            f"it: {few(left_out)}; `sample` and `train` still draw it by its weight"
+        )

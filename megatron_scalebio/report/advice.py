@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from megatron_scalebio.formatting import percent
 from megatron_scalebio.report.history import number_or_none
+from megatron_scalebio.report.learning import stood_still
 from megatron_scalebio.report.load import Run
-from megatron_scalebio.report.summary import SourceRow
+from megatron_scalebio.report.summary import SourceRow, sentence
 
 MANY_SOURCES = 20  # above, the tolerance shrinks as an equal weight does (core.confidence)
 SKIPPED_SHARE = 0.05
@@ -38,7 +39,11 @@ class Advice:
 
 def advice(run: Run, rows: list[SourceRow]) -> list[Advice]:
     """The most important first."""
-    found = [*_of_verdict(run, rows), *_merging(run, rows)]
+    still = stood_still(run.history) if run.weights and run.weights.complete else ""
+    found = [Advice("Raise lr, or make more steps", sentence(still))] if still else []
+    if not (still and run.weights and run.weights.converged):
+        found += _of_verdict(run, rows)
+    found += _merging(run, rows)
     skipped, steps = len(run.history.skipped), len(run.history.steps)
     if steps and skipped > SKIPPED_SHARE * steps:
         found.append(

@@ -145,7 +145,7 @@ def verdict(run: Run) -> Verdict:
             "provisional", "No result", f"The run ended at {progress} without a result.",
             "weights.json is missing; the weights below are those of the last step.",
         )  # fmt: skip
-    reason = _sentence(weights.reason)
+    reason = sentence(weights.reason)
     if weights.converged:
         headline = f"The mixture has settled: the weights of step {weights.step:,} can be used."
         return Verdict("converged", "Converged", headline, reason)
@@ -153,7 +153,7 @@ def verdict(run: Run) -> Verdict:
     return Verdict("provisional", "Not converged", headline, reason)
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
     text = text.strip()
     if not text:
         return ""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_scalebio.data.encode_pool import cut
-from megatron_scalebio.data.indexed import open_indexed
+from megatron_scalebio.data.indexed import check_pair
 from megatron_scalebio.data.prepare import Progress
 from megatron_scalebio.data.sources import ExampleSource
 from megatron_scalebio.data.tokenizer import Tokenizer
@@ -45,7 +45,10 @@ class TokenRows:
         sequence: int,
     ) -> None:
         self.name, self.prefix = name, prefix
-        self.indexed = open_indexed(Path(prefix))
+        from megatron.core.datasets.indexed_dataset import IndexedDataset  # takes seconds
+
+        check_pair(Path(prefix))
+        self.indexed = IndexedDataset(prefix)
         self._examples = ExampleSource(name, folder, 2**31) if folder else None
         self._tokenizer = tokenizer
         self._max_tokens, self._sequence = max_tokens, sequence

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_scalebio.data.prepare import DROPPED
 from megatron_scalebio.data.source_writer import MANIFEST_FILE, TOKENS, SourceWriter
@@ -32,6 +31,8 @@ class PrefixWriter:
     """Writes documents to a plain Megatron prefix: no loss mask, and no tokenizer to name."""
 
     def __init__(self, directory: Path, dtype: type[np.number]) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # takes seconds
+
         directory.mkdir(parents=True)
         self._prefix, self._dtype = directory / TOKENS, dtype
         self._builder = IndexedDatasetBuilder(f"{self._prefix}.bin", dtype=dtype)

@@ -134,7 +134,8 @@ def test_the_models_of_a_search_are_not_kept(compared: Path) -> None:
 
 REFUSED = [
     ({"methods": ["lesss"]}, "methods: 'lesss' is not a method (choose from scalebio, uniform"),
-    ({"sources": {"good": "good.jsonl"}}, "sources: ['good'] is no mixture"),
+    ({"sources": {"good": "good.jsonl"}}, "sources: ['good'] is not a mixture"),
+    ({"run": {"train_iters": 9}}, "run.train_iters: 9 is not of type dict (give a section of"),
     ({"seeds": []}, "seeds: [] is empty"),
     ({"seeds": [1, 1]}, "seeds: [1, 1] names one twice"),
     ({"methods": ["manual"]}, "weights: {} are not those of the sources, which method manual"),

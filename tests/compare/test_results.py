@@ -17,7 +17,7 @@ from rich.console import Console
 from megatron_scalebio.compare import plot
 from megatron_scalebio.compare.config import CompareConfig, load
 from megatron_scalebio.compare.page import advice, headline, write_page
-from megatron_scalebio.compare.results import collect, spread, write
+from megatron_scalebio.compare.results import collect, progress, spread, write
 from megatron_scalebio.compare.stages import Plan, seconds_left
 from megatron_scalebio.compare.tables import latex
 from megatron_scalebio.formatting import duration, percent
@@ -278,7 +278,9 @@ def test_other_programs_get_every_run_and_latex_the_table(plan: Plan) -> None:
             assert {n: float(row[f"{prefix}:{n}"]) for n in known} == known
         assert float(row["score:gsm8k"]) == run["scores"]["gsm8k"]["value"]
     table = (plan.output / "compare.tex").read_text().splitlines()
-    assert table[0] == r"\begin{tabular}{l" + "r" * 10 + "}" and table[-1] == r"\end{tabular}"
+    assert table[0] == r"% needs \usepackage{booktabs}"
+    assert table[1] == "% " + progress(comparison) and "8 of " in table[1], "it is partial"
+    assert table[2] == r"\begin{tabular}{l" + "r" * 10 + "}" and table[-1] == r"\end{tabular}"
     lines = [line for line in table if line.endswith(r" \\")]
     names = [method["name"] for method in comparison["methods"]]
     assert [line.split(" & ")[0] for line in lines] == ["method", *names]
@@ -330,6 +332,11 @@ def test_the_page_tells_luck_from_a_difference() -> None:
     assert asked(*once, planned=4)[0] == "Start it again"
     words = shlex.split(told(*once, planned=2)[0].command)
     assert words[2:] == ["--config", "a folder/compare.yaml", "--seeds", "0", "1", "2"]
+    equal = [method("best", BEST), method("same", BEST)]
+    assert asked(*equal) == ["Do not choose between best and same by this"]
+    assert headline(equal).startswith("best and same end at the same test loss, ")
+    equal = [method("best", BEST[:1]), method("same", BEST[:1])]
+    assert asked(*equal, planned=2)[1:] == ["Do not choose between best and same by this"]
     once[0]["runs"][0]["seed"] = 1
     assert told(*once, planned=2)[0].command.endswith("--seeds 1 0 2")
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from megatron.core.datasets import indexed_dataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_scalebio.data import indexed, scan
 from megatron_scalebio.data.catalog import CATALOG_FILE, open_catalog
 from megatron_scalebio.data.indexed import IndexedPair, OpenFiles
-from megatron_scalebio.data.sources import ExampleSource, PackedSource
+from megatron_scalebio.data.sources import ExampleSource, PackedSource, has_prompts
 from megatron_scalebio.errors import UserError
 from tests.markov import write_source
 
@@ -38,6 +39,12 @@ def opened(
     seen: list[tuple[int, int]] = []
     open_catalog(cache, paths, length, seed, lambda *progress: seen.append(progress), **options)
     return seen
+
+
+def test_the_format_is_megatrons() -> None:
+    assert indexed_dataset._INDEX_HEADER == indexed.MAGIC
+    theirs = {each.value: np.dtype(DType.dtype_from_code(each.value)) for each in DType}
+    assert theirs == indexed.DTYPES
 
 
 def test_sources_are_looked_at_once(tmp_path: Path, paths: list[str]) -> None:
@@ -114,6 +121,20 @@ def test_a_prefix_gives_what_megatrons_own_dataset_does(tmp_path: Path) -> None:
         np.testing.assert_array_equal(tokens[:-1], theirs[number]["tokens"])
         np.testing.assert_array_equal(tokens[1:], theirs[number]["labels"])
         assert targets.tolist() == [0] + [1] * 8
+
+
+def test_sources_without_prompts_are_told(tmp_path: Path) -> None:
+    """Text trains on every token but the first of an example."""
+    text = write_source(tmp_path, "text", ROWS)
+    chat = write_source(
+        tmp_path, "chat", ROWS, [np.r_[np.zeros(3), np.ones(len(r) - 3)] for r in ROWS]
+    )
+    catalog = open_catalog(
+        tmp_path / "cache", [text, chat, f"{chat}/tokens"], 8, 3, lambda *_: None
+    )
+    found = [ExampleSource("s", Path(path), 99, catalog, n) for n, path in enumerate((text, chat))]
+    assert [has_prompts(source) for source in found] == [False, True]
+    assert not has_prompts(PackedSource("p", f"{chat}/tokens", catalog, 2))
 
 
 def test_few_files_are_open_however_many_are_read(

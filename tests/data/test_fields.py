@@ -97,6 +97,51 @@ def test_tool_calls_and_tools_are_rendered_and_train(
     assert alone.endswith(f"<assistant\n{called}")
 
 
+@pytest.mark.parametrize(
+    ("written", "text", "found"),
+    [
+        ("{{ a | tojson }}", '{"in":"Rome"}', '{"in": "Rome"}'),
+        (
+            "{{ c.function | tojson }}",
+            '{"in":"Rome"}',
+            '{"name": "w", "arguments": {"in": "Rome"}}',
+        ),
+        ("{{ a if a is string else a | tojson }}", '{"in":"Rome"}', '{"in":"Rome"}'),
+        ("{{ 'call ' + a }}", '{"in":"Rome"}', 'call {"in":"Rome"}'),
+        ("{{ a | tojson }}", "", "{}"),
+        ("{% for k, v in a.items() %}{{ k }}={{ v }}{% endfor %}", '{"in":"Rome"}', "in=Rome"),
+    ],
+)
+@pytest.mark.parametrize("flat", [False, True])
+def test_arguments_as_json_text_are_what_the_template_is_written_for(
+    tokenizer: Tokenizer, written: str, text: str, found: str, flat: bool
+) -> None:
+    """OpenAI's logs have text where most templates want the object."""
+    template = "{%- for m in messages %}<|im_start|>{{ m.role }} {{ m.content or '' }}"
+    template += "{% for c in m.tool_calls or [] %}{% set a = c.function.arguments %}"
+    template += f"{written}{{% endfor %}}<|im_end|>{{%- endfor %}}"
+    template += "{%- if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    call = {"function": {"name": "w", "arguments": text}}
+    if flat:
+        template, call = template.replace("c.function", "c"), call["function"]
+    record = chat(USER, answer("", tool_calls=[call]))
+    assert marked(tokenizer, template, record) == f"<user Rome?><assistant ⟦{found}>⟧"
+
+
+@pytest.mark.parametrize("text", ["Rome", "[1]", '"Rome"', "{"])
+def test_arguments_that_are_no_object_are_refused(tokenizer: Tokenizer, text: str) -> None:
+    record = chat(USER, answer("", tool_calls=[{"function": {"name": "w", "arguments": text}}]))
+    with pytest.raises(RecordError, match=r"f:1: the chat template takes an object as arguments"):
+        marked(tokenizer, TOOL_TEMPLATE, record)
+
+
+def test_what_a_template_refuses_for_another_reason_is_said(tokenizer: Tokenizer) -> None:
+    template = "{{ raise_exception('no tools here') }}{{ messages[0].tool_calls }}"
+    record = chat(USER, answer("", tool_calls=[{"function": {"name": "w", "arguments": "Rome"}}]))
+    with pytest.raises(RecordError, match="no tools here"):
+        marked(tokenizer, template, record)
+
+
 def test_reasoning_is_rendered_and_trains(tokenizer: Tokenizer) -> None:
     for name in ("reasoning_content", "reasoning", "thinking"):
         record = chat(USER, answer("hot", **{name: "It is July."}))
@@ -123,6 +168,24 @@ def test_what_a_template_has_no_place_for_is_refused_by_name(
     kept = chat(USER, answer("x", **{k: v for k, v in record["messages"][1].items() if k == field}))
     kept |= {k: v for k, v in record.items() if k == field}
     assert marked(tokenizer, CHAT, kept, ignore_fields=(field,)).endswith("⟦x>⟧")
+
+
+def test_every_field_that_would_be_lost_is_named_at_once(tokenizer: Tokenizer) -> None:
+    record = chat(USER, answer("x", mood="bad"), choices=[1], rank=2)
+    with pytest.raises(RecordError) as refused:
+        marked(tokenizer, CHAT, record)
+    assert str(refused.value) == (
+        "f:1: messages[1]: fields 'mood', 'choices', 'rank' are not known in format messages, and "
+        "would be lost (--ignore-fields mood choices rank leaves them out, --map reads one as "
+        "another)"
+    )
+    assert refused.value.reason == "unknown fields mood, choices, rank"
+    assert marked(tokenizer, CHAT, record, ignore_fields=("mood", "choices", "rank")) == (
+        "<user Rome?><assistant ⟦x>⟧"
+    )
+    record = chat(USER, answer("", tool_calls=[CALL]), tools=TOOLS)
+    with pytest.raises(RecordError, match=r"'tools' and 'tool_calls' \(.*fields tools tool_calls"):
+        marked(tokenizer, CHAT, record)
 
 
 @pytest.mark.parametrize(

@@ -122,13 +122,15 @@ def test_folders_globs_lists_and_names(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(parse_input(f"x={raw}/**/*.*n*").files) == 3
     (tmp_path / "list.txt").write_text("# two\nraw/c.ndjson\n\nraw/deep\n")
     listed = parse_input(f"@{tmp_path / 'list.txt'}")
+    with pytest.raises(UserError, match=r"none: cannot read the list: No such file"):
+        parse_input("a=@none")
     assert [file.name for file in listed.files] == ["c.ndjson", "e.csv", "f.json.zst"]
     assert listed.name == "list" and parse_input(str(raw / "a.jsonl.gz")).name == "a"
     many = ",".join(str(write(raw / f"shard-{k:03}.jsonl", PAIRS[:1])) for k in range(40))
     assert len(parse_input(many).files) == len(parse_input(f"x={many}").files) == 40
     monkeypatch.chdir(raw)
     (raw / "ünï.jsonl").write_text("{}")
-    with pytest.raises(UserError, match=r"can't be one .*--input NAME=ünï\.jsonl"):
+    with pytest.raises(UserError, match=r"can't be one .*--input 'NAME=ünï\.jsonl'\)"):
         parse_input("ünï.jsonl")
     for value, words in ((f"x={raw}/*.txt", "no file matches"), (f"x={'y' * 300}", "no such file"),
                          (f"x={raw}/a.jsonl.gz,{raw}/./a.jsonl.gz", "stands twice")):  # fmt: skip

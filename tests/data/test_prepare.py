@@ -184,7 +184,7 @@ def test_bad_inputs(tmp_path: Path, value: str, words: str) -> None:
         ('{"question": "q"}', ":1: unknown record format"),
         ('{"text": "a"}\n{"text": ', ":2: malformed JSON"),
         ('{"text": "a"}\n{"txt": "b"}', ":2: missing field 'text'"),
-        ('{"text": " "}', "no example with a target token is left (dropped: empty 1)"),
+        ('{"text": " "}', r"is left, dropped: empty 1 (its records hold no text: check the field"),
     ],
 )
 def test_bad_files(tmp_path: Path, sentence_piece: Path, content: str, words: str) -> None:

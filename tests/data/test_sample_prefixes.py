@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from megatron_scalebio.cli import main
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.stage import sample
@@ -57,6 +59,22 @@ def test_megatron_prefixes(world: World) -> None:
     assert manifest["examples"] == len(found) > 10 == manifest["given"]
     assert [e["examples_per_row"] for e in manifest["sources"]] == [100 / 64, 1.0]
     assert [e["asked"] for e in manifest["sources"]] == [4, 6]  # 64 and 100 of 164
+
+
+def test_sources_in_groups_are_drawn_by_the_weights_of_their_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [
+        {"name": f"{name}/web", "weight": 0.5, "path": megatron_prefix(tmp_path / name, [30] * 9)}
+        for name in ("de", "en")
+    ]
+    (tmp_path / "weights.json").write_text(json.dumps({"sources": entries}))
+    words = ["sample", "--weights", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main([*words, "--per-source", "4"]) == 2, "a folder has no such name"
+    assert "'de/web' cannot name a source" in capsys.readouterr().err
+    assert main([*words, "--num-samples", "4"]) == 0
+    told = json.loads((tmp_path / "out" / "manifest.json").read_text())["sources"]
+    assert [(e["name"], e["given"]) for e in told] == [("de/web", 2), ("en/web", 2)]
 
 
 def test_token_0_is_a_token_and_the_first_is_no_prompt(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_show_marks_what_trains_and_says_where_it_is_from(
     assert [line["left_out"]["line"] for line in lines[1:]] == [2, 3]
 
 
+def test_examples_beyond_the_last_are_not_nothing(
+    tmp_path: Path, byte_level: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prepared(tmp_path, byte_level, jsonl(tmp_path / "a.jsonl", chat("One?", "Yes")))
+    assert main(["show", str(folder), "--from", "1"]) == 2
+    assert "--from: 1 is beyond the last example (give 0 or less)" in capsys.readouterr().err
+    assert main(["show", str(folder), "--from", "0"]) == 0
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -40,7 +40,7 @@ def test_plain_lines_every_interval(make_run: Callable[..., Path]) -> None:
     lines = out.getvalue().splitlines()
     steps = [line for line in lines if line.startswith("step ")]
     assert [line.split()[1] for line in steps] == ["1/20", "10/20", "20/20"]
-    assert "L1 " in steps[0] and "ETA " in steps[0] and "gpt4_alpaca" in steps[0]
+    assert "validation " in steps[0] and "ETA " in steps[0] and "gpt4_alpaca" in steps[0]
     assert any("known" in line and "95% interval" in line for line in lines)
     assert any(line.startswith("L1 distance from the known mixture") for line in lines)
     assert any(line.split() == ["report", str(run / "report.html")] for line in lines)

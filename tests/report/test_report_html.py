@@ -199,7 +199,7 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
 
 def test_unwritable_output_keeps_the_old_page(make_run: MakeRun) -> None:
     run = make_run(steps=2)
-    with pytest.raises(UserError, match="can't write"):
+    with pytest.raises(UserError, match=r"run.json: is a file, and a folder"):
         write_report(run, run / "run.json" / "page.html")
 
 
