@@ -221,7 +221,7 @@ def test_help_tells_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     told = " ".join(capsys.readouterr().out.split())
     assert all(method in told for method in (*get_args(Method), "paper", "rho_loss_offline"))
     parser = argparse.ArgumentParser(
-        formatter_class=partial(argparse.HelpFormatter, width=500, max_help_position=80)
+        formatter_class=partial(argparse.HelpFormatter, width=500, max_help_position=120)
     )
     add_arguments(parser)
     lines = [line for line in parser.format_help().splitlines() if line.startswith("  --")]

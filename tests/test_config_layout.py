@@ -15,7 +15,7 @@ DISAGREEING = [
                       "use_distributed_optimizer": True}},
         1, "leaves weights to be gathered",
     ),
-    ({"data": {"sources": DATA["sources"][:1]}}, 1, "at least two sources"),
+    ({"data": {"sources": DATA["sources"][:1]}}, 1, "is not a mixture (name two"),
     ({"data": {"validation": []}}, 1, "data.validation: [] is empty"),
     ({"parallel": {"tensor_model_parallel_size": 4}}, 2, "world size: 2 is not divisible by TP 4"),
     ({"parallel": {"tensor_model_parallel_size": 3}}, 3, "3 does not divide the 4 attention heads"),

@@ -221,7 +221,10 @@ def find_checkpoint(load: Path) -> Path:
         return load / step if step == "release" else iteration_folder(load, int(step))
     if (load / "metadata.json").is_file():
         return load
-    raise UserError(f"{load}: not a Megatron checkpoint (name a folder that holds {TRACKER})")
+    missing = "" if load.exists() else ", there is no such folder"
+    raise UserError(
+        f"{load}: not a Megatron checkpoint{missing} (name a folder that holds {TRACKER})"
+    )
 
 
 def is_plain(load: Path) -> bool:
