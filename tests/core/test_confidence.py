@@ -252,6 +252,11 @@ def test_the_verdict_asks_for_as_many_examples_as_the_measured_draw_wants() -> N
     assert not said.converged and "too small to tell, 3073167 examples would do" in said.reason
     alike = judge_convergence(path, validation_examples=10**5, lookalikes=[[1, 2]], draw_SS=apart)
     assert alike.converged, alike
+    of_sum = torch.tensor([[1.0, -0.5, -0.5], [-0.5, 0.25, 0.25], [-0.5, 0.25, 0.25]]).double()
+    said = judge_convergence(
+        path, validation_examples=10**5, lookalikes=[[1, 2]], draw_SS=0.01 * of_sum
+    )
+    assert not said.converged and "3073167 examples" in said.reason
 
 
 @pytest.mark.parametrize("power", [1.0, 1.5])
