@@ -297,9 +297,8 @@ def judge_convergence(
         )
     tail_steps = num_blocks * block_length
     if tail_steps < MIN_TAIL_STEPS:
-        return Verdict(
-            False, f"only {tail_steps} steps are averaged, at least {MIN_TAIL_STEPS} are needed"
-        )
+        few = "1 step is" if tail_steps == 1 else f"{tail_steps} steps are"
+        return Verdict(False, f"only {few} averaged, at least {MIN_TAIL_STEPS} are needed")
     found = weight_intervals(blocks_BS, confidence, validation_examples, lookalikes, draw_SS)
     if num_sources > 1 and not found.wandering_S.any():
         return Verdict(False, "no weight has moved over the averaged steps")

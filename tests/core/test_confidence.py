@@ -378,6 +378,7 @@ def test_two_hundred_steps_are_the_least() -> None:
     assert said == Verdict(False, "only 199 steps are averaged, at least 200 are needed")
     said = judge_convergence(path_of(*columns)[:66], block_length=3)
     assert said.reason == "only 198 steps are averaged, at least 200 are needed"
+    assert judge_convergence(path_of(*columns)[:1]).reason.startswith("only 1 step is averaged,")
 
 
 def test_one_source_need_not_move() -> None:
