@@ -109,19 +109,32 @@ def example_losses(
     layout: BatchLayout,
 ) -> ExampleLosses:
     """The loss of each of a source's examples. A collective."""
-    sums_2N = torch.zeros(2, len(index_N), dtype=torch.float64)
-    tokens = torch.zeros(1, dtype=torch.float64)
+    return example_losses_of([chunks], source, index_N, config, layout)[0]
+
+
+def example_losses_of(
+    models: Sequence[Sequence[torch.nn.Module]],
+    source: Source,
+    index_N: Ints,
+    config: Config,
+    layout: BatchLayout,
+) -> list[ExampleLosses]:
+    """The same of several models, for which the examples are read once."""
+    sums_M2N = torch.zeros(len(models), 2, len(index_N), dtype=torch.float64)
+    tokens_M = torch.zeros(len(models), dtype=torch.float64)
     for place_N, batches in flushes(source, index_N, config, layout):
-        for batch, loss_BS in token_losses(chunks, batches):
-            counted_B = batch.group_B == 0
-            place_B = torch.from_numpy(place_N)[batch.member_B[counted_B]]
-            sums_2N[0, place_B] = sequence_sums(loss_BS, batch)[counted_B]
-            sums_2N[1, place_B] = sequence_sums(batch.mask_BS > 0, batch)[counted_B]
-            tokens += batch.tokens
-    flat = torch.cat([sums_2N.flatten(), tokens]).to(runtime.device())
+        for model, chunks in enumerate(models):
+            for batch, loss_BS in token_losses(chunks, batches):
+                counted_B = batch.group_B == 0
+                place_B = torch.from_numpy(place_N)[batch.member_B[counted_B]]
+                sums_M2N[model, 0, place_B] = sequence_sums(loss_BS, batch)[counted_B]
+                sums_M2N[model, 1, place_B] = sequence_sums(batch.mask_BS > 0, batch)[counted_B]
+                tokens_M[model] += batch.tokens
+    flat = torch.cat([sums_M2N.flatten(), tokens_M]).to(runtime.device())
     dist.all_reduce(flat)
-    sum_N, targets_N, tokens = flat.cpu().split([len(index_N), len(index_N), 1])
-    return ExampleLosses(sum_N, targets_N, int(tokens))
+    sums, tokens_M = flat.cpu().split([sums_M2N.numel(), len(models)])
+    each = zip(*sums.view_as(sums_M2N).unbind(1), tokens_M.tolist(), strict=True)
+    return [ExampleLosses(sum_N, targets_N, int(tokens)) for sum_N, targets_N, tokens in each]
 
 
 @torch.no_grad()
