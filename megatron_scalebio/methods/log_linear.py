@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import least_squares
 
 from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.core.sampler import Floats
@@ -26,7 +27,7 @@ from megatron_scalebio.core.sampler import Floats
 DELTA = 0.02  # where the Huber loss turns from squares to absolutes, in units of the loss
 FLOORS = 1 - 0.5 ** np.arange(1, 9)  # c that fits begin with, as shares of the least loss
 PARTS = 10
-FIT_STEPS = 200
+EXACT = {"xtol": 1e-12, "ftol": 1e-12, "gtol": 1e-12, "x_scale": "jac"}
 LARGEST = 100.0  # exponent of a law that a step has thrown out of bounds
 STEPS, CLOSE = 5000, 1e-9
 LEAST, NONE = 1e-30, 1e-9  # weights while they have logarithms, and those that are given as 0
@@ -51,42 +52,27 @@ def fit(mixture_NS: Floats, loss_N: Floats) -> Law:
 
     Under each floor, the regression of log(ℓ − c) on p is where the fit begins.
     """
+
+    def parts(law: Floats) -> tuple[float, Floats]:
+        """c, and exp(t · p) of each mixture, for a law (log c, t)."""
+        each = np.exp(np.minimum(np.r_[law[0], mixture_NS @ law[1:]], LARGEST))
+        return each[0], each[1:]
+
+    def missed(law: Floats) -> Floats:
+        floor, above_N = parts(law)
+        return floor + above_N - loss_N
+
+    def slopes(law: Floats) -> Floats:
+        floor, above_N = parts(law)
+        return np.c_[np.full(len(loss_N), floor), above_N[:, None] * mixture_NS]
+
     fits = []
     for floor in FLOORS * loss_N.min():
         slope_S = np.linalg.lstsq(mixture_NS, np.log(loss_N - floor), rcond=None)[0]
-        fits.append(_descend(np.r_[np.log(floor), slope_S], mixture_NS, loss_N))
-    found = min(fits, key=lambda each: each[0])[1]
+        start = np.r_[np.log(floor), slope_S]
+        fits.append(least_squares(missed, start, slopes, loss="huber", f_scale=DELTA, **EXACT))
+    found = min(fits, key=lambda each: each.cost).x
     return Law(float(np.exp(found[0])), found[1:])
-
-
-def _descend(law: Floats, mixture_NS: Floats, loss_N: Floats) -> tuple[float, Floats]:
-    """Least Huber loss from (log c, t) on, by damped Gauss-Newton steps under its weights."""
-
-    def missed(law: Floats) -> tuple[float, Floats, Floats]:
-        above_N = np.exp(np.minimum(mixture_NS @ law[1:], LARGEST))
-        off_N = loss_N - np.exp(min(law[0], LARGEST)) - above_N
-        size_N = np.abs(off_N)
-        huber_N = np.where(size_N < DELTA, off_N**2 / 2, DELTA * (size_N - DELTA / 2))
-        return float(huber_N.sum()), off_N, above_N
-
-    (error, off_N, above_N), damping = missed(law), 1e-3
-    for _ in range(FIT_STEPS):
-        weight_N = DELTA / np.maximum(np.abs(off_N), DELTA)
-        slope_NF = np.c_[np.full(len(loss_N), np.exp(law[0])), above_N[:, None] * mixture_NS]
-        square_FF = (slope_NF * weight_N[:, None]).T @ slope_NF
-        shrink_F = damping * square_FF.diagonal() + 1e-12 * square_FF.trace()
-        step_F = np.linalg.solve(square_FF + np.diag(shrink_F), slope_NF.T @ (weight_N * off_N))
-        tried = missed(law + step_F)
-        if tried[0] < error:
-            is_near = tried[0] > (1 - 1e-9) * error
-            law, (error, off_N, above_N), damping = law + step_F, tried, damping / 10
-            if is_near:
-                break
-        else:
-            damping *= 10
-            if damping > 1e8:
-                break
-    return error, law
 
 
 def left_out_error(mixture_NS: Floats, loss_NV: Floats, share_V: Floats) -> float:

@@ -5,8 +5,8 @@ in the mixture's optimization (`log_linear`). Where `kl_to_prior` is 0, the pull
 0.1.
 
 Not as published: the swarm's mixtures are RegMix's; a fit begins with regressions of log(ℓ − c) in
-place of random numbers, and goes by Gauss-Newton in place of L-BFGS; validation sets count by
-their weights where the run trains its swarm.
+place of random numbers, and goes by SciPy's least squares in place of L-BFGS; validation sets count
+by their weights where the run trains its swarm.
 """
 
 from __future__ import annotations
