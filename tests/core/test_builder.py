@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.core.test_period import MODEL, OVERLAP, RATES
+from tests.core.period_case import MODEL, OVERLAP, RATES
 
 
 def loaded(parallel: dict) -> Any:
