@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_scalebio.engine.evaluate import ExampleLosses
+from megatron_scalebio.engine.state import TokenCost
+from megatron_scalebio.methods import end_check as end_check_module
 from megatron_scalebio.methods.end_check import EndCheck, check_steps, solved
 from tests import described
 from tests.distributed.harness import run_distributed
@@ -37,8 +40,10 @@ def gains(p: np.ndarray, outcomes: np.ndarray) -> torch.Tensor:
     return torch.from_numpy((LAW_SV / (p @ LAW_SV) - 1)[:, outcomes])
 
 
-def checked(p: np.ndarray, sets: list[np.ndarray], shares: list[float], n: int) -> EndCheck:
-    source = [gains(p, DRAW.choice(V, 40_000, p=law)) for law in LAW_SV]
+def checked(
+    p: np.ndarray, sets: list[np.ndarray], shares: list[float], n: int, of_sources: int = 40_000
+) -> EndCheck:
+    source = [gains(p, DRAW.choice(V, of_sources, p=law)) for law in LAW_SV]
     validation = [gains(p, outcomes) for outcomes in sets]
     return solved(validation, shares, [n] * len(sets), source, torch.from_numpy(p), [0, 1, 2])
 
@@ -68,16 +73,61 @@ def test_it_sees_where_the_validation_loss_is_least() -> None:
     found = checked(off, [drawn], [1.0], 4000)
     assert (np.abs(found.change_S.numpy() - (own - off)) < 4 * found.error_S.numpy()).all()
     assert float(found.error_S.max()) < 0.012
-    # Of a part of the set, its own draw is a part of the error.
-    part = checked(off, [drawn[:400]], [1.0], 4000)
-    assert (part.error_S > 2 * found.error_S).all()
-    missed = np.array(
-        [
-            checked(off, [DRAW.permutation(drawn)[:400]], [1.0], 4000).change_S - (own - off)
-            for _ in range(200)
-        ]
+
+
+def test_what_is_read_of_a_part_is_told_of_the_whole() -> None:
+    """Another draw is one of the whole set; of the change, what was not read is an error."""
+    drawn = DRAW.choice(V, 4000, p=SETS[0])
+    own = best(np.bincount(drawn, minlength=V).astype(float))
+    whole, part = (checked(own, [drawn[:read]], [1.0], 4000) for read in (4000, 400))
+    spread = [each.draw_SS.diagonal().sqrt() for each in (whole, part)]
+    np.testing.assert_allclose(*spread, rtol=0.2)
+    missed = [
+        checked(own, [DRAW.permutation(drawn)[:400]], [1.0], 4000).change_S for _ in range(200)
+    ]
+    np.testing.assert_allclose(np.stack(missed).std(0), part.error_S, rtol=0.2)
+
+
+def test_few_examples_of_the_sources_are_an_error_of_the_change() -> None:
+    drawn = DRAW.choice(V, 4000, p=SETS[0])
+    own = best(np.bincount(drawn, minlength=V).astype(float))
+    found = [checked(own, [drawn], [1.0], 4000, of_sources=500) for _ in range(200)]
+    missed = np.stack([each.change_S for each in found]).std(0)
+    np.testing.assert_allclose(missed, np.stack([e.error_S for e in found]).mean(0), rtol=0.15)
+
+
+def test_any_directions_do() -> None:
+    """What w leans to may be mixtures of the sources: the same is found."""
+    p = np.array([0.5, 0.3, 0.2])
+    leans = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.9, 0.1], [0.3, 0.3, 0.4]]).double()
+    drawn = [gains(p, DRAW.choice(V, 400, p=law)) for law in (SETS[1], *LAW_SV)]
+    plain, mixed = (
+        solved([k[0]], [1.0], [900], k[1:], torch.from_numpy(p), [0, 1, 2])
+        for k in (drawn, [leans @ k for k in drawn])
     )
-    np.testing.assert_allclose(missed.std(0), part.error_S, rtol=0.2)
+    for name in ("draw_SS", "change_S", "error_S"):
+        torch.testing.assert_close(getattr(plain, name), getattr(mixed, name))
+
+
+def test_of_a_mean_over_tokens_each_example_has_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their mean is the gain of a token; their spread that of the quotient of two sums."""
+    targets = torch.from_numpy(DRAW.integers(1, 9, 4000)).double()
+    gained = 0.3 * targets * torch.from_numpy(DRAW.random(4000)) + 0.1
+    losses = [ExampleLosses(sums, targets, 0) for sums in (5 + gained, torch.full((4000,), 5.0))]
+    monkeypatch.setattr(end_check_module, "example_losses_of", lambda *given: losses)
+    state: Any = SimpleNamespace(
+        config=SimpleNamespace(data=SimpleNamespace(loss_mean="token")),
+        data=SimpleNamespace(layout=None), cost=TokenCost(),
+    )  # fmt: skip
+    model: Any = SimpleNamespace(u=[], w=[])
+    k = end_check_module._gains(state, model, Any, np.arange(4000))
+    assert float(k.mean()) == pytest.approx(float(gained.sum() / targets.sum()))
+    index = torch.from_numpy(DRAW.integers(4000, size=(2000, 4000)))
+    quotients = gained[index].sum(1) / targets[index].sum(1)
+    assert float(k.std()) / 4000**0.5 == pytest.approx(float(quotients.std()), rel=0.06)
+    state.config.data.loss_mean = "sample"
+    k = end_check_module._gains(state, model, Any, np.arange(4000))
+    torch.testing.assert_close(k, gained / targets)
 
 
 def test_sources_that_are_not_in_use_stay_out() -> None:
