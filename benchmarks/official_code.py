@@ -4,11 +4,13 @@
 
 Each is a process of its own; they step in turns. The figures: seconds for each real token that goes
 through a model, ours over theirs (median of neighbouring turns), and the most memory of either
-process. Both train the model of a Hugging Face folder in fp32, 4 training and 4 validation examples
-a step in micro-batches of 2; theirs pads, ours packs (`--no-packing`: it pads, too).
+process: resident, or allocated on the GPU. Both train the model of a Hugging Face folder, in bf16
+on a GPU and in fp32 on a CPU, on as many training and validation examples a step; theirs pads, ours
+packs (`--no-packing`: it pads, too).
 
-What their code needs for a CPU is put in its place here and not in their folder: another attention
-than flash attention, fp32 for bf16, `.cuda()` without effect, no evaluation before the first step.
+What their code lacks is put in its place here and not in their folder: another attention than flash
+attention, packages that it imports and does not use, no evaluation before the first step; on a CPU
+fp32 for bf16, and `.cuda()` without effect.
 """
 
 from __future__ import annotations
@@ -39,13 +41,16 @@ def official(turn: Callable[[int], None], args: Any, lisa: bool) -> None:
     import torch
 
     # Imported, and not used by what runs here.
-    absent = [name for name in ("peft", "jsonlines") if importlib.util.find_spec(name) is None]
+    imported = ("peft", "jsonlines", "wandb")
+    absent = [name for name in imported if importlib.util.find_spec(name) is None]
     for name in absent:
         stub: Any = types.ModuleType(name)
         stub.get_peft_model = stub.LoraConfig = stub.TaskType = None
         sys.modules[name] = stub
     sys.path.insert(0, str(args.official / "python"))
-    torch.Tensor.cuda = lambda tensor, *where, **how: tensor  # type: ignore[assignment]
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        torch.Tensor.cuda = lambda tensor, *where, **how: tensor  # type: ignore[assignment]
     import main as their_main
     import minmax
     import training_utils
@@ -54,10 +59,10 @@ def official(turn: Callable[[int], None], args: Any, lisa: bool) -> None:
         del sys.modules[name]
     theirs: Any = minmax
     loaded, loss = theirs.AutoModelForCausalLM.from_pretrained, training_utils.loss_on_batch
-    tokens = 0
+    tokens, dtype = 0, torch.bfloat16 if on_gpu else torch.float32
 
     def from_pretrained(folder: str, **unused: Any) -> Any:
-        return loaded(folder, attn_implementation="sdpa", dtype=torch.float32)
+        return loaded(folder, attn_implementation="sdpa", dtype=dtype)
 
     def counted_loss(*words: Any, **named: Any) -> Any:
         nonlocal tokens
@@ -74,22 +79,26 @@ def official(turn: Callable[[int], None], args: Any, lisa: bool) -> None:
     training_utils.loss_on_batch = counted_loss
     theirs.evaluate, theirs.logging_stat_dict = lambda *words: (0.0, 0.0), after_step
     os.chdir(args.official)
-    data = args.data.resolve()
     sys.argv = [
-        "main.py", "--train-data", f"{data}/train_*.json", "--val-data", f"{data}/val.json",
-        "--test-data", f"{data}/test.json", "--model", str(args.hf), "--tokenizer-name",
-        str(args.hf), "--micro_batch_size", "2", "--global_batch_size", "4", "--max-length",
-        str(args.seq_length), "--optimizer", "name=adamw", "--init_lr", "5e-4",
-        "--minmax_init_lr_u", "1e-5", "--minmax_init_lr_w", "1e-5", "--minmax_init_lr_lambda",
-        "1e-2", "--sampler", "stochastic", "--minmax_validation_sampler", "stochastic",
+        "main.py", "--train-data", f"{args.data}/train_*.json",
+        "--val-data", f"{args.data}/val.json",
+        "--test-data", f"{args.data}/test.json", "--model", str(args.hf), "--tokenizer-name",
+        str(args.hf), "--micro_batch_size", str(args.micro_batch_size), "--global_batch_size",
+        str(args.global_batch_size), "--max-length", str(args.seq_length),
+        "--optimizer", "name=adamw", "--init_lr", "5e-4", "--minmax_init_lr_u", "1e-5",
+        "--minmax_init_lr_w", "1e-5", "--minmax_init_lr_lambda", "1e-2",
+        "--sampler", "stochastic", "--minmax_validation_sampler", "stochastic",
         "--init_alpha", "10", "--tau", "1", "--seed", "0", "--num_partitions", "2",
         "--num_inner_iter", "100000", "--response_loss_only", "--num_dataload_worker", "0",
         "--pseudo_random", "--model-type", "llama", *(["--lisa"] if lisa else []),
+        *(["--bf16"] if on_gpu else []),
     ]  # fmt: skip
     their_main.main()
 
 
 def ours(turn: Callable[[int], None], args: Any, lisa: bool) -> None:
+    import torch
+
     from megatron_scalebio.methods.scalebio import train_step
 
     shape = json.loads((args.hf / "config.json").read_text())
@@ -112,9 +121,10 @@ def ours(turn: Callable[[int], None], args: Any, lisa: bool) -> None:
         "optimizer": {"lr": 1e-5},
         "lisa": {"lisa_layers": 2} if lisa else {},
         "train": {
-            "train_iters": 10**5, "global_batch_size": 4, "micro_batch_size": 2,
-            "packing": args.packing,
+            "train_iters": 10**5, "global_batch_size": args.global_batch_size,
+            "micro_batch_size": args.micro_batch_size, "packing": args.packing,
         },
+        "parallel": {"bf16": torch.cuda.is_available()},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as cache:
         state = build(settings, Path(cache))
@@ -130,12 +140,17 @@ def contestant(pipe: Any, name: str, args: Any, lisa: bool) -> None:
     import torch
 
     torch.set_num_threads(1)
+    on_gpu = torch.cuda.is_available()
     started = 0.0
 
     def turn(tokens: int) -> None:
         nonlocal started
+        if on_gpu:
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if on_gpu:
+            memory = torch.cuda.max_memory_allocated()
         pipe.send({"seconds": seconds, "tokens": tokens, "memory": memory})
         if pipe.recv() == "end":
             os._exit(0)
@@ -181,6 +196,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "denoise")
     parser.add_argument("--prepared", type=Path, help="keep the tokenized sets here and reuse them")
     parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--global-batch-size", type=int, default=4, help="of either side")
+    parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--parts", nargs="+", choices=BARS, default=list(BARS))
     parser.add_argument("--rounds", type=int, default=10)
@@ -192,7 +209,9 @@ def main() -> int:
     if missing:
         print(f"official_code: no {', '.join(missing)} (name the folders)", file=sys.stderr)
         return 2
-    args.official, args.hf = args.official.resolve(), args.hf.resolve()
+    args.official, args.hf, args.data = (
+        path.resolve() for path in (args.official, args.hf, args.data)
+    )
     with tempfile.TemporaryDirectory() as scratch:
         args.prepared = (args.prepared or Path(scratch)).resolve()
         if not (args.prepared / "validation").is_dir():

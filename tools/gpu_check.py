@@ -8,6 +8,9 @@
     resume       ten steps against six and four resumed, bf16 and FP8; and ten steps twice, for the
                  noise of it; a checkpoint of the CPU resumed on the GPU, and back
     answers      a known mixture of five Markov sources: CPU fp32, GPU bf16 and FP8
+    runs         packed rows, experts, sharded optimizers, rivals, `train`, against the CPU's
+    families     logits and gradients of every model family against transformers' on the CPU
+    shared_card  two ranks on one card, which talk by gloo, against one
     waits        the lines of a step that wait for the GPU, and how long the GPU is idle
     speed        plain, bilevel and LISA steps of Qwen2.5-7B-shaped layers, sequence 4096, bf16 and
                  FP8 of each recipe, and what it saves to cast frozen layers once a LISA period
@@ -38,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from gpu_memory import largest, memory  # noqa: E402
+from gpu_runs import families, runs, shared_card  # noqa: E402
 from gpu_step import speed, waits  # noqa: E402
 from gpu_tools import Results, run  # noqa: E402
 
@@ -231,6 +235,9 @@ PARTS: dict[str, tuple[int, Callable[[Check], None]]] = {
     "parity": (300, parity),
     "resume": (300, resume),
     "answers": (300, answers),
+    "runs": (300, runs),
+    "families": (200, families),
+    "shared_card": (200, shared_card),
     "waits": (180, waits),
     "speed": (600, speed),
     "memory": (400, memory),
