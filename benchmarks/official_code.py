@@ -16,6 +16,7 @@ fp32 for bf16, and `.cuda()` without effect.
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
 import importlib.util
 import json
 import multiprocessing
@@ -45,6 +46,7 @@ def official(turn: Callable[[int], None], args: Any, lisa: bool) -> None:
     absent = [name for name in imported if importlib.util.find_spec(name) is None]
     for name in absent:
         stub: Any = types.ModuleType(name)
+        stub.__spec__ = importlib.machinery.ModuleSpec(name, None)  # accelerate asks for it
         stub.get_peft_model = stub.LoraConfig = stub.TaskType = None
         sys.modules[name] = stub
     sys.path.insert(0, str(args.official / "python"))

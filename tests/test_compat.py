@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
 from megatron_scalebio.cli import _unraisable
 from megatron_scalebio.compat import WRITTEN_FOR, require
-from megatron_scalebio.compat.megatron import make_fit
+from megatron_scalebio.compat.megatron import make_fit, rotated_at_once
 from megatron_scalebio.errors import UserError
 from tests.commands import ROOT
 
@@ -22,6 +22,7 @@ CODE = """
 import warnings; warnings.simplefilter("ignore")
 import torch
 from megatron.core.datasets import utils
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 import megatron.core.tensor_parallel.random as random
 
@@ -30,6 +31,7 @@ def patched():
         torch.cuda.current_device, torch.zeros, torch.Tensor.type, random._get_cuda_rng_state,
         DistributedOptimizer._set_main_param_and_optimizer_states,
         torch.cuda.device_count, torch.cuda.set_device, utils.compile_helpers,
+        rope_utils._apply_rotary_pos_emb_thd,
     )
 
 before = patched()
@@ -43,6 +45,8 @@ from megatron.core.optimizer import clip_grads, optimizer as parts
 optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = "of a GPU", False
 clip_grads.l2_norm_impl = clip_grads.multi_tensor_applier = "of a GPU"
 parts.multi_tensor_applier = "of a GPU"
+from megatron.core.transformer.moe import moe_utils
+moe_utils.te_general_gemm = "of a GPU"
 for _ in range(2):
     cpu.adapt()
     megatron.adapt()
@@ -51,6 +55,7 @@ for _ in range(2):
 assert optimizer.Adam is torch.optim.AdamW and optimizer.USING_PYTORCH_OPTIMIZER
 assert callable(clip_grads.l2_norm_impl) and callable(clip_grads.multi_tensor_applier)
 assert parts.multi_tensor_applier is clip_grads.multi_tensor_applier
+assert moe_utils.te_general_gemm is None
 assert all(a is not b for a, b in zip(patched(), before)), "does not act"
 assert patched() == once, "acts twice"
 del DistributedOptimizer._get_model_param_range_map
@@ -139,3 +144,19 @@ def test_the_state_of_any_adam_fits(fused: bool, distributed: bool) -> None:
         assert not in_groups or type(group["step"]) is int
         if not distributed:
             assert saved["state"].get("common_step") == (None if fused else 5.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary_interleaved": True, "mscale": 1.3}])
+def test_a_packed_row_is_rotated_as_megatron_rotates_each_sequence(options: dict[str, Any]) -> None:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    one: Any = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    ends = torch.tensor([0, 3, 4, 11], dtype=torch.int32)
+    row, frequencies = torch.randn(11, 2, 6), torch.randn(8, 1, 1, 4)
+    megatrons = rope_utils._apply_rotary_pos_emb_thd
+    if megatrons is rotated_at_once:
+        pytest.skip("another test of this process has put it there already")
+    want = megatrons(row, ends, frequencies, cp_group=one, **options)
+    for more in ([], [4], [11, 11]):  # sequences of no token, which Megatron's can't turn
+        ends = torch.cat([ends, ends.new_tensor(more)]).sort().values
+        assert torch.equal(rotated_at_once(row, ends, frequencies, cp_group=one, **options), want)

@@ -113,6 +113,7 @@ class _Arguments:
         self.lisa_layers, self.rounds = shape.get("lisa-layers", 1), 3
         self.micro_batches, self.micro_batch_size = 4, 1
         self.transformer_impl, self.bf16, self.fp8_recipe = kind, True, recipe
+        self.experts: int | None = None
 
 
 def _waiting_lines(step: Any) -> dict[str, int]:

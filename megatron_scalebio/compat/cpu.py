@@ -99,10 +99,13 @@ def _adapt_experts() -> None:
     """What sends tokens to experts: sizes as numbers, and gloo's collectives of unequal parts.
 
     Megatron makes numbers of the sizes on a GPU alone. Gloo gathers and scatters equal parts only.
+    Routers multiply by Transformer Engine's kernel wherever that is installed.
     """
     from megatron.core.tensor_parallel import mappings
-    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+    require(moe_utils, "te_general_gemm")
+    moe_utils.te_general_gemm = None
     require(token_dispatcher, "maybe_move_tensor_to_cpu")
     require(mappings, "_gather_along_first_dim", "_reduce_scatter_along_first_dim")
 

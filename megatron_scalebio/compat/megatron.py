@@ -1,4 +1,4 @@
-"""A fault of Megatron-Core 0.19.2 fixed, and the private names of it that the package needs."""
+"""Two faults of Megatron-Core 0.19.2 fixed, and the private names that the package needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from megatron.core.datasets import gpt_dataset, helpers
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -28,6 +29,7 @@ _BORROWED: list[tuple[Any, ...]] = [
         "_init_optimizer_states_with_dummy_values", "_get_model_param_range_map",
     ),
     (RotaryEmbedding, "_apply_scaling"),
+    (rope_utils, "_apply_rotary_pos_emb_thd", "_apply_rotary_pos_emb_bshd"),
     (filesystem_async, "_results_queue", "get_write_results_queue"),
     (gpt_dataset, "_build_document_index", "_build_shuffle_index"),
     (helpers, "build_sample_idx"),
@@ -49,6 +51,7 @@ def adapt() -> None:
         for owner, *names in _BORROWED:
             require(owner, *names)
         _complete_adam_state()
+        rope_utils._apply_rotary_pos_emb_thd = rotated_at_once
         _adapted = True
 
 
@@ -71,6 +74,27 @@ def _complete_adam_state() -> None:
         original(self, model_param, tensors)
 
     DistributedOptimizer._set_main_param_and_optimizer_states = with_step
+
+
+def rotated_at_once(
+    row_TND: torch.Tensor, ends: torch.Tensor, frequencies: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """Rotary embedding of a packed row, each sequence from position 0 on.
+
+    Megatron's own turns one sequence after the other, in every layer, and waits for the GPU to say
+    where each begins (docs/gpu.md has what that cost).
+
+    Args:
+        ends: where the sequences begin, and the row's end, ascending, int32 [sequences + 1].
+        frequencies: of each position, as many as the longest sequence has or more, [S, 1, 1, D].
+    """
+    assert options.pop("cp_group").size() == 1, "packed rows are not split over ranks"
+    place_T = torch.arange(len(row_TND), dtype=ends.dtype, device=ends.device)
+    position_T = place_T - ends[torch.searchsorted(ends, place_T, right=True) - 1]
+    turned = rope_utils._apply_rotary_pos_emb_bshd(
+        row_TND.unsqueeze(1), frequencies[position_T], **options
+    )
+    return turned.squeeze(1)
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:

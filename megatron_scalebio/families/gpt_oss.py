@@ -35,7 +35,7 @@ _TENSORS = (
 def _gpt_oss(config: HfConfig) -> dict[str, Any]:
     config.require("hidden_act", "silu")
     config.require("attention_bias", True)
-    config.require("swiglu_alpha", 1.702)
+    config.require("swiglu_alpha", 1.702, None)  # older transformers know no other, and no key
     no_losses(config)
     return {
         **common_fields(config),

@@ -223,6 +223,19 @@ def test_sizes_that_are_left_out_follow_from_the_others(tmp_path: Path) -> None:
         assert read_family(tmp_path)[1][name] == size
 
 
+def test_gpt_oss_is_read_where_transformers_has_no_option_for_its_alpha(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import GptOssConfig
+
+    whole = GptOssConfig.to_dict
+    without = lambda config: {k: v for k, v in whole(config).items() if k != "swiglu_alpha"}  # noqa: E731
+    monkeypatch.setattr(GptOssConfig, "to_dict", without)
+    config = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **CASES["GptOssForCausalLM"][1]}))
+    assert read_family(tmp_path)[1]["activation"] == "quick_geglu"
+
+
 WHOLE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,

@@ -320,7 +320,11 @@ def run_model(config, folder: Path, name: str, layout: str) -> None:
         return loss, torch.tensor(0, dtype=torch.int), {"loss": part}
 
     def keep(logits_BSV):
-        return logits_BSV.sum(), torch.tensor(0, dtype=torch.int), {"logits": logits_BSV.detach().float()}
+        return (
+            logits_BSV.sum(),
+            torch.tensor(0, dtype=torch.int),
+            {"logits": logits_BSV.detach().float()},
+        )
 
     outputs = run(None, keep, forward_only=True)
     losses = run(tokens[:, held + 1], mean, forward_only=False)
