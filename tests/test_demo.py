@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "examples" / "demo"
+from tests.commands import ROOT, command
+from tests.distributed.harness import run_distributed
 
-
-@pytest.mark.slow
-def test_text_is_reproducible_and_validation_is_held_out(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        command = [sys.executable, str(DEMO / "make_data.py"), str(tmp_path / name)]
-        subprocess.run(command, check=True, timeout=120)
-    files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == [f"{n}.jsonl" for n in ("code", "english", "noise", "shuffled", "validation")]
-    for file in files:
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    training = set(texts(tmp_path / "a" / "english.jsonl") + texts(tmp_path / "a" / "code.jsonl"))
-    assert training.isdisjoint(texts(tmp_path / "a" / "validation.jsonl"))
+DEMO, OWN_LOOP = ROOT / "examples" / "demo", ROOT / "examples" / "own_loop.py"
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +40,20 @@ def started(command: list[object], folder: Path) -> str:
     said = ended.stdout + ended.stderr
     assert ended.returncode == 0, said[-4000:]
     return said
+
+
+@pytest.mark.slow
+def test_text_is_reproducible_and_validation_is_held_out(
+    demo: tuple[Path, str], tmp_path: Path
+) -> None:
+    text = demo[0] / "text"
+    started([DEMO / "make_data.py", tmp_path / "again"], tmp_path)
+    files = sorted(path.name for path in text.iterdir())
+    assert files == [f"{n}.jsonl" for n in ("code", "english", "noise", "shuffled", "validation")]
+    for file in files:
+        assert (tmp_path / "again" / file).read_bytes() == (text / file).read_bytes()
+    training = set(texts(text / "english.jsonl") + texts(text / "code.jsonl"))
+    assert training.isdisjoint(texts(text / "validation.jsonl"))
 
 
 @pytest.mark.slow
@@ -73,6 +80,7 @@ def test_demo_finds_the_known_mixture(demo: tuple[Path, str]) -> None:
 
 RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 NAMES = ["english", "code", "shuffled", "noise"]
+STEPS = 6  # from the same checkpoint
 
 
 def learned_by(said: str) -> dict[str, float]:
@@ -85,7 +93,7 @@ def learned_by(said: str) -> dict[str, float]:
 @pytest.mark.distributed
 def test_a_loop_of_ones_own_finds_it_too(demo: tuple[Path, str]) -> None:
     output, _ = demo
-    loop = [*RANKS, ROOT / "examples" / "own_loop.py", output / "data", "--steps", 150]
+    loop = [*RANKS, OWN_LOOP, output / "data", "--steps", 150]
     weights = learned_by(started(loop, output))
     known = {"english": 0.6, "code": 0.4, "shuffled": 0.0, "noise": 0.0}
     # After 400 steps the demo is within .01; these are fewer.
@@ -94,31 +102,47 @@ def test_a_loop_of_ones_own_finds_it_too(demo: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_loop_of_ones_own_equals_reweight(demo: tuple[Path, str]) -> None:
+def test_a_loop_of_ones_own_equals_reweight(demo: tuple[Path, str], tmp_path: Path) -> None:
     """From the same checkpoint, on the same data, with the same settings.
 
     Their attention is computed by other kernels, whose rounding shows from the first step after a
     reset, when w and u hardly differ: 1.5e-6 at most in 20 steps. A learning rate that is 1 % off
     is 4e-4 off.
     """
-    output, _ = demo
-    data, steps = output / "data", 6
-    ours = ["--config", DEMO / "demo.yaml", "--pipeline-model-parallel-size", 1]
-    ours += ["--sources", *(f"{name}={data / name}" for name in NAMES)]
-    ours += ["--validation", f"validation={data / 'validation'}"]
-    stage = [*RANKS, "-m", "megatron_scalebio"]
-    started([*stage, "train", *ours, "--train-iters", 3, "--output", "start"], output)
-    constant = ["--lr-decay-style", "constant", "--lr-warmup-fraction", 0]
-    from_there = ["--pretrained-checkpoint", output / "start" / "checkpoints"]
-    words = [*constant, *from_there, "--train-iters", steps, "--output", "reweighted"]
-    started([*stage, "reweight", *ours, *words], output)
-    content = json.loads((output / "reweighted" / "weights.json").read_text())
-    loop = [*RANKS, ROOT / "examples" / "own_loop.py", data, "--steps", steps]
-    loop += ["--load", output / "start" / "checkpoints" / "iter_0000003"]
-    weights = learned_by(started(loop, output))
+    data = demo[0] / "data"
+    for of_ranks in (trained_and_reweighted, own_loop):
+        run_distributed(of_ranks, 2, data, tmp_path)
+    content = json.loads((tmp_path / "reweighted" / "weights.json").read_text())
+    weights = learned_by((tmp_path / "said.txt").read_text())
     assert len({round(weight, 3) for weight in weights.values()}) == 4
     for source in content["sources"]:
         assert weights[source["name"]] == pytest.approx(source["weight"], abs=3e-6)
+
+
+def trained_and_reweighted(data: Path, folder: Path) -> None:
+    ours = ["--config", DEMO / "demo.yaml", "--pipeline-model-parallel-size", 1]
+    ours += ["--sources", *(f"{name}={data / name}" for name in NAMES)]
+    ours += ["--validation", f"validation={data / 'validation'}"]
+    ours += ["--lr-decay-style", "constant", "--lr-warmup-fraction", 0]
+    start = folder / "start"
+    dist.init_process_group("gloo")
+    for stage in (
+        ["train", "--train-iters", 3, "--output", start],
+        ["reweight", "--train-iters", STEPS, "--output", folder / "reweighted",
+         "--pretrained-checkpoint", start / "checkpoints"],
+    ):  # fmt: skip
+        code, said = command(*stage, *ours)
+        assert code == 0, said
+
+
+def own_loop(data: Path, folder: Path) -> None:
+    start = folder / "start" / "checkpoints" / "iter_0000003"
+    words = ["own_loop.py", data, "--steps", STEPS, "--load", start]
+    sys.argv = [str(word) for word in words]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        runpy.run_path(str(OWN_LOOP), run_name="__main__")
+    if os.environ["RANK"] == "0":
+        (folder / "said.txt").write_text(said.getvalue())
 
 
 def texts(path: Path) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-VOCAB, SEQ, STEPS, WARM_STEPS = 61, 24, 12, 3
+VOCAB, SEQ, WARM_STEPS = 61, 24, 3
+# Of the steps that are compared; and between resets of u, or draws of layers, so that two are seen.
+STEPS, INTERVAL = 7, 3
 MODEL = {
     "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2,
     "ffn_hidden_size": 48, "make_vocab_size_divisible_by": 16, "init_method_std": 0.1,
@@ -26,7 +28,7 @@ VPP = {**PP2, "num_layers_per_virtual_pipeline_stage": 1}
 CP2 = {"context_parallel_size": 2}
 DIST = {"use_distributed_optimizer": True}
 FULL, SELECTIVE = {"recompute_granularity": "full"}, {"recompute_granularity": "selective"}
-LISA = {"lisa_layers": 2, "lisa_interval": 4}
+LISA = {"lisa_layers": 2}
 FROZEN = {**LISA, "lisa_train_embedding": False, "lisa_train_norm": False}
 TOKEN = {"loss_mean": "token"}
 LAYOUTS: dict[str, Layout] = {
@@ -91,7 +93,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 PACKED = [name for name in LAYOUTS if not name.startswith("cp2")]
-# Layouts whose 12 steps are compared with one rank's; of the others a flush is enough.
+# Layouts whose steps are compared with one rank's; of the others a flush is enough.
 SAME = {
     "one": [
         "tp2", "tp2-sequence-parallel", "pp2", "vpp", "dp2", "dp2-distributed-optimizer", "cp2",
@@ -105,7 +107,7 @@ SAME = {
 }  # fmt: skip
 
 
-def settings(problem: dict, name: str) -> dict:
+def settings(problem: dict, name: str, interval: int) -> dict:
     _, parallel, model, lisa, data = LAYOUTS[name]
     return {
         "data": {
@@ -119,10 +121,10 @@ def settings(problem: dict, name: str) -> dict:
         # Adam divides by the gradient's size: with a smaller eps, an entry whose gradient is
         # rounding noise takes a full step either way, after each of LISA's restarts above all.
         "optimizer": {"lr": 3e-3, "adam_eps": 1e-5},
-        "lisa": lisa,
-        "bilevel": {"alpha": 7.0, "resync_interval": 5},
+        "lisa": {**lisa, "lisa_interval": interval},
+        "bilevel": {"alpha": 7.0, "resync_interval": interval},
         "train": {
-            "train_iters": STEPS, "micro_batch_size": 3, "global_batch_size": 12,
+            "train_iters": 12, "micro_batch_size": 3, "global_batch_size": 12,
             "validation_batch_size": 12,
         },
     }  # fmt: skip

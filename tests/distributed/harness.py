@@ -1,7 +1,8 @@
 """Runs a function on gloo ranks, each a process of its own.
 
 Everything that adapts torch to Megatron on CPU happens in the ranks, never in pytest's process.
-They are forked from a server that has imported Megatron once: that takes 6 s of a core each time.
+They are forked from a server that has imported Megatron once, and what a command draws its report
+with: that takes 7 s of a core each time.
 Ranks that hang are ended, and what they were at is told.
 """
 
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,10 @@ from tests.processes import end_all, kill_all
 
 LIMIT_S = 900.0  # several times what the longest takes on a busy machine
 
-multiprocessing.set_forkserver_preload(["megatron_scalebio.methods.scalebio"])
+multiprocessing.set_forkserver_preload(
+    ["megatron_scalebio.methods.run", "megatron_scalebio.report.html",
+     "matplotlib.backends.backend_svg", "matplotlib.projections"]
+)  # fmt: skip
 
 
 def run_distributed(
@@ -40,6 +45,21 @@ def run_distributed(
     Raises:
         TimeoutError: with the stacks of all ranks, if they take longer than LIMIT_S.
     """
+    deadline = time.monotonic() + LIMIT_S
+    with started(function, world_size, *args, start_method=start_method) as (context, folder):
+        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+            if time.monotonic() >= deadline:
+                for pid in context.pids():
+                    end_all(pid)
+                stacks = [path.read_text() for path in sorted(folder.iterdir())]
+                raise TimeoutError(f"ranks hang after {LIMIT_S:.0f} s\n" + "\n".join(stacks))
+
+
+@contextlib.contextmanager
+def started(
+    function: Callable[..., None], world_size: int, *args: Any, start_method: str = "forkserver"
+) -> Iterator[tuple[mp.ProcessContext, Path]]:
+    """A block beside which ranks run, and the folder of their stacks; kill -9 ends them with it."""
     # A forked process can't use a GPU that its server has looked at.
     method = "spawn" if torch.cuda.is_available() else start_method
     with tempfile.TemporaryDirectory() as folder:
@@ -47,14 +67,8 @@ def run_distributed(
         context = mp.start_processes(
             _rank_main, arguments, nprocs=world_size, join=False, start_method=method
         )
-        deadline = time.monotonic() + LIMIT_S
         try:
-            while not context.join(timeout=max(0.0, deadline - time.monotonic())):
-                if time.monotonic() >= deadline:
-                    for pid in context.pids():
-                        end_all(pid)
-                    stacks = [path.read_text() for path in sorted(Path(folder).iterdir())]
-                    raise TimeoutError(f"ranks hang after {LIMIT_S:.0f} s\n" + "\n".join(stacks))
+            yield context, Path(folder)
         finally:
             for process in context.processes:
                 if process.is_alive():
@@ -88,6 +102,7 @@ def _rank_main(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
+    gc.freeze()  # else each `gc.collect()` looks through all that was imported, for 0.3 s
     function(*args)
 
 

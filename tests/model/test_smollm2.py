@@ -20,7 +20,7 @@ PROMPTS = (
     "Why is the sky blue?", "Give me a recipe for pancakes.", "Who wrote Hamlet?",
     "Explain what a black hole is to a child.",
 )  # fmt: skip
-NEW_TOKENS = 64
+NEW_TOKENS = 24
 
 
 def ask_transformers(model_folder: Path, folder: Path) -> None:

@@ -162,11 +162,11 @@ def rehearse_all(folder: str) -> None:
         config = load(Path(folder), name)
         layout = Layout.of(config, ranks, gpu_named("cpu"))
         drawn = draws(config, layout)
-        drawn = [active for active in drawn for _ in range(STEPS // len(drawn))]
         found = [
             [
                 {"activations": sum(memory.activation_bytes.values()), **memory.held_bytes}
                 for memory in (rehearse(config, layout, stage, active) for active in drawn)
+                for _ in range(STEPS // len(drawn))
             ]
             for stage in range(layout.pp)
         ]
