@@ -77,6 +77,7 @@ class Period:
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         sharing = low_bits.sharing_group(ddp, groups)
         for name, model in self._models.items():
+            take_configured_adam(self.optimizers[name])
             for held in masters(model, self.optimizers[name]):
                 low_bits.restore(*held, sharing(held[0]))
             fuse_weight_gradients(model, True)
@@ -233,7 +234,12 @@ def step_with(optimizer: MegatronOptimizer, lr: float) -> None:
 
 
 def take_configured_adam(optimizer: MegatronOptimizer) -> None:
-    """Sets the configured Adam options of every group, where loading has set the checkpoint's."""
+    """Sets the configured Adam options of every group, where loading has set the checkpoint's.
+
+    torch's Adam, left to itself, goes over a parameter about ten times on a CPU.
+    """
     config = optimizer.config
     for group in optimizer.param_groups:
         group["betas"], group["eps"] = (config.adam_beta1, config.adam_beta2), config.adam_eps
+        if "fused" in group:
+            group["fused"] = True

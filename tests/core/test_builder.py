@@ -113,6 +113,7 @@ def test_megatron_is_given_what_the_period_is_given(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(period, "TwinModel", lambda *args: args)
     monkeypatch.setattr(period, "unshare_storage", lambda w, u: None)
     monkeypatch.setattr(period, "unwrap_model", lambda chunk: chunk)
+    monkeypatch.setattr(period, "take_configured_adam", lambda optimizer: None)
     monkeypatch.setattr(period, "masters", lambda model, optimizer: ())
     monkeypatch.setattr(
         period.low_bits, "sharing_group", lambda ddp, groups: lambda parameter: None
