@@ -165,8 +165,8 @@ def _sources(
         selected, unseen = selected_by_score(run, paths, args.min_score, args.top)
         if unseen:
             print(
-                f"warning: {run}: {unseen:,} examples were never visited, and are taken or left by "
-                "their source's score",
+                f"warning: {run}: {unseen:,} examples were never visited: taken or left by "
+                "their source's score, and taken where it has none",
                 file=sys.stderr,
             )
     sources = (WeightedSource(n, paths[n], w, selected.get(n)) for n, w in weights.items())

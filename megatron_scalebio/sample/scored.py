@@ -35,15 +35,18 @@ def selected_by_score(
         raise UserError(f"--min-score: {min_score:g} is no score")
     found = read_example_weights(run)
     names = found.sources.tolist()
+    scored_data = dict(zip(names, found.fingerprints.tolist(), strict=True))
     for name, path in paths.items():
-        if name not in names:
+        if name not in scored_data:
             raise UserError(f"{run / EXAMPLE_WEIGHTS_FILE}: has no scores of source {name!r}")
-        _require_same(run, name, path, str(found.fingerprints[names.index(name)]))
+        _require_same(run, name, path, scored_data[name])
     scored = dict(zip(names, np.split(found.score, found.offsets[1:-1]), strict=True))
     selected = {}
     for name, score_n in scored.items():
-        if min_score is not None:
-            chosen = np.flatnonzero(~(score_n < min_score))  # a source never visited is kept
+        if np.isnan(score_n).all():  # nothing speaks against a source that was never visited
+            chosen = np.arange(len(score_n))
+        elif min_score is not None:
+            chosen = np.flatnonzero(score_n >= min_score)
         else:
             assert top is not None
             count = math.ceil(top * len(score_n))
