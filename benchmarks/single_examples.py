@@ -57,10 +57,14 @@ def noisy_rows(examples: int, seed: int) -> np.ndarray:
 
 
 def scores_of(run: Path, examples: int) -> np.ndarray:
-    """Of the first source's rows, NaN where there is none."""
+    """Of the first source's rows, NaN where there is none.
+
+    Online RHO-LOSS chooses in every batch: how often a row was chosen is its verdict.
+    """
     if (run / "example_weights.npz").exists():
         return np.load(run / "example_weights.npz")["score"][:examples]
-    return np.load(run / "scores.npz")["score"][:examples]
+    held = np.load(run / "scores.npz")
+    return held["chosen" if "chosen" in held else "score"][:examples].astype(float)
 
 
 def auc(score_N: np.ndarray, noisy_N: np.ndarray) -> float:
