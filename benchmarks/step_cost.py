@@ -7,6 +7,7 @@
     thirds    bilevel in units of a plain step of m micro-batches: an ordinary step on the batch
     host      sampling, reduction of losses, λ, log lines: what is not Megatron
     sources   1,000 sources against 5, same tokens, logging included
+    examples  bilevel with scores of single examples in units of the same without
     pipeline  one flush against three flushes on two pipeline stages (starts two ranks)
 
 The contestants take turns within one process, so that a busy machine slows all of them alike; the
@@ -48,6 +49,7 @@ BARS = {
     "thirds": 3.0,
     "host": 0.02,
     "sources": 1.03,
+    "examples": 1.03,
     "pipeline": 1.0,
 }
 Seconds = tuple[float, float]  # wall, CPU
@@ -259,6 +261,20 @@ def many_sources(folder: Path, args: Any) -> dict[str, dict[str, float]]:
     return {"sources": {**found, "host_more": more / found["unit_seconds"]}}
 
 
+def single_examples(folder: Path, args: Any) -> dict[str, dict[str, float]]:
+    """A step that keeps its examples' losses in units of one that does not."""
+    data = write_data(folder / "examples", 5, args.seq_length)
+    state = build(settings(data, args, bilevel={"level": "example"}), folder)
+    visits = state.visits
+
+    def step(kept: bool) -> None:
+        state.visits = visits if kept else None
+        train_step(state)
+
+    times = interleave({"with": lambda: step(True), "without": lambda: step(False)}, args.rounds)
+    return {"examples": ratio(times, "with", "without")}
+
+
 def pipeline_rank(folder: str, data: dict, args: Any) -> None:
     """One of two pipeline stages: one flush and three flushes of the same passes in turns."""
     parallel = {"pipeline_model_parallel_size": 2, "bf16": args.bf16}
@@ -298,6 +314,7 @@ PARTS = {
     "lisa": lisa,
     "host": host_share,
     "sources": many_sources,
+    "examples": single_examples,
     "pipeline": pipeline,
 }
 

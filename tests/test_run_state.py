@@ -77,7 +77,7 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
     limits = dict.fromkeys((
         "bilevel.kl_to_prior", "bilevel.prior", "data.target", "data.max_epochs",
         "data.keep_ratios", "bounds of data.sources", "bilevel.objective", "bilevel.interactions",
-        "bounds of data.validation",
+        "bounds of data.validation", "bilevel.level",
     ))  # fmt: skip
     assert bare(TrainState, config_of()).settings() == {**common, **learned, **limits}
     data = {"weights": "x", "keep_ratios": True, "target_examples": 9.0, "max_epochs": 2.0}
@@ -94,6 +94,8 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
     assert [several["bilevel.objective"], several["bilevel.interactions"]] == ["worst_case", True]
     config.data.validation[1].max_loss_rise = 0.0
     assert bare(TrainState, config).settings() != several
+    config.bilevel.level = "example"
+    assert bare(TrainState, config).settings()["bilevel.level"] == "example"
 
 
 # ---- its data ------------------------------------------------------------------------------------

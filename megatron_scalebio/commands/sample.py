@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm
 from megatron_scalebio.formatting import printable, shorten
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.inputs import locate, parse_weights, validation_of_run
+from megatron_scalebio.sample.scored import selected_by_score
 from megatron_scalebio.sample.stage import OnProgress, sample
 
 USUAL = (
@@ -60,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--per-source", type=int, metavar="N", help="N rows of each source, none twice"
     )
+    scored = parser.add_mutually_exclusive_group()
+    scored.add_argument("--min-score", type=float, metavar="X", help="draw only examples that score"
+        " X or more, in a run of `reweight --level example`")  # fmt: skip
+    scored.add_argument("--top", type=float, metavar="SHARE", help="draw only this share of each "
+        "source, the examples that score highest in such a run")  # fmt: skip
     add("--exclude", action="append", default=[], metavar="[NAME=]PATH", help="validation or test "
         "set whose examples must not be drawn; repeat (the run's own validation sets always "
         "are)")  # fmt: skip
@@ -126,7 +132,8 @@ def _sources(
     if len(inputs) < len(args.input):
         raise UserError("--input: names a source twice (join its paths by commas)")
     paths, weights, exclude = dict(inputs), dict.fromkeys(inputs, 1.0), []
-    selected: dict[str, tuple[int, ...]] = {}
+    selected: Mapping[str, Any] = {}
+    run: Path | None = None
     if len(args.weights) == 1 and "=" not in args.weights[0]:
         path = Path(args.weights[0])
         path = path / WEIGHTS_FILE if path.is_dir() else path
@@ -139,7 +146,8 @@ def _sources(
         weights = {name: weight for name, (weight, _) in told.items()}
         paths = {name: where for name, (_, where) in told.items()} | inputs
         exclude = validation_of_run(path.parent)
-        selected = read_selected(path.parent / SELECTED_FILE)
+        run = path.parent
+        selected = read_selected(run / SELECTED_FILE)
     elif args.weights:
         weights = parse_weights(args.weights)
     elif args.per_source is None:
@@ -151,6 +159,16 @@ def _sources(
         require_name("--input", name, grouped=args.per_source is None)  # else a folder's name
     if not weights:
         raise UserError("--input: no source is given (--input name=file.jsonl)")
+    if args.min_score is not None or args.top is not None:
+        if run is None:
+            raise UserError("--min-score and --top: need the run that scored (--weights RUN)")
+        selected, unseen = selected_by_score(run, paths, args.min_score, args.top)
+        if unseen:
+            print(
+                f"warning: {run}: {unseen:,} examples were never visited: taken or left by "
+                "their source's score, and taken where it has none",
+                file=sys.stderr,
+            )
     sources = (WeightedSource(n, paths[n], w, selected.get(n)) for n, w in weights.items())
     return tuple(sources), exclude
 

@@ -48,6 +48,9 @@ class BilevelConfig:
         "what several validation sets come to: the mean of their losses by weight, or the one that "
         "is worst off against its reference_loss",
     )
+    level: Literal["source", "example"] = option(
+        "source", "example: score every single example besides, into example_weights.npz"
+    )
     interactions: bool = option(
         False, "fit which source serves which validation set, by looking at the sets in turn"
     )

@@ -62,6 +62,7 @@ class Losses:
         validation_V: loss of w on each validation set.
         tokens: real (not padded) tokens that went through the models.
         culprit: what was not finite, "" if nothing.
+        parts: on a rank that reports losses, its passes, each with its sequences' parts, [B].
     """
 
     u_S: torch.Tensor
@@ -69,6 +70,7 @@ class Losses:
     validation_V: torch.Tensor
     tokens: int
     culprit: str
+    parts: Sequence[tuple[Pass, torch.Tensor]] = ()
 
 
 def passes_of(
@@ -229,12 +231,13 @@ def reduce_losses(
         Role.TRAIN_U: num_sources, Role.TRAIN_W: num_sources, Role.VALID_W: num_validation
     }  # fmt: skip
     sums = {role: torch.zeros(2, n, dtype=torch.float64) for role, n in sizes.items()}
-    tokens = torch.zeros(1, dtype=torch.float64)
+    tokens, parts = torch.zeros(1, dtype=torch.float64), []
     if reports_losses(groups):
         pairs = [torch.stack([each["part_B"], each["counts_B"].double()]) for each in records]
         on_cpu = torch.cat(pairs, 1).cpu().split([each.size(1) for each in pairs], 1)
         for record, both_2B in zip(records, on_cpu, strict=True):
             sums[record["role"]].index_add_(1, record["group_B"], both_2B)
+        parts = [(each, part_B) for each, (part_B, _) in zip(passes, on_cpu, strict=True)]
         tokens += float(sum(each.batch.tokens for each in passes))
     flat = summed(torch.cat([*(each.flatten() for each in sums.values()), tokens]))
     *each, tokens = flat.split([*(2 * n for n in sizes.values()), 1])
@@ -243,7 +246,7 @@ def reduce_losses(
     culprit = _culprit(u_S, w_S, validation_V)
     for loss_G, count_G in means:
         loss_G.masked_fill_(count_G == 0, math.nan)
-    return Losses(u_S, w_S, validation_V, int(tokens.item()), culprit)
+    return Losses(u_S, w_S, validation_V, int(tokens.item()), culprit, parts)
 
 
 def _culprit(u_S: torch.Tensor, w_S: torch.Tensor, validation_V: torch.Tensor) -> str:

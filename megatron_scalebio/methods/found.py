@@ -4,6 +4,7 @@
     blend.txt, blend.json
     blend_schedule.json  the mixtures that ScaleBiO went through
     interaction.npz which source serves which validation set, where that was asked for
+    example_weights.npz  a score of every example, where that was asked for (methods/scalebio.py)
     selected.json   of methods that choose examples: which ones, per source
 
 `sample` takes both files: it draws by the weights, from the selected examples alone.

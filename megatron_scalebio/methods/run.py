@@ -13,11 +13,12 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.blend_schedule import SCHEDULE_FILE
+from megatron_scalebio.data.example_weights import EXAMPLE_WEIGHTS_FILE
 from megatron_scalebio.data.sources import has_prompts
 from megatron_scalebio.data.weights_file import SELECTED_FILE, WEIGHTS_FILE
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.start import Job, start_job
-from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED
+from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
 from megatron_scalebio.formatting import few
 from megatron_scalebio.logs.console import RunConsole, SourceLine
 from megatron_scalebio.logs.interactions import INTERACTION_FILE
@@ -41,6 +42,11 @@ def find_mixture(config: Config) -> int:
         fixed.require_weights(config)
     if method != "scalebio":
         refuse_bounds(config)
+        if config.bilevel.level != "source":
+            raise UserError(
+                f"bilevel.level: {method} does not score single examples beside its weights (drop "
+                "it, or use --method scalebio, less or rho_loss)"
+            )
     name = "fixed" if method in FIXED else method
     module = importlib.import_module(f"megatron_scalebio.methods.{name}")
     with start_job(config) as job:
@@ -74,6 +80,9 @@ def _finish(config: Config, found: Found, job: Job) -> None:
         console.interaction(found.interaction, found.weight_S)
     elif config.bilevel.interactions:
         console.warn(f"interactions: too few steps to fit them ({FEWEST_WINDOWS} resets or more)")
+    if "example_scores" in content:
+        places["examples"] = folder / EXAMPLE_WEIGHTS_FILE
+        console.note(content["example_scores"]["told"])
     console.result(content, places, config.data.known_weights)
     if still and found.complete:
         console.warn(still)

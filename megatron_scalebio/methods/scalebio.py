@@ -30,6 +30,7 @@ from megatron_scalebio.formatting import quantity
 from megatron_scalebio.logs.source_table import LISTED_SOURCES
 from megatron_scalebio.methods.bounds import at_bounds, constraints_of
 from megatron_scalebio.methods.end_check import EndCheck, end_check
+from megatron_scalebio.methods.example_scores import VISITS_FILE, ExampleVisits
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.goals import (
     SetRecord,
@@ -95,6 +96,7 @@ def find(config: Config, job: Job) -> Found:
     interaction = None
     if state.interactions is not None:
         interaction = state.interactions.found(state.data, config.bilevel.confidence)
+    scored = {"example_scores": state.visits.write_scores(job.folder)} if state.visits else {}
     known = state.step * config.bilevel.average_fraction >= FEWEST_AVERAGED
     return Found(
         sources=state.data.sources,
@@ -122,6 +124,7 @@ def find(config: Config, job: Job) -> Found:
             ),
             **({"final_check": state.check.told(state.training.sources)} if state.check else {}),
             **sets,
+            **scored,
         },
         at_bound_S=at_bounds(state.training.mixture.constraints, intervals.weight_S.tolist()),
         interaction=interaction,
@@ -144,6 +147,10 @@ class TrainState(RunState):
         super().__init__(config, "reweight", cache)
         self.sets = SetRecord(config)
         self.interactions = interactions_of(config, self.data)
+        self.visits: ExampleVisits | None = None
+        if config.bilevel.level == "example":
+            path = Path(config.train.output) / VISITS_FILE
+            self.visits = ExampleVisits(path, self.data.sources)
 
     def _training(self) -> ScaleBiO:
         config, data = self.config, self.data
@@ -181,6 +188,7 @@ class TrainState(RunState):
             "data.keep_ratios": data.keep_ratios or None,
             "bilevel.objective": bilevel.objective if bilevel.objective != "mean" else None,
             "bilevel.interactions": bilevel.interactions or None,
+            "bilevel.level": bilevel.level if bilevel.level != "source" else None,
             "bounds of data.validation": held if set(held) - {(None,) * 3} else None,
             "bounds of data.sources": digest if set(bounds) - {(0.0, 1.0)} else None,
         }
@@ -213,7 +221,8 @@ class TrainState(RunState):
 
     def common_state(self) -> dict[str, Any]:
         fitted = {"interactions": self.interactions.state_dict()} if self.interactions else {}
-        return {**super().common_state(), "sets": self.sets.state_dict(), **fitted}
+        visited = {"visits": self.visits.state_dict()} if self.visits else {}
+        return {**super().common_state(), "sets": self.sets.state_dict(), **fitted, **visited}
 
     def load_common_state(self, state: dict[str, Any]) -> None:
         super().load_common_state(state)
@@ -221,6 +230,8 @@ class TrainState(RunState):
             self.sets.load_state_dict(state["sets"])
         if self.interactions and state.get("interactions"):
             self.interactions.load_state_dict(state["interactions"])
+        if self.visits and state.get("visits"):
+            self.visits.load_state_dict(state["visits"])
 
     def make_step(self) -> Record:
         return step_record(self, train_step(self))
@@ -254,6 +265,8 @@ def train_step(state: TrainState) -> StepReport:
     state.cost.trained += report.losses.tokens
     if report.skipped is None:
         state.sets.path.append(report.shares_V - swing_V)
+        if state.visits and not bio.u_is_w:
+            state.visits.append(report.step, report.losses, picks, report.weights_S.numpy())
         if state.interactions:
             excess_S = report.losses.w_S - report.losses.u_S
             inclusion_S = torch.from_numpy(picks.inclusion_S)

@@ -42,6 +42,7 @@ class Weights:
     levels: list[dict[str, Any]] = field(default_factory=list)  # verdict on each level of groups
     sets: list[SetRow] = field(default_factory=list)  # validation sets, where there are several
     objective: str = ""  # what they come to
+    examples: str = ""  # what is told of single examples' scores
 
 
 @dataclass
@@ -164,6 +165,7 @@ def _read_weights(path: Path, notices: list[str]) -> Weights | None:
     entries = tree.get("sources")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: has no list 'sources' (restore it from the run)")
+    scores = tree.get("example_scores")
     return Weights(
         step=int(number_or_none(tree.get("step")) or 0),
         converged=tree.get("converged") is True,
@@ -179,6 +181,7 @@ def _read_weights(path: Path, notices: list[str]) -> Weights | None:
         levels=[level for level in _list(tree, "levels") if isinstance(level, dict)],
         sets=set_rows(_list(tree, "validation")),
         objective=str(tree.get("objective") or ""),
+        examples=str(scores.get("told") or "") if isinstance(scores, dict) else "",
     )
 
 

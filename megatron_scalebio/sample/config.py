@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from megatron_scalebio.config.checks import require_at_least
 from megatron_scalebio.data.encode_config import EncodeConfig
@@ -20,7 +24,7 @@ class WeightedSource(NamedTuple):
     name: str
     path: str
     weight: float
-    selected: tuple[int, ...] | None = None
+    selected: Sequence[int] | npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def _leave_unselected(source: OpenSource) -> None:
         return
     chosen = np.zeros(len(source.statuses), bool)
     try:
-        chosen[list(source.entry.selected)] = True
+        chosen[np.asarray(source.entry.selected, np.int64)] = True
     except IndexError:
         raise UserError(
             f"{source.entry.path}: {source.entry.name!r} has {len(chosen)} examples, and one "

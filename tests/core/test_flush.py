@@ -324,7 +324,9 @@ RECORDS = [
 ]  # fmt: skip
 
 
-PASSES = [Pass(U, batch([0], [[1]], tokens=n), *[tensor([1.0])] * 2) for n in (5, 70, 2**24)]
+PASSES = [
+    Pass(U, batch([0], [[1]], tokens=n), *[tensor([1.0])] * 2) for n in (5, 70, 2**24, 0, 0, 0)
+]
 # Of the other rank: sums and counts of u, of w, of validation; tokens.
 THEIRS = [0.5, 0.25, 0.0, 1, 1, 0, 0.125, 0.0, 2.0, 3, 0, 1, 3.0, 5.0, 1, 1, 10.0]
 
@@ -340,6 +342,8 @@ def test_losses_are_the_sums_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     assert losses.validation_V.tolist() == [515.0, 1285.0]
     assert losses.tokens == 85 + 2**24 and isinstance(losses.tokens, int)
     assert losses.culprit == ""
+    told = [(this, part_B.tolist()) for this, part_B in losses.parts]
+    assert told == list(zip(PASSES, [each["part_B"].tolist() for each in RECORDS], strict=True))
 
 
 def test_a_source_without_a_target_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +361,7 @@ def test_ranks_that_hold_no_losses_add_none(
 ) -> None:
     ranks = OtherRank(monkeypatch, THEIRS)
     losses = reduce_losses(RECORDS, PASSES, 3, 2, groups(**place))
-    assert ranks.ours == [0.0] * 17
+    assert ranks.ours == [0.0] * 17 and not losses.parts
     assert losses.u_S.tolist() == pytest.approx([0.5, 0.25, math.nan], nan_ok=True)
     assert losses.validation_V.tolist() == [3.0, 5.0] and losses.tokens == 10
 
