@@ -234,10 +234,7 @@ def step_with(optimizer: MegatronOptimizer, lr: float) -> None:
 
 
 def take_configured_adam(optimizer: MegatronOptimizer) -> None:
-    """Sets the configured Adam options of every group, where loading has set the checkpoint's.
-
-    torch's Adam, left to itself, goes over a parameter about ten times on a CPU.
-    """
+    """Sets Adam's options, which loading has set to the checkpoint's; torch's takes one pass."""
     config = optimizer.config
     for group in optimizer.param_groups:
         group["betas"], group["eps"] = (config.adam_beta1, config.adam_beta2), config.adam_eps
