@@ -165,7 +165,7 @@ def _sources(
         selected, unseen = selected_by_score(run, paths, args.min_score, args.top)
         if unseen:
             print(
-                f"warning: {run}: {unseen:,} examples were never visited: taken or left by "
+                f"warning: {run}: {unseen:,} of its examples never visited: taken or left by "
                 "their source's score, and taken where it has none",
                 file=sys.stderr,
             )
