@@ -85,11 +85,7 @@ class TrajectoryBlocks:
         return self.num_blocks * self.block_length + self._open_steps
 
     def append(self, probs_S: Tensor) -> None:
-        """Adds the mixture of one step.
-
-        Args:
-            probs_S: weights of the sources, shape ``[S]``, any float type or device.
-        """
+        """Adds the mixture of one step, shape ``[S]``, of any float type or device."""
         assert probs_S.shape == self._open_sum_S.shape, (probs_S.shape, self._open_sum_S.shape)
         self._open_sum_S += probs_S.detach().to("cpu", torch.float64)
         self._open_steps += 1

@@ -15,7 +15,7 @@ class BilevelOptions:
     """The bilevel problem, how its mixture is stepped, and what is reported of it.
 
     Attributes:
-        alpha: penalty α on the lower level's suboptimality.
+        alpha: penalty α on the lower level's suboptimality, times the root of u's memory.
         mixture_optimizer: "eg", exponentiated gradient, or "adamw" on the logits, as published.
         lr_lambda: learning rate of the mixture [0.1 for eg, 0.01 for adamw].
         resync_interval: steps between resets of u to w, at least 2; under LISA every new draw of

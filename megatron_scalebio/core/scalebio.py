@@ -148,7 +148,7 @@ class ScaleBiO(Training):
         Args:
             train, validation: this data-parallel rank's micro-batches, as many on every rank.
             lr, lr_u: learning rates of w and u [of u: lr].
-            lr_lambda, alpha: [those of the options].
+            lr_lambda, alpha: [that of the options; `grown_alpha`].
             inclusion, validation_inclusion: probability that each source, or validation set, is in
                 a batch at all, from `Picks` [1: all are].
 
@@ -159,7 +159,7 @@ class ScaleBiO(Training):
             raise ValueError("a step needs training and validation micro-batches")
         rates = {"w": lr, "u": lr if lr_u is None else lr_u}
         lr_lambda = self.options.rate if lr_lambda is None else lr_lambda
-        alpha = self.options.alpha if alpha is None else alpha
+        alpha = self.grown_alpha(self.options.alpha) if alpha is None else alpha
         for name, value in {**rates, "lr_lambda": lr_lambda, "alpha": alpha}.items():
             if not 0 <= value < math.inf or (name == "alpha" and value == 0):
                 raise ValueError(f"{name} is {value}")
@@ -208,6 +208,10 @@ class ScaleBiO(Training):
             self.steps, probs_S, shares_V, losses, loss_w, loss_u, loss_V, update.norms,
             norm_lambda, alpha, rates["w"], rates["u"], lr_lambda, update.skipped,
         )  # fmt: skip
+
+    def grown_alpha(self, alpha: float) -> float:
+        """α of the next step: it grows with u's memory, as a finite one moves the best mixture."""
+        return alpha * math.sqrt(self.memory)
 
     def passes(
         self,

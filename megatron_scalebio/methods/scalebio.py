@@ -257,7 +257,7 @@ def train_step(state: TrainState) -> StepReport:
         settings.lr_w,
         lr_u=settings.lr_u,
         lr_lambda=settings.lr_lambda,
-        alpha=settings.alpha,
+        alpha=bio.grown_alpha(settings.alpha),
         inclusion=picks.inclusion_S,
         validation_inclusion=valid_picks.inclusion_S,
     )
@@ -271,7 +271,7 @@ def train_step(state: TrainState) -> StepReport:
             excess_S = report.losses.w_S - report.losses.u_S
             inclusion_S = torch.from_numpy(picks.inclusion_S)
             state.interactions.append(
-                report, hypergradient(excess_S, report.weights_S, inclusion_S, settings.alpha)
+                report, hypergradient(excess_S, report.weights_S, inclusion_S, report.alpha)
             )
     return report
 

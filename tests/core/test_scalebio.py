@@ -36,8 +36,21 @@ def test_weights_and_names_that_are_none_are_refused(given: dict, words: str) ->
 def bare() -> Any:
     bio = ScaleBiO.__new__(ScaleBiO)
     bio.options, bio.mixture = BilevelOptions(), Mixture([1.0, 1.0], "eg")
-    bio.goals = Goals([1.0])
+    bio.goals, bio.lisa = Goals([1.0]), None
+    bio.steps, bio._resync_interval, bio._memory_growth = 0, 10, 0.25
     return bio
+
+
+def test_alpha_grows_as_the_root_of_memory() -> None:
+    bio, batch = bare(), SimpleNamespace()
+    for steps, times in ((0, 1.0), (400, 1.0), (520, 2.0), (760, 10**0.5)):
+        bio.steps = steps
+        assert bio.grown_alpha(3.0) == pytest.approx(3.0 * times)
+    bio.lisa = LisaOptions(1)  # whose resets stay whole
+    assert bio.grown_alpha(3.0) == 3.0
+    bio.grown_alpha = lambda alpha: -alpha
+    with pytest.raises(ValueError, match=r"alpha is -10\.0"):
+        bio.step([batch], [batch], 0.1)
 
 
 @pytest.mark.parametrize(

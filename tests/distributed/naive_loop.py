@@ -221,10 +221,10 @@ class Reweighting:
             layers: those that train; None: all.
         """
         rates, p = self.rates(), self.mixture.p
-        alpha = rates["alpha"]
+        memory = self.memory()
+        alpha = rates["alpha"] = rates["alpha"] * memory**0.5
         of_sources, of_sets = self._chances()
         shared = self._begin()
-        memory = self.memory()
         of_w, of_u, of_logits, losses = naive.bilevel_gradients(
             self.w.weights, self.u.weights, torch.tensor(np.log(p)), train, valid,
             self.shares.tolist(), alpha, self.shape, self._mean(), (of_sources, of_sets),
