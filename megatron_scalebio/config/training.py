@@ -54,7 +54,9 @@ class BilevelConfig:
     interactions: bool = option(
         False, "fit which source serves which validation set, by looking at the sets in turn"
     )
-    alpha: float = option(BilevelOptions.alpha, "penalty on the lower level's suboptimality")
+    alpha: float = option(
+        BilevelOptions.alpha, "penalty on the lower level's suboptimality; grows with u's memory"
+    )
     alpha_growth: float = option(1.0, "alpha times this each outer round; rates divided by it")
     outer_rounds: int = option(1, "rounds of the alpha schedule")
     mixture_optimizer: Literal["eg", "adamw"] = option(
