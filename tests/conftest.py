@@ -9,11 +9,12 @@ import pytest
 TESTS = Path(__file__).parent
 # What takes a minute or more, the longest first; `pytest --durations=25` tells.
 LONGEST = [
-    "distributed/test_exact_step.py", "test_demo.py", "te/test_runs.py", "test_resume.py",
-    "distributed/test_low_rates.py", "distributed/test_low_bits.py", "model/test_parity.py",
-    "model/test_smollm2.py", "methods/test_weighting.py", "plan/test_accuracy.py",
-    "methods/test_selection.py", "compare/test_compare.py", "test_megatron_lm_example.py",
-    "te/test_parity.py", "test_train.py", "test_resume_experts.py", "distributed/test_library.py",
+    "test_demo.py", "distributed/test_exact_step.py", "te/test_runs.py", "model/test_parity.py",
+    "test_resume.py", "distributed/test_low_bits.py", "methods/test_selection.py",
+    "compare/test_compare.py", "test_megatron_lm_example.py", "plan/test_accuracy.py",
+    "model/test_smollm2.py", "test_resume_experts.py", "te/test_parity.py",
+    "distributed/test_low_rates.py", "test_train.py", "distributed/test_library.py",
+    "checkpoint/test_background.py", "methods/test_weighting.py",
 ]  # fmt: skip
 PLACES = {TESTS / name: place for place, name in enumerate(LONGEST)}
 

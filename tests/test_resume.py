@@ -17,13 +17,11 @@ from tests.commands import (
     metrics,
     note,
     noted,
-    start_command,
     the_only_line,
     write_config,
 )
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import run_distributed, started
 from tests.markov import write_problem
-from tests.processes import finish, kill_all
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS, SAVED, KEPT = 12, 3, 2
@@ -74,16 +72,12 @@ def words(folder: Path, output: str, flags: list) -> list:
 def kill_on_the_way(folder: Path, name: str, ranks: int, flags: list) -> None:
     """kill -9 of all ranks at a step drawn at random, wherever in that step they are."""
     step = random.Random(name).randint(SAVED + 2, STEPS - 3)
-    process = start_command(*words(folder, f"{name}-killed", flags), ranks=ranks)
     log = folder / f"{name}-killed" / "metrics.jsonl"
-    try:
+    with started(command, ranks, *words(folder, f"{name}-killed", flags)) as (context, _):
         deadline = time.monotonic() + 180
         while not log.exists() or log.read_bytes().count(b"\n") < step:
-            assert process.poll() is None and time.monotonic() < deadline, finish(process, 1)
+            assert not context.join(timeout=0) and time.monotonic() < deadline
             time.sleep(0.005)
-    finally:
-        kill_all(process.pid)
-        finish(process)
     reached = log.read_bytes().count(b"\n")
     assert reached < STEPS, "it was over before it was killed"
     shutil.copy(log, folder / f"{name}-left.jsonl")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.distributed.harness import next_layout
 from tests.distributed.naive_loop import Groups
 from tests.markov import write_source
 
@@ -82,10 +83,8 @@ def begun(folder: Path, stage: str, **sections: dict) -> Any:
 
 
 def ended(state: Any) -> None:
-    from megatron_scalebio import runtime
-
     state.training.leave_period()
-    runtime.stop_model_parallel()
+    next_layout()
 
 
 def step_of(state: Any) -> tuple[str | None, float]:
