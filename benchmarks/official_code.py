@@ -124,7 +124,7 @@ def ours(turn: Callable[[int], None], args: Any, lisa: bool) -> None:
         "lisa": {"lisa_layers": 2} if lisa else {},
         "train": {
             "train_iters": 10**5, "global_batch_size": args.global_batch_size,
-            "micro_batch_size": args.micro_batch_size, "packing": args.packing,
+            "micro_batch_size": args.row or args.micro_batch_size, "packing": args.packing,
         },
         "parallel": {"bf16": torch.cuda.is_available()},
     }  # fmt: skip
@@ -200,6 +200,10 @@ def main() -> int:
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--global-batch-size", type=int, default=4, help="of either side")
     parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument(
+        "--row", type=int, metavar="N", help="our packed rows have at most N times --seq-length "
+        "tokens [--micro-batch-size]"
+    )  # fmt: skip
     parser.add_argument("--packing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--parts", nargs="+", choices=BARS, default=list(BARS))
     parser.add_argument("--rounds", type=int, default=10)

@@ -61,11 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--per-source", type=int, metavar="N", help="N rows of each source, none twice"
     )
-    scored = parser.add_mutually_exclusive_group()
-    scored.add_argument("--min-score", type=float, metavar="X", help="draw only examples that score"
-        " X or more, in a run of `reweight --level example`")  # fmt: skip
-    scored.add_argument("--top", type=float, metavar="SHARE", help="draw only this share of each "
-        "source, the examples that score highest in such a run")  # fmt: skip
+    add("--min-score", type=float, metavar="X", help="draw only examples that score X or more, in "
+        "a run of `reweight --level example`")  # fmt: skip
+    add("--top", type=float, metavar="SHARE", help="draw only this share of each source, the "
+        "examples that score highest in such a run")  # fmt: skip
     add("--exclude", action="append", default=[], metavar="[NAME=]PATH", help="validation or test "
         "set whose examples must not be drawn; repeat (the run's own validation sets always "
         "are)")  # fmt: skip
@@ -160,6 +159,8 @@ def _sources(
     if not weights:
         raise UserError("--input: no source is given (--input name=file.jsonl)")
     if args.min_score is not None or args.top is not None:
+        if args.min_score is not None and args.top is not None:
+            raise UserError("--top: does not go with --min-score (drop one of them)")
         if run is None:
             raise UserError("--min-score and --top: need the run that scored (--weights RUN)")
         selected, unseen = selected_by_score(run, paths, args.min_score, args.top)

@@ -78,6 +78,7 @@ def test_rows_never_visited_are_told_and_a_source_without_any_is_kept(
         (["--top", "0"], r"--top: 0 is no share of a source"),
         (["--top", "1.5"], r"--top: 1\.5 is no share of a source"),
         (["--min-score", "nan"], r"--min-score: nan is no score"),
+        (["--min-score", "0", "--top", "0.5"], r"--top: does not go with --min-score"),
         (["--top", "0.5", "--input", "big={data}/small"], r"small: has changed since the scores"),
         (["--top", "0.5", "--input", "big={raw}"], r"'big' is not a prepared folder"),
     ],
