@@ -157,6 +157,4 @@ def test_a_packed_row_is_rotated_as_megatron_rotates_each_sequence(options: dict
     if megatrons is rotated_at_once:
         pytest.skip("another test of this process has put it there already")
     want = megatrons(row, ends, frequencies, cp_group=one, **options)
-    for more in ([], [4], [11, 11]):  # sequences of no token, which Megatron's can't turn
-        ends = torch.cat([ends, ends.new_tensor(more)]).sort().values
-        assert torch.equal(rotated_at_once(row, ends, frequencies, cp_group=one, **options), want)
+    assert torch.equal(rotated_at_once(row, ends, frequencies, cp_group=one, **options), want)

@@ -73,16 +73,17 @@ def families(check: Any) -> None:
     from megatron_scalebio.config_loader import load_config
     from tests.distributed.harness import next_layout
     from tests.model import test_parity as parity
+    from tests.model.parity_models import LENGTH, MODELS
 
     parity.write_references(check.folder)
     kinds = {"local": FAMILY_KINDS["local"]} if check.rehearse else FAMILY_KINDS
     torch.backends.cuda.matmul.allow_tf32 = False
     for kind, (layers, bf16) in kinds.items():
-        for name in parity.MODELS:
+        for name in MODELS:
             model = {"hf": str(check.folder / name), "make_vocab_size_divisible_by": 8}
             config = load_config(None, {
                 "model": {**model, "transformer_impl": layers},
-                "data": {"seq_length": parity.LENGTH}, "parallel": {"bf16": bf16},
+                "data": {"seq_length": LENGTH}, "parallel": {"bf16": bf16},
             })  # fmt: skip
             try:
                 runtime.start(config)

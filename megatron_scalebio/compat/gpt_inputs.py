@@ -28,18 +28,13 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def packed_params(lengths_B: torch.Tensor, padded: int, device: torch.device) -> PackedSeqParams:
     """Where the sequences of a row begin and end. Its padding is one more, unseen by the others.
 
-    cuDNN may build a graph for each number of sequences, which takes longer than a pass. So that is
-    a power of two: the row ends with sequences of no token.
-
     Args:
         padded: tokens of the row.
     """
     lengths = lengths_B.tolist()
     if padded > sum(lengths):
         lengths.append(padded - sum(lengths))
-    empty = (1 << (len(lengths) - 1).bit_length()) - len(lengths)
-    ends = torch.tensor([0, *accumulate(lengths), *[padded] * empty], dtype=torch.int32)
-    ends = sent(ends, device)
+    ends = sent(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
     longest = max(lengths)
     return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
 

@@ -45,7 +45,7 @@ def find_mixture(config: Config) -> int:
         if config.bilevel.level != "source":
             raise UserError(
                 f"bilevel.level: {method} does not score single examples beside its weights (drop "
-                "it, or use --method scalebio, less or rho_loss)"
+                "it, or use --method scalebio)"
             )
     name = "fixed" if method in FIXED else method
     module = importlib.import_module(f"megatron_scalebio.methods.{name}")

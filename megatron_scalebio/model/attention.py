@@ -79,7 +79,7 @@ class SdpaAttention(MegatronModule):
         if packed_seq_params is not None:
             whole = (x.unsqueeze(1) for x in (query_SBND, key_SBGD, value_SBGD))
             ends = packed_seq_params.cu_seqlens_q.tolist()
-            lengths = [end - start for start, end in pairwise(ends) if end > start]
+            lengths = [end - start for start, end in pairwise(ends)]
             return torch.cat(list(map(self._attend, *(x.split(lengths) for x in whole))))
         group = parallel_state.get_context_parallel_group()
         if group.size() == 1:

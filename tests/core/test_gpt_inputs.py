@@ -87,8 +87,8 @@ def test_only_what_a_step_needs_has_to_be_told() -> None:
 def test_a_packed_row_says_where_its_sequences_end() -> None:
     params = gpt_losses(Model(), PACKED)["packed_seq_params"]
     for ends in (params.cu_seqlens_q, params.cu_seqlens_kv):
-        # With the padding there are three, and a fourth of no token.
-        assert ends.tolist() == [0, 3, 7, 12, 12] and ends.dtype == torch.int32
+        # With the padding there are three.
+        assert ends.tolist() == [0, 3, 7, 12] and ends.dtype == torch.int32
     assert params.qkv_format == "thd" and params.max_seqlen_q == params.max_seqlen_kv == 5
     assert "packed_seq_params" not in gpt_losses(Model(), padded(torch.ones(2, 4)))
 

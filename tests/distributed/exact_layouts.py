@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-VOCAB, SEQ, WARM_STEPS = 61, 24, 3
+# Steps before the flush: the fewer, the more of what little w and u differ in is rounding.
+VOCAB, SEQ, WARM_STEPS = 61, 24, 4
 # Of the steps that are compared; and between resets of u, or draws of layers, so that two are seen.
 STEPS, INTERVAL = 7, 3
 MODEL = {

@@ -17,7 +17,7 @@ from tests.markov import write_problem
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-PERIODS, INTERVAL = 10, 5
+PERIODS, INTERVAL = 20, 5
 
 
 def begin(problem: tuple[list, list], cache: Path, bf16: bool) -> Any:
@@ -94,8 +94,6 @@ def test_bf16_follows_fp32(tmp_path: Path) -> None:
     found = torch.load(tmp_path / "found.pt")
     (moved, differences), (moved_32, differences_32) = found["bf16"], found["fp32"]
     assert (moved - moved_32).norm() < 0.02 * moved_32.norm()
-    # In the first two periods w and u have parted by less than their passes round.
-    agree = (differences.sign() == differences_32.sign())[2 * INTERVAL :]
-    assert agree.double().mean() >= 0.95
+    assert (differences.sign() == differences_32.sign()).double().mean() >= 0.95
     share = (differences @ differences_32) / (differences_32 @ differences_32)
     assert 0.9 < share < 1.1, "passes see on average what the masters do"

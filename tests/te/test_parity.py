@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.model import test_parity as on_local_layers
-from tests.model.test_parity import LAYOUTS, STRETCHED, cases
+from tests.model.parity_models import LAYOUTS, STRETCHED, cases
 from tests.te.double import needs_transformer_engine, run_with_te
 
 pytestmark = [needs_transformer_engine, pytest.mark.distributed, pytest.mark.slow]
