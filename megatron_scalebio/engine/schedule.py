@@ -36,7 +36,7 @@ class Schedule:
 
     Args:
         iters: steps of the run.
-        lr, lr_u, lr_lambda: peak rates of w, u and the mixture.
+        lr, lr_u, lr_lambda: peak rates of w, u [that of w] and the mixture.
         min_lr: floor of w's rate; u has one in proportion.
         warmup_fraction: share of the steps in which the rates of w and u rise.
         decay_style: "constant", "linear" or "cosine", of w and u.
@@ -49,15 +49,15 @@ class Schedule:
         iters: int,
         *,
         lr: float,
-        min_lr: float = 0.0,
-        lr_u: float | None = None,
-        warmup_fraction: float = 0.0,
-        decay_style: str = "constant",
-        lr_lambda: float = 0.0,
-        lambda_decay_style: str = "constant",
-        alpha: float = 1.0,
-        alpha_growth: float = 1.0,
-        outer_rounds: int = 1,
+        min_lr: float,
+        lr_u: float | None,
+        warmup_fraction: float,
+        decay_style: str,
+        lr_lambda: float,
+        lambda_decay_style: str,
+        alpha: float,
+        alpha_growth: float,
+        outer_rounds: int,
     ) -> None:
         self.iters = iters
         self._alpha, self._growth, self._rounds = alpha, alpha_growth, outer_rounds
