@@ -117,8 +117,7 @@ class Training:
         require_right_losses(self.model_config, ddp)
         if lisa is not None and lisa.layers > self.model_config.num_layers:
             raise ValueError(f"lisa.layers is {lisa.layers} of {self.model_config.num_layers}")
-        self.steps = 0
-        self.skipped_in_a_row = 0
+        self.steps = self.skipped_in_a_row = 0
         self.spikes = SpikeGuard()
         self.u_is_w = False
         self.period_number: int | None = None
@@ -191,7 +190,7 @@ class Training:
         if self.period is not None:
             models = {"w"} if self._resync_interval is not None else set(self.models)
             self.period.close(going_on=models if self.lisa is not None else ())
-            self.period = None
+            self.period = self.period_number = None
             gc.collect()  # DDP's hooks and buffers form cycles; their memory is wanted now
 
     def _freeze(self, period: int) -> None:
@@ -320,6 +319,7 @@ class Training:
         self.load_common_state(common)
         wanted = states.model_state_to_load(self.w, common.get("w", ()))
         if self.u is not None:
+            share_storage(self.w, self.u)  # but for what the checkpoint has of u
             wanted["u"] = states.state_of_u_to_load(self.u, common["u"])
         wanted |= states.low_bits_to_load(self.models, common.get("low_bits", ()))
         if common["period"] == lisa_layers.period_of(self.steps, self.lisa):
@@ -377,5 +377,5 @@ class Training:
         if self.u is not None:
             states.load_models(self.u, loaded["u"], strict=False)
         states.load_low_bits(self.models, loaded, self.sharing_group)
-        if "optimizer_w" in loaded and self.period is not None:
+        if self.period is not None:
             states.load_optimizers(self.period, loaded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,6 +52,25 @@ def test_alpha_grows_as_the_root_of_memory() -> None:
     bio.grown_alpha = lambda alpha: -alpha
     with pytest.raises(ValueError, match=r"alpha is -10\.0"):
         bio.step([batch], [batch], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, 800),  # u's memory grows from step 400 on
+        ({"average_fraction": 0.8}, 2000), ({"average_fraction": 0.4}, 400 / 0.6),
+        ({"average_fraction": 1.0}, math.inf), ({"average_fraction": 0.1}, 2000),
+        ({"memory_growth": 0.0}, 400), ({"memory_growth": 0.0, "average_fraction": 1.0}, 200),
+    ],
+)  # fmt: skip
+def test_fewest_steps_are_enough_to_average_and_with_memory(options: dict, steps: float) -> None:
+    bio = bare()
+    bio.options = BilevelOptions(**options)
+    bio._memory_growth = bio.options.memory_growth
+    assert bio.fewest_steps == pytest.approx(steps)
+    if steps < math.inf:
+        bio.steps = math.ceil(bio.fewest_steps)
+        assert not bio.short_memory()
 
 
 @pytest.mark.parametrize(

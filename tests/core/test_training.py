@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_scalebio.core import training as module
+from megatron_scalebio.core.lisa import active_layers
 from megatron_scalebio.core.options import LisaOptions
 from megatron_scalebio.core.right_losses import require_right_losses
 from megatron_scalebio.core.training import Training
@@ -23,6 +24,35 @@ def test_an_interleaved_pipeline_takes_multiples_of_its_stages(
     bare: Any = SimpleNamespace(groups=SimpleNamespace(pp=SimpleNamespace(size=lambda: 4)))
     takes = [Training.flush_takes(bare, passes) for passes in (4, 8, 6, 3)]
     assert takes == ([True, True, False, False] if virtual else [True] * 4)
+
+
+@pytest.mark.parametrize("virtual", [None, 2])
+def test_layers_are_drawn_for_the_pipeline_at_hand(
+    monkeypatch: pytest.MonkeyPatch, virtual: int | None
+) -> None:
+    name = "get_virtual_pipeline_model_parallel_world_size"
+    monkeypatch.setattr(module.parallel_state, name, lambda: virtual)
+    drawn = {}
+    for period in range(4):
+        bare: Any = SimpleNamespace(
+            lisa=LisaOptions(3), _seed=7, models={}, model_config=SimpleNamespace(num_layers=24),
+            groups=SimpleNamespace(pp=SimpleNamespace(size=lambda: 4)),
+        )  # fmt: skip
+        Training._freeze(bare, period)
+        drawn[period] = bare.active_layers
+    assert drawn == {n: active_layers(LisaOptions(3), 24, 4, virtual or 1, n, 7) for n in range(4)}
+
+
+def test_weights_are_made_whole_before_they_are_saved() -> None:
+    told: list[str] = []
+    for goes_on, wanted in ((True, ["gather"]), (False, ["leave"])):
+        bare: Any = SimpleNamespace(
+            period=SimpleNamespace(gather_parameters=lambda: told.append("gather")),
+            saves_period=goes_on, leave_period=lambda: told.append("leave"),
+        )  # fmt: skip
+        Training.make_savable(bare)
+        assert told == wanted
+        told.clear()
 
 
 USUAL = {

@@ -105,6 +105,31 @@ def test_nor_do_they_of_groups(interval: int) -> None:
     assert level["converged"] == (interval == 15), level
 
 
+def test_intervals_take_what_is_known_of_the_validation_set() -> None:
+    for confidence, normal in ((0.95, 1.959964), (0.8, 1.281552)):
+        bio = run({"confidence": confidence}).training
+        alone, of_100 = bio.intervals(), bio.intervals(100)
+        tail_BS = bio.mixture.trajectory.tail(0.5)
+        assert torch.equal(alone.weight_S, tail_BS.mean(0))
+        assert torch.equal(alone.low_S, weight_intervals(tail_BS, confidence).low_S)
+        assert not alone.sampling_S.any()
+        p_S = alone.weight_S
+        wanted = normal * (p_S * (1 - p_S) / 100).sqrt()
+        torch.testing.assert_close(of_100.sampling_S, wanted, rtol=1e-6, atol=0)
+        drawn = bio.intervals(draw_SS=torch.diag(torch.tensor([0.04, 0.01, 0.0]).double()))
+        assert drawn.sampling_S.tolist() == pytest.approx([0.2 * normal, 0.1 * normal, 0.0])
+
+
+def test_intervals_are_within_bounds_and_wide_where_sources_look_alike() -> None:
+    bio = run({}).training
+    bio.mixture.lookalike_groups = lambda tail_BS: [[1, 2]]
+    alike = bio.intervals()
+    assert alike.lookalikes == [[1, 2]] and alike.low_S.tolist()[1:] == [0.0, 0.0]
+    bio.mixture.constraints = Constraints([0.5, 0.1, 0.0], [0.5, 1.0, 0.15])
+    kept = bio.intervals()
+    assert kept.low_S.tolist() == [0.5, 0.1, 0.0] and kept.high_S.tolist()[::2] == [0.5, 0.15]
+
+
 def test_verdict_names_the_source() -> None:
     state = run({"tolerance": 1e-6})
     blocks_BS = state.training.mixture.trajectory.tail(0.5)
