@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.utils import unwrap_model
 
 from megatron_scalebio.core import twin
 from megatron_scalebio.core.twin import (
     TwinModel,
+    build_chunks,
     build_twins,
     copy_buffers,
     finalize_twin_grads,
@@ -22,6 +27,7 @@ from megatron_scalebio.core.twin import (
     share_storage,
     unshare_storage,
 )
+from tests.core.regression import Counter, parts
 from tests.described import shared_names
 
 
@@ -34,7 +40,7 @@ class ToyChunk(torch.nn.Module):
         self.second.weight = torch.nn.Parameter(torch.full((2, 3), 0.5))
         self.register_parameter("none", None)
         self.register_buffer("table", torch.arange(4.0))
-        self.config = SimpleNamespace(fp8=fp8, fp8_recipe=recipe, fp4=None)
+        self.config = SimpleNamespace(fp8=fp8, fp8_recipe=recipe, fp4=None, bf16=False)
         self.ddp_config = SimpleNamespace(overlap_grad_reduce=False)
         self.model_type, self.vp_stage = object(), 3
         self.share_embeddings_and_output_weights = object()
@@ -53,6 +59,50 @@ NAMES = [
     f"{chunk}.{layer}.{kind}"
     for chunk in (0, 1) for layer in ("first", "second") for kind in ("weight", "bias")
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("virtual", [None, 2])
+def test_one_chunk_of_a_pipeline_begins_and_one_ends(
+    monkeypatch: pytest.MonkeyPatch, virtual: int | None
+) -> None:
+    of_megatron = SimpleNamespace(get_virtual_pipeline_model_parallel_world_size=lambda: virtual)
+    monkeypatch.setattr(twin, "parallel_state", of_megatron)
+    monkeypatch.setattr(twin, "device", lambda: torch.device("cpu"))
+    asked: list[tuple] = []
+
+    def provider(pre_process: bool, post_process: bool, vp_stage: int | None) -> torch.nn.Module:
+        asked.append((stage, vp_stage, pre_process, post_process))
+        return ToyChunk()
+
+    for stage in range(3):
+        pp: Any = SimpleNamespace(rank=lambda at=stage: at, size=lambda: 3)
+        assert len(build_chunks(provider, SimpleNamespace(pp=pp))) == (virtual or 1)  # type: ignore[arg-type]
+    numbers = range(virtual) if virtual else [None]
+    last = virtual - 1 if virtual else None
+    assert asked == [
+        (stage, number, (stage, number or 0) == (0, 0), (stage, number) == (2, last))
+        for stage in range(3) for number in numbers
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_chunks_are_in_their_dtype_and_routers_count_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool
+) -> None:
+    of_megatron = SimpleNamespace(get_virtual_pipeline_model_parallel_world_size=lambda: None)
+    monkeypatch.setattr(twin, "parallel_state", of_megatron)
+    monkeypatch.setattr(twin, "device", lambda: torch.device("cpu"))
+    provider = parts(bf16)["model_provider"]
+    pp = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    [plain] = build_chunks(provider, SimpleNamespace(pp=pp))  # type: ignore[arg-type]
+    assert isinstance(plain, Float16Module) == bf16
+    gpt: Any = unwrap_model(plain)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    assert {layer.weight.dtype for layer in gpt.layers} == {dtype}
+    assert gpt.router.expert_bias.dtype is torch.float32 and gpt.router.frozen_expert_bias
+    if bf16:
+        [again] = build_chunks(lambda **stages: plain, SimpleNamespace(pp=pp))  # type: ignore[arg-type]
+        assert again is plain, "it is in half precision already"
 
 
 @pytest.fixture
@@ -110,9 +160,8 @@ def test_what_trains_gets_storage_of_its_own_once(twins: tuple[list, list]) -> N
     w, u = twins
     assert shared_names(w, u) == set(NAMES)
     trained = {"0.second.weight", "1.first.bias"}
-    for chunks in (w, u):
-        for name, parameter in named_parameters(chunks):
-            parameter.requires_grad_(name in trained)
+    for name, parameter in named_parameters(u):
+        parameter.requires_grad_(name in trained)
     before = [p.clone() for p in tensors(w)]
     places = [p.data_ptr() for p in tensors(w)]
     unshare_storage(w, u)
@@ -150,6 +199,43 @@ def test_a_micro_batch_goes_to_the_model_of_its_role() -> None:
     assert both.config is w.config and both.model_type is w.model_type and both.vp_stage == 3
     shared = both.share_embeddings_and_output_weights
     assert shared is w.share_embeddings_and_output_weights
+
+
+def test_a_model_that_is_no_gpt_may_lack_what_schedules_ask_for() -> None:
+    bare: Any = torch.nn.Linear(1, 1)
+    bare.config = SimpleNamespace()
+    both = TwinModel(bare, bare)
+    assert both.model_type is ModelType.encoder_or_decoder and both.vp_stage is None
+    assert both.share_embeddings_and_output_weights is False
+
+
+def test_losses_of_routers_are_scaled_by_the_pass_that_is_under_way() -> None:
+    """In its forward and its backward pass, whatever ran between the two."""
+    w, u = ToyChunk(), ToyChunk()
+    for chunk in (w, u):
+        chunk.router = Counter(SimpleNamespace())
+
+    def scale() -> float:
+        return float(MoEAuxLossAutoScaler.main_loss_backward_scale)
+
+    def losses(model: Any, batch: float) -> torch.Tensor:
+        assert scale() == batch and model.router.enable_expert_bias == (batch > 0)
+        return model.first.weight.sum()
+
+    both = TwinModel(w, u, losses)  # type: ignore[arg-type]
+    passes = {
+        0.25: both(False, 0.25, router_scale=0.25), 0.5: both(True, 0.5, router_scale=0.5),
+        0.0: both(False, 0.0),
+    }  # fmt: skip
+    for chunk in (w, u):
+        chunk.first.weight.register_hook(lambda gradient: found.append(scale()))
+    found: list[float] = []
+    for output in passes.values():
+        output.backward()
+    assert found == list(passes)
+    assert (w.router.enable_expert_bias, u.router.enable_expert_bias) == (False, True)
+    with torch.no_grad():
+        both(True, 0.5, router_scale=0.5)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -232,14 +318,31 @@ def test_under_delayed_scaling_a_period_begins_with_two_casts() -> None:
     assert remade(both) == remade(both) == [True, True, True, True]
     assert remade(both) == [False, True, False, True]
     assert remade(TwinModel(w, u)) == [True, True, True, True], "another period"  # type: ignore[arg-type]
+    for gpt in (w, u):
+        gpt.first._fp8_workspaces = {}  # type: ignore[assignment]
+    share_storage([w], [u])
+    remade(TwinModel(w, u))  # type: ignore[arg-type]
+    assert u.first._fp8_workspaces is not w.first._fp8_workspaces, "each has its own scales"
+
+
+def test_copies_in_fp4_are_made_as_without_delayed_scaling() -> None:
+    w, u = ToyChunk(None, "delayed"), ToyChunk(None, "delayed")  # Megatron's default recipe
+    for gpt in (w, u):
+        gpt.config.fp4 = "e2m1"
+        gpt.first.requires_grad_(False)
+    both = TwinModel(w, u)  # type: ignore[arg-type]
+    assert remade(both) == [True] * 4
+    assert remade(both) == [False, True, False, True]
 
 
 def test_the_first_to_run_makes_the_copies_that_both_share() -> None:
     w, u = ToyChunk("hybrid"), ToyChunk("hybrid")
     for gpt in (w, u):
         gpt.first.requires_grad_(False)
+        gpt.second.bias.requires_grad_(False)  # a layer is shared whole or not at all
         for layer in (gpt.first, gpt.second):
             layer._fp8_workspaces = {}  # type: ignore[assignment]
+    of_w = w.first._fp8_workspaces
     share_storage([w], [u])
     unshare_storage([w], [u])
 
@@ -255,8 +358,15 @@ def test_the_first_to_run_makes_the_copies_that_both_share() -> None:
 
     assert made(on_u=True) == [False, True, True, True]
     assert made(on_u=False) == [True, True, False, True]
-    assert u.first._fp8_workspaces is w.first._fp8_workspaces
+    assert u.first._fp8_workspaces is w.first._fp8_workspaces is of_w
     assert u.second._fp8_workspaces is not w.second._fp8_workspaces
+    both = TwinModel(w, u, lambda model, batch: None)  # type: ignore[arg-type, return-value]
+    remade(both)
+    forget_weight_copies([w])  # of w alone, which is to run first
+    both.set_is_first_microbatch()
+    both(False, None)
+    assert w.first.is_first_microbatch and not u.first.is_first_microbatch
+    w.first.is_first_microbatch = False  # type: ignore[assignment]
     for gpt in (w, u):
         gpt.first.requires_grad_(True)
     unshare_storage([w], [u])
