@@ -273,7 +273,7 @@ class Training:
         first = dist.get_rank() == 0
         if first and sound:
             learn()
-        flag = torch.tensor([float(sound)]).double()
+        flag = torch.tensor([float(sound)])
         applied, *states = of_first_rank(torch.cat([flag, *learned])).split(
             [1, *(len(each) for each in learned)]
         )

@@ -23,6 +23,7 @@ from megatron_scalebio.core.scalebio import ScaleBiO
         ({"initial_weights": [0.0, 0.0]}, "initial_weights is .0.0, 0.0."),
         ({"validation": {}}, "validation is .."),
         ({"validation": {"v": float("nan")}}, "validation is .nan."),
+        ({"validation": {"v": float("inf")}}, "validation is .inf."),
     ],
 )
 def test_weights_and_names_that_are_none_are_refused(given: dict, words: str) -> None:

@@ -226,6 +226,10 @@ def as_it_was_made() -> None:
     assert plain.weights.tolist() == pytest.approx([1 / 3] * 3)
     for each, rate in ((other, 0.01), (plain, 0.1)):
         assert each.step(batches(0)[0], [rows(2, [0, 0])], lr=0.1).lr_lambda == rate
+    never = bilevel({"resync_interval": None})
+    for step in range(2):
+        never.step(*batches(step), lr=0.1)
+        assert not never.u_is_w
 
 
 def refused() -> None:

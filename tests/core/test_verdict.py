@@ -77,6 +77,11 @@ def test_verdict_goes_by_the_configuration(options: dict, converged: bool, words
     assert said.converged == converged and words in said.reason, said
 
 
+def test_a_rate_is_taken_for_constant_unless_it_is_said_to_decay() -> None:
+    bio = run({}).training
+    assert bio.verdict().converged and not bio.verdict(constant_rate=False).converged
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
