@@ -146,7 +146,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "lr_lambda": (0.1, 0.03),
         "lr_lambda_decay_style": ("constant", "cosine"),
         "resync_interval": (10, 5),
-        "memory_growth": (0.25, 0.5),
+        "memory_growth": (0.5, 0.25),
         "floor_share": (0.25, 0.5),
         "average_fraction": (0.5, 0.2),
         "confidence": (0.95, 0.8),

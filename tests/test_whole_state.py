@@ -126,7 +126,7 @@ def disturb(state: Any) -> None:
         sampler.drawn_S += 3 + number
     if state.stage == "reweight":
         state.training.mixture.initial_S = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-        state.training.mixture.mean_square += 0.25
+        state.training.mixture.squares[0] += 0.25
         state.training.mixture.recent_S += 0.125
         state.training.mixture.is_slow = True
         for number in range(50):

@@ -5,8 +5,6 @@ whatever the model is called with. Anything that has them will do (`Batch`); `Mi
 Megatron's GPTModel is called with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol

@@ -4,8 +4,6 @@ All ranks of torch's default process group train together. Numbers that a step g
 and lie on the CPU; they go through the device's memory because NCCL knows no other.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection

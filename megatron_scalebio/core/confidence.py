@@ -29,8 +29,6 @@ the search; and it says nothing if the mixture's learning rate decayed to zero. 
 docs/experiments.md, "Right where validation is not made of the sources".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ their ratios move by the mean of their g under p, and are pulled by that of log 
 source of their sum would be.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace

@@ -14,8 +14,6 @@ The bias of experts (Wang et al. 2024, arXiv 2408.15664) moves against their loa
 layers that train: w's by w's load and u's by u's, both of the training micro-batches alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

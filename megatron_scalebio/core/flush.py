@@ -5,8 +5,6 @@ micro-batches of u on train, w on train, w on validation ─▶ one call of Mega
     ─▶ losses ℓ_i(u), ℓ_i(w), L1 summed over ranks, divided once
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -12,8 +12,6 @@ proportion, as multipliers have in Stooke, Achiam, Abbeel (ICML 2020):
     q_v ∝ q⁰_v e^{z_v},  μ_v = max(0, z_v)                           (Σ_t x_v of a bound stays ≥ 0)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@ Each part steps in units of its own usual size. A group's part is a mean over it
 each of them is seen seldom it has far less noise than theirs, and need not wait for them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -10,8 +10,6 @@ drawn equally often, or one of them once more. A chunk is shuffled anew whenever
 with a round, which is known without replaying the periods before.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

@@ -13,8 +13,6 @@ itself, nothing can be said. Steps before about the last half count no more: the
 move alike.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

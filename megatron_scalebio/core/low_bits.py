@@ -15,8 +15,6 @@ A weight that trains for the first time has no master yet, and starts from a ran
 that round to it (`dither`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

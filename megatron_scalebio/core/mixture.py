@@ -11,16 +11,18 @@ is one number for all sources: unlike Adam's, it does not blow the vanishing gra
 source up to full-size moves, and noise around the answer stays noise.
 
 Once u remembers longer (`BilevelOptions.memory_growth`), g sees further, and sees λ's own moves
-later. Then λ goes by where g is heading, and slower the longer the memory m (in resets), from the
-average of the second half of the way so far:
+later. Then λ goes slower the longer the memory m (in resets), in units of what lasts of g, and from
+the average of the second half of the way so far:
 
-    λ_i −= lr · 0.2 / √m · (g_i + 5 (g_i − ḡ_i)) / √(v / (1 − βᵗ)),   ḡ: mean of about 10 steps
+    λ_i −= lr · 0.5 / (m + 9) · g_i / √(ṽ / (1 − βᵗ))
+    ṽ ← β ṽ + (1 − β) Σ_i p_i g_i ḡ_i     ḡ: mean of about the 10 g before; v / min(m, 25) ≤ ṽ ≤ v
+
+Where sources hold different contexts, 98 % of v is which of them a batch happens to hold, new in
+each step: in units of √v λ would hardly move.
 
 `adamw` reproduces the published setting, AdamW on λ with gradient Jᵀ g. It does blow it up, so the
 schedule and not convergence decides where it ends.
 """
-
-from __future__ import annotations
 
 import math
 from typing import Any
@@ -42,10 +44,8 @@ LARGEST_STEP = 6.0  # in units of that size; noise almost never gets there
 # the mixture, and no other comes back.
 LARGEST_OF_ONE = 15.0
 SIZE_WARMUP = 30  # steps before anything is cut
-# Once u's memory grows: the rate, as a share, and the weight of the hypergradient's recent change.
-DAMPED = 0.2
-LEAD = 5.0
-LEAD_STEPS = 10  # over which that change is seen
+RECENT = 10  # steps; what lasts longer counts as lasting
+MOST_PASSING = 25.0  # times what lasts: a smaller share is not measured well
 BLOCKS_OF_ALL = 2**18  # of the trajectory, of all sources together
 
 
@@ -68,7 +68,8 @@ class Mixture:
     ) -> None:
         weights_S = torch.tensor(initial_S, dtype=torch.float64)
         self.constraints, self.levels = constraints, levels
-        self.level_squares = [0.0] * (len(levels) if levels else 0)  # v of each level
+        self.squares = [0.0] * (1 + (len(levels) if levels else 0))  # v, and of each level
+        self.lasting = list(self.squares)  # ṽ
         self.initial_S = weights_S / weights_S.sum()
         if constraints is not None:
             least = LEAST_SHARE / len(initial_S)
@@ -79,8 +80,7 @@ class Mixture:
         self.trajectory = TrajectoryBlocks(len(initial_S), capacity)
         self.lookalikes = Lookalikes(len(initial_S))
         self.steps = 0
-        self.mean_square = 0.0  # v
-        self.recent_S = torch.zeros_like(self.initial_S)  # g over about its last LEAD_STEPS
+        self.recent_S = torch.zeros_like(self.initial_S)  # ḡ
         self.is_slow = False
         self._adamw = None
         if optimizer == "adamw":
@@ -96,7 +96,7 @@ class Mixture:
 
         Args:
             memory: as of `Training`; where it is above 1, g tells more of what λ leads to, and
-                later: eg goes slower, and ahead.
+                later: eg goes slower, in units of what lasts of it.
         """
         self.lookalikes.append(hypergradient_S)
         kept = self.constraints
@@ -141,22 +141,29 @@ class Mixture:
     ) -> tuple[torch.Tensor, float]:
         """The step of λ; its size, by which g was multiplied."""
         cut_S, probs_S = self._cut(hypergradient_S), self.probs_S
-        for level, part_S in enumerate(self.levels.parts(cut_S, probs_S) if self.levels else ()):
-            square = float((probs_S * part_S.square()).sum())
-            self.level_squares[level] += (1 - SIZE_DECAY) * (square - self.level_squares[level])
-        self.recent_S += (cut_S - self.recent_S) / min(LEAD_STEPS, self.steps)
+        share = 1.0
         if memory > 1.0:
-            cut_S = cut_S + LEAD * (cut_S - self.recent_S)
-            lr *= DAMPED / math.sqrt(memory)
-        # Zero while u is still equal to w: then the hypergradient is zero too.
-        usual = math.sqrt(self._usual_square(self.steps)) or 1.0
-        parts, sizes = [cut_S], [usual]
-        if self.levels:
-            parts, whole = self.levels.parts(cut_S, probs_S), 1 - SIZE_DECAY**self.steps
-            sizes = [math.sqrt(square / whole) or 1.0 for square in self.level_squares]
-        in_units = [part_S / size for part_S, size in zip(parts, sizes, strict=True)]
-        steps = [lr * part_S.clamp(-LARGEST_OF_ONE, LARGEST_OF_ONE) for part_S in in_units]
-        return torch.stack(steps).sum(0), lr / usual
+            lr, share = lr * 0.5 / (memory + 9.0), 1.0 / min(memory, MOST_PASSING)
+        steps, sizes = [], []
+        for number, (part_S, before_S) in enumerate(
+            zip(self._parts(cut_S), self._parts(self.recent_S), strict=True)
+        ):
+            for held, other_S in ((self.squares, part_S), (self.lasting, before_S)):
+                product = float((probs_S * part_S * other_S).sum())
+                held[number] = SIZE_DECAY * held[number] + (1 - SIZE_DECAY) * product
+            square = self.squares[number]
+            # Zero while u is still equal to w: then the hypergradient is zero too.
+            usual = math.sqrt(square / (1 - SIZE_DECAY**self.steps)) or 1.0
+            lasts = min(max(self.lasting[number] / square, share), 1.0) if square else 1.0
+            sizes.append(lr / (usual * math.sqrt(lasts)))
+            steps.append(sizes[-1] * part_S.clamp(-LARGEST_OF_ONE * usual, LARGEST_OF_ONE * usual))
+        self.recent_S += (cut_S - self.recent_S) / min(RECENT, self.steps)
+        return torch.stack(steps[1:] or steps).sum(0), sizes[0]
+
+    def _parts(self, values_S: torch.Tensor) -> list[torch.Tensor]:
+        """Values of the sources, then what each level has of them."""
+        of_levels = self.levels.parts(values_S, self.probs_S) if self.levels else []
+        return [values_S, *of_levels]
 
     def _cut(self, hypergradient_S: torch.Tensor) -> torch.Tensor:
         """g, cut to LARGEST_STEP times √v, with v the running mean of Σ_i p_i g_i² (cut alike).
@@ -165,23 +172,18 @@ class Mixture:
         for as long as v remembers it, which would look like convergence.
         """
         square = float((self.probs_S * hypergradient_S.square()).sum())
-        usual = self._usual_square(self.steps - 1)
+        usual = self.squares[0] / (1 - SIZE_DECAY ** (self.steps - 1)) if self.steps > 1 else 0.0
         if self.steps > SIZE_WARMUP and square > LARGEST_STEP**2 * usual > 0:
-            hypergradient_S = hypergradient_S * (LARGEST_STEP * math.sqrt(usual / square))
-            square = LARGEST_STEP**2 * usual
-        self.mean_square = SIZE_DECAY * self.mean_square + (1 - SIZE_DECAY) * square
+            return hypergradient_S * (LARGEST_STEP * math.sqrt(usual / square))
         return hypergradient_S
-
-    def _usual_square(self, steps: int) -> float:
-        return self.mean_square / (1 - SIZE_DECAY**steps) if steps else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "logits": self.logits_S.detach().clone(),
             "initial": self.initial_S,
             "steps": self.steps,
-            "mean_square": self.mean_square,
-            "level_squares": list(self.level_squares),
+            "squares": list(self.squares),
+            "lasting": list(self.lasting),
             "recent": self.recent_S.clone(),
             "is_slow": self.is_slow,
             "trajectory": self.trajectory.state_dict(),
@@ -193,8 +195,11 @@ class Mixture:
         with torch.no_grad():
             self.logits_S.copy_(state["logits"])
         self.initial_S = state["initial"]
-        self.steps, self.mean_square = state["steps"], state["mean_square"]
-        self.level_squares = list(state.get("level_squares", self.level_squares))
+        self.steps = state["steps"]
+        # Checkpoints of earlier versions have no `lasting`, and of levels perhaps nothing.
+        squares = [state.get("mean_square", 0.0), *state.get("level_squares", self.squares[1:])]
+        self.squares = list(state.get("squares", squares))
+        self.lasting = list(state.get("lasting", self.squares))
         recent_S = state.get("recent")
         self.recent_S = torch.zeros_like(self.initial_S) if recent_S is None else recent_S.clone()
         self.is_slow = state.get("is_slow", False)

@@ -14,8 +14,6 @@ mean in plain training; where the mixture is right (∇L1 = ∇L2) u and w move 
 hypergradient is zero there already while both still train, not only at their optimum.
 """
 
-from __future__ import annotations
-
 import enum
 import math
 

@@ -1,7 +1,5 @@
 """The options of the core: small, checked, and free of torch, so that they load in no time."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -37,7 +35,7 @@ class BilevelOptions:
     mixture_optimizer: Literal["eg", "adamw"] = "eg"
     lr_lambda: float | None = None
     resync_interval: int | None = 10
-    memory_growth: float = 0.25
+    memory_growth: float = 0.5
     loss_mean: Literal["sample", "token"] = "sample"
     average_fraction: float = 0.5
     confidence: float = 0.95

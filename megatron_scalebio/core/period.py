@@ -6,8 +6,6 @@ layers. `Period` holds what lives that long. What bf16 weights don't tell of the
 until their layer trains again (`low_bits`).
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Collection, Iterator

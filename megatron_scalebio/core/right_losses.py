@@ -1,7 +1,5 @@
 """What Megatron's configurations have to be, for the gradients of a step to be right."""
 
-from __future__ import annotations
-
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 

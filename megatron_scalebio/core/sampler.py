@@ -9,8 +9,6 @@ the step and one count per source.
     examples the next n_i of source i in a pseudo-random order, without replacement in an epoch
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -11,8 +11,6 @@ One step is one pipeline flush: u on each training micro-batch, w on the same, w
 u, w and λ move together, each by its gradient at the old point.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

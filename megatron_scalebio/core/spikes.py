@@ -19,8 +19,6 @@ distance that jumps in one step and stays there is a damaged stretch of data: th
 the applied steps, and the run stops after `skip_limit` of them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

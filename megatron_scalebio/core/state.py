@@ -7,8 +7,6 @@ optimizer_w, optimizer_u                        while a period lasts
 scalebio                                        what is equal on all ranks
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -7,8 +7,6 @@ Whether a step is applied is rank 0's decision: the numbers it goes by are reduc
 all ranks, but for a last bit where their processors differ.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -10,8 +10,6 @@ u is built on w's storage, parameter by parameter; a parameter gets its own stor
 trains (copy on write), so u costs only the layers that were ever active.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

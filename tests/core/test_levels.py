@@ -28,19 +28,34 @@ def test_levels_add_up_and_each_is_the_mean_of_its_groups() -> None:
         torch.testing.assert_close(sums, torch.zeros_like(sums), atol=1e-12, rtol=0)
 
 
-def test_a_step_is_each_level_in_units_of_its_own_size() -> None:
+@pytest.mark.parametrize("memory", [1.0, 4.0])
+def test_a_step_is_each_level_in_units_of_its_own_size(memory: float) -> None:
+    """And, once u remembers, of what lasts of it: of the first level all, of others little."""
     levels = Levels(GROUPS)
     mixture = Mixture([1.0, 2.0, 3.0, 1.0, 2.0], "eg", levels=levels)
-    squares = [0.0] * 3
-    for number, g_S in enumerate(noise(40, 5), 1):
+    squares, lasting, shares = [0.0] * 3, [0.0] * 3, []
+    before_S = torch.zeros(5, dtype=torch.float64)
+    lasts_S = torch.tensor([9.0, 9.0, 9.0, -9.0, -9.0]).double()
+    for number, g_S in enumerate(noise(40, 5) + lasts_S, 1):
         p_S = mixture.probs_S
-        expected_S = p_S.log()
-        for level, part_S in enumerate(levels.parts(g_S, p_S)):
+        if number == 2 and memory > 1:
+            assert mixture.is_slow, "λ starts from its average once, before its first slow step"
+        expected_S, shares = p_S.log(), []
+        for level, (part_S, old_S) in enumerate(
+            zip(levels.parts(g_S, p_S), levels.parts(before_S, p_S), strict=True)
+        ):
             squares[level] = 0.99 * squares[level] + 0.01 * float((p_S * part_S**2).sum())
+            lasting[level] = 0.99 * lasting[level] + 0.01 * float((p_S * part_S * old_S).sum())
             size = (squares[level] / (1 - 0.99**number)) ** 0.5
-            expected_S = expected_S - 0.05 * part_S / size
-        mixture.step(g_S, 0.05)
+            rate = 0.05
+            if memory > 1:
+                shares.append(max(1 / memory, min(1.0, lasting[level] / squares[level])))
+                rate *= 0.5 / (memory + 9) / shares[-1] ** 0.5
+            expected_S = expected_S - rate * part_S / size
+        before_S = before_S + (g_S - before_S) / min(10, number)
+        mixture.step(g_S, 0.05, memory)
         torch.testing.assert_close(mixture.probs_S, expected_S.softmax(0), rtol=1e-9, atol=0)
+    assert memory == 1 or (shares[0] > 0.8 and shares[2] == 1 / memory), shares
 
 
 def test_groups_are_found_long_before_their_sources_are() -> None:

@@ -93,17 +93,20 @@ class Mixture:
 
     v ← β v + (1 − β) Σ_i p_i g_i² with β = 0.99. No weight falls below 1e-4 / S. From the 31st
     step on a g of more than 6 times its usual size √(v / (1 − βᵗ)) is cut to that. No g_i counts as
-    more than 15 times that size. Where u's memory
-    is m > 1 resets long, λ_i −= lr · 0.2 / √m · (g_i + 5 (g_i − ḡ_i)) / √(v / (1 − βᵗ)), with ḡ the
-    mean of the cut g, this one included: ḡ += (g − ḡ) / min(10, t); before the first such step p
-    becomes the mean of the second half of those so far.
+    more than 15 times that size. Where u's memory is m > 1 resets long,
+
+        λ_i −= lr · 0.5 / (m + 9) · g_i / √(ṽ / (1 − βᵗ))
+        ṽ ← β ṽ + (1 − β) Σ_i p_i g_i ḡ_i,     no less than v / min(m, 25), no more than v
+
+    with ḡ the mean of the cut g before this one, after which ḡ += (g − ḡ) / min(10, t). Before the
+    first such step p becomes the mean of the second half of those so far.
     """
 
     def __init__(self, initial: list[float], kind: str) -> None:
         weights = np.array(initial, dtype=np.float64)
         self.p = weights / weights.sum()
         self.logits = torch.tensor(np.log(self.p)).requires_grad_()
-        self.v, self.t = 0.0, 0
+        self.v, self.lasting, self.t = 0.0, 0.0, 0
         self.mean = np.zeros(len(weights))
         self.past: list[np.ndarray] = []
         self.is_slow = False
@@ -125,6 +128,7 @@ class Mixture:
             if self.t > 30 and size > 6 * usual > 0:
                 g, size = g * (6 * usual / size), 6 * usual
             self.v = 0.99 * self.v + 0.01 * size**2
+            self.lasting = 0.99 * self.lasting + 0.01 * float((self.p * g * self.mean).sum())
             usual = math.sqrt(self.v / (1 - 0.99**self.t))
             self.mean = self.mean + (g - self.mean) / min(10, self.t)
             if memory > 1 and not self.is_slow:
@@ -132,7 +136,10 @@ class Mixture:
                 if self.past:
                     self.p = np.mean(self.past[-(len(self.past) // 2) :], axis=0)
             if memory > 1:
-                g, lr = 6 * g - 5 * self.mean, 0.2 * lr / math.sqrt(memory)
+                lr *= 0.5 / (memory + 9)
+                if self.v:
+                    lasting = min(self.v, max(self.lasting, self.v / min(memory, 25)))
+                    lr *= math.sqrt(self.v / lasting)
             moved = self.p * np.exp(-lr * np.clip(g / usual if usual else g, -15, 15))
             moved = np.maximum(moved / moved.sum(), 1e-4 / len(g))
             self.p = moved / moved.sum()

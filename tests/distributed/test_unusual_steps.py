@@ -88,7 +88,7 @@ def everything(state: Any) -> dict[str, Any]:
         mixture = state.training.mixture
         held["mixture"] = {
             "logits": mixture.logits_S.clone(),
-            "moved": torch.tensor([mixture.steps, mixture.mean_square]),
+            "moved": torch.tensor([mixture.steps, mixture.squares[0]]),
             "trajectory": mixture.trajectory.tail(1.0).clone(),
         }
     return held
