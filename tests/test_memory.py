@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.engine.evaluate import held_out_losses
-from megatron_scalebio.engine.memory import out_of_memory_named
+from megatron_scalebio.engine.memory import out_of_memory_named, prediction
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.scalebio import TrainState, train_step
 from tests.distributed.harness import run_distributed
@@ -103,6 +104,20 @@ def test_memory_that_runs_out_is_told_with_its_plan(folder: Path) -> None:
     assert said.startswith("train.micro_batch_size: rank 0 ran out of memory in start of step 0")
     assert "Tried to allocate 2.00 GiB." in said and "more" not in said
     assert re.search(r"the plan of it is \d+\.\d GB on the fullest rank", said), said
+
+
+def test_the_plan_told_is_that_of_the_fullest_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(words: list[str], **_: Any) -> None:
+        assert words[words.index("--gpus") + 1] == "3"
+        sizes = [{"total_bytes": gigabytes * 1e9} for gigabytes in (3.0, 7.04, 5.0)]
+        Path(words[words.index("--json") + 1]).write_text(json.dumps({"stages": sizes}))
+
+    monkeypatch.setattr(subprocess, "run", plan)
+    monkeypatch.setattr(runtime, "world_size", lambda: 3)
+    told = prediction(load_config(None, {"model": {"vocab_size": 64}}), tmp_path)
+    assert told == "the plan of it is 7.0 GB on the fullest rank"
 
 
 def test_fp8_copies_of_frozen_layers_are_made_once_a_period(folder: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 
 from megatron_scalebio.checkpoint import folder as folders
 from megatron_scalebio.checkpoint import saver
+from megatron_scalebio.commands.early import refuse_missing_start, refuse_wrong_paths
+from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.engine import start
 from megatron_scalebio.errors import UserError
 
@@ -108,6 +110,24 @@ def test_its_own_comes_first_and_pretrained_weights_last(
     warnings = start.resume_or_start(state, Path("out"), OWN)
     assert asked == done
     assert warnings == [f"warning of {name}" for name in done if name != "pretrained"]
+
+
+@pytest.mark.parametrize("save", [None, "apart"])
+def test_a_run_that_goes_on_needs_no_longer_what_it_began_from(
+    tmp_path: Path, save: str | None
+) -> None:
+    own = tmp_path / save if save else tmp_path / "run" / "checkpoints"
+    gone = str(tmp_path / "gone")
+    config = load_config(None, {
+        "train": {"output": str(tmp_path / "run")}, "model": {"pretrained_checkpoint": gone},
+        "checkpoint": {"save": save and str(own), "load": gone},
+    })  # fmt: skip
+    for refuse in (refuse_wrong_paths, refuse_missing_start):
+        with pytest.raises(UserError, match="gone"):
+            refuse(config)
+    folders.iteration_folder(own, 4).mkdir(parents=True)
+    refuse_wrong_paths(config)
+    refuse_missing_start(config)
 
 
 @pytest.fixture

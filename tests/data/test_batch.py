@@ -91,6 +91,8 @@ def test_padding_is_short_and_never_a_target(micro: int, dp: int) -> None:
             assert batch.tokens_BS[line, :length].tolist() == tokens[:-1].tolist()
             assert batch.labels_BS[line, :length].tolist() == tokens[1:].tolist()
             assert not batch.mask_BS[line, length:].any()
+            assert batch.padding_BS is not None
+            assert (~batch.padding_BS[line]).nonzero().flatten().tolist() == list(range(length))
         width = batch.tokens_BS.shape[1]
         assert width == min(-(-longest // 8) * 8, SEQ)
         assert batch.positions_BS.shape == batch.labels_BS.shape == batch.mask_BS.shape
@@ -122,7 +124,7 @@ def test_context_parallel_ranks_hold_each_sequence_once() -> None:
     wholes = cut(4, 1, pad_multiple=4)
     parts = [cut(4, 1, pad_multiple=4, cp_rank=rank, cp_size=2) for rank in range(2)]
     for whole, *of_ranks in zip(wholes, *parts, strict=True):
-        for name in ("tokens_BS", "labels_BS", "mask_BS", "positions_BS"):
+        for name in ("tokens_BS", "labels_BS", "mask_BS", "positions_BS", "padding_BS"):
             together = torch.full_like(getattr(whole, name), -1)
             for part in of_ranks:
                 together[:, part.positions_BS[0]] = getattr(part, name)

@@ -11,11 +11,13 @@ import pytest
 from rich.console import Console
 
 from megatron_scalebio.commands import sample as command
+from megatron_scalebio.config import Config, DataConfig
 from megatron_scalebio.data.formats import Dialogue, Text
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from megatron_scalebio.data.prepare import PrepareConfig, Progress, SourceInput, prepare
 from megatron_scalebio.data.sources import ExampleSource
 from megatron_scalebio.data.weights_file import drawn_from
+from megatron_scalebio.engine.epochs import caps, epochs
 from megatron_scalebio.engine.outputs import natural_shares
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.contamination import (
@@ -156,6 +158,12 @@ def test_excluded_sets_are_counted_and_not_drawn(tmp_path: Path, folders: dict[s
     ]
     goal = len(pair[1])
     assert natural_shares(pair) == pytest.approx([40 / (40 + goal), goal / (40 + goal)])
+    config = Config(data=DataConfig(target_examples=10.0 * (40 + goal), max_epochs=20.0))
+    config.train.global_batch_size = 8
+    total = config.data.target_examples
+    passes = epochs(config, pair, [0.25, 0.75])
+    assert passes == pytest.approx([0.25 * total / 40, 0.75 * total / goal])
+    assert caps(config, pair) == pytest.approx([1.0, 20 * goal / total])
 
 
 def test_a_row_that_repeats_a_test_is_no_less_one_where_it_was_not_selected(
