@@ -326,6 +326,11 @@ def test_the_page_tells_luck_from_a_difference() -> None:
     clear, close = method("clear", [2.1, 2.12, 2.11]), method("close", [2.05, 1.99, 2.02])
     assert asked(best, clear) == ["Use the mixture of best"]
     assert asked(best, close) == ["Do not choose between best and close by this"]
+    # Twice the standard error of three seeds whose differences spread by 0.015 is 0.0173.
+    for behind, tied in ((0.016, True), (0.019, False)):
+        ahead = [behind - 0.015, behind, behind + 0.015]
+        near = method("near", [loss + more for loss, more in zip(BEST, ahead, strict=True)])
+        assert asked(best, near)[0].startswith("Do not choose" if tied else "Use the mixture")
     assert headline([best, close]).endswith("close is 0.0200 behind, worse in 2 of 3 seeds.")
     once = [method("best", BEST[:1]), method("clear", [2.1])]
     assert asked(*once, planned=2) == ["Add seeds", "Use the mixture of best"]

@@ -81,6 +81,14 @@ def test_weights_that_move_ask_for_steps(
         assert do == f"Run longer: about {100 * math.ceil(6 * times):,} steps" and times > 1
 
 
+def test_many_sources_are_to_be_known_to_a_smaller_tolerance(make_run: MakeRun) -> None:
+    """0.05 of up to 20 sources, half of that of 40."""
+    blocks = mixtures(300, 0.15, sources=40)
+    run = judged(make_run([f"s{i}" for i in range(40)]), blocks)
+    times = (float(weight_intervals(blocks).half_width_S.max()) / 0.025) ** 2
+    assert told(run)[0] == f"Run longer: about {100 * math.ceil(6 * times):,} steps" and times > 1
+
+
 FEW = "only 3 steps are averaged, at least 200 are needed (set train_iters to 800 or more)"
 
 
