@@ -362,6 +362,7 @@ def test_the_preset_is_the_method_as_published() -> None:
 
 
 def test_epochs_are_passes_over_the_examples_rounded_up_to_steps() -> None:
-    train = load_config(None, {"train": {"train_epochs": 2.5, "global_batch_size": 8}}).train
-    train.resolve_epochs(31)
-    assert (train.train_iters, train.train_epochs) == (10, None)  # 77.5 / 8 = 9.69
+    for examples, steps in ((31, 10), (29, 10)):  # 77.5 / 8 = 9.69, 72.5 / 8 = 9.06
+        train = load_config(None, {"train": {"train_epochs": 2.5, "global_batch_size": 8}}).train
+        train.resolve_epochs(examples)
+        assert (train.train_iters, train.train_epochs) == (steps, None)

@@ -52,7 +52,13 @@ def test_status_of_a_run_in_progress(
 ) -> None:
     run = make_run(steps=20, train_iters=50, converged=None)
     (run / "command.txt").write_text("/x/megatron-scalebio reweight --config run.yaml\n")
+    info = json.loads((run / "run.json").read_text())
+    info["world"]["vpp"] = 3  # chunks of a rank, and no more ranks
+    (run / "run.json").write_text(json.dumps(info))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record["step_time_s"] *= 5  # seconds, of which one step is more than rounding hides
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     lines = told(capsys, run)
     assert lines[0] == f"{run}: stopped"
     step_s = float(np.median([record["step_time_s"] for record in records]))
