@@ -26,6 +26,7 @@ from megatron_scalebio.engine import state as module
 from megatron_scalebio.engine.state import Data, RunState
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.bounds import bounds_of
+from megatron_scalebio.methods.goals import goals_of, settle
 from megatron_scalebio.methods.scalebio import TrainState
 from tests.markov import write_problem
 
@@ -96,6 +97,15 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
     assert bare(TrainState, config).settings() != several
     config.bilevel.level = "example"
     assert bare(TrainState, config).settings()["bilevel.level"] == "example"
+
+
+def test_what_a_set_is_held_to_counts_from_its_start_where_it_is_not_given() -> None:
+    """A rise is in nats."""
+    given = [{}, {"max_loss_rise": 0.25}, {"max_loss": 1.5}, {"reference_loss": 0.0}]
+    sets = [ValidationConfig(str(number), "p", **bound) for number, bound in enumerate(given)]
+    goals = goals_of(config_of(data=DataConfig(validation=sets, **DATA)))
+    settle(goals, sets, [2.0, 3.0, 4.0, 5.0])
+    assert goals.reference_V.tolist() == [2.0, 3.25, 1.5, 0.0]
 
 
 # ---- its data ------------------------------------------------------------------------------------

@@ -160,6 +160,16 @@ def test_it_objects_to_what_is_large_and_sure() -> None:
     assert not said(0.09, 0.031) and not said(0.049, 0.001) and said(0.051, 0.001)
 
 
+def test_weights_json_has_standard_deviations() -> None:
+    variances = torch.diag(torch.tensor([0.04, 0.09])).double()
+    change, error = torch.tensor([[0.1, -0.1], [0.03, 0.02]]).double()
+    assert EndCheck(variances, change, error).told(["a", "b"]) == {
+        "change": {"a": pytest.approx(0.1), "b": pytest.approx(-0.1)},
+        "standard_error": {"a": pytest.approx(0.03), "b": pytest.approx(0.02)},
+        "draw": {"a": pytest.approx(0.2), "b": pytest.approx(0.3)},
+    }
+
+
 def test_it_costs_a_twentieth_at_most() -> None:
     def steps(iters: int, used: int, precision: str | None = None, **given: Any) -> int:
         bilevel = {"final_check": True, "resync_interval": 10, **given}
