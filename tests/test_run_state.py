@@ -25,7 +25,7 @@ from megatron_scalebio.data.sources import shared_vocab_size
 from megatron_scalebio.engine import state as module
 from megatron_scalebio.engine.state import Data, RunState
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.methods.bounds import bounds_of
+from megatron_scalebio.methods.bounds import at_bounds, bounds_of
 from megatron_scalebio.methods.goals import goals_of, settle
 from megatron_scalebio.methods.scalebio import TrainState
 from tests.markov import write_problem
@@ -106,6 +106,14 @@ def test_what_a_set_is_held_to_counts_from_its_start_where_it_is_not_given() -> 
     goals = goals_of(config_of(data=DataConfig(validation=sets, **DATA)))
     settle(goals, sets, [2.0, 3.0, 4.0, 5.0])
     assert goals.reference_V.tolist() == [2.0, 3.25, 1.5, 0.0]
+
+
+def test_a_weight_is_held_by_a_bound_that_was_given() -> None:
+    """Neither 0 nor 1 is one."""
+    kept: Any = SimpleNamespace(low_S=[0.5, 0.1, 0, 0, 0, 0.1], high_S=[0.5, 1, 0.3, 1, 1, 0.6])
+    held = at_bounds(kept, [0.5, 0.1, 0.3, 0.0, 1.0, 0.2])
+    assert held == ["fixed", "min", "max", None, None, None]
+    assert at_bounds(None, [1.0]) is None
 
 
 # ---- its data ------------------------------------------------------------------------------------
