@@ -8,11 +8,10 @@ import pytest
 
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.engine.schedule import Schedule
-from megatron_scalebio.engine.state import schedule_of
 
 
 def schedule_with(iters: int = 100, **sections: dict) -> Schedule:
-    return schedule_of(load_config(None, {"train": {"train_iters": iters}, **sections}))
+    return Schedule(load_config(None, {"train": {"train_iters": iters}, **sections}))
 
 
 def test_warm_up_and_cosine_end_at_the_floor() -> None:

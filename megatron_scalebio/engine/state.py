@@ -164,7 +164,7 @@ class RunState:
         self.clock = StepClock()
         self.data = Data(config, cache)
         config.train.resolve_epochs(sum(len(source) for source in self.data.sources))
-        self.schedule = schedule_of(config)
+        self.schedule = Schedule(config)
         self.megatron = transformer_config(config)
         seed_generators(config.train.seed)
         self.training = self._training()
@@ -248,21 +248,3 @@ class RunState:
         self.cost = TokenCost(**state["cost"])
         self.data.sampler.load_state_dict(state["sampler"])
         self.data.validation_sampler.load_state_dict(state["validation_sampler"])
-
-
-def schedule_of(config: Config) -> Schedule:
-    rates, bilevel = config.optimizer, config.bilevel
-    assert rates.min_lr is not None and bilevel.lr_lambda is not None
-    return Schedule(
-        config.train.train_iters,
-        lr=rates.lr,
-        min_lr=rates.min_lr,
-        lr_u=rates.lr_u,
-        warmup_fraction=rates.lr_warmup_fraction,
-        decay_style=rates.lr_decay_style,
-        lr_lambda=bilevel.lr_lambda,
-        lambda_decay_style=bilevel.lr_lambda_decay_style,
-        alpha=bilevel.alpha,
-        alpha_growth=bilevel.alpha_growth,
-        outer_rounds=bilevel.outer_rounds,
-    )

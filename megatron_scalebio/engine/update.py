@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,17 @@ from megatron_scalebio.engine.state import RunState
 
 
 def train_on(
-    state: RunState, batches: Sequence[Batch], picks: Picks, probs_S: torch.Tensor, **learning: Any
+    state: RunState,
+    batches: Sequence[Batch],
+    picks: Picks,
+    probs_S: torch.Tensor,
+    learned: Sequence[torch.Tensor] = (),
 ) -> dict[str, Any]:
     """One step of w on a global batch whose sources weigh `probs_S`; its record.
 
     Args:
         batches: this rank's part of the batch.
-        learning: more arguments of `step_w`.
+        learned: as of `Training.update`.
     """
     training = state.training
     with state.clock("period"):
@@ -32,7 +36,7 @@ def train_on(
         passes = passes_of({Role.TRAIN_W: 1.0}, batches, weight_S, mean, training.groups)
     with state.clock("flush"):
         losses = training.flush(passes, len(probs_S))
-    return step_w(state, losses, picks, probs_S, **learning)
+    return step_w(state, losses, picks, probs_S, learned)
 
 
 def step_w(
@@ -41,18 +45,17 @@ def step_w(
     picks: Picks,
     probs_S: torch.Tensor,
     learned: Sequence[torch.Tensor] = (),
-    learn: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Steps w with the gradients at hand, unless something was not finite or spiked; the record.
 
     Args:
-        learned, learn: as of `Training.update`.
+        learned: as of `Training.update`.
     """
     settings = state.schedule.at(state.step)
     loss = mixed(probs_S, losses.w_S, torch.from_numpy(picks.inclusion_S))
     with state.clock("update"):
         update = state.training.update(
-            losses, {"w: training loss": loss}, {"w": settings.lr_w}, learned, learn
+            losses, {"w: training loss": loss}, {"w": settings.lr_w}, learned
         )
     state.cost.trained += losses.tokens
     return {

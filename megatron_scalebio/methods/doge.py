@@ -53,18 +53,7 @@ PUBLISHED_REACH = 100.0  # η / μ times the number of steps: 5e-4 / 0.05 · 10,
 
 def find(config: Config, job: Job) -> Found | None:
     """The average weights of a whole training, or None at a signal."""
-    state = DogeState(config, job.folder / "cache")
-    initial_S = state.weight_S.tolist()
-    if not learn(state, job):
-        return None
-    return Found(
-        sources=state.data.sources,
-        weight_S=state.mean_weight_S.tolist(),
-        initial_S=initial_S,
-        cost=state.cost,
-        step=state.step,
-        details={"last_weights": state.weight_S.tolist()},
-    )
+    return learn(DogeState(config, job.folder / "cache"), job)
 
 
 class DogeState(WeightingState):

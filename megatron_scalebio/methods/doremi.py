@@ -66,18 +66,8 @@ def find(config: Config, job: Job) -> Found | None:
     if reference_cost is None:
         return None
     state = DoremiState(config, job.folder / "cache")
-    initial_S = state.weight_S.tolist()
     saver.load_pretrained(state.reference, job.folder / REFERENCE / "checkpoints")
-    if not learn(state, job):
-        return None
-    return Found(
-        sources=state.data.sources,
-        weight_S=state.mean_weight_S.tolist(),
-        initial_S=initial_S,
-        cost=reference_cost + state.cost,
-        step=state.step,
-        details={"last_weights": state.weight_S.tolist()},
-    )
+    return learn(state, job, reference_cost)
 
 
 def train_reference(config: Config, job: Job) -> TokenCost | None:

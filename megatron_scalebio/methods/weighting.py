@@ -17,9 +17,9 @@ from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.loop import logged_steps
 from megatron_scalebio.engine.run_log import RunLog
 from megatron_scalebio.engine.start import Job, resume_or_start
-from megatron_scalebio.engine.state import Data, RunState
+from megatron_scalebio.engine.state import Data, RunState, TokenCost
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.methods.found import normalised
+from megatron_scalebio.methods.found import Found, normalised
 
 
 class WeightingState(RunState):
@@ -61,16 +61,25 @@ class WeightingState(RunState):
         self._count = learned["count"]
 
 
-def learn(state: WeightingState, job: Job) -> bool:
-    """Runs the method's steps to the end or to a signal, from its newest checkpoint if it has one.
+def learn(state: WeightingState, job: Job, cost_before: TokenCost | None = None) -> Found | None:
+    """Runs the method's steps to the end, from its newest checkpoint if it has one.
 
     Returns:
-        Whether it came to the end.
+        The average weights of the whole training, or None at a signal.
     """
+    initial_S = state.weight_S.tolist()
     warnings = resume_or_start(state, job.folder, job.save_to)
-    uniform_S = [1.0 / len(state.data.sources)] * len(state.data.sources)
-    log = start_log(state, job, uniform_S, warnings=warnings)
-    return logged_steps(state, job, log, job.save_to)
+    log = start_log(state, job, initial_S, warnings=warnings)
+    if not logged_steps(state, job, log, job.save_to):
+        return None
+    return Found(
+        sources=state.data.sources,
+        weight_S=state.mean_weight_S.tolist(),
+        initial_S=initial_S,
+        cost=(cost_before or TokenCost()) + state.cost,
+        step=state.step,
+        details={"last_weights": state.weight_S.tolist()},
+    )
 
 
 def refuse_run_of_another(folder: Path, method: str) -> None:
