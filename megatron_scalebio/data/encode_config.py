@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_scalebio.config.checks import require_at_least, require_one_of
-from megatron_scalebio.data.encode_pool import EncodeSettings
 from megatron_scalebio.data.record_fields import FORMATS, RecordOptions
 
 TOO_LONG = ("truncate", "drop", "split")
@@ -13,14 +12,10 @@ BAD_RECORDS = ("stop", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
+class EncodeConfig(RecordOptions):
     """What decides which examples a file of records gives.
 
     Attributes:
-        format: one of ``FORMATS``, or ``auto``: each file goes by its first record.
-        text_key: the field that holds the text, for the format ``text``.
-        columns: (field, column) pairs: what a field is called in the files.
-        ignore_fields: fields that are left out; ``*`` for all that are not known.
         bad_records: ``stop`` at the first record at fault, or ``skip`` and list them.
         seq_length: tokens of an example as the model sees it, so that it holds at most one
             token more; None for no limit.
@@ -31,10 +26,6 @@ class EncodeConfig:
         chat_template: None for the tokenizer's own, ``plain`` for the built-in one, or a file.
     """
 
-    format: str = "auto"
-    text_key: str = "text"
-    columns: tuple[tuple[str, str], ...] = ()
-    ignore_fields: tuple[str, ...] = ()
     bad_records: str = "stop"
     seq_length: int | None = None
     too_long: str | None = None
@@ -48,21 +39,5 @@ class EncodeConfig:
         require_at_least("--seq-length", self.seq_length, 1)
 
     @property
-    def options(self) -> RecordOptions:
-        return RecordOptions(self.format, self.text_key, self.columns, self.ignore_fields)
-
-    def settings(
-        self, tokenizer: str, date: str, seq_length: int | None, append_eod: bool = True
-    ) -> EncodeSettings:
-        """What a worker needs."""
-        return EncodeSettings(
-            tokenizer=tokenizer,
-            chat_template=self.chat_template,
-            train_on_prompt=self.train_on_prompt,
-            append_eod=append_eod,
-            max_tokens=None if seq_length is None else seq_length + 1,
-            too_long=self.too_long,
-            options=self.options,
-            skip_bad=self.bad_records == "skip",
-            date=date,
-        )
+    def skips_bad(self) -> bool:
+        return self.bad_records == "skip"

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
+from megatron_scalebio.data.encode_config import EncodeConfig
 from megatron_scalebio.data.examples import Dialogue, RecordError, Text
 from megatron_scalebio.data.formats import parse_record
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
-from megatron_scalebio.data.record_fields import PLAIN_OPTIONS, RecordOptions
 from megatron_scalebio.data.records import Record
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
@@ -34,21 +34,21 @@ _BATCHES_A_WORKER = 3
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """What a worker needs; the fields are those of ``PrepareConfig``.
+    """What a worker needs.
 
-    ``max_tokens`` is the longest example in tokens (``seq_length`` + 1), or None for no limit.
-    ``skip_bad`` leaves records at fault out; ``date`` is what chat templates call today.
+    Attributes:
+        tokenizer: its path.
+        date: what chat templates call today.
+        seq_length: tokens of an example as the model sees it, so that it holds at most one token
+            more; None for no limit.
+        append_eod: closes a plain text.
     """
 
+    config: EncodeConfig
     tokenizer: str
-    chat_template: str | None = None
-    train_on_prompt: bool = False
+    date: str
+    seq_length: int | None
     append_eod: bool = True
-    max_tokens: int | None = None
-    too_long: str | None = None
-    options: RecordOptions = PLAIN_OPTIONS
-    skip_bad: bool = False
-    date: str = ""
 
 
 class LeftOut(NamedTuple):
@@ -143,6 +143,8 @@ def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings
     Raises:
         RecordError: a record is at fault, and such are not to be left out.
     """
+    config, seq_length = settings.config, settings.seq_length
+    max_tokens = None if seq_length is None else seq_length + 1
     tokens: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     lines: list[int] = []
@@ -152,10 +154,10 @@ def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings
     for line, value in batch.records:
         where = f"{batch.path}:{line}"
         try:
-            example = parse_record(value, batch.format, where, settings.options)
+            example = parse_record(value, batch.format, where, config)
             ids, mask = ([], []) if _is_empty(example) else encoder.encode(example, where)
         except RecordError as error:
-            if not settings.skip_bad:
+            if not config.skips_bad:
                 raise
             left_out.append(LeftOut(line, error.reason, str(error)))
             continue
@@ -163,10 +165,8 @@ def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings
         if not ids:
             left_out.append(LeftOut(line, "empty" if _is_empty(example) else "no_target"))
             continue
-        how = settings.too_long or ("split" if isinstance(example, Text) else "truncate")
-        pieces = cut(
-            np.asarray(ids, np.int32), np.asarray(mask, np.uint8), settings.max_tokens, how
-        )
+        how = config.too_long or ("split" if isinstance(example, Text) else "truncate")
+        pieces = cut(np.asarray(ids, np.int32), np.asarray(mask, np.uint8), max_tokens, how)
         longest = max(longest, len(ids))
         if not pieces:
             left_out.append(LeftOut(line, "too_long" if how == "drop" else "prompt_too_long"))
@@ -222,7 +222,7 @@ def _is_empty(example: Text | Dialogue) -> bool:
 def _encoder(settings: EncodeSettings, tokenizer: Tokenizer) -> ExampleEncoder:
     return ExampleEncoder(
         tokenizer,
-        train_on_prompt=settings.train_on_prompt,
+        train_on_prompt=settings.config.train_on_prompt,
         append_eod=settings.append_eod,
     )
 
@@ -237,7 +237,7 @@ def _start_worker(settings: EncodeSettings) -> None:
     assert parent is not None
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
     tokenizer = load_tokenizer(
-        settings.tokenizer, chat_template=settings.chat_template, date=settings.date
+        settings.tokenizer, chat_template=settings.config.chat_template, date=settings.date
     )
     _worker = (_encoder(settings, tokenizer), settings)
 

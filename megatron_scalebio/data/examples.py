@@ -80,12 +80,5 @@ class Dialogue:
     context: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = field(default=(), compare=False)
 
-    def __init__(
-        self,
-        turns: tuple[Any, ...],
-        context: dict[str, Any] | None = None,
-        ignored: tuple[str, ...] = (),
-    ) -> None:
-        object.__setattr__(self, "turns", tuple(Turn(*turn) for turn in turns))
-        object.__setattr__(self, "context", context or {})
-        object.__setattr__(self, "ignored", ignored)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "turns", tuple(Turn(*turn) for turn in self.turns))

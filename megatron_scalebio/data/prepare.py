@@ -20,7 +20,13 @@ from typing import Any, NamedTuple
 
 from megatron_scalebio.config.checks import require_at_least
 from megatron_scalebio.data.encode_config import EncodeConfig
-from megatron_scalebio.data.encode_pool import Batch, EncodedBatch, EncodePool, LeftOut
+from megatron_scalebio.data.encode_pool import (
+    Batch,
+    EncodedBatch,
+    EncodePool,
+    EncodeSettings,
+    LeftOut,
+)
 from megatron_scalebio.data.examples import RecordError
 from megatron_scalebio.data.files import open_records
 from megatron_scalebio.data.formats import detect_format
@@ -118,7 +124,9 @@ def prepare(
                      for file in source.files}  # fmt: skip
             date = _date(config)
             tokenizer, described = _tokenizer(config, staging, copies, date)
-            settings = config.settings(tokenizer.model, date, config.seq_length, config.append_eod)
+            settings = EncodeSettings(
+                config, tokenizer.model, date, config.seq_length, config.append_eod
+            )
             workers = _workers(config, sum(sizes.values()))
             with EncodePool(settings, tokenizer, workers) as pool:
                 reports = [
@@ -203,7 +211,7 @@ class _Source:
         def note(line: int, error: RecordError) -> None:
             bad.append(LeftOut(line, error.reason, str(error)))
 
-        on_bad = note if config.bad_records == "skip" else None
+        on_bad = note if config.skips_bad else None
         bytes_before = 0
         for file in self.source.files:
             reader = open_records(self.copies[file], on_bad, file)
@@ -217,7 +225,7 @@ class _Source:
                 if format_name == "auto":
                     try:
                         where = f"{file}:{record.line}"
-                        format_name = detect_format(record.value, where, config.options)
+                        format_name = detect_format(record.value, where, config)
                     except RecordError as error:
                         if on_bad is None:
                             raise
@@ -292,7 +300,7 @@ def _tokenizer(
     path = staging.path(TOKENIZER_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [copies[file] for source in config.sources for file in source.files]
-    train_sentencepiece(files, path, config.train_sentencepiece, options=config.options)
+    train_sentencepiece(files, path, config.train_sentencepiece, options=config)
     tokenizer = load_tokenizer(path, chat_template=config.chat_template)
     final = os.path.abspath(config.out / TOKENIZER_FILE)
     return tokenizer, {**tokenizer.describe(), "model": final}

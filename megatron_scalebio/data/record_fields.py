@@ -46,7 +46,7 @@ KNOWN = {
 BESIDE = (*SYSTEM, "tools", "documents", "chat_template_kwargs")  # of every dialogue
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecordOptions:
     """How records are read.
 

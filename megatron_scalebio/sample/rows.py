@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
+from megatron_scalebio.data.encode_config import EncodeConfig
 from megatron_scalebio.data.encode_pool import Batch, EncodePool
 from megatron_scalebio.data.examples import RecordError
 from megatron_scalebio.data.files import open_records
 from megatron_scalebio.data.formats import detect_format, parse_record
 from megatron_scalebio.data.prepare import DROPPED, Progress
-from megatron_scalebio.data.record_fields import ALL_FIELDS, FORMATS, RecordOptions
+from megatron_scalebio.data.record_fields import ALL_FIELDS, FORMATS
 from megatron_scalebio.data.records import OnBad, Record, Records
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.sample.contamination import (
@@ -62,15 +63,13 @@ class Row(NamedTuple):
     lengths: list[int]
     status: int
     truncated: int
-    line: int = 0
 
 
 class RawRows:
     """The records of files, numbered from 0 over all files.
 
     Args:
-        options: how records are read.
-        skip_bad: marks records at fault, where the first would end the reading.
+        config: how records are read.
         pool: encodes what is fetched; None: nothing will be.
         encoder: that of sources which are token ids: an evaluation set is compared as it would read
             decoded too, with the words of the chat template.
@@ -80,16 +79,15 @@ class RawRows:
         self,
         name: str,
         files: tuple[Path, ...],
-        options: RecordOptions,
+        config: EncodeConfig,
         pool: EncodePool | None,
         encoder: ExampleEncoder | None = None,
-        skip_bad: bool = False,
     ) -> None:
         self.name, self.files = name, files
         self.rows_in_file: list[int] = []
         self.formats: dict[str, None] = {}
-        self._options, self._pool = options, pool
-        self._encoder, self._skip_bad = encoder, skip_bad
+        self._config, self._pool, self._encoder = config, pool, encoder
+        self._of_evaluation = replace(config, ignore_fields=(ALL_FIELDS,))
 
     def scan(self, index: EvaluationIndex, words: WordIds, on_progress: OnProgress) -> Statuses:
         """Counts the rows of every file and marks those that repeat an evaluation example."""
@@ -113,9 +111,9 @@ class RawRows:
     ) -> int:
         try:
             where = f"{file}:{record.line}"
-            example = parse_record(record.value, format_name, where, self._options)
+            example = parse_record(record.value, format_name, where, self._config)
         except RecordError:
-            if not self._skip_bad:
+            if not self._config.skips_bad:
                 raise
             return CODES["bad_record"]
         texts = whole_text(example), prompt_text(example)
@@ -183,19 +181,19 @@ class RawRows:
         return None  # not known before some are encoded
 
     def _reader(self, file: Path) -> Records:
-        skip: OnBad | None = (lambda line, error: None) if self._skip_bad else None
+        skip: OnBad | None = (lambda line, error: None) if self._config.skips_bad else None
         return open_records(file, skip)
 
     def _records(self, file: Path, reader: Records) -> Iterator[tuple[str, Record]]:
         """The records of a file with their format; ``auto`` goes by the first, as in prepare."""
-        format_name = self._options.format
+        format_name = self._config.format
         for record in reader:
             if format_name == "auto":
                 try:
                     where = f"{file}:{record.line}"
-                    format_name = detect_format(record.value, where, self._options)
+                    format_name = detect_format(record.value, where, self._config)
                 except RecordError:
-                    if not self._skip_bad:
+                    if not self._config.skips_bad:
                         raise
                     yield FORMATS[0], record  # which will be found at fault
                     continue
@@ -203,8 +201,7 @@ class RawRows:
 
     def _evaluation_forms(self, file: Path, record: Record) -> list[tuple[str, str]]:
         """The texts of a record, which may be in a format of a benchmark's own; also decoded."""
-        options = replace(self._options, ignore_fields=(ALL_FIELDS,))
-        where = f"{file}:{record.line}"
+        where, options = f"{file}:{record.line}", self._of_evaluation
         try:
             format_name = detect_format(record.value, where, options)
             example = parse_record(record.value, format_name, where, options)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
-from megatron_scalebio.data.encode_pool import EncodePool
+from megatron_scalebio.data.encode_pool import EncodePool, EncodeSettings
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
 from megatron_scalebio.data.prepare import cores
 from megatron_scalebio.data.sources import ExampleSource
@@ -130,7 +130,7 @@ def _set_up(config: SampleConfig, located: list[Located], stack: ExitStack) -> S
     seq_length = _seq_length(config, descriptions)
     pool = None
     if tokenizer and not from_tokens:
-        settings = config.settings(tokenizer.model, date, seq_length)
+        settings = EncodeSettings(config, tokenizer.model, date, seq_length)
         pool = stack.enter_context(EncodePool(settings, tokenizer, min(config.workers, cores())))
     described = None
     if tokenizer:
@@ -149,9 +149,7 @@ def _open_rows(
         encoder = None
         if setup.from_tokens and setup.tokenizer:
             encoder = ExampleEncoder(setup.tokenizer, train_on_prompt=config.train_on_prompt)
-        skip = config.bad_records == "skip"
-        raw = RawRows(entry.name, entry.files, config.options, setup.pool, encoder, skip)
-        return raw, entry.describe_raw()
+        return RawRows(entry.name, entry.files, config, setup.pool, encoder), entry.describe_raw()
     if not entry.prefix:
         raise UserError(
             f"{entry.files[0]}: {entry.name!r} is raw text, and the sample is drawn from token ids "

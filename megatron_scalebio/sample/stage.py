@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scalebio.data.prepare import Progress
+from megatron_scalebio.data.prepare import DROPPED, Progress
 from megatron_scalebio.data.source_writer import Staging, staging_error
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.sample.config import SampleConfig
@@ -25,7 +25,7 @@ from megatron_scalebio.sample.plan import Floats, Ints, allocate, draw_rows
 from megatron_scalebio.sample.rows import CODES, RawRows
 from megatron_scalebio.sample.setup import OpenSource, Setup, open_setup
 from megatron_scalebio.sample.spool import Spool
-from megatron_scalebio.sample.writer import Facts, write_manifest, write_sample
+from megatron_scalebio.sample.writer import write_manifest, write_sample
 
 _PROBE_ROWS = 256
 OnProgress = Callable[[str, Progress], None]  # called with what is done, and how far it is
@@ -58,7 +58,9 @@ def sample(
                 facts = _facts(name, setup, group)
                 taken = [(setup.sources.index(d.source), d.rows) for d in group if len(d.rows)]
                 directory, final = staging.path(name), parent / name
-                written = write_sample(directory, final, facts, taken, spool, config.seed)
+                written = write_sample(
+                    directory, final, facts, setup.dtype, taken, spool, config.seed
+                )
                 manifests.append(manifest(config, setup, group, written))
                 write_manifest(directory, manifests[-1])
             staging.commit()
@@ -165,8 +167,8 @@ def _examples(spool: Spool, k: int, rows: Ints) -> int:
     return sum(spool.pieces(k, row) for row in rows.tolist())
 
 
-def _facts(name: str, setup: Setup, group: list[Drawn]) -> Facts:
-    """Raises :class:`UserError` if nothing was drawn."""
+def _facts(name: str, setup: Setup, group: list[Drawn]) -> dict[str, Any]:
+    """What ``source.json`` says besides the counts; UserError if nothing was drawn."""
     if not any(len(drawn.rows) for drawn in group):
         names = ", ".join(drawn.source.entry.name for drawn in group)
         raise UserError(
@@ -176,13 +178,13 @@ def _facts(name: str, setup: Setup, group: list[Drawn]) -> Facts:
     formats: dict[str, None] = {}
     for drawn in group:
         formats |= drawn.source.rows.formats if isinstance(drawn.source.rows, RawRows) else {}
-    truncated = sum(drawn.source.truncated for drawn in group)
-    return Facts(
-        name,
-        ",".join(formats),
-        setup.seq_length,
-        setup.described,
-        setup.dtype,
-        truncated,
-        setup.date,
-    )
+    return {
+        "name": name,
+        "seq_length": setup.seq_length,
+        "format": ",".join(formats),
+        "dropped": dict.fromkeys(DROPPED, 0),
+        "date": setup.date,
+        "truncated": sum(drawn.source.truncated for drawn in group),
+        "inputs": [],  # sample.jsonl, once it is there
+        "tokenizer": setup.described,
+    }

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_scalebio.data.prepare import DROPPED
 from megatron_scalebio.data.source_writer import MANIFEST_FILE, TOKENS, SourceWriter
 from megatron_scalebio.sample.plan import shuffled
 from megatron_scalebio.sample.spool import Spool
@@ -61,18 +60,6 @@ class PrefixWriter:
         self._builder.data_file.close()
 
 
-class Facts(NamedTuple):
-    """What ``source.json`` says of a sample besides its counts."""
-
-    name: str
-    format: str
-    seq_length: int | None
-    tokenizer: dict[str, Any] | None  # None: a plain Megatron prefix is written
-    dtype: type[np.number]  # of that prefix
-    truncated: int  # rows
-    date: str | None  # which the chat template writes
-
-
 class Written(NamedTuple):
     """examples: training examples; sample_sha256: of sample.jsonl, or None."""
 
@@ -84,7 +71,8 @@ class Written(NamedTuple):
 def write_sample(
     directory: Path,
     final: Path,
-    facts: Facts,
+    facts: dict[str, Any],
+    dtype: type[np.number],
     drawn: list[tuple[int, npt.NDArray[np.int64]]],
     spool: Spool,
     seed: int,
@@ -93,15 +81,18 @@ def write_sample(
 
     Args:
         directory: receives it, and does not exist yet; it will be renamed to ``final``.
+        facts: what ``source.json`` says besides the counts; without a tokenizer a plain Megatron
+            prefix is written.
+        dtype: of that prefix.
         drawn: (source, its rows) pairs; the rows are in ``spool``.
     """
     source = np.concatenate([np.full(len(rows), number) for number, rows in drawn])
     row = np.concatenate([rows for _, rows in drawn])
     writer: PrefixWriter | SourceWriter
-    if facts.tokenizer is None:
-        writer = PrefixWriter(directory, facts.dtype)
+    if facts["tokenizer"] is None:
+        writer = PrefixWriter(directory, dtype)
     else:
-        writer = SourceWriter(directory, facts.tokenizer["vocab_size"])
+        writer = SourceWriter(directory, facts["tokenizer"]["vocab_size"])
     lines = hashlib.sha256()
     line_bytes = 0
     try:
@@ -121,18 +112,7 @@ def write_sample(
             inputs = [{"path": path, "bytes": line_bytes, "sha256": lines.hexdigest()}]
         else:
             (directory / SAMPLE_FILE).unlink()
-        report = writer.finish(
-            {
-                "name": facts.name,
-                "seq_length": facts.seq_length,
-                "format": facts.format,
-                "dropped": dict.fromkeys(DROPPED, 0),
-                "date": facts.date,
-                "truncated": facts.truncated,
-                "inputs": inputs,
-                "tokenizer": facts.tokenizer,
-            }
-        )
+        report = writer.finish({**facts, "inputs": inputs})
     finally:
         writer.abandon()
     digest = lines.hexdigest() if line_bytes else None
