@@ -7,7 +7,7 @@ tensor names ──TensorMap────▶ names in a Megatron checkpoint, by a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -168,12 +168,36 @@ class Family:
     packed: bool = False
 
 
-def pair(megatron: str, hf: str, **keywords: Any) -> tuple[TensorMap, TensorMap]:
+LAYER, HF_LAYER = "decoder.layers.{}.", "model.layers.{}."
+
+
+def rows(hf_of: Mapping[str, str | tuple[str, str]], **keywords: Any) -> tuple[TensorMap, ...]:
+    """Tensors of layers: the name in a layer of Megatron → that in a layer of Hugging Face.
+
+    Of two, a gate and what it gates, Megatron has one matrix.
+    """
+    parts = {name: (hf,) if isinstance(hf, str) else hf for name, hf in hf_of.items()}
+    return tuple(
+        TensorMap(
+            f"{LAYER}{name}", tuple(f"{HF_LAYER}{part}" for part in hf),
+            "copy" if len(hf) == 1 else "stack_rows", **keywords,
+        )
+        for name, hf in parts.items()
+    )  # fmt: skip
+
+
+def pair(megatron: str, hf: str) -> tuple[TensorMap, TensorMap]:
     """A weight and a bias under the same names, `….weight` and `….bias`."""
-    bias_when = keywords.pop("bias_when", keywords.get("when"))
     return (
-        TensorMap(f"{megatron}weight", (f"{hf}weight",), **keywords),
-        TensorMap(f"{megatron}bias", (f"{hf}bias",), **{**keywords, "when": bias_when}),
+        TensorMap(f"{megatron}weight", (f"{hf}weight",)),
+        TensorMap(f"{megatron}bias", (f"{hf}bias",)),
+    )
+
+
+def head(hf: str) -> TensorMap:
+    """The output head, where it is not the embedding."""
+    return TensorMap(
+        "output_layer.weight", (hf,), vocab=True, when="untie_embeddings_and_output_weights"
     )
 
 

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_scalebio.families.base import Family, HfConfig, TensorMap
+from megatron_scalebio.families.base import Family, HfConfig, rows
 from megatron_scalebio.families.experts import BIAS, DENSE, SHARED, SIGMOID, experts, shared_experts
 from megatron_scalebio.families.llama import common_fields
 
-_LAYER, _HF_LAYER = "decoder.layers.{}.", "model.layers.{}."
-# Queries from a narrow vector or not, as the config.json says.
-_NARROW = {
-    "linear_q_down_proj.weight": "q_a_proj",
-    "linear_q_up_proj.layer_norm_weight": "q_a_layernorm",
-    "linear_q_up_proj.weight": "q_b_proj",
-}
-_DIRECT = {"linear_q_proj.weight": "q_proj"}
-_ALWAYS = {
-    "linear_kv_down_proj.weight": "kv_a_proj_with_mqa",
-    "linear_kv_up_proj.layer_norm_weight": "kv_a_layernorm",
-    "linear_kv_up_proj.weight": "kv_b_proj",
-    "linear_proj.weight": "o_proj",
-}
 _TENSORS = (
     *(row for row in DENSE if ".self_attention." not in row.megatron),
-    TensorMap(f"{_LAYER}input_layernorm.weight", (f"{_HF_LAYER}input_layernorm.weight",)),
-    *(
-        TensorMap(
-            f"{_LAYER}self_attention.{megatron}", (f"{_HF_LAYER}self_attn.{hf}.weight",), when=when
-        )
-        for names, when in ((_NARROW, "q_lora_rank"), (_DIRECT, "direct_queries"), (_ALWAYS, None))
-        for megatron, hf in names.items()
+    *rows({"input_layernorm.weight": "input_layernorm.weight"}),
+    # Queries from a narrow vector or not, as the config.json says.
+    *rows(
+        {
+            "self_attention.linear_q_down_proj.weight": "self_attn.q_a_proj.weight",
+            "self_attention.linear_q_up_proj.layer_norm_weight": "self_attn.q_a_layernorm.weight",
+            "self_attention.linear_q_up_proj.weight": "self_attn.q_b_proj.weight",
+        },
+        when="q_lora_rank",
+    ),
+    *rows(
+        {"self_attention.linear_q_proj.weight": "self_attn.q_proj.weight"}, when="direct_queries"
+    ),
+    *rows(
+        {
+            "self_attention.linear_kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
+            "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attn.kv_a_layernorm.weight",
+            "self_attention.linear_kv_up_proj.weight": "self_attn.kv_b_proj.weight",
+            "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+        }
     ),
     *experts(),
     *SHARED,

@@ -5,23 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megatron_scalebio.families.base import Family, HfConfig, TensorMap, sliding_window
+from megatron_scalebio.families.base import (
+    LAYER,
+    Family,
+    HfConfig,
+    TensorMap,
+    rows,
+    sliding_window,
+)
 from megatron_scalebio.families.llama import TENSORS, common_fields, silu_fields
 
-_LAYER, _HF_LAYER = "decoder.layers.{}.", "model.layers.{}."
-_DENSE = (f"{_LAYER}mlp.linear_fc1.", f"{_LAYER}mlp.linear_fc2.")
+_DENSE = (f"{LAYER}mlp.linear_fc1.", f"{LAYER}mlp.linear_fc2.")
 # Of Llama's tensors, which layers have them.
 DENSE = tuple(
     replace(row, layers="dense") if row.megatron.startswith(_DENSE) else row for row in TENSORS
 )
-
-
-def _rows(hf_of: dict[str, tuple[str, ...]]) -> tuple[TensorMap, ...]:
-    """Of layers with experts; a gate and what it gates are one matrix of Megatron."""
-    return tuple(
-        TensorMap(f"{_LAYER}{name}", hf, "stack_rows" if len(hf) == 2 else "copy", layers="experts")
-        for name, hf in hf_of.items()
-    )
 
 
 def experts(
@@ -32,25 +30,29 @@ def experts(
     Args:
         block: where they are in a layer; the others, the names of an expert's matrices.
     """
-    expert = f"{_HF_LAYER}{block}.experts.{{}}."
-    rows = {
-        "pre_mlp_layernorm.weight": (f"{_HF_LAYER}post_attention_layernorm.weight",),
-        "mlp.router.weight": (f"{_HF_LAYER}{block}.gate.weight",),
-        "mlp.experts.experts.linear_fc1.weight": (f"{expert}{gate}.weight", f"{expert}{up}.weight"),
-        "mlp.experts.experts.linear_fc2.weight": (f"{expert}{down}.weight",),
-    }
-    return _rows(rows)
+    expert = f"{block}.experts.{{}}."
+    return rows(
+        {
+            "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+            "mlp.router.weight": f"{block}.gate.weight",
+            "mlp.experts.experts.linear_fc1.weight": (
+                f"{expert}{gate}.weight", f"{expert}{up}.weight",
+            ),
+            "mlp.experts.experts.linear_fc2.weight": f"{expert}{down}.weight",
+        },
+        layers="experts",
+    )  # fmt: skip
 
 
-_SHARED = f"{_HF_LAYER}mlp.shared_experts."
-BIAS = _rows({"mlp.router.expert_bias": (f"{_HF_LAYER}mlp.gate.e_score_correction_bias",)})
-SHARED = _rows(
+BIAS = rows({"mlp.router.expert_bias": "mlp.gate.e_score_correction_bias"}, layers="experts")
+SHARED = rows(
     {
         "mlp.shared_experts.linear_fc1.weight": (
-            f"{_SHARED}gate_proj.weight", f"{_SHARED}up_proj.weight",
+            "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight",
         ),
-        "mlp.shared_experts.linear_fc2.weight": (f"{_SHARED}down_proj.weight",),
-    }
+        "mlp.shared_experts.linear_fc2.weight": "mlp.shared_experts.down_proj.weight",
+    },
+    layers="experts",
 )  # fmt: skip
 
 

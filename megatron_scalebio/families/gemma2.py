@@ -9,24 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_scalebio.families.base import (
-    Family,
-    HfConfig,
-    TensorMap,
-    layered_rope,
-    sliding_window,
-)
-from megatron_scalebio.families.llama import COMMON, common_fields
+from megatron_scalebio.families.base import Family, HfConfig, layered_rope, rows, sliding_window
+from megatron_scalebio.families.llama import COMMON, POST_NORMS, common_fields
 
-_NORMS = {
-    "mlp.linear_fc1.layer_norm_weight": "pre_feedforward_layernorm.weight",
-    # Megatron-Bridge's names of the norms after a block.
-    "self_attention.linear_proj.post_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc2.post_layernorm.weight": "post_feedforward_layernorm.weight",
-}
-_TENSORS = COMMON + tuple(
-    TensorMap(f"decoder.layers.{{}}.{megatron}", (f"model.layers.{{}}.{hf}",))
-    for megatron, hf in _NORMS.items()
+_TENSORS = (
+    *COMMON,
+    *rows({"mlp.linear_fc1.layer_norm_weight": "pre_feedforward_layernorm.weight"}),
+    *POST_NORMS,
 )
 
 

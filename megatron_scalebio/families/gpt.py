@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_scalebio.families.base import Family, HfConfig, TensorMap, pair, rope
-
-_LAYER = "decoder.layers.{}."
+from megatron_scalebio.families.base import LAYER, Family, HfConfig, TensorMap, head, pair, rope
 
 
 def _gpt2(config: HfConfig) -> dict[str, Any]:
@@ -33,43 +31,30 @@ def _gpt2(config: HfConfig) -> dict[str, Any]:
     }
 
 
+_H = "transformer.h.{}."
+
+
+def _conv1d(
+    megatron: str, hf: str, rule: str = "transposed", rule_of_bias: str = "copy"
+) -> tuple[TensorMap, TensorMap]:
+    """A linear layer of GPT-2, whose weight is stored transposed."""
+    return (
+        TensorMap(f"{LAYER}{megatron}.weight", (f"{_H}{hf}.weight",), rule),
+        TensorMap(f"{LAYER}{megatron}.bias", (f"{_H}{hf}.bias",), rule_of_bias),
+    )
+
+
 _GPT2_TENSORS = (
     TensorMap("embedding.word_embeddings.weight", ("transformer.wte.weight",), vocab=True),
     TensorMap("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
-    *pair(f"{_LAYER}self_attention.linear_qkv.layer_norm_", "transformer.h.{}.ln_1."),
-    # GPT-2's linear layers are stored transposed (Conv1D).
-    TensorMap(
-        f"{_LAYER}self_attention.linear_qkv.weight",
-        ("transformer.h.{}.attn.c_attn.weight",),
-        "transposed_qkv",
-    ),
-    TensorMap(
-        f"{_LAYER}self_attention.linear_qkv.bias",
-        ("transformer.h.{}.attn.c_attn.bias",),
-        "fused_qkv",
-    ),
-    TensorMap(
-        f"{_LAYER}self_attention.linear_proj.weight",
-        ("transformer.h.{}.attn.c_proj.weight",),
-        "transposed",
-    ),
-    TensorMap(f"{_LAYER}self_attention.linear_proj.bias", ("transformer.h.{}.attn.c_proj.bias",)),
-    *pair(f"{_LAYER}mlp.linear_fc1.layer_norm_", "transformer.h.{}.ln_2."),
-    TensorMap(
-        f"{_LAYER}mlp.linear_fc1.weight", ("transformer.h.{}.mlp.c_fc.weight",), "transposed"
-    ),
-    TensorMap(f"{_LAYER}mlp.linear_fc1.bias", ("transformer.h.{}.mlp.c_fc.bias",)),
-    TensorMap(
-        f"{_LAYER}mlp.linear_fc2.weight", ("transformer.h.{}.mlp.c_proj.weight",), "transposed"
-    ),
-    TensorMap(f"{_LAYER}mlp.linear_fc2.bias", ("transformer.h.{}.mlp.c_proj.bias",)),
+    *pair(f"{LAYER}self_attention.linear_qkv.layer_norm_", f"{_H}ln_1."),
+    *_conv1d("self_attention.linear_qkv", "attn.c_attn", "transposed_qkv", "fused_qkv"),
+    *_conv1d("self_attention.linear_proj", "attn.c_proj"),
+    *pair(f"{LAYER}mlp.linear_fc1.layer_norm_", f"{_H}ln_2."),
+    *_conv1d("mlp.linear_fc1", "mlp.c_fc"),
+    *_conv1d("mlp.linear_fc2", "mlp.c_proj"),
     *pair("decoder.final_layernorm.", "transformer.ln_f."),
-    TensorMap(
-        "output_layer.weight",
-        ("lm_head.weight",),
-        vocab=True,
-        when="untie_embeddings_and_output_weights",
-    ),
+    head("lm_head.weight"),
 )
 
 
@@ -98,20 +83,15 @@ def _gpt_neox(config: HfConfig) -> dict[str, Any]:
 _NEOX = "gpt_neox.layers.{}."
 _GPT_NEOX_TENSORS = (
     TensorMap("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",), vocab=True),
-    *pair(f"{_LAYER}self_attention.linear_qkv.layer_norm_", f"{_NEOX}input_layernorm."),
+    *pair(f"{LAYER}self_attention.linear_qkv.layer_norm_", f"{_NEOX}input_layernorm."),
     # Q, K and V of a head lie together, as in Megatron-LM, where GPT-NeoX comes from.
-    *pair(f"{_LAYER}self_attention.linear_qkv.", f"{_NEOX}attention.query_key_value."),
-    *pair(f"{_LAYER}self_attention.linear_proj.", f"{_NEOX}attention.dense."),
-    *pair(f"{_LAYER}mlp.linear_fc1.layer_norm_", f"{_NEOX}post_attention_layernorm."),
-    *pair(f"{_LAYER}mlp.linear_fc1.", f"{_NEOX}mlp.dense_h_to_4h."),
-    *pair(f"{_LAYER}mlp.linear_fc2.", f"{_NEOX}mlp.dense_4h_to_h."),
+    *pair(f"{LAYER}self_attention.linear_qkv.", f"{_NEOX}attention.query_key_value."),
+    *pair(f"{LAYER}self_attention.linear_proj.", f"{_NEOX}attention.dense."),
+    *pair(f"{LAYER}mlp.linear_fc1.layer_norm_", f"{_NEOX}post_attention_layernorm."),
+    *pair(f"{LAYER}mlp.linear_fc1.", f"{_NEOX}mlp.dense_h_to_4h."),
+    *pair(f"{LAYER}mlp.linear_fc2.", f"{_NEOX}mlp.dense_4h_to_h."),
     *pair("decoder.final_layernorm.", "gpt_neox.final_layer_norm."),
-    TensorMap(
-        "output_layer.weight",
-        ("embed_out.weight",),
-        vocab=True,
-        when="untie_embeddings_and_output_weights",
-    ),
+    head("embed_out.weight"),
 )
 
 FAMILIES = (

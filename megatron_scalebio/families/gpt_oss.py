@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_scalebio.families.base import Family, HfConfig, TensorMap, pair, sliding_window
+from megatron_scalebio.families.base import (
+    HF_LAYER,
+    LAYER,
+    Family,
+    HfConfig,
+    TensorMap,
+    pair,
+    rows,
+    sliding_window,
+)
 from megatron_scalebio.families.experts import no_losses
 from megatron_scalebio.families.llama import TENSORS, common_fields
 
-_LAYER, _HF_LAYER = "decoder.layers.{}.", "model.layers.{}."
-_EXPERTS, _HF_EXPERTS = f"{_LAYER}mlp.experts.experts.", f"{_HF_LAYER}mlp.experts."
+_EXPERTS, _HF_EXPERTS = f"{LAYER}mlp.experts.experts.", f"{HF_LAYER}mlp.experts."
 _TENSORS = (
     *(row for row in TENSORS if ".mlp." not in row.megatron),
-    TensorMap(f"{_LAYER}self_attention.linear_proj.bias", (f"{_HF_LAYER}self_attn.o_proj.bias",)),
-    TensorMap(
-        f"{_LAYER}self_attention.core_attention.softmax_offset", (f"{_HF_LAYER}self_attn.sinks",)
+    *rows(
+        {
+            "self_attention.linear_proj.bias": "self_attn.o_proj.bias",
+            "self_attention.core_attention.softmax_offset": "self_attn.sinks",
+            "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+        }
     ),
-    TensorMap(
-        f"{_LAYER}pre_mlp_layernorm.weight", (f"{_HF_LAYER}post_attention_layernorm.weight",)
-    ),
-    *pair(f"{_LAYER}mlp.router.", f"{_HF_LAYER}mlp.router."),
+    *pair(f"{LAYER}mlp.router.", f"{HF_LAYER}mlp.router."),
     *(
         TensorMap(f"{_EXPERTS}{megatron}", (f"{_HF_EXPERTS}{hf}[{{}}]",), rule)
         for megatron, hf, rule in (

@@ -5,57 +5,54 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_scalebio.families.base import Family, HfConfig, TensorMap, rope, sliding_window
-
-_LAYER = "decoder.layers.{}."
-_HF_LAYER = "model.layers.{}."
+from megatron_scalebio.families.base import (
+    HF_LAYER,
+    LAYER,
+    Family,
+    HfConfig,
+    TensorMap,
+    head,
+    rope,
+    rows,
+    sliding_window,
+)
 
 
 def _qkv(kind: str, **keywords: Any) -> TensorMap:
-    parts = tuple(f"{_HF_LAYER}self_attn.{p}_proj.{kind}" for p in "qkv")
-    return TensorMap(f"{_LAYER}self_attention.linear_qkv.{kind}", parts, "qkv", **keywords)
+    parts = tuple(f"{HF_LAYER}self_attn.{p}_proj.{kind}" for p in "qkv")
+    return TensorMap(f"{LAYER}self_attention.linear_qkv.{kind}", parts, "qkv", **keywords)
 
 
 # The layer names that all families with Llama's MLP and RMSNorm share.
 COMMON = (
     TensorMap("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocab=True),
-    TensorMap(
-        f"{_LAYER}self_attention.linear_qkv.layer_norm_weight",
-        (f"{_HF_LAYER}input_layernorm.weight",),
-    ),
+    *rows({"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight"}),
     _qkv("weight"),
-    *(
-        TensorMap(
-            f"{_LAYER}self_attention.{p}_layernorm.weight",
-            (f"{_HF_LAYER}self_attn.{p}_norm.weight",),
-            when="qk_layernorm",
-        )
-        for p in "qk"
+    *rows(
+        {f"self_attention.{p}_layernorm.weight": f"self_attn.{p}_norm.weight" for p in "qk"},
+        when="qk_layernorm",
     ),
-    TensorMap(
-        f"{_LAYER}self_attention.linear_proj.weight", (f"{_HF_LAYER}self_attn.o_proj.weight",)
+    *rows(
+        {
+            "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+            "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+        }
     ),
-    TensorMap(
-        f"{_LAYER}mlp.linear_fc1.weight",
-        (f"{_HF_LAYER}mlp.gate_proj.weight", f"{_HF_LAYER}mlp.up_proj.weight"),
-        "stack_rows",
-    ),
-    TensorMap(f"{_LAYER}mlp.linear_fc2.weight", (f"{_HF_LAYER}mlp.down_proj.weight",)),
     TensorMap("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    TensorMap(
-        "output_layer.weight",
-        ("lm_head.weight",),
-        vocab=True,
-        when="untie_embeddings_and_output_weights",
-    ),
+    head("lm_head.weight"),
 )
 TENSORS = (
     *COMMON,
-    TensorMap(
-        f"{_LAYER}mlp.linear_fc1.layer_norm_weight",
-        (f"{_HF_LAYER}post_attention_layernorm.weight",),
-    ),
+    *rows({"mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight"}),
     _qkv("bias", when="add_qkv_bias"),
+)
+# Norms after a block, under Megatron-Bridge's names.
+POST_NORMS = rows(
+    {
+        "self_attention.linear_proj.post_layernorm.weight": "post_attention_layernorm.weight",
+        "mlp.linear_fc2.post_layernorm.weight": "post_feedforward_layernorm.weight",
+    }
 )
 
 
@@ -132,12 +129,12 @@ def _phi3(config: HfConfig) -> dict[str, Any]:
 
 # q, k and v are one tensor, gate and up another.
 _FUSED = {
-    f"{_LAYER}self_attention.linear_qkv.weight": ("self_attn.qkv_proj.weight", "fused_qkv"),
-    f"{_LAYER}mlp.linear_fc1.weight": ("mlp.gate_up_proj.weight", "copy"),
+    f"{LAYER}self_attention.linear_qkv.weight": ("self_attn.qkv_proj.weight", "fused_qkv"),
+    f"{LAYER}mlp.linear_fc1.weight": ("mlp.gate_up_proj.weight", "copy"),
 }
 _PHI3_TENSORS = (
     *(row for row in TENSORS if row.megatron not in _FUSED),
-    *(TensorMap(name, (f"{_HF_LAYER}{hf}",), rule) for name, (hf, rule) in _FUSED.items()),
+    *(TensorMap(name, (f"{HF_LAYER}{hf}",), rule) for name, (hf, rule) in _FUSED.items()),
 )
 
 

@@ -5,20 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from megatron_scalebio.families.base import Family, HfConfig, TensorMap, layered_rope
-from megatron_scalebio.families.llama import COMMON, silu_fields
+from megatron_scalebio.families.base import Family, HfConfig, layered_rope
+from megatron_scalebio.families.llama import COMMON, POST_NORMS, silu_fields
 
-_NORMS = {
-    # Megatron-Bridge's names of the norms after a block.
-    "self_attention.linear_proj.post_layernorm": "post_attention_layernorm",
-    "mlp.linear_fc2.post_layernorm": "post_feedforward_layernorm",
-}
 _TENSORS = (
     *(row for row in COMMON if not row.megatron.endswith("layer_norm_weight")),
-    *(
-        TensorMap(f"decoder.layers.{{}}.{megatron}.weight", (f"model.layers.{{}}.{hf}.weight",))
-        for megatron, hf in _NORMS.items()
-    ),
+    *POST_NORMS,
 )
 
 
