@@ -15,6 +15,8 @@ from megatron_scalebio.config.experts import options_of_experts
 from megatron_scalebio.config.latent import OPTIONS as LATENT_OPTIONS
 from megatron_scalebio.model.provider import padded_vocab_size
 from megatron_scalebio.model.settings import (
+    MODEL_OPTIONS,
+    by_name,
     default_ffn_hidden_size,
     fuses_activation,
     latent_settings,
@@ -43,6 +45,17 @@ _WITHOUT: dict[str, Any] = {
     "squared_relu": False,
     "use_legacy_models": False,
 }
+# Options that go on under their own names. Megatron-Bridge asks for the epsilon by an old name of
+# Megatron-LM's, and both loaders so for the norms' `1p`.
+_MODEL_OPTIONS = (
+    "rotary_base", "rotary_percent", "norm_epsilon", "swiglu", "multi_latent_attention",
+    "apply_layernorm_1p", "untie_embeddings_and_output_weights", "make_vocab_size_divisible_by",
+)  # fmt: skip
+_PARALLEL_OPTIONS = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+    "num_layers_per_virtual_pipeline_stage", "fp8_recipe", "fp8_param_gather", "bf16",
+    "use_distributed_optimizer",
+)  # fmt: skip
 
 
 def megatron_args(
@@ -58,60 +71,30 @@ def megatron_args(
     args = argparse.Namespace(
         **_WITHOUT,
         **_tokenizer(tokenizer),
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
+        **by_name(model, *MODEL_OPTIONS, *_MODEL_OPTIONS, *LATENT_OPTIONS),
+        **by_name(parallel, *_PARALLEL_OPTIONS),
         ffn_hidden_size=model.ffn_hidden_size or default_ffn_hidden_size(config),
-        num_attention_heads=model.num_attention_heads,
         group_query_attention=model.num_query_groups is not None,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
         kv_channels=model.head_channels,
         seq_length=config.data.seq_length,
         max_position_embeddings=model.max_position_embeddings or config.data.seq_length,
-        rotary_base=model.rotary_base,
-        rotary_percent=model.rotary_percent,
         **_positions(model),
-        normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
-        norm_epsilon=model.norm_epsilon,  # by its old name, as Megatron-Bridge asks for it
-        swiglu=model.swiglu,
         quick_geglu=model.activation == "quick_geglu" and not model.swiglu,
-        activation_func_clamp_value=model.activation_func_clamp_value,
-        glu_linear_offset=model.glu_linear_offset,
-        softmax_type=model.softmax_type,
-        add_bias_linear=model.add_bias_linear,
-        add_qkv_bias=model.add_qkv_bias,
-        qk_layernorm=model.qk_layernorm,
-        multi_latent_attention=model.multi_latent_attention,
-        **{name: getattr(model, name) for name in LATENT_OPTIONS},
         layernorm_zero_centered_gamma=model.apply_layernorm_1p,
-        apply_layernorm_1p=model.apply_layernorm_1p,  # the old name, which both loaders ask for
         window_size=None if model.window_size is None else tuple(model.window_size),
-        window_attn_skip_freq=model.window_attn_skip_freq,
-        hidden_dropout=model.hidden_dropout,
-        attention_dropout=model.attention_dropout,
-        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
         padded_vocab_size=padded_vocab_size(config, vocab_size),
-        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        num_layers_per_virtual_pipeline_stage=parallel.num_layers_per_virtual_pipeline_stage,
-        context_parallel_size=parallel.context_parallel_size,
         **_experts(config),
         overlap_p2p_comm=parallel.num_layers_per_virtual_pipeline_stage is not None,
         cp_comm_type=["p2p"],
         transformer_impl="transformer_engine" if uses_transformer_engine(config) else "local",
         fp8=parallel.fp8_format,
-        fp8_recipe=parallel.fp8_recipe,
         fp4=parallel.fp4_format,
-        fp8_param_gather=parallel.fp8_param_gather,
         bias_swiglu_fusion=fuses_activation(model),
         bias_gelu_fusion=model.activation == "gelu_tanh",  # which that fusion is, too
-        bf16=parallel.bf16,
         params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        micro_batch_size=config.train.micro_batch_size,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.train.seed,
+        **by_name(config.train, "micro_batch_size", "global_batch_size", "seed"),
         dist_ckpt_format="torch_dist",
         use_dist_ckpt=True,
     )

@@ -69,52 +69,49 @@ def _require_recipe(named: str, recipe: str) -> None:
         )
 
 
+# Options of the section `model` that Megatron has under the same names, in its configuration and
+# among its arguments; and those that are in its configuration alone.
+MODEL_OPTIONS = (
+    "num_layers", "hidden_size", "num_attention_heads", "normalization", "qk_layernorm",
+    "activation_func_clamp_value", "glu_linear_offset", "add_bias_linear", "add_qkv_bias",
+    "window_attn_skip_freq", "softmax_type", "hidden_dropout", "attention_dropout",
+)  # fmt: skip
+_MORE_MODEL_OPTIONS = (
+    "kv_channels", "pre_norms", "post_norms", "qk_layernorm_whole", "parallel_residual",
+    "no_rope_freq", "softmax_scale", "attn_logit_softcapping",
+)  # fmt: skip
+_PARALLEL_OPTIONS = (
+    "sequence_parallel", "bf16", "fp8_recipe", "recompute_granularity", "recompute_method",
+    "recompute_num_layers",
+)  # fmt: skip
+
+
+def by_name(section: Any, *names: str) -> dict[str, Any]:
+    """Options of a section that go on under their own names."""
+    return {name: getattr(section, name) for name in names}
+
+
 def transformer_config(config: Config) -> ModelSettings:
     """Megatron-Core's configuration of the model, its parallelism and its numerics."""
     model, parallel = config.model, config.parallel
     dtype = torch.bfloat16 if parallel.bf16 else torch.float32
     return ModelSettings(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
+        **by_name(model, *MODEL_OPTIONS, *_MORE_MODEL_OPTIONS),
+        **by_name(parallel, *_PARALLEL_OPTIONS),
         num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.kv_channels,
         ffn_hidden_size=model.ffn_hidden_size or default_ffn_hidden_size(config),
-        normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         layernorm_zero_centered_gamma=model.apply_layernorm_1p,
-        qk_layernorm=model.qk_layernorm,
-        pre_norms=model.pre_norms,
-        post_norms=model.post_norms,
-        qk_layernorm_whole=model.qk_layernorm_whole,
-        parallel_residual=model.parallel_residual,
         gated_linear_unit=model.gated,
-        activation_func_clamp_value=model.activation_func_clamp_value,
-        glu_linear_offset=model.glu_linear_offset,
         activation_func=_activation(model),
-        add_bias_linear=model.add_bias_linear,
-        add_qkv_bias=model.add_qkv_bias,
         window_size=None if model.window_size is None else tuple(model.window_size),
-        window_attn_skip_freq=model.window_attn_skip_freq,
-        no_rope_freq=model.no_rope_freq,
-        softmax_scale=model.softmax_scale,
-        softmax_type=model.softmax_type,
-        attn_logit_softcapping=model.attn_logit_softcapping,
-        hidden_dropout=model.hidden_dropout,
-        attention_dropout=model.attention_dropout,
         **parallel.group_sizes(model.num_layers),
         # Transformer Engine's ring of messages takes no sliding window.
         cp_comm_type="p2p" if model.window_size is None else "all_gather",
-        sequence_parallel=parallel.sequence_parallel,
-        bf16=parallel.bf16,
         fp8=parallel.fp8_format,
-        fp8_recipe=parallel.fp8_recipe,
         fp4=parallel.fp4_format,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        recompute_granularity=parallel.recompute_granularity,
-        recompute_method=parallel.recompute_method,
-        recompute_num_layers=parallel.recompute_num_layers,
         # Micro-batches are padded to their own longest sequence, not to one length for all; except
         # when interleaved, where two stages would swap the announced shapes (see below).
         variable_seq_lengths=parallel.num_layers_per_virtual_pipeline_stage is None,
@@ -161,7 +158,7 @@ def latent_settings(model: ModelConfig) -> dict[str, Any]:
     """Of latent attention, which has rope within itself."""
     if not model.multi_latent_attention:
         return {}
-    settings = {name: getattr(model, name) for name in ("multi_latent_attention", *LATENT_OPTIONS)}
+    settings = by_name(model, "multi_latent_attention", *LATENT_OPTIONS)
     settings |= {"rope_type": "rope", "rotary_base": model.rotary_base}
     scaling = model.rope_scaling
     if scaling is None:
@@ -169,7 +166,7 @@ def latent_settings(model: ModelConfig) -> dict[str, Any]:
     names = ["original_max_position_embeddings", "beta_fast", "beta_slow"]
     names += ["mscale", "mscale_all_dim"] if scaling.mscale is not None else []
     yarn = {"rope_type": "yarn", "rotary_scaling_factor": scaling.factor}
-    return {**settings, **yarn, **{name: getattr(scaling, name) for name in names}}
+    return {**settings, **yarn, **by_name(scaling, *names)}
 
 
 def scoring_config(megatron: ModelSettings) -> ModelSettings:
@@ -225,16 +222,11 @@ def optimizer_config(config: Config) -> OptimizerConfig:
     rates, parallel = config.optimizer, config.parallel
     return OptimizerConfig(
         optimizer="adam",
-        lr=rates.lr,
-        min_lr=rates.min_lr,
-        weight_decay=rates.weight_decay,
-        adam_beta1=rates.adam_beta1,
-        adam_beta2=rates.adam_beta2,
-        adam_eps=rates.adam_eps,
-        clip_grad=rates.clip_grad,
-        bf16=parallel.bf16,
+        **by_name(
+            rates, "lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps",
+            "clip_grad",
+        ),
+        **by_name(parallel, "bf16", "use_distributed_optimizer", "overlap_param_gather"),
         params_dtype=torch.bfloat16 if parallel.bf16 else torch.float32,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_param_gather=parallel.overlap_param_gather,
         fp8_recipe=parallel.fp8_recipe if parallel.fp8_format else None,
-    )
+    )  # fmt: skip
