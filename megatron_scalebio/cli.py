@@ -206,7 +206,3 @@ def _nearest(flag: str, known: list[str]) -> str:
         return f"did you mean {ours}?"
     near = difflib.get_close_matches(flag.partition("=")[0], known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else "see --help"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

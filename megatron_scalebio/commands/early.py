@@ -19,9 +19,6 @@ def refuse_wrong_paths(config: Config) -> None:
     """Refuses what a run reads and is not there, and an output that can't be a folder.
 
     What it reads of the model is `refuse_missing_start`'s.
-
-    Raises:
-        UserError: naming it.
     """
     if not launcher.speaks_for_all():
         return
@@ -40,11 +37,7 @@ def refuse_wrong_paths(config: Config) -> None:
 
 
 def refuse_missing_start(config: Config) -> None:
-    """Refuses a pretrained checkpoint that a run is to start from, if it is none.
-
-    Raises:
-        UserError: naming it.
-    """
+    """Refuses a pretrained checkpoint that a run is to start from, if it is none."""
     start = config.model.pretrained_checkpoint
     if start and launcher.speaks_for_all() and not _goes_on(config):
         find_checkpoint(Path(start))
@@ -57,11 +50,7 @@ def _goes_on(config: Config) -> bool:
 
 
 def refuse_missing_sets(config: Config) -> None:
-    """Refuses a source, validation or test set that is not there.
-
-    Raises:
-        UserError: naming it.
-    """
+    """Refuses a source, validation or test set that is not there."""
     if launcher.speaks_for_all():
         data = config.data
         of_sources = [source.path for source in data.sources[:_LOOKED_AT]]

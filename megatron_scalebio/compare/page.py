@@ -55,7 +55,7 @@ def headline(methods: list[dict[str, Any]]) -> str:
     if behind is None:
         return f"{said}; {second['name']}, next, was run with other seeds."
     ahead = _seeds_ahead(best, second)
-    if _equal(best, second):
+    if _equal(second):
         names = f"{best['name']} and {second['name']}"
         return f"{names} end at the same test loss, {best['test_loss']['mean']:.4f}."
     return (
@@ -120,7 +120,7 @@ def _three(seeds: list[int]) -> list[int]:
     return [*seeds, *(seed for seed in range(3) if seed not in seeds)][:3]
 
 
-def _equal(best: dict[str, Any], other: dict[str, Any]) -> bool:
+def _equal(other: dict[str, Any]) -> bool:
     """To the digits that are shown: their training sets may have been the same."""
     behind = other["behind"]
     return behind is not None and abs(behind["mean"]) < _SHOWN and not behind["sd"]
@@ -128,7 +128,7 @@ def _equal(best: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _within_noise(best: dict[str, Any], other: dict[str, Any]) -> bool:
     behind, seeds = other["behind"], _seeds_ahead(best, other)[1]
-    if _equal(best, other):
+    if _equal(other):
         return True
     if behind is None or behind["sd"] is None:
         return False

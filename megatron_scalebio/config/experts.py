@@ -9,11 +9,7 @@ from megatron_scalebio.errors import UserError
 
 
 def check_experts(model: Any) -> None:
-    """Refuses options of a `ModelConfig` with experts that do not go together.
-
-    Raises:
-        UserError: naming the field, its value and the fix.
-    """
+    """Refuses options of a `ModelConfig` with experts that do not go together."""
     require_positive(
         model, "moe_router_bias_update_rate", "moe_aux_loss_coeff", "moe_z_loss_coeff", or_zero=True
     )
@@ -89,11 +85,7 @@ def options_of_experts(model: Any) -> dict[str, Any]:
 
 
 def check_expert_layout(model: Any, parallel: Any, world_size: int) -> None:
-    """Refuses a layout that the model's experts do not fit.
-
-    Raises:
-        UserError: naming the field, its value and the fix.
-    """
+    """Refuses a layout that the model's experts do not fit."""
     ep, tp = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
     etp = parallel.expert_tp
     if model.num_experts is None:

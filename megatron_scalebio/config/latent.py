@@ -16,11 +16,7 @@ _WITHOUT = (
 
 
 def check_latent(model: Any) -> None:
-    """Refuses options of a `ModelConfig` that do not go with latent attention, or without it.
-
-    Raises:
-        UserError: naming the field, its value and the fix.
-    """
+    """Refuses options of a `ModelConfig` that do not go with latent attention, or without it."""
     defaults = {name: spec.default for name, spec in model.__dataclass_fields__.items()}
     if not model.multi_latent_attention:
         for name in OPTIONS:
@@ -71,11 +67,7 @@ def _check_rope(model: Any) -> None:
 
 
 def check_latent_layout(model: Any, parallel: Any) -> None:
-    """Refuses a layout that latent attention does not fit.
-
-    Raises:
-        UserError: naming the field, its value and the fix.
-    """
+    """Refuses a layout that latent attention does not fit."""
     tp = parallel.tensor_model_parallel_size
     if not model.multi_latent_attention or tp == 1:
         return

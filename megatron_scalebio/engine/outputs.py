@@ -165,30 +165,6 @@ def write_start(state: RunState, config: Config, folder: Path, parameters: int) 
     return run
 
 
-def weight_entries(
-    sources: Sequence[Source],
-    weight_S: Sequence[float],
-    initial_S: Sequence[float],
-    low_S: Sequence[float] | None = None,
-    high_S: Sequence[float] | None = None,
-) -> list[dict[str, Any]]:
-    """The sources as weights.json lists them; methods without intervals have null there."""
-    nothing = [None] * len(sources)
-    rows = zip(sources, weight_S, low_S or nothing, high_S or nothing, initial_S, strict=True)
-    return [
-        {
-            "name": source.name,
-            "path": source.prefix,
-            "examples": len(source),
-            "weight": weight,
-            "ci_low": low,
-            "ci_high": high,
-            "initial_weight": initial,
-        }
-        for source, weight, low, high, initial in rows
-    ]
-
-
 def cost_entry(cost: TokenCost) -> dict[str, int]:
     """What finding the weights took: tokens of all ranks."""
     return {"trained_tokens": cost.trained, "scored_tokens": cost.scored}

@@ -143,10 +143,6 @@ class Data:
         given = [source.initial_weight for source in self.config.data.sources]
         return [1.0 if weight is None else weight for weight in given]
 
-    def facts(self) -> dict[str, object]:
-        """What the banner says of the weights that the run begins with."""
-        return {} if self.former is None else {"weights": self.former.described()}
-
 
 class RunState:
     """The state of a run on this rank.

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs.records import METRICS_FILE, read_records
@@ -31,17 +31,6 @@ ARTIFACTS = (
 )  # fmt: skip
 _PARAMS_A_CALL = 100  # MLflow's limit
 _PARAM_CHARS = 6000
-
-
-class Tracker(Protocol):
-    """A service that a run is logged to."""
-
-    id: str
-    failures: tuple[type[Exception], ...]  # a service that is away, not a mistake here
-
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
-    def finish(self, rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None: ...
-    def close(self, failed: bool) -> None: ...
 
 
 class Trackers:
@@ -58,7 +47,7 @@ class Trackers:
 
     def __init__(self, folder: Path, options: Any, config: Mapping[str, Any]) -> None:
         self._folder, self._interval = folder, options.tensorboard_log_interval
-        self._trackers: list[Tracker] = []
+        self._trackers: list[_Wandb | _Mlflow] = []
         # A run that resumes makes the steps since its checkpoint again, to the same values.
         metrics = folder / METRICS_FILE
         records = read_records(metrics) if metrics.is_file() else ()
@@ -145,7 +134,11 @@ def _library(name: str, field: str) -> Any:
 
 
 class _Wandb:
-    """A run of Weights & Biases. Their library sends in a process of its own."""
+    """A run of Weights & Biases. Their library sends in a process of its own.
+
+    Attributes:
+        failures: of a service that is away, not mistakes here.
+    """
 
     def __init__(
         self, folder: Path, project: str, name: str, run_id: str, config: Mapping[str, Any]

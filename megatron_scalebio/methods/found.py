@@ -93,9 +93,23 @@ def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, A
     verdict = found.verdict or Verdict(
         False, "; ".join([f"{method} gives no intervals", *found.remarks])
     )
-    entries = outputs.weight_entries(
-        found.sources, found.weight_S, found.initial_S, found.low_S, found.high_S
-    )
+    nothing = [None] * len(found.sources)
+    rows = zip(
+        found.sources, found.weight_S, found.low_S or nothing, found.high_S or nothing,
+        found.initial_S, strict=True,
+    )  # fmt: skip
+    entries: list[dict[str, Any]] = [
+        {
+            "name": source.name,
+            "path": source.prefix,
+            "examples": len(source),
+            "weight": weight,
+            "ci_low": low,
+            "ci_high": high,
+            "initial_weight": initial,
+        }
+        for source, weight, low, high, initial in rows
+    ]
     passes = epochs(config, found.sources, found.weight_S)
     target: dict[str, Any] = {}
     if passes is not None:

@@ -355,16 +355,10 @@ def _facts(state: TrainState) -> dict[str, object]:
     train, bilevel = config.train, config.bilevel
     target = target_examples(config, state.data.sources)
     repeated = f"{quantity(target)} examples, at most {config.data.max_epochs:g} passes of a source"
+    former, groups = state.data.former, ", ".join(f"{len(g.names):,}" for g in state.levels)
     return {
-        **state.data.facts(),
-        **(
-            {
-                "groups": ", ".join(f"{len(level.names):,}" for level in state.levels)
-                + " above the sources"
-            }
-            if state.levels
-            else {}
-        ),
+        **({} if former is None else {"weights": former.described()}),
+        **({"groups": f"{groups} above the sources"} if groups else {}),
         **goal_told(config),
         **({} if target is None else {"target": repeated}),
         "steps": f"{train.train_iters} of {train.global_batch_size} training and "

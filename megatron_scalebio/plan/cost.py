@@ -19,8 +19,6 @@ from megatron_scalebio.plan.holdings import ADAM, GRADIENTS, MASTERS
 from megatron_scalebio.plan.layout import Layout
 from megatron_scalebio.plan.rehearsal import StageMemory
 
-DEFAULT_MFU = 0.4
-
 
 @dataclass(frozen=True)
 class StepCost:

@@ -13,10 +13,8 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
-from megatron_scalebio.core.sampler import shuffled_index
+from megatron_scalebio.core.sampler import Floats, Ints, shuffled_index
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 _CHUNK = 1 << 16
 
 

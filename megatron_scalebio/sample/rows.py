@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_scalebio.core.sampler import Ints
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_config import EncodeConfig
 from megatron_scalebio.data.encode_pool import Batch, EncodePool
@@ -37,7 +38,6 @@ from megatron_scalebio.sample.contamination import (
     whole_text,
 )
 
-Ints = npt.NDArray[np.int64]
 Statuses = npt.NDArray[np.uint8]
 OnProgress = Callable[[Progress], None]
 

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from megatron_scalebio.core.sampler import Ints
 from megatron_scalebio.data.example_weights import EXAMPLE_WEIGHTS_FILE, read_example_weights
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.sample.inputs import locate
-
-Ints = npt.NDArray[np.int64]
 
 
 def selected_by_score(
