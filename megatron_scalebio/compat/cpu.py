@@ -20,22 +20,18 @@ import torch.utils._device
 from megatron_scalebio.compat import require
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint")
-_adapted = False
 
 
+@functools.cache
 def adapt() -> None:
     """Adapts torch once. Call before Megatron-Core builds anything."""
-    global _adapted
     assert not torch.cuda.is_available(), "cpu.adapt() is for machines without CUDA"
-    if _adapted:
-        return
     _adapt_random_states()
     _adapt_optimizers()
     _adapt_devices()
     _adapt_experts()
     # Megatron-Core compiles some functions, which takes a C++ compiler and longer than they do.
     torch.compiler.set_stance("force_eager")
-    _adapted = True
 
 
 def _adapt_devices() -> None:

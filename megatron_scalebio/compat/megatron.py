@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 from collections.abc import Callable
 from multiprocessing.managers import SyncManager
@@ -37,22 +38,19 @@ _BORROWED: list[tuple[Any, ...]] = [
     (TopKRouter, "_apply_expert_bias"),
     (TransformerLayer, "_forward_attention", "_forward_pre_mlp_layernorm", "_forward_post_mlp"),
 ]  # fmt: skip
-_adapted = False
 
 
+@functools.cache
 def adapt() -> None:
     """Fixes Megatron once, and checks that it has what is borrowed here. Call as a run begins.
 
     Raises:
         UserError: if it has not.
     """
-    global _adapted
-    if not _adapted:
-        for owner, *names in _BORROWED:
-            require(owner, *names)
-        _complete_adam_state()
-        rope_utils._apply_rotary_pos_emb_thd = rotated_at_once
-        _adapted = True
+    for owner, *names in _BORROWED:
+        require(owner, *names)
+    _complete_adam_state()
+    rope_utils._apply_rotary_pos_emb_thd = rotated_at_once
 
 
 def _complete_adam_state() -> None:

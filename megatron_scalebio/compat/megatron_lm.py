@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,18 +12,14 @@ from megatron.core.datasets import utils
 
 from megatron_scalebio import compat
 
-_adapted = False
 
-
+@functools.cache
 def adapt() -> None:
     """Prepares Megatron-Core and Megatron-LM once; call it before arguments are read.
 
     Raises:
         UserError: if it is another Megatron than the package is written for.
     """
-    global _adapted
-    if _adapted:
-        return
     compat.adapt()
     compat.require(utils, "compile_helpers")
     if not Path(utils.__file__).with_name("Makefile").exists():
@@ -33,4 +30,3 @@ def adapt() -> None:
         cuda.set_device = lambda device: None
         # From this generation on it asks nothing of CUDA_DEVICE_MAX_CONNECTIONS.
         cuda.get_device_properties = lambda device: SimpleNamespace(major=10)
-    _adapted = True

@@ -26,6 +26,7 @@ from megatron_scalebio.plan.rehearsal import StageMemory, rehearse
 
 _PERIODS = 32  # enough to see the largest share of active layers that a stage gets
 _TRAIN = 1
+_WITHIN_A_PASS = ("TP", "CP", "EP")
 # Quantities by name, in bytes, FLOPs or parameters. A Counter would drop negative differences.
 Sizes = dict[str, float]
 
@@ -137,9 +138,7 @@ def _sizes(memory: StageMemory, in_flight: int) -> Sizes:
         LOGITS: logits,
         "communication": memory.communication_bytes,
         "flops": memory.flops_per_pass,
-        "TP": memory.sent_per_pass_bytes["TP"],
-        "CP": memory.sent_per_pass_bytes["CP"],
-        "EP": memory.sent_per_pass_bytes["EP"],
+        **{link: memory.sent_per_pass_bytes[link] for link in _WITHIN_A_PASS},
         "DP": memory.sent_per_step_bytes["DP"],
         "parameters": memory.parameters,
         "trainable": memory.trainable,
@@ -185,9 +184,7 @@ def _stage(
         communication_bytes=int(parts.only["communication"] + parts.active["communication"]),
         flops_per_pass=sizes["flops"],
         sent_per_pass_bytes={
-            "TP": int(sizes["TP"]),
-            "CP": int(sizes["CP"]),
-            "EP": int(sizes["EP"]),
+            **{link: int(sizes[link]) for link in _WITHIN_A_PASS},
             "PP": 2 * boundary_bytes,
         },
         sent_per_step_bytes={

@@ -271,12 +271,9 @@ def _finite(reduce: Any, values: NDArray[Any]) -> float | None:
 
 
 def _seconds_between(started: Any, ended: Any) -> float | None:
-    """None unless both are times: epoch seconds or ISO 8601, both of a kind."""
+    """None unless both are times, ISO 8601."""
     try:
-        if isinstance(started, str) and isinstance(ended, str):
-            span = (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
-        else:
-            span = float(ended) - float(started)
+        span = (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
     except (TypeError, ValueError):
         return None
     return span if span > 0 else None
