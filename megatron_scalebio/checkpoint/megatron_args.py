@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from megatron_scalebio.config import Config, ModelConfig
+from megatron_scalebio.config.checks import by_name
 from megatron_scalebio.config.experts import options_of_experts
 from megatron_scalebio.config.latent import OPTIONS as LATENT_OPTIONS
 from megatron_scalebio.model.provider import padded_vocab_size
 from megatron_scalebio.model.settings import (
     MODEL_OPTIONS,
-    by_name,
     default_ffn_hidden_size,
     fuses_activation,
     latent_settings,

@@ -19,7 +19,7 @@ from megatron_scalebio import config_loader, launcher
 from megatron_scalebio.checkpoint.folder import find_checkpoint
 from megatron_scalebio.commands.early import refuse_missing_sets
 from megatron_scalebio.config import Config
-from megatron_scalebio.config.checks import require_at_least
+from megatron_scalebio.config.checks import by_name, require_at_least
 from megatron_scalebio.data.scan import prepared_length
 from megatron_scalebio.errors import EXIT_OK, UserError, not_a_folder
 from megatron_scalebio.evaluate.answers import answer_all
@@ -177,12 +177,9 @@ def _benchmark_config(args: argparse.Namespace) -> BenchmarkConfig:
     return BenchmarkConfig(
         tasks=tuple(dict.fromkeys(args.tasks)),
         data=data,
-        limit=args.limit,
-        num_fewshot=args.num_fewshot,
-        chat=args.chat,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        allow_download=args.allow_download,
+        **by_name(
+            args, "limit", "num_fewshot", "chat", "max_new_tokens", "batch_size", "allow_download"
+        ),
     )
 
 

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_scalebio import launcher
+from megatron_scalebio.config.checks import by_name
 from megatron_scalebio.data.encode_config import BAD_RECORDS, TOO_LONG
 from megatron_scalebio.data.inputs import parse_inputs
 from megatron_scalebio.data.prepare import PrepareConfig, Progress, cores, prepare
@@ -89,16 +90,13 @@ def encode_options(args: argparse.Namespace) -> dict[str, Any]:
     named = args.ignore_fields
     fields = [name for value in named or () for name in value.split(",") if name]
     return {
-        "format": args.format,
-        "text_key": args.text_key,
         "columns": parse_columns(args.map),
         "ignore_fields": tuple(fields) if fields or named is None else (ALL_FIELDS,),
-        "bad_records": args.bad_records,
-        "seq_length": args.seq_length,
-        "too_long": args.too_long,
-        "train_on_prompt": args.train_on_prompt,
-        "chat_template": args.chat_template,
-    }
+        **by_name(
+            args, "format", "text_key", "bad_records", "seq_length", "too_long", "train_on_prompt",
+            "chat_template",
+        ),
+    }  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,14 +108,12 @@ def run(args: argparse.Namespace) -> int:
     config = PrepareConfig(
         out=Path(args.out),
         sources=tuple(source for value in args.input for source in parse_inputs(value)),
-        tokenizer=args.tokenizer,
-        train_sentencepiece=args.train_sentencepiece,
         **encode_options(args),
-        max_examples=args.max_examples,
-        workers=args.workers,
-        overwrite=args.overwrite,
-        allow_download=args.allow_download,
-    )
+        **by_name(
+            args, "tokenizer", "train_sentencepiece", "max_examples", "workers", "overwrite",
+            "allow_download",
+        ),
+    )  # fmt: skip
     return run_config(config)
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from megatron_scalebio import launcher
 from megatron_scalebio.commands.prepare import add_record_options, encode_options
-from megatron_scalebio.config.checks import require_name
+from megatron_scalebio.config.checks import by_name, require_name
 from megatron_scalebio.data.encode_config import TOO_LONG
 from megatron_scalebio.data.inputs import exists
 from megatron_scalebio.data.prepare import Progress
@@ -95,19 +95,15 @@ def run(args: argparse.Namespace) -> int:
     config = SampleConfig(
         out=Path(args.out),
         sources=sources,
-        num_samples=args.num_samples,
-        per_source=args.per_source,
         exclude=(*exclude, *map(_named, args.exclude)),
-        seed=args.seed,
-        max_epochs=args.max_epochs,
-        ngram=args.ngram,
         # What was chosen are prepared examples.
         from_tokens=args.from_tokens or any(s.selected is not None for s in sources),
-        tokenizer=args.tokenizer,
         **encode_options(args),
-        workers=args.workers,
-        overwrite=args.overwrite,
-    )
+        **by_name(
+            args, "num_samples", "per_source", "seed", "max_epochs", "ngram", "tokenizer",
+            "workers", "overwrite",
+        ),
+    )  # fmt: skip
     quiet = not launcher.is_first_rank()
     console = Console(stderr=True, quiet=quiet)
     try:

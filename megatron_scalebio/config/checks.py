@@ -19,6 +19,11 @@ def option(default: Any, help: str) -> Any:
     return field(metadata={"help": help}, **factory)
 
 
+def by_name(given: Any, *names: str) -> dict[str, Any]:
+    """Options of a section, or flags, that go on under their own names."""
+    return {name: getattr(given, name) for name in names}
+
+
 class Quantity(float):
     """A number that may be written as 20B, 1.5T, 300k or 64M."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_scalebio.config.checks import pattern_of_layers, require_positive
+from megatron_scalebio.config.checks import by_name, pattern_of_layers, require_positive
 from megatron_scalebio.errors import UserError
 
 
@@ -80,8 +80,7 @@ def refuse_without_experts(model: Any) -> None:
 
 def options_of_experts(model: Any) -> dict[str, Any]:
     """Megatron's options of experts by its names; their number, `num_experts`, apart."""
-    names = (name for name in model.__dataclass_fields__ if name.startswith("moe_"))
-    return {name: getattr(model, name) for name in names}
+    return by_name(model, *(n for n in model.__dataclass_fields__ if n.startswith("moe_")))
 
 
 def check_expert_layout(model: Any, parallel: Any, world_size: int) -> None:

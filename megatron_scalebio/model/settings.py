@@ -15,6 +15,7 @@ from megatron.core.optimizer import OptimizerConfig
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
+from megatron_scalebio.config.checks import by_name
 from megatron_scalebio.config.experts import options_of_experts
 from megatron_scalebio.config.latent import OPTIONS as LATENT_OPTIONS
 from megatron_scalebio.config.model import ModelConfig
@@ -84,11 +85,6 @@ _PARALLEL_OPTIONS = (
     "sequence_parallel", "bf16", "fp8_recipe", "recompute_granularity", "recompute_method",
     "recompute_num_layers",
 )  # fmt: skip
-
-
-def by_name(section: Any, *names: str) -> dict[str, Any]:
-    """Options of a section that go on under their own names."""
-    return {name: getattr(section, name) for name in names}
 
 
 def transformer_config(config: Config) -> ModelSettings:
