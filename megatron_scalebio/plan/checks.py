@@ -13,7 +13,6 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.utils import unwrap_model
@@ -63,21 +62,17 @@ def _build(config: Config, layout: Layout, stage: int, place: int) -> Built:
         chunks = build_model(config, settings_for(config, layout.gpu.cuda), config.model.vocab_size)
     shards: dict[Shard, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for chunk in chunks:
-        state = unwrap_model(chunk).sharded_state_dict()
+    layers: list[int] = []
+    for gpt in map(unwrap_model, chunks):
+        layers += [layer.layer_number - 1 for layer in gpt.decoder.layers]
+        state = gpt.sharded_state_dict()
         apply_factories(state)
         for tensor in nested_values(state):
             if isinstance(tensor, ShardedTensor):
                 shards[tensor.key, tuple(tensor.global_offset)] = math.prod(tensor.local_shape)
                 shapes[tensor.key] = tuple(tensor.global_shape)
-    layers = [one for chunk in chunks for one in _layers(chunk)]
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     return Built(place, stage, tuple(layers), parameters, shards, shapes)
-
-
-def _layers(chunk: torch.nn.Module) -> list[int]:
-    gpt = unwrap_model(chunk)
-    return [layer.layer_number - 1 for layer in gpt.decoder.layers]
 
 
 def problems(config: Config, plan: Plan, ranks: list[Built]) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,18 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 WORKSPACE, LOGITS, PIPELINE = "workspace", "logits", "pipeline"
-
-
-@dataclass
-class Traffic:
-    """What a rank sends. Bytes are what leaves it with ring algorithms, by parallelism.
-
-    Attributes:
-        bytes_by_link: "TP", "CP", "PP", "DP" or "other" → bytes.
-    """
-
-    bytes_by_link: Counter[str] = field(default_factory=Counter)
-    messages: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
 
 class Ledger(TorchDispatchMode):
@@ -48,7 +35,9 @@ class Ledger(TorchDispatchMode):
         self.peak_bytes = 0
         self.held: Counter[str] = Counter()  # most bytes held for a backward pass, by kind
         self.flops = 0.0
-        self.traffic = Traffic()
+        # What leaves the rank with ring algorithms, by "TP", "CP", "EP", "PP", "DP" or "other".
+        self.sent_bytes: Counter[str] = Counter()
+        self.messages: list[tuple[str, tuple[int, ...]]] = []
         self._links, self._vocab_shard = links, vocab_shard
         # By storage: kind, bytes, and what keeps the storage or tells of its end.
         self._seen: dict[int, tuple[str, int, Any]] = {}
@@ -79,9 +68,9 @@ class Ledger(TorchDispatchMode):
 
     def on_message(self, name: str, tensor: torch.Tensor) -> None:
         """A pipeline message: the wire of `fake_rank.as_rank`."""
-        self.traffic.messages.append((name, tuple(tensor.shape)))
+        self.messages.append((name, tuple(tensor.shape)))
         if name.startswith("send"):
-            self.traffic.bytes_by_link["PP"] += tensor.nbytes
+            self.sent_bytes["PP"] += tensor.nbytes
         else:
             key = tensor.untyped_storage()._cdata
             if key in self._seen:
@@ -139,7 +128,7 @@ class Ledger(TorchDispatchMode):
             whole = max(_bytes(a) for a in args)
             rounds = 2 if name.startswith("allreduce") else 1
             sent = rounds * whole * (group.size() - 1) / group.size()
-            self.traffic.bytes_by_link[self._links.get(group.group_name, "other")] += int(sent)
+            self.sent_bytes[self._links.get(group.group_name, "other")] += int(sent)
         return work if len(func._schema.returns) == 1 else (args[0], work)
 
 

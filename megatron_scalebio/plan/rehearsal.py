@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -120,37 +118,39 @@ def _rehearse(
         raise UserError(f"{layout}: Megatron-Core refuses it: {reason}") from error
     for chunks in (w, u):
         set_trainable(chunks, active, config.lisa.options())
-    announced = _Announced(_passes(config, layout))
-    period = Period(ddp_config(config), optimizer_config(config), w, u, announced.losses)
-    held, tensors = holdings(w, u, period)
     ledger = Ledger(group_kinds(), padded_vocab_size(config, vocab_size) // layout.tp)
     ledgers.append(ledger)
+    passes = _passes(config, layout)
+    roles = {id(each.batch): each.role for each in passes}
+
+    def losses(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        ledger.begin(ROLE_NAMES[roles[id(batch)]])
+        return gpt_losses(model, batch)
+
+    period = Period(ddp_config(config), optimizer_config(config), w, u, losses)
+    held, tensors = holdings(w, u, period)
     buffers = [b for model in (w, u) for chunk in model for b in chunk.buffers()]
     ledger.ignore([*tensors, *buffers])
-    announced.to = ledger
-    passes = announced.passes
     with ledger:
         flush(period.twins, passes, groups)
         ledger.begin("")
-        flush_sent = Counter(ledger.traffic.bytes_by_link)
+        flush_sent = Counter(ledger.sent_bytes)
         if config.parallel.use_distributed_optimizer:  # what follows the optimizers' step
             for ddp in (ddp for ddps in period.ddp.values() for ddp in ddps):
                 ddp.start_param_sync(force_sync=True)
     communication = _keep_buffers(ledger.held)
-    per_step = ledger.traffic.bytes_by_link - flush_sent
+    per_step = ledger.sent_bytes - flush_sent
     per_step.update({link: n for link, n in flush_sent.items() if link not in PER_PASS})
     parameters = [p for chunk in w for p in chunk.parameters()]
+    layers = [layer for chunk in w for layer in unwrap_model(chunk).decoder.layers]
+    numbers = sorted(layer.layer_number - 1 for layer in layers)
     memory = StageMemory(
         stage=stage,
-        layers=_layers(w, range(config.model.num_layers)),
-        active_layers=_layers(w, range(config.model.num_layers) if active is None else active),
+        layers=tuple(numbers),
+        active_layers=tuple(n for n in numbers if active is None or n in active),
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        layer_parameters=max(
-            sum(p.numel() for p in layer.parameters())
-            for chunk in w
-            for layer in _gpt(chunk).decoder.layers
-        ),
+        layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
         held_bytes=held,
         activation_bytes={kind: n for kind, n in ledger.held.items() if n},
         workspace_bytes=ledger.peak_bytes - ledger.held.total() - communication,
@@ -158,27 +158,13 @@ def _rehearse(
         flops_per_pass=ledger.flops / len(passes),
         sent_per_pass_bytes={k: flush_sent[k] // len(passes) for k in PER_PASS},
         sent_per_step_bytes=dict(per_step),
-        messages=tuple(ledger.traffic.messages),
+        messages=tuple(ledger.messages),
     )
     return memory, [w, u]
 
 
-class _Announced:
-    """Passes that tell the ledger whose forward pass begins."""
-
-    to: Ledger
-
-    def __init__(self, passes: list[Pass]) -> None:
-        self.passes = [replace(each, batch=replace(each.batch)) for each in passes]
-        self._roles = {id(each.batch): each.role for each in self.passes}
-
-    def losses(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-        self.to.begin(ROLE_NAMES[self._roles[id(batch)]])
-        return gpt_losses(model, batch)
-
-
 def _passes(config: Config, layout: Layout) -> list[Pass]:
-    """A step's passes on full sequences; as many as fill the pipeline."""
+    """A step's passes on full sequences, each a batch of its own; as many as fill the pipeline."""
     train, validation = layout.shortest_flush()
     here = config.data.seq_length // layout.cp  # of each sequence
     shape = (config.train.micro_batch_size, here)
@@ -187,7 +173,7 @@ def _passes(config: Config, layout: Layout) -> list[Pass]:
     batch = MicroBatch(ids_BS, ids_BS, torch.ones(shape), ids_BS, group_B, math.prod(shape))
     roles = [Role.TRAIN_U, Role.TRAIN_W] * train + [Role.VALID_W] * validation
     one_B = torch.ones(shape[0], dtype=torch.float64)
-    return [Pass(role, batch, one_B, one_B) for role in roles]
+    return [Pass(role, replace(batch), one_B, one_B) for role in roles]
 
 
 def _keep_buffers(held: Counter[str]) -> int:
@@ -198,13 +184,3 @@ def _keep_buffers(held: Counter[str]) -> int:
     taken = min(size, held[first])
     held[first] -= taken
     return taken
-
-
-def _layers(chunks: list[torch.nn.Module], among: Iterable[int]) -> tuple[int, ...]:
-    """Those of some layers, by their number from 0, that these chunks hold."""
-    here = {layer.layer_number - 1 for chunk in chunks for layer in _gpt(chunk).decoder.layers}
-    return tuple(sorted(here & set(among)))
-
-
-def _gpt(chunk: torch.nn.Module) -> Any:
-    return unwrap_model(chunk)

@@ -86,27 +86,24 @@ def _memory(plan: Plan, stages: range) -> Table:
 def _cost(cost: StepCost, plan: Plan) -> Table:
     table = Table("", Column("seconds", justify="right"), "")
     layout = plan.layout
-    per_pass = max(s.sent_per_pass_bytes["TP"] for s in plan.stages)
     per_step = max(sum(s.sent_per_step_bytes.values()) for s in plan.stages)
-    pipeline = max(s.sent_per_pass_bytes["PP"] for s in plan.stages)
+
+    def in_a_flush(link: str) -> str:
+        per_pass = max(s.sent_per_pass_bytes[link] for s in plan.stages)
+        return f"{gb(per_pass * layout.passes)} GB a rank"
+
     flush = f"{layout.passes} micro-batches a rank: {layout.train} u, {layout.train} w, "
     table.add_row(
         "arithmetic", seconds(cost.compute_s),
         f"{_pflop(cost.flops)} PFLOP; {flush}{layout.validation} validation",
     )  # fmt: skip
-    table.add_row(
-        "TP traffic", seconds(cost.tensor_parallel_s), f"{gb(per_pass * layout.passes)} GB a rank"
-    )
+    table.add_row("TP traffic", seconds(cost.tensor_parallel_s), in_a_flush("TP"))
     if layout.cp > 1:
-        sent = max(s.sent_per_pass_bytes["CP"] for s in plan.stages) * layout.passes
-        table.add_row("CP traffic", seconds(cost.context_parallel_s), f"{gb(sent)} GB a rank")
+        table.add_row("CP traffic", seconds(cost.context_parallel_s), in_a_flush("CP"))
     if layout.ep > 1:
-        sent = max(s.sent_per_pass_bytes["EP"] for s in plan.stages) * layout.passes
-        table.add_row("EP traffic", seconds(cost.expert_parallel_s), f"{gb(sent)} GB a rank")
-    table.add_row(
-        "pipeline bubble", seconds(cost.bubble_s),
-        f"{cost.bubble:.1%} of the flush; {gb(pipeline * layout.passes)} GB a rank sent",
-    )  # fmt: skip
+        table.add_row("EP traffic", seconds(cost.expert_parallel_s), in_a_flush("EP"))
+    bubble = f"{cost.bubble:.1%} of the flush; {in_a_flush('PP')} sent"
+    table.add_row("pipeline bubble", seconds(cost.bubble_s), bubble)
     table.add_row("DP traffic", seconds(cost.data_parallel_s), f"{gb(per_step)} GB a rank")
     table.add_row("optimizers", seconds(cost.optimizer_s), "w and u, by memory bandwidth",
                   end_section=True)  # fmt: skip
