@@ -3,8 +3,6 @@
 Both ways in share one converter, so a flag and a YAML value are checked and refused alike.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import difflib

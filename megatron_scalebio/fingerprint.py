@@ -4,8 +4,6 @@ Other data, another tokenizer's or a model trained further differ nearly everywh
 tell. A change of a few bytes that lie between two samples goes unseen.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path

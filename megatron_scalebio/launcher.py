@@ -1,7 +1,5 @@
 """The environment: what torchrun and srun tell the processes they start, and these tell torch."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -3,8 +3,6 @@
 A leaf that costs nothing: the loop and the flush say where they are, the watchdog looks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

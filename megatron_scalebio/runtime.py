@@ -3,8 +3,6 @@
 Starts alike under torchrun, under srun (one task per rank) and bare (one rank).
 """
 
-from __future__ import annotations
-
 import datetime
 import os
 import signal

@@ -9,8 +9,6 @@ A checkpoint is written under a temporary name and renamed when whole, so a cras
 leaves the last good one. No two attempts share a name: what writes for a killed run may outlive it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import pickle
 import re

@@ -4,8 +4,6 @@ rank ─┬─ manager of the queue of results   from the first save on
       └─ writer                            while a checkpoint is written in the background
 """
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator

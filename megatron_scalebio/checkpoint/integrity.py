@@ -8,8 +8,6 @@ Megatron reads the same file (`verify_integrity=True`). It would write it on ran
 reads the whole checkpoint for that while all others wait.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The arguments of a run under Megatron-LM's names, which its loaders look for in a checkpoint."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Mapping

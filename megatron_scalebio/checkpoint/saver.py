@@ -4,8 +4,6 @@ w is saved as Megatron-LM saves a model (keys without `module.`; `args`, `checkp
 `iteration` beside them). What the bilevel run adds lies beside it in `bilevel/`.
 """
 
-from __future__ import annotations
-
 import pickle
 import shutil
 from collections.abc import Iterator

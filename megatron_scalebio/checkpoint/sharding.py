@@ -5,8 +5,6 @@ bilevel_state  λ and samplers, u where it differs from w, low bits of bf16 weig
                random states
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

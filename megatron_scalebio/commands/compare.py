@@ -5,8 +5,6 @@ file beside what it makes. A stage that has made its product is not run again, s
 was stopped continues where it was.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

@@ -1,7 +1,5 @@
 """The subcommand ``completion``: a script that lets the shell complete commands and options."""
 
-from __future__ import annotations
-
 import argparse
 
 from megatron_scalebio.errors import EXIT_OK

@@ -4,8 +4,6 @@ convert import --hf DIR --save CKPT                          Hugging Face → Me
 convert export --load CKPT --hf-reference DIR --save DIR     Megatron → Hugging Face
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What is refused before torch and Megatron are imported, which takes seconds: paths, above all."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_scalebio import launcher

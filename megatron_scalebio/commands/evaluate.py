@@ -5,8 +5,6 @@
 --mt-bench                    answers of a Hugging Face folder, graded by a judge
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

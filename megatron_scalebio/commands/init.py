@@ -1,7 +1,5 @@
 """The subcommand ``init``: a commented run.yaml from a folder of data and a model folder."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

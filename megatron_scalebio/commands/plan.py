@@ -3,8 +3,6 @@
 Runs on any machine, without a GPU and without the data: tensors have shapes only.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """The subcommand ``prepare``: arguments, progress and the closing table."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The `reweight` command: refuses a wrong configuration before it loads Megatron, for seconds."""
 
-from __future__ import annotations
-
 import argparse
 
 from megatron_scalebio import launcher

@@ -1,7 +1,5 @@
 """The subcommand ``sample``: arguments, progress and the closing table."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -1,7 +1,5 @@
 """The subcommand ``show``: prepared examples, with what trains in them marked."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -3,8 +3,6 @@
 Reads what the run leaves in its folder, and changes nothing there.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

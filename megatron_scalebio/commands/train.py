@@ -1,7 +1,5 @@
 """The `train` command: refuses a wrong configuration before it loads Megatron, for seconds."""
 
-from __future__ import annotations
-
 import argparse
 
 from megatron_scalebio import launcher

@@ -1,7 +1,5 @@
 """What `compare` compares: one YAML file that names data, methods, seeds and budgets."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path

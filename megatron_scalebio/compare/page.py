@@ -1,7 +1,5 @@
 """compare.html: the comparison as a page of the same kind as a run's report."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The picture of a comparison: held-out loss and cost of every method, and its weights."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

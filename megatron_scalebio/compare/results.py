@@ -6,8 +6,6 @@ tokens of the final training (the mean of all runs: one unit for all). What LISA
 recomputation adds is left out of both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev

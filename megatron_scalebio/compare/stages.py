@@ -11,8 +11,6 @@ OUTPUT/
     hf/, benchmarks/   where tasks are asked for       convert export, evaluate --tasks
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """What a comparison's tables hold; a CSV of every run, a LaTeX table of every method."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Sequence

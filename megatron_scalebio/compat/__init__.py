@@ -12,8 +12,6 @@ another Megatron is refused in one line instead of failing in the middle. (`plan
 Megatron's place while it rehearses, and takes them out again: plan/fake_rank.py.)
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -7,8 +7,6 @@ in factory calls, pins memory, keeps CUDA random states and checks `tensor.type(
 present.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ padding nobody wants any. GPTModel hands its last hidden states to an `output_pr
 its own head and loss.
 """
 
-from __future__ import annotations
-
 from itertools import accumulate
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Two faults of Megatron-Core 0.19.2 fixed, and the private names that the package needs."""
 
-from __future__ import annotations
-
 import functools
 import multiprocessing
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Lets Megatron-LM's own `megatron.training` start where pip installed it, and without a GPU."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 from types import SimpleNamespace

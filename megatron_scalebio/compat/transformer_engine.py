@@ -1,8 +1,6 @@
 """What of Transformer Engine has no public name: FP8 copies of weights, leave to load FP8 state,
 where a built layer leaves its weights' gradients."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from typing import Any
 

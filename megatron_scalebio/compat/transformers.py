@@ -1,7 +1,5 @@
 """What of transformers is used under a private name."""
 
-from __future__ import annotations
-
 import datetime
 
 

@@ -4,8 +4,6 @@ Parallelism, batch, tokenizer, checkpoint and logging options carry Megatron-LM'
 `config_loader` fills these classes from defaults < YAML file < command-line flags.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 
 from megatron_scalebio.config.baseline import BaselineConfig

@@ -1,7 +1,5 @@
 """Which method finds the mixture, and the options of ScaleBiO's rivals."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

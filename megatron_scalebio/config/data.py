@@ -1,7 +1,5 @@
 """Sources, validation sets and sequences."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal

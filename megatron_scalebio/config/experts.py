@@ -1,7 +1,5 @@
 """What the options of a mixture of experts must be for it to work, alone and with each other."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_scalebio.config.checks import by_name, pattern_of_layers, require_positive

@@ -1,7 +1,5 @@
 """What the options of latent attention (DeepSeek) must be for it to work, alone and with others."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_scalebio.config.checks import require_positive

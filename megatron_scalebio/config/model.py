@@ -1,7 +1,5 @@
 """The model: architecture by Megatron-LM's names, and where its weights come from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Layout over ranks, numerics and recompute."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

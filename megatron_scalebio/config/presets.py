@@ -4,8 +4,6 @@ paper: ScaleBiO as published (Pan et al., ACL 2025, section 5 and its public cod
 w and u are clipped at a norm of α there and divided by α here, hence 1.0.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

@@ -3,8 +3,6 @@
 Types and options carry transformers' names and mean what they mean there.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from typing import Literal

@@ -7,8 +7,6 @@
 become the entries {name, path, …} that the same sources would have one by one.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Optimizer, bilevel problem, LISA, steps, checkpoints and logging."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from typing import Literal

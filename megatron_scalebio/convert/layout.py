@@ -1,7 +1,5 @@
 """Which Hugging Face tensor goes into which file: as in a reference checkpoint."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Reads tensors of a Megatron `torch_dist` checkpoint, saved under any layout, one at a time."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 

@@ -10,8 +10,6 @@ layer's tensors are their own. It also expects an (empty) object `._extra_state`
 that might hold FP8 scales.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

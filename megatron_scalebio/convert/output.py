@@ -3,8 +3,6 @@
 It is written as `.NAME.incomplete` beside its place and renamed at the end.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager

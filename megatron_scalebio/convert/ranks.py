@@ -1,7 +1,5 @@
 """The processes that share a conversion: one, or those that torchrun or srun started."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast

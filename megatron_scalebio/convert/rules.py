@@ -8,8 +8,6 @@ Megatron's order of QKV rows: for each query group its heads' q rows, then its k
     H hidden size, A attention heads, G query groups, C channels of a head, F width of the MLP
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

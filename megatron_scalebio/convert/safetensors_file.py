@@ -5,8 +5,6 @@
 Plain reads instead of a memory map: mapped pages count as resident memory until the file is closed.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

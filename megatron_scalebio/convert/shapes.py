@@ -1,7 +1,5 @@
 """The shape of each of Megatron's tensors, from the model's configuration."""
 
-from __future__ import annotations
-
 from megatron_scalebio.config import ModelConfig
 from megatron_scalebio.convert.rules import Heads
 

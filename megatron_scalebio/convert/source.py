@@ -6,8 +6,6 @@ safetensors  one file, or shards with an index: plain reads
 GGUF         through transformers, which holds the whole model in memory
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 from io import FileIO

@@ -7,8 +7,6 @@ A block is 16 bytes, two numbers of four bits in each, the lower half first. The
 2^(scale − 127), a scale a block. Blocks (E, R, G, 16) are a tensor (E, 32·G, R).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import replace

@@ -7,8 +7,6 @@ It decides which names a Hugging Face checkpoint must have, and which it may hav
     computed buffers                    the family's `ignored`; left out
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

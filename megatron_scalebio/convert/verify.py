@@ -3,8 +3,6 @@
 Both models run in fp32, one after the other, so that one of them is in memory at a time.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ micro-batch is about as long. The objective is a sum over the global batch: neit
 the padding changes it, nor which sequences share a row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

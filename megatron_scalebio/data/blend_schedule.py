@@ -7,8 +7,6 @@ A stage goes from its step to the next one's; a source that it lacks weighs noth
 is what Megatron-LM's --data-path takes, for the stage.
 """
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_right
 from collections.abc import Sequence

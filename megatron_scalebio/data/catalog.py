@@ -8,8 +8,6 @@ Ten thousand sources are looked at once. As long as no file of theirs changes, a
 this file alone, and so do all ranks but the first.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Callable, Iterator, Sequence

@@ -10,8 +10,6 @@ With the built-in template, and for plain text, an example is cut into segments,
 target or wholly not, and each segment is tokenized alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """How records are read and encoded: the options that `prepare` and `sample` share."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_scalebio.config.checks import require_at_least, require_one_of

@@ -9,8 +9,6 @@ np.load("example_weights.npz")
     standard_error [N]           of the score, NaN where nothing tells
 """
 
-from __future__ import annotations
-
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a record becomes before it is tokenized: a plain text, or a dialogue of turns."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Opens a file of records, of whatever kind it is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_scalebio.data.records import OnBad, RecordReader, Records

@@ -13,8 +13,6 @@ Dialogues may bring "system", "tools", "documents" and "chat_template_kwargs", t
 left out and counted.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

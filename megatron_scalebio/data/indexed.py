@@ -7,8 +7,6 @@ Megatron's own reader keeps three descriptors a pair; a run may have ten thousan
 format stand here once more: importing it takes seconds, and a misspelt path must not wait for that.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import struct

@@ -1,7 +1,5 @@
 """What `--input` names: files, folders, globs, lists of files, pipes and standard input."""
 
-from __future__ import annotations
-
 import glob
 import json
 import os

@@ -1,7 +1,5 @@
 """Opens a tokenizer, with the chat template that is asked for."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 from pathlib import Path

@@ -7,8 +7,6 @@ So rows come out about equally long, and all ranks and pipeline stages have like
 a function of the lengths alone: every rank computes all of them.
 """
 
-from __future__ import annotations
-
 import heapq
 
 from megatron_scalebio.core.sampler import Ints

@@ -5,8 +5,6 @@ which they were read, and cutting looks at one record alone, so the bytes writte
 on the number of workers. Only a few batches are in memory at any time.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Reads a prepared folder for people: its examples, what trains in them, where they are from."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The fields of records that are known, and how a user renames or leaves out others."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -3,8 +3,6 @@
 `data.tables` does the same for Parquet, Arrow, CSV and TSV; `data.files` chooses.
 """
 
-from __future__ import annotations
-
 import bz2
 import codecs
 import gzip

@@ -1,7 +1,5 @@
 """Weights of a former run for the sources of this one, of which some are new and some are gone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

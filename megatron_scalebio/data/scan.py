@@ -4,8 +4,6 @@ FOLDER with source.json       one example per sequence, with a loss mask   (from
 PREFIX of a .bin/.idx pair    documents packed to seq_length as Megatron's GPTDataset does
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

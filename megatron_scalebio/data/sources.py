@@ -7,8 +7,6 @@ Both give `len()`, `length(index)` in input tokens, and `example(index)` → (to
 arrays of one more than the input length: token ids, and 1 where a token is a target.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Streams the rows of Parquet, Arrow, CSV and TSV files as records; see `data.records`."""
 
-from __future__ import annotations
-
 import csv
 import io
 import sys

@@ -11,8 +11,6 @@ the sentinel is the template's, and is found again at the two ends of the true r
                                       ⟦start        end⟧
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Nothing is downloaded unless asked for, and no code that comes with a tokenizer is run.
 """
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

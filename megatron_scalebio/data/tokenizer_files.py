@@ -1,7 +1,5 @@
 """The files of a tokenizer on disk, or from the hub: read as data, and known by their content."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -7,8 +7,6 @@ Most chat templates are written for the object, and would write the text in quot
 write the text as it is, and some of these fail on an object.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ Byte fallback and identity normalization make it lossless; it adds no leading sp
 <unk>, <s>, </s> (the end-of-document token) and <pad>.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """What a search leaves for the stages after it: weights.json, and which examples a method chose."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Times the parts of a step, and says where in the run this rank is."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

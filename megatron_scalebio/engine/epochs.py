@@ -3,8 +3,6 @@
 a training of N examples under p draws p_i N of source i, and passes it p_i N / n_i times
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

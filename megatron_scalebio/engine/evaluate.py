@@ -6,8 +6,6 @@ Of a set both means are given: over examples of their token means (as `loss_mean
 and over all target tokens (whose exponential is the perplexity).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@
 What a method does in a step, and what it looks at after one, its state knows (`RunState`).
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict
 from pathlib import Path

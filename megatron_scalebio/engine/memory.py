@@ -5,8 +5,6 @@ OUTPUT/memory_snapshot-rank-0003.pickle   what was allocated, and where, for
 OUTPUT/memory_plan.json                   what `plan` says of this configuration
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What a run leaves behind: run.json, weights.json, the blend files and a record per step."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

@@ -1,7 +1,5 @@
 """What rank 0 shows and writes during a run: run.json, console, metrics.jsonl, TensorBoard."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ the run they follow Megatron-Core's warm-up and decay. The mixture's rate is con
 its weights are averaged, and intervals are read off a trajectory that keeps moving.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any

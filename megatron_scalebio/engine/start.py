@@ -3,8 +3,6 @@
 Weights come from its newest checkpoint, else from a pretrained model, else from chance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """A step of w alone, in every training but ScaleBiO's: flush, update, the step's record."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

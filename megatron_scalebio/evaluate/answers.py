@@ -1,7 +1,5 @@
 """The model's answers to MT-Bench's questions, turn by turn, in FastChat's answer format."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ The task files are those in ``tasks/``; the problems come from a local JSONL fil
 where the user allows it.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import math

@@ -1,7 +1,5 @@
 """A client of the OpenAI chat-completions protocol, with retries and backoff."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

@@ -1,7 +1,5 @@
 """The part of the `evaluate` command that needs Megatron: losses on the sets of a configuration."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_scalebio import runtime

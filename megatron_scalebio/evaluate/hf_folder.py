@@ -1,7 +1,5 @@
 """A Hugging Face folder as evaluation takes it: checked, and opened without the network."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

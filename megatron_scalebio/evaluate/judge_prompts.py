@@ -1,7 +1,5 @@
 """What the judge is asked: to grade one answer from 1 to 10, in the form ``[[rating]]``."""
 
-from __future__ import annotations
-
 import re
 
 from megatron_scalebio.evaluate.questions import Question

@@ -1,7 +1,5 @@
 """Scores answers to MATH problems; named by ``tasks/math.yaml``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string, remove_boxed

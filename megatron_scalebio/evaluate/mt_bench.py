@@ -6,8 +6,6 @@
 Both files are appended to, so that a stopped run continues where it was.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Callable

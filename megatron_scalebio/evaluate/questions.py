@@ -1,7 +1,5 @@
 """MT-Bench's question file, in FastChat's format: JSONL with question_id, category and turns."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

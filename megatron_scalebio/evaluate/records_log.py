@@ -1,7 +1,5 @@
 """A JSONL file to which finished pieces of work are appended, so that a stopped run goes on."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``evaluation.json``, a section for every kind of evaluation, and the tables that are printed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

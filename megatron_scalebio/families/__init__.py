@@ -1,7 +1,5 @@
 """The Hugging Face model families that can be read and written, found by architecture."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ config.json ──Family.model──▶ fields of config.ModelConfig
 tensor names ──TensorMap────▶ names in a Megatron checkpoint, by a rule of `convert.rules`
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

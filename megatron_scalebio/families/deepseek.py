@@ -1,7 +1,5 @@
 """DeepSeek V2, V3 and what shares their layers (Moonlight): latent attention, a shared expert."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_scalebio.families.base import Family, HfConfig, rows

@@ -1,7 +1,5 @@
 """Mixtures of experts on Llama's attention: Qwen 3 MoE, Mixtral, GLM 4.5."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

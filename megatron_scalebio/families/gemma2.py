@@ -5,8 +5,6 @@ Gemma 2 caps scores and logits. Gemma 3 normalizes queries and keys, and layers 
 another base of rope.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_scalebio.families.base import Family, HfConfig, layered_rope, rows, sliding_window

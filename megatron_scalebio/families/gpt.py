@@ -1,7 +1,5 @@
 """GPT-2 and GPT-NeoX: LayerNorm, biases everywhere, one tensor for Q, K and V."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_scalebio.families.base import LAYER, Family, HfConfig, TensorMap, head, pair, rope

@@ -1,7 +1,5 @@
 """gpt-oss: experts with a clamped gate, biases everywhere, heads that may attend to nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_scalebio.families.base import (

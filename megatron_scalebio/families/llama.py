@@ -1,7 +1,5 @@
 """Llama 2 and 3, and what shares its layers: Yi, SmolLM, Mistral, Qwen 2 and 3, Phi-3 and 4."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

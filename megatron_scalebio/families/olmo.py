@@ -1,7 +1,5 @@
 """OLMo 2 and 3: norms after attention and MLP alone, and of queries and keys over all heads."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -3,8 +3,6 @@
 FOLDER/ranks.json     {"verdict": why the run ended, "ranks": [Status and where it was, ...]}
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

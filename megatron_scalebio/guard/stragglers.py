@@ -7,8 +7,6 @@ its stage has none and is never the slowest. Ranks of one tensor-parallel group 
 waits and look alike. One small gather every `log_interval` steps.
 """
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence

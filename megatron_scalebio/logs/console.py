@@ -4,8 +4,6 @@ On a terminal the progress is a live bar; elsewhere (a SLURM log) a plain line e
 steps, and every minute where steps are slow.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque

@@ -3,8 +3,6 @@
 np.load("interaction.npz")["serves"]      [S, V], in the order of ["sources"], ["validation"]
 """
 
-from __future__ import annotations
-
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path

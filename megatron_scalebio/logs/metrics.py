@@ -6,8 +6,6 @@ Of many sources a line has the heaviest; all of them are in `sources.npy`, at in
 when a run resumes, so that no step appears twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

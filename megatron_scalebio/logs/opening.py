@@ -1,7 +1,5 @@
 """How far a run is with opening its sources, shown where they are many and it takes a moment."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

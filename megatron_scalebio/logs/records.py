@@ -1,7 +1,5 @@
 """The lines of `metrics.jsonl`: one JSON object a step."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

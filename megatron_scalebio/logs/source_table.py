@@ -6,8 +6,6 @@ With few sources, `metrics.jsonl` has all of them in every step. With ten thousa
 gigabyte in an hour, of values that mostly stand still: there a step's line has the heaviest.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ step, 0.5 ms here), writes in a thread, which prints a traceback when the disk i
 TensorFlow where that is installed.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -4,8 +4,6 @@ m' = β1 m + (1 − β1) g       v' = β2 v + (1 − β2) g²
 Γ(g) = (m' / (1 − β1^t)) / (√(v' / (1 − β2^t)) + ε)       t: the step it would be
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

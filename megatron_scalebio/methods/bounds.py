@@ -1,7 +1,5 @@
 """What a run's configuration asks the mixture to keep to, as the core takes it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -5,8 +5,6 @@ FOLDER/chunk-00000.npy   rows 0 to 127, [rows, …]
 FOLDER/chunk-00001.npy   …
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator

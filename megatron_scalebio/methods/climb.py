@@ -9,8 +9,6 @@ Not as published: sources are taken as they are, not made by clustering; the reg
 ridge, since LightGBM does not split as few rows; the pool is drawn as the first round is.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np

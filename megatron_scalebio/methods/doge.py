@@ -24,8 +24,6 @@ Every source is a flush of its own: a step of S sources fills and drains the pip
 Under LISA the gradients are those of the active layers.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

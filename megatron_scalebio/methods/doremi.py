@@ -19,8 +19,6 @@ losses are scored before its gradient is taken: with micro-batches on a pipeline
 known only after a forward pass over all of them.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

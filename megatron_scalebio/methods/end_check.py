@@ -17,8 +17,6 @@ nothing of the directions in which w leans, so that few steps and noisy ones do.
 felt little in few steps: a check that sees no change is no proof. Measured in docs/experiments.md.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

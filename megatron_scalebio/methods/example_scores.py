@@ -21,8 +21,6 @@ A resumed run cuts the visits back to its checkpoint. Memory is used at the end,
 example on rank 0.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Sequence

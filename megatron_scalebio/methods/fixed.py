@@ -1,7 +1,5 @@
 """Mixtures that nothing is learned for: uniform, natural and given weights."""
 
-from __future__ import annotations
-
 from megatron_scalebio.config import Config
 from megatron_scalebio.engine.outputs import natural_shares
 from megatron_scalebio.engine.start import Job

@@ -10,8 +10,6 @@
 `sample` takes both files: it draws by the weights, from the selected examples alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

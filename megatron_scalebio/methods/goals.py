@@ -4,8 +4,6 @@ Both are measured on whole sets, and not read off the noisy batches between. A s
 start is what it is compared with in the worst case, and what `max_loss_rise` counts from.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -14,8 +14,6 @@ name, so the sketch does not depend on the pipeline; where tensor parallelism sp
 part is a matrix of its own: another random projection than without it, as good.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial

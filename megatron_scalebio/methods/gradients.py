@@ -6,8 +6,6 @@ are equal after a flush, deal it among themselves as the distributed optimizer d
 is linear in the gradient is a sum of the parts' shares over the world.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

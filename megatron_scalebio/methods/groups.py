@@ -4,8 +4,6 @@ Their weights are sums over their sources, and so are known where those of singl
 of near-duplicates the sum is, how it is shared is not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

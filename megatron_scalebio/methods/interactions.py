@@ -12,8 +12,6 @@ Intervals are the jackknife's over blocks of steps. What K can say (docs/numbers
 with trainings that leave one source out: docs/experiments.md.
 """
 
-from __future__ import annotations
-
 import math
 from statistics import NormalDist
 from typing import Any

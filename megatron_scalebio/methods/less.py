@@ -28,8 +28,6 @@ Departures from the paper:
     scores.npz                     score, score_by_validation [N, V], source, index
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

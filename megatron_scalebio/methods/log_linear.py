@@ -13,8 +13,6 @@ the first sum exactly, pull and bounds with it: p ← argmin ⟨g, p⟩ + κ KL(
 η grows while the linearisation with KL(p ‖ p_t) / η is above the sum itself, else it is halved.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -15,8 +15,6 @@ whichever of these and of the penalties has the least leave-one-out error. With 
 that is often the linear one, whose best mixture is a corner, and with many the quadratic one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -9,8 +9,6 @@ place of random numbers, and goes by SciPy's least squares in place of L-BFGS; v
 by their weights where the run trains its swarm.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -3,8 +3,6 @@
 A row is an example's place in the pool: source after source, in the order of the configuration.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

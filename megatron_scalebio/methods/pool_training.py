@@ -4,8 +4,6 @@ Every example of a batch weighs alike (`loss_mean: token`: every target token), 
 is from: this is training on all sources put together, not on a mixture of means.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """RegMix (Liu et al. 2024, arXiv 2407.01492): a regression on a swarm, and its best mixture."""
 
-from __future__ import annotations
-
 from megatron_scalebio.config import Config
 from megatron_scalebio.engine.start import Job
 from megatron_scalebio.methods.found import Found

@@ -30,8 +30,6 @@ look irreducible.
                                times that a row was trained on
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict, replace

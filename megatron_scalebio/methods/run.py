@@ -4,8 +4,6 @@ Every method is a module with `find(config, job) -> Found | None` (None: a signa
 it has is saved, and the same command continues).
 """
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 

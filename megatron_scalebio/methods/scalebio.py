@@ -1,7 +1,5 @@
 """ScaleBiO: the core's step on a run's sources."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from dataclasses import asdict

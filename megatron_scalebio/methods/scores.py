@@ -6,8 +6,6 @@
 `source` is the place in data.sources, `index` the example within it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -14,8 +14,6 @@ or not. Two coordinates of one piece have independent entries of the table; of t
 makes their places and the negation their signs independent.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

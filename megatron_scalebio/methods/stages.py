@@ -1,7 +1,5 @@
 """The mixtures that a search went through, as stages of a training: where they differ, and when."""
 
-from __future__ import annotations
-
 import torch
 
 from megatron_scalebio.core.confidence import TrajectoryBlocks

@@ -10,8 +10,6 @@ mixture and its losses; one that a stop interrupts begins anew. The two tables a
 olmix (`swarm_tables`), and `baseline.swarm` takes such tables in place of trainings.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import math

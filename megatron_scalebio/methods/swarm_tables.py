@@ -6,8 +6,6 @@
 They are joined by `run` (or `run_id`); `name`, `index` and columns without a name say nothing.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import math

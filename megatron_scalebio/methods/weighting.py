@@ -3,8 +3,6 @@
 Both start from a uniform mixture and report the average of α over the steps, as published.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ row each sequence attends by itself.
 Legend: S sequence, B batch, N query heads of this rank, G key/value heads, D head size.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator

@@ -8,8 +8,6 @@ ranks that used it.
 Legend: S sequence, B batch, G key/value heads, D head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

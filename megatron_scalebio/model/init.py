@@ -5,8 +5,6 @@ them. Here every tensor of the whole model is drawn from a generator seeded by (
 and each rank keeps its shard.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable

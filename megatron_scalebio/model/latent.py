@@ -4,8 +4,6 @@ Megatron-Core's, whose norms are where the layer's spec has them, and whose grad
 under tensor parallelism without Transformer Engine, too.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ place of the one before it (OLMo 2), norms of queries and keys over all heads, a
 in parallel (GPT-NeoX).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial

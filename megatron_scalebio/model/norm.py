@@ -6,8 +6,6 @@ which finalize_model_grads does for weights that carry the mark. It also refuses
 zero (Gemma).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state

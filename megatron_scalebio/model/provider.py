@@ -1,7 +1,5 @@
 """Builds this rank's chunks of a GPT model from the configuration."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

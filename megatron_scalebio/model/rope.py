@@ -15,8 +15,6 @@ padding included: then a sequence's loss would depend on its neighbours in the m
 what lengths are padded to, which differs between layouts.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -5,8 +5,6 @@ that share a sequence. These do not have equally many tokens where sequences end
 count of the experts' load fails there (0.19.2).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler

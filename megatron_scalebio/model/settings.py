@@ -1,7 +1,5 @@
 """Megatron's configurations of the model, of DDP and of the optimizer, from a run's."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -7,8 +7,6 @@
 - what one stage sends in a flush, the next receives: as often, in the same shape
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ arithmetic, as the run does not overlap it either; pipeline messages are taken t
 estimate: what the links deliver is not measured.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_scalebio.config import Config

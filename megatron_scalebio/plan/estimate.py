@@ -9,8 +9,6 @@ also depend on EP, and on DP: the shards of experts' fp32 masters are dealt amon
 the others'. All layers are taken to have experts, where only some do.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Routers are trained towards it. Where they are not there yet, an expert that get
 takes twice the activations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

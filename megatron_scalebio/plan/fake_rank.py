@@ -5,8 +5,6 @@ group is torch's fake one, so parallel_state answers as on that rank. What would
 caught: collectives by the `Ledger`, pipeline messages here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

@@ -3,8 +3,6 @@
 Makers' data sheets: NVIDIA H100 (SXM5), H200, A100 (SXM4). Bandwidths of links are per direction.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_scalebio.errors import UserError

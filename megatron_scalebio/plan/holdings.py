@@ -3,8 +3,6 @@
 Works alike on real and on meta tensors: a storage is counted once, whoever views it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -5,8 +5,6 @@ tensors take the path of the target: on CUDA flash attention and fused RMSNorm, 
 bias-dropout-add (Transformer Engine's layers save the same tensors), on CPU flash attention.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

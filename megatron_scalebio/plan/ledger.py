@@ -5,8 +5,6 @@ is what was going on then: the forward pass of a role, or "workspace" (the backw
 it recomputes). Tensors as wide as the vocabulary are "logits", received ones "pipeline".
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """A plan: every stage rehearsed in its worst period, its cost, and whether it fits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -7,8 +7,6 @@
 The flush is cut to as many micro-batches as fill the pipeline: more change nothing but time.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass, replace

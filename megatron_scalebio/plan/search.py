@@ -6,8 +6,6 @@ model of few layers (`estimate`), which are linear in its layers; the best are t
 full, and only those are proposed.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Follows the verdict of `core.confidence`, whose sentence is in weights.json.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import shlex

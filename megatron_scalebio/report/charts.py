@@ -1,7 +1,5 @@
 """The charts of a run's report: which series, in which colours."""
 
-from __future__ import annotations
-
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray

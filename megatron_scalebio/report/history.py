@@ -1,7 +1,5 @@
 """metrics.jsonl as arrays over steps, read for the report."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`megatron-scalebio report RUN`: one self-contained HTML page about a run."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Whether the models of a search learned: weights from models that did not say little."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from megatron_scalebio.report.history import History

@@ -1,7 +1,5 @@
 """A run folder, read for its report: what is there, checked; what is missing or torn, noted."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

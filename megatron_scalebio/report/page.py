@@ -4,8 +4,6 @@ Everything on a page comes from files that a user may have been handed, so jinja
 and the page's own content policy lets no other script than page.js run and nothing load.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from importlib import resources

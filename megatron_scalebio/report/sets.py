@@ -1,7 +1,5 @@
 """Several validation sets of a run on its page: their losses, and which source serves which."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a run says, in numbers and plain words: verdict, changes, cost. No markup here."""
 
-from __future__ import annotations
-
 import math
 import os
 import shlex

@@ -2,8 +2,6 @@
 and need no script to be read. A small script (page.js) adds the values under the pointer.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """What to sample, and how: the options of the stage ``sample``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -9,8 +9,6 @@ spaces each character is a word. N-grams of many different evaluation examples a
 format and convict no row, unless they make up a passage: then questions are asked about one text.
 """
 
-from __future__ import annotations
-
 import hashlib
 import unicodedata
 from typing import Any, NamedTuple

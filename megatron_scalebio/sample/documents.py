@@ -1,7 +1,5 @@
 """Documents of token ids as the rows of a source; see `sample.rows`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

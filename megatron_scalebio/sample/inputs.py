@@ -4,8 +4,6 @@ A source is named by raw JSON/JSONL files, by a prepared folder, whose `source.j
 files, or by a Megatron `.bin/.idx` prefix, which has token ids and no records.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 The same inputs and seed give the same manifest: it holds no time and no place but the inputs'.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

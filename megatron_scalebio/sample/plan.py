@@ -6,8 +6,6 @@ p_i is the learned weight, e_i the training examples that a row of source i beco
 most that source i may give. Where cap_i binds, what is left goes to the others in proportion.
 """
 
-from __future__ import annotations
-
 import zlib
 
 import numpy as np

@@ -5,8 +5,6 @@ example; `fetch` encodes chosen rows, in ascending order. Neither holds more tha
 `sample.documents` does the same for token ids.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Which examples of each source the scores of a run leave to be drawn."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

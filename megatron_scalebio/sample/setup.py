@@ -1,7 +1,5 @@
 """Opens what a sample draws from, with the tokenizer and length its sources were prepared with."""
 
-from __future__ import annotations
-
 import datetime
 import os
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Encoded rows of a sample, kept on disk until the order in which they are written is known."""
 
-from __future__ import annotations
-
 import json
 from array import array
 from collections import Counter

@@ -8,8 +8,6 @@ The plan is a pure function of weights, usable rows and seed (`sample.plan`). A 
 to give no example is marked and the plan made again, until every drawn row is good.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Any

@@ -6,8 +6,6 @@ loss_mask.bin|.idx, source.json        not where only Megatron prefixes were dra
 manifest.json            which rows were taken; see `sample.manifest`
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
