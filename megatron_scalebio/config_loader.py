@@ -262,13 +262,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise UserError(f"{where}: {value!r} is not a list (write [a, b])")
         return [_convert(item, args[0], f"{where}[{n}]") for n, item in enumerate(value)]
-    if origin is dict:
+    if origin is dict or is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{where}: {value!r} is not a mapping (write {{name: value}})")
-        return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    if is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: {value!r} is not a mapping (write {{name: value}})")
+        if origin is dict:
+            return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
         return build(typing.cast(type, hint), value, where)
     return _convert_scalar(value, hint, where)
 

@@ -67,9 +67,8 @@ def read_history(
     if torn:
         lines = ", ".join(map(str, torn[:5])) + (", …" if len(torn) > 5 else "")
         notices.append(
-            f"{path.name}: {len(torn)} unreadable line(s) left out (line {lines}), as a run "
-            f"that is "
-            "killed while it writes leaves behind; resuming drops them."
+            f"{path.name}: {len(torn)} unreadable line(s) left out (line {lines}), as a run that "
+            "is killed while it writes leaves behind; resuming drops them."
         )
     history = _stack(rows, listed, len(validation))
     if table is not None:
