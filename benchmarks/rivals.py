@@ -28,8 +28,8 @@ from tests.markov import VOCAB, draw, transition_matrices
 SOURCES, DATA_SEED, ROWS, HELD_OUT = 20, 0, 2000, 4000
 END = "</s>"
 # LESS can be named: it takes the gradient of each of 40,000 sequences four times, 20 minutes.
-METHODS = ["manual", "uniform", "scalebio", "paper", "doge", "doremi", "regmix", "olmix", "climb",
-           "rho_loss", "rho_loss_offline"]  # fmt: skip
+METHODS = ["manual", "uniform", "scalebio", "paper", "doge", "fastmix", "doremi", "regmix", "olmix",
+           "climb", "rho_loss", "rho_loss_offline"]  # fmt: skip
 
 
 def write_rows(path: Path, chains: np.ndarray, source_B: np.ndarray, seed: tuple) -> str:

@@ -21,7 +21,7 @@ from common import ROOT, table
 from known_answers import PROBLEMS, V, entries
 
 VARIANTS = {"olmix_light": ["--method", "olmix", "--kl-to-prior", "0.001"]}
-METHODS = ["scalebio", "doge", "regmix", "olmix", *VARIANTS, "climb", "uniform"]
+METHODS = ["scalebio", "doge", "fastmix", "regmix", "olmix", *VARIANTS, "climb", "uniform"]
 
 
 def main() -> None:

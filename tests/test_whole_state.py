@@ -51,6 +51,7 @@ KINDS: dict[str, Kind] = {
     "train": ("train", 3, {"parallel": {"bf16": True}}),
     "doremi": ("doremi", 3, {"baseline": {"method": "doremi"}}),
     "doge": ("doge", 3, {"baseline": {"method": "doge"}, "optimizer": {"lr": 0.02}}),
+    "fastmix": ("fastmix", 3, {"baseline": {"method": "fastmix"}}),
     "rho_loss": (
         "rho_loss", 3,
         {"baseline": {"method": "rho_loss", "rho_batch_share": 0.4}, "train": {"seed": 5}},
@@ -93,6 +94,7 @@ def begin(name: str, problem: tuple[list, list], cache: Path, **optimizer: float
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.methods.doge import DogeState
     from megatron_scalebio.methods.doremi import DoremiState
+    from megatron_scalebio.methods.fastmix import FastmixState
     from megatron_scalebio.methods.finetune import FinetuneState
     from megatron_scalebio.methods.pool_training import training_config
     from megatron_scalebio.methods.rho_loss import RhoState
@@ -108,7 +110,10 @@ def begin(name: str, problem: tuple[list, list], cache: Path, **optimizer: float
     elif stage == "rho_loss":
         state = RhoState(training_config(config, 9), cache, np.linspace(1, 4, 90))
     else:
-        kinds = {"reweight": TrainState, "doge": DogeState, "train": FinetuneState}
+        kinds = {
+            "reweight": TrainState, "doge": DogeState, "fastmix": FastmixState,
+            "train": FinetuneState,
+        }  # fmt: skip
         state = kinds[stage](config, cache)
     return state, state.make_step
 

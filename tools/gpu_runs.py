@@ -25,7 +25,9 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "async-save": ("reweight", ["--async-save"]),
     "train": ("train", []),
     "train-packing": ("train", ["--packing"]),
-    **{name: ("reweight", ["--method", name]) for name in ("doge", "doremi", "rho_loss")},
+    **{
+        name: ("reweight", ["--method", name]) for name in ("doge", "fastmix", "doremi", "rho_loss")
+    },
 }
 KINDS = {"local": ["--transformer-impl", "local"], "te": [], "te-bf16": ["--bf16"]}
 FAMILY_KINDS = {"local": ("local", False), "te": ("auto", False), "te-bf16": ("auto", True)}

@@ -7,8 +7,8 @@ from megatron_scalebio.config.checks import option, require_positive, require_wi
 from megatron_scalebio.errors import UserError
 
 Method = Literal[
-    "scalebio", "uniform", "natural", "manual", "doremi", "doge", "regmix", "olmix", "climb",
-    "less", "rho_loss",
+    "scalebio", "uniform", "natural", "manual", "doremi", "doge", "fastmix", "regmix", "olmix",
+    "climb", "less", "rho_loss",
 ]  # fmt: skip
 
 
@@ -32,7 +32,9 @@ class BaselineConfig:
         None, "regmix, olmix: folder of a finished swarm, ratios.csv and metrics.csv [trains one]"
     )
     domain_lr: float | None = option(
-        None, "doremi, doge: step size of the exponentiated update [1; 100 / train_iters up to 1]"
+        None,
+        "doremi, doge, fastmix: step size of the weights' update [1; 100 / train_iters up to 1; "
+        "16 / train_iters up to 0.1]",
     )
     select_fraction: float = option(0.05, "less, rho_loss offline: share of the examples kept")
     less_checkpoints: int = option(4, "less: epochs of the warm-up, gradients after each")

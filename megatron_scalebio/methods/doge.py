@@ -40,10 +40,9 @@ from megatron_scalebio.data.batch import MicroBatch, micro_batches
 from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Record
 from megatron_scalebio.engine.update import step_w
-from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.gradients import counted_gradients, dot
-from megatron_scalebio.methods.weighting import WeightingState, learn
+from megatron_scalebio.methods.weighting import WeightingState, learn, require_whole_flush
 
 LARGEST_SCORE = 5.0
 PUBLISHED_REACH = 100.0  # η / μ times the number of steps: 5e-4 / 0.05 · 10,000
@@ -72,15 +71,7 @@ class DogeState(WeightingState):
         sizes = [len(source) for source in data.sources]
         each = max(1, config.train.global_batch_size // (unit * len(sizes))) * unit
         data.sampler = BlendSampler(sizes, each * len(sizes), config.train.seed, floor_share=1.0)
-        passes = data.validation_sampler.batch_size // (
-            data.layout.micro_batch_size * data.layout.dp_size
-        )
-        if not self.training.flush_takes(passes):
-            raise UserError(
-                f"train.validation_batch_size: {data.validation_sampler.batch_size} gives {passes} "
-                "micro-batches, which the interleaved pipeline needs divisible by its stages (use "
-                f"a multiple of {unit})"
-            )
+        require_whole_flush(self, "validation_batch_size")
 
     def make_step(self) -> Record:
         return doge_step(self)

@@ -1,6 +1,7 @@
-"""What the methods have in common that weight sources while one model trains: DoReMi and DoGE.
+"""What DoReMi, DoGE and FastMix have in common, which weight sources while one model trains.
 
-Both start from a uniform mixture and report the average of α over the steps, as published.
+All start from a uniform mixture. DoReMi and DoGE report the average of α over the steps, FastMix
+its last, as published.
 """
 
 import json
@@ -37,6 +38,11 @@ class WeightingState(RunState):
     @property
     def weight_S(self) -> torch.Tensor:
         return self.log_weight_S.exp()
+
+    @property
+    def moves(self) -> int:
+        """Steps that were applied."""
+        return self._count
 
     @property
     def mean_weight_S(self) -> torch.Tensor:
@@ -78,6 +84,18 @@ def learn(state: WeightingState, job: Job, cost_before: TokenCost | None = None)
         step=state.step,
         details={"last_weights": state.weight_S.tolist()},
     )
+
+
+def require_whole_flush(state: RunState, name: str) -> None:
+    """Refuses a batch size that an interleaved pipeline can't take in a flush of its own."""
+    train, layout = state.config.train, state.data.layout
+    sequences, unit = getattr(train, name), layout.micro_batch_size * layout.dp_size
+    if not state.training.flush_takes(sequences // unit):
+        unit *= state.config.parallel.pipeline_model_parallel_size
+        raise UserError(
+            f"train.{name}: {sequences} gives a number of micro-batches that the interleaved "
+            f"pipeline needs divisible by its stages (use a multiple of {unit})"
+        )
 
 
 def refuse_run_of_another(folder: Path, method: str) -> None:

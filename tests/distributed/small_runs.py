@@ -72,13 +72,16 @@ def begun(folder: Path, stage: str, **sections: dict) -> Any:
     from megatron_scalebio import runtime
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.methods.doge import DogeState
+    from megatron_scalebio.methods.fastmix import FastmixState
     from megatron_scalebio.methods.finetune import FinetuneState
     from megatron_scalebio.methods.scalebio import TrainState
 
     scenario = {"optimizer": PLAIN, "train": BATCH, **sections}
     config = load_config(None, tree_of(scenario, folder))
     runtime.start(config)
-    make = {"reweight": TrainState, "train": FinetuneState, "doge": DogeState}[stage]
+    make = {
+        "reweight": TrainState, "train": FinetuneState, "doge": DogeState, "fastmix": FastmixState,
+    }[stage]  # fmt: skip
     return make(config, folder / "cache")
 
 

@@ -51,6 +51,7 @@ def on_one_rank(folder_name: str) -> None:
     for name in DROPS:
         torch.save(dropping(folder, name), folder / f"drops-{name}.pt")
     torch.save(doge_with_few_places(folder), folder / "doge.pt")
+    torch.save(fastmix_without_an_alignment(folder), folder / "fastmix.pt")
     commands(folder)
 
 
@@ -145,6 +146,22 @@ def doge_with_few_places(folder: Path) -> dict:
     result["picks"] = torch.tensor([drawn.group_B, drawn.index_B])
     record = state.make_step()
     result |= {name: record[name] for name in ("validation_loss", "validation_losses")}
+    ended(state)
+    return result
+
+
+def fastmix_without_an_alignment(folder: Path) -> dict:
+    """Three steps of FastMix, the second of whose alignments is not finite, as nothing else is."""
+    from megatron_scalebio.methods.fastmix import OutputAlignment
+
+    state = begun(folder, "fastmix", baseline={"method": "fastmix"})
+    whole, result = OutputAlignment.by_source, {"said": [], "weight": [], "held": []}
+    for value in (1.0, math.nan, 1.0):
+        OutputAlignment.by_source = lambda self, n, value=value: value * whole(self, n)
+        result["said"].append(step_of(state)[0])
+        result["weight"].append(torch.cat([state.log_weight_S, *state.moments_2S]))
+        result["held"].append(everything(state))
+    OutputAlignment.by_source = whole
     ended(state)
     return result
 
@@ -302,6 +319,14 @@ def test_doge_does_not_show_absent_validation_sets_as_zero(ran: tuple[Path, dict
     standing = [shares[number] / chances[number] for number in here]
     total = sum(s * loss for s, loss in zip(standing, want, strict=True)) / sum(standing)
     assert got["validation_loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_mixture_without_a_gradient_is_not_moved(ran: tuple[Path, dict]) -> None:
+    got = torch.load(ran[0] / "fastmix.pt", weights_only=True)
+    assert got["said"] == [None, "w: the gradient of the mixture is not finite", None]
+    before, during, after = got["weight"]
+    assert during.equal(before) and after.isfinite().all() and not after.equal(before)
+    assert flat(got["held"][1]).equal(flat(got["held"][0]))
 
 
 def means(weights: naive.Weights, groups: dict[int, list], kind: str) -> list[float]:

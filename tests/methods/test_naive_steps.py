@@ -1,4 +1,4 @@
-"""Two steps of DoReMi and of DoGE against plain autograd of their definitions."""
+"""Two steps of DoReMi, DoGE and FastMix against plain autograd of their definitions."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ CASES: dict[str, tuple[dict[str, dict], float, float]] = {
         },
         0.5, math.inf,
     ),
+    "fastmix": ({"baseline": {"domain_lr": 0.3}}, 0.3, 0.7),
+    # 16 over 200 steps; an output layer of its own, whose logits are capped, and frozen under LISA.
+    "fastmix-token": (
+        {
+            "data": {"loss_mean": "token"}, "train": {"train_iters": 200},
+            "model": {
+                "untie_embeddings_and_output_weights": True, "final_logit_softcapping": 1.0,
+            },
+            "lisa": {"lisa_layers": 2, "lisa_train_embedding": False},
+        },
+        0.08, 0.7,
+    ),
 }  # fmt: skip
 Example = tuple[torch.Tensor, torch.Tensor]
 
@@ -63,7 +75,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_one_rank(folder_name: str) -> None:
     from megatron_scalebio import runtime
     from megatron_scalebio.config_loader import load_config
-    from megatron_scalebio.methods import doge, doremi
+    from megatron_scalebio.methods import doge, doremi, fastmix
     from megatron_scalebio.model.init import initialize_weights
 
     folder = Path(folder_name)
@@ -77,18 +89,24 @@ def on_one_rank(folder_name: str) -> None:
             state = doremi.DoremiState(config, folder / "cache")
             reference = state.reference
             initialize_weights(reference, 99, 0.1, config.model.num_layers)
+        elif method == "fastmix":
+            state = fastmix.FastmixState(config, folder / "cache")
         else:
             state = doge.DogeState(config, folder / "cache")
             assert doge.LARGEST_SCORE == 5.0, "published"
             doge.LARGEST_SCORE = LARGEST[name]
         means = Means(config.data.loss_mean)
-        mean_norm, tokens = None, 0
+        mean_norm, moments, tokens = None, [], 0
         for _ in range(STEPS):
             before, iters = state.weight_S, config.train.train_iters
-            train, valid = peeked_examples(state, method == "doge")
+            train, valid = peeked_examples(state, method != "doremi")
             [w] = state.training.w
+            state.training.enter_period()  # which freezes what does not train
             if method == "doremi":
                 wanted = naive_doremi(w, reference[0], means, train, before, rate, clip)
+                record = state.make_step()
+            elif method == "fastmix":
+                wanted = naive_fastmix(w, means, train, valid, before, rate, moments, clip)
                 record = state.make_step()
             else:
                 decayed = 0.1 + 0.9 * (1 + math.cos(math.pi * (state.step + 1) / iters)) / 2
@@ -100,9 +118,10 @@ def on_one_rank(folder_name: str) -> None:
             assert record["skipped"] is None
             score = record["excess_loss" if method == "doremi" else "alignment"]
             losses = [record["train_loss_w"], *record["loss_w"]]
-            if method == "doge":
+            if method != "doremi":
                 losses += [record["validation_loss"], *record["validation_losses"]]
-            gradient = [p.main_grad.clone() for p in state.training.w[0].parameters()]
+            trained = [p for p in state.training.w[0].parameters() if p.requires_grad]
+            gradient = [p.main_grad.clone() for p in trained]
             got = [torch.tensor(score), state.weight_S, torch.tensor(losses), flat(gradient)]
             if "dropout" in name:  # drawn anew where the gradient is taken
                 got, wanted = got[:2], wanted[:2]
@@ -167,7 +186,8 @@ def flat(parts) -> torch.Tensor:
 
 
 def gradient(model, loss: torch.Tensor) -> torch.Tensor:
-    return flat(torch.autograd.grad(loss, list(model.parameters())))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return flat(torch.autograd.grad(loss, trained))
 
 
 def clipped(vector: torch.Tensor, bound: float) -> torch.Tensor:
@@ -215,6 +235,41 @@ def naive_doge(
     told = torch.tensor([mixed, *map(float, losses), float(goal), *map(float, goals)])
     norm = float(torch.stack(each).norm(dim=1).mean())
     return score_S, weight_S, told, clipped(whole, clip), norm
+
+
+def naive_fastmix(
+    model, means: Means, train: list[list], valid: list[list], weight_S: torch.Tensor, rate: float,
+    moments: list[tuple[torch.Tensor, torch.Tensor]], clip: float,
+) -> tuple:  # fmt: skip
+    """a_i = ⟨∇ℓ_i, ∇L1⟩ in the output layer; Adam of −⟨p, a⟩ on z; the gradient Σ p_i ∇ℓ_i."""
+    layer = model.output_layer
+    tied = model.share_embeddings_and_output_weights
+    weight = (model.embedding.word_embeddings if tied else layer).weight.detach()
+    weight.requires_grad_()
+    copied = layer.register_forward_hook(
+        lambda layer, inputs, output: (torch.nn.functional.linear(inputs[0], weight), None),
+        prepend=True,
+    )
+    goals = [means.loss(model, examples) for examples in valid]
+    goal = sum(share * loss for share, loss in zip(SHARES, goals, strict=True))
+    losses = [means.loss(model, examples) for examples in train]
+    target, *each = (torch.autograd.grad(loss, weight)[0] for loss in (goal, *losses))
+    copied.remove()
+    score_S = torch.stack([(g * target).sum() for g in each]).double()
+
+    logits_S = weight_S.log().requires_grad_()
+    (-(logits_S.softmax(0) * score_S).sum()).backward()
+    moments.append((logits_S.grad, logits_S.grad.square()))
+    mean_S, square_S = torch.zeros(2, len(train), dtype=torch.float64)
+    for g, g2 in moments:
+        mean_S, square_S = 0.9 * mean_S + 0.1 * g, 0.95 * square_S + 0.05 * g2
+    mean_S, square_S = mean_S / (1 - 0.9 ** len(moments)), square_S / (1 - 0.95 ** len(moments))
+    moved_S = (logits_S.detach() - rate * mean_S / (square_S.sqrt() + 1e-8)).softmax(0)
+
+    again = [means.loss(model, examples) for examples in train]
+    whole = sum(p * loss for p, loss in zip(weight_S, again, strict=True))
+    told = torch.tensor([float(whole), *map(float, losses), float(goal), *map(float, goals)])
+    return score_S, moved_S, told, clipped(gradient(model, whole), clip)
 
 
 @pytest.mark.parametrize("step", range(STEPS))

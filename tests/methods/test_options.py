@@ -10,7 +10,7 @@ import pytest
 from megatron_scalebio.config.baseline import BaselineConfig
 from megatron_scalebio.engine.loop import _refuse_skips
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.methods import doge, doremi, less, olmix, rho_loss, swarm
+from megatron_scalebio.methods import doge, doremi, fastmix, less, olmix, rho_loss, swarm
 
 
 def config(train_iters: int = 100, **baseline: Any) -> Any:
@@ -31,6 +31,9 @@ def test_defaults_are_the_published_values() -> None:
     # DoReMi's η and c; DoGE's 5e-4 / 0.05 over 10,000 steps; passes of a bilevel step
     assert (doremi.DOMAIN_LR, doremi.SMOOTHING) == (1.0, 1e-3)
     assert pytest.approx(5e-4 / 0.05 * 10_000) == doge.PUBLISHED_REACH
+    # FastMix's rate of 0.01 at every 20th of 32 micro-batches of 1,001 steps
+    assert pytest.approx(0.01 * 1001 * 32 / 20, rel=1e-2) == fastmix.PUBLISHED_REACH
+    assert fastmix.BETAS == (0.9, 0.95)
     assert olmix.PUBLISHED_PULL == 0.1
     assert (rho_loss.REFERENCE_EPOCHS, swarm.PASSES_OF_A_BILEVEL_STEP) == (3, 3)
 

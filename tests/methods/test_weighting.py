@@ -1,4 +1,4 @@
-"""DoReMi and DoGE as commands: right answers, layouts, resume, mistakes; and fixed mixtures."""
+"""DoReMi, DoGE, FastMix as commands: right answers, layouts, resume, mistakes; fixed mixtures."""
 
 from __future__ import annotations
 
@@ -44,6 +44,18 @@ RUNS: Runs = {
     "doge-pp2": (2, "doge", [*SHORT, *PP2]),
     "doge-vpp": (2, "doge", [*SHORT, *EVEN, *VPP]),
     "doge-dp2": (2, "doge", [*SHORT, "--use-distributed-optimizer", "--micro-batch-size", 1]),
+    "fastmix": (1, "fastmix", ["--train-iters", 40, "--domain-lr", 0.1]),
+    "fastmix-one": (1, "fastmix", SHORT),
+    "fastmix-one-deeper": (1, "fastmix", [*SHORT, *EVEN, "--num-layers", 4]),
+    "fastmix-few-places": (
+        1, "fastmix", [*SHORT, "--micro-batch-size", 1, "--global-batch-size", 2],
+    ),
+    "fastmix-tp2": (2, "fastmix", [*SHORT, *TP2, "--sequence-parallel"]),
+    "fastmix-pp2": (2, "fastmix", [*SHORT, *PP2]),
+    "fastmix-vpp": (2, "fastmix", [*SHORT, *EVEN, *VPP]),
+    "fastmix-dp2": (2, "fastmix", [*SHORT, "--use-distributed-optimizer"]),
+    "fastmix-cp2": (2, "fastmix", [*SHORT, "--context-parallel-size", 2]),
+    "fastmix-packed": (1, "fastmix", [*SHORT, "--packing"]),
     "doremi-pp2": (2, "doremi", [*DOREMI, *PP2]),
     "doremi-dp2": (2, "doremi", [*DOREMI, "--use-distributed-optimizer"]),
 }  # fmt: skip
@@ -51,6 +63,9 @@ FIXED = {"uniform": [1, 1, 1], "natural": [5, 3, 2], "manual": [1, 3, 6]}
 SAME = [
     ("doge-one", "doge-tp2"), ("doge-one", "doge-pp2"), ("doge-one", "doge-dp2"),
     ("doge-one-deeper", "doge-vpp"), ("doremi", "doremi-pp2"), ("doremi", "doremi-dp2"),
+    ("fastmix-one", "fastmix-tp2"), ("fastmix-one", "fastmix-pp2"), ("fastmix-one", "fastmix-dp2"),
+    ("fastmix-one", "fastmix-cp2"), ("fastmix-one", "fastmix-packed"),
+    ("fastmix-one-deeper", "fastmix-vpp"),
 ]  # fmt: skip
 
 
@@ -69,8 +84,12 @@ def on_ranks(folder_name: str) -> None:
     for name, (ranks, method, flags) in RUNS.items():
         if ranks == dist.get_world_size():
             run(folder, name, method, flags)
+    if dist.get_world_size() == 2:
+        odd = [*SHORT, *EVEN, *VPP, "--global-batch-size", 11]
+        run(folder, "fastmix-odd", "fastmix", odd, "mistake-fastmix-odd")
     if dist.get_world_size() == 1:
         stop_and_go_on(folder, RUNS, "doge-stopped", "doge-one", [("", 2)])
+        stop_and_go_on(folder, RUNS, "fastmix-stopped", "fastmix-one", [("", 2)])
         stop_and_go_on(folder, RUNS, "doremi-stopped", "doremi", [("reference", 2), ("", 3)])
         stop_and_go_on(folder, RUNS, "doremi-few-stopped", "doremi-few-places", [("", 2)])
         mistakes = {
@@ -88,8 +107,9 @@ def test_ends_in_whole_weights(runs: Path, name: str) -> None:
     require_whole(runs, name, RUNS[name][1])
 
 
-def test_doge_finds_the_useful_sources(runs: Path) -> None:
-    first, second, junk = (entry["weight"] for entry in weights(runs / "doge")["sources"])
+@pytest.mark.parametrize("method", ["doge", "fastmix"])
+def test_finds_the_useful_sources(runs: Path, method: str) -> None:
+    first, second, junk = (entry["weight"] for entry in weights(runs / method)["sources"])
     assert junk < 0.2 < min(first, second)
 
 
@@ -171,8 +191,8 @@ def test_weights_are_the_average_of_all_steps(runs: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("stopped", "times", "whole"),
-    [("doge-stopped", 1, "doge-one"), ("doremi-stopped", 2, "doremi"),
-     ("doremi-few-stopped", 1, "doremi-few-places")],
+    [("doge-stopped", 1, "doge-one"), ("fastmix-stopped", 1, "fastmix-one"),
+     ("doremi-stopped", 2, "doremi"), ("doremi-few-stopped", 1, "doremi-few-places")],
 )  # fmt: skip
 def test_stopped_and_started_again_equals_undisturbed(
     runs: Path, stopped: str, times: int, whole: str
@@ -180,9 +200,24 @@ def test_stopped_and_started_again_equals_undisturbed(
     require_as_undisturbed(runs, stopped, times, whole)
 
 
+def test_fastmix_ends_in_its_last_weights(runs: Path) -> None:
+    *_, last = metrics(runs / "fastmix")
+    content = weights(runs / "fastmix")
+    assert [entry["weight"] for entry in content["sources"]] == pytest.approx(last["weights"])
+    assert max(map(abs, np.subtract(content["mean_weights"], last["weights"]))) > 0.01
+
+
+def test_fastmix_takes_an_absent_source_for_one_that_does_not_matter(runs: Path) -> None:
+    for record in metrics(runs / "fastmix-few-places"):
+        absent = [loss is None for loss in record["loss_w"]]
+        assert [value == 0.0 for value in record["alignment"]] == absent
+        assert sum(absent) >= 1
+
+
 def test_cost_counts_what_went_through_models(runs: Path) -> None:
     """Sequences of 16 tokens; 8 a step of training, 6 a step of DoGE's sources and 8 for L1."""
     assert weights(runs / "doge-one")["cost"] == {"trained_tokens": 4 * 14 * 16, "scored_tokens": 0}
+    assert weights(runs / "fastmix-one")["cost"]["trained_tokens"] == 4 * (8 + 8) * 16
     assert weights(runs / "doremi")["cost"] == {
         "trained_tokens": (4 + 6) * 8 * 16,
         "scored_tokens": 6 * 2 * 8 * 16,
@@ -210,6 +245,8 @@ def test_mistakes_cost_one_line(runs: Path) -> None:
     for name, words in {
         "doge-one": "holds a run of `doge`, which doremi can't continue with",
         "manual-none": "baseline.method: manual needs weights",
+        "fastmix-odd": "train.global_batch_size: 11 gives a number of micro-batches that the "
+        "interleaved pipeline needs divisible by its stages (use a multiple of 2)",
     }.items():
         code, said = noted(runs / "noted", f"mistake-{name}")
         assert code == 2 and words in the_only_line(said), said
