@@ -80,11 +80,7 @@ class Lookalikes:
         alike_SS = (mean_SS <= SIGNIFICANT * error_SS) & (mean_SS + SURE * error_SS < ALIKE * usual)
         alike_SS &= gained_S[:, None] < MOST_APART * gained_S
         alike_SS &= alike_SS.T.clone()
-        alike_SS.fill_diagonal_(True)
-        for _ in range(self.size.bit_length()):  # whoever is alike by one, two, four … others
-            alike_SS = (alike_SS.double() @ alike_SS.double()) > 0
-        groups = {tuple(row.nonzero().flatten().tolist()) for row in alike_SS}
-        return sorted(list(group) for group in groups if len(group) > 1)
+        return joined(alike_SS)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -102,3 +98,12 @@ class Lookalikes:
         ):  # fmt: skip
             mine.copy_(theirs)
         self._steps = int(state["steps"])
+
+
+def joined(alike_SS: torch.Tensor) -> list[list[int]]:
+    """Groups of what is alike, directly or by others between them; each ascending."""
+    alike_SS = alike_SS | torch.eye(len(alike_SS), dtype=torch.bool)
+    for _ in range(len(alike_SS).bit_length()):  # by one, two, four … others
+        alike_SS = (alike_SS.double() @ alike_SS.double()) > 0
+    groups = {tuple(row.nonzero().flatten().tolist()) for row in alike_SS}
+    return sorted(list(group) for group in groups if len(group) > 1)

@@ -235,16 +235,21 @@ class ScaleBiO(Training):
         return on_train + passes_of(on_validation, validation, weight_V, mean, groups)
 
     def intervals(
-        self, validation_examples: float | None = None, draw_SS: torch.Tensor | None = None
+        self,
+        validation_examples: float | None = None,
+        draw_SS: torch.Tensor | None = None,
+        lookalikes: list[list[int]] | None = None,
     ) -> WeightIntervals:
         """The learned weights, averaged over the last steps, and how sure they are.
 
         Args:
             validation_examples: in the validation set, whose own draw then counts.
             draw_SS: what that does to the weights, where measured, as of `weight_intervals`.
+            lookalikes: sources of which only the sum is known [those that the steps could not tell
+                apart, which near the answer may be sources that differ].
         """
-        tail = self._tail()
-        alike, level = self.mixture.lookalike_groups(tail), self.options.confidence
+        tail, level = self._tail(), self.options.confidence
+        alike = self.mixture.lookalike_groups(tail) if lookalikes is None else lookalikes
         found = weight_intervals(tail, level, validation_examples, alike, draw_SS)
         kept = self.mixture.constraints
         return found if kept is None else kept.narrow(found)
@@ -254,15 +259,16 @@ class ScaleBiO(Training):
         constant_rate: bool = True,
         validation_examples: float | None = None,
         draw_SS: torch.Tensor | None = None,
+        lookalikes: list[list[int]] | None = None,
     ) -> Verdict:
         """Whether the weights have converged by now, and why.
 
         Args:
             constant_rate: lr_lambda was the same over the averaged steps.
-            validation_examples, draw_SS: as of `intervals`.
+            validation_examples, draw_SS, lookalikes: as of `intervals`.
         """
         tail = self._tail()
-        groups = self.mixture.lookalike_groups(tail)
+        groups = self.mixture.lookalike_groups(tail) if lookalikes is None else lookalikes
         kept = self.mixture.constraints
         free = [i for i in range(len(self.sources)) if kept is None or kept.free_S[i]]
         return judge_convergence(

@@ -14,13 +14,18 @@ Where the weights are right, F is equal for all sources in use; p moves F by −
 
 which is the sandwich of an estimating equation (Huber 1967; White, Econometrica 50, 1982). It asks
 nothing of the directions in which w leans, so that few steps and noisy ones do. Flat directions are
-felt little in few steps: a check that sees no change is no proof. Measured in docs/experiments.md.
+felt little in few steps: a check that sees no change is no proof, and where u remembered more steps
+than the check has, one that sees a change is none either. Two sources to which w leans alike,
+
+    D_ij = K_ii + K_jj − K_ij − K_ji         far below that of the median pair,
+
+can't be told from each other. Measured in docs/experiments.md.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,6 +35,8 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.core.collectives import summed
 from megatron_scalebio.core.confidence import RESOLUTION
 from megatron_scalebio.core.goals import Goals
+from megatron_scalebio.core.lookalikes import ALIKE, joined
+from megatron_scalebio.core.lookalikes import SURE as SURELY_ALIKE
 from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.sampler import BlendSampler, Ints
 from megatron_scalebio.core.scalebio import ScaleBiO
@@ -59,11 +66,14 @@ class EndCheck:
         draw_SS: covariance of the best weights over draws of the validation set.
         change_S: from the weights found to those of least validation loss, as seen from there.
         error_S: standard error of that.
+        lookalikes: numbers of sources in use that can't be told from each other, each group
+            ascending.
     """
 
     draw_SS: torch.Tensor
     change_S: torch.Tensor
     error_S: torch.Tensor
+    lookalikes: list[list[int]] = field(default_factory=list)
 
     def told(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """For weights.json, by source."""
@@ -183,7 +193,23 @@ def solved(
     at[list(used), range(A)] = 1.0
     ZS = at @ Z_AA
     error_S = (ZS @ error_AA @ ZS.T).diagonal().clamp_min(0).sqrt()
-    return EndCheck(ZS @ draw_AA @ ZS.T, ZS @ F_A, error_S)
+    alike = [[used[i] for i in group] for group in _lookalikes(K, sources)]
+    return EndCheck(ZS @ draw_AA @ ZS.T, ZS @ F_A, error_S, alike)
+
+
+def _lookalikes(K: torch.Tensor, sources: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Groups of the A sources in use whose D is small beside the median pair's."""
+    A = len(K)
+    D_AA = K.diagonal()[:, None] + K.diagonal() - K - K.T
+    error_AA = torch.zeros(A, A, dtype=torch.float64)
+    for i, j in torch.combinations(torch.arange(A)).tolist():
+        squares = [(k[i] - k[j]).var() / k.shape[1] for k in (sources[i], sources[j])]
+        error_AA[i, j] = error_AA[j, i] = sum(squares) ** 0.5
+    pairs = tuple(torch.triu_indices(A, A, 1))
+    usual, place = D_AA[pairs].median(0)
+    if usual <= SURELY_ALIKE * error_AA[pairs][place]:
+        return []  # there is no measure
+    return joined(D_AA + SURELY_ALIKE * error_AA < ALIKE * usual)
 
 
 @contextmanager

@@ -214,8 +214,13 @@ class TrainState(RunState):
     def draw_SS(self) -> torch.Tensor | None:
         return self.check.draw_SS if self.check else None
 
+    @property
+    def lookalikes(self) -> list[list[int]] | None:
+        return self.check.lookalikes if self.check else None
+
     def intervals(self) -> WeightIntervals:
-        return self.training.intervals(self.validation_examples, self.draw_SS)
+        known = self.validation_examples, self.draw_SS, self.lookalikes
+        return self.training.intervals(*known)
 
     def common_state(self) -> dict[str, Any]:
         fitted = {"interactions": self.interactions.state_dict()} if self.interactions else {}
@@ -310,10 +315,12 @@ def step_record(state: TrainState, report: StepReport) -> Record:
 def verdict(state: TrainState) -> Verdict:
     """Whether the weights have converged by now, and why."""
     constant = _is_constant(state.config)
-    judged = state.training.verdict(constant, state.validation_examples, state.draw_SS)
+    known = state.validation_examples, state.draw_SS, state.lookalikes
+    judged = state.training.verdict(constant, *known)
     if judged.converged:
         against = _seen_too_often(state)
-        if state.check and not against:
+        # Once u remembers more steps than the check has, it is the run that sees further.
+        if state.check and not against and state.training.memory == 1.0:
             tolerance = state.config.bilevel.tolerance
             against = state.check.objection(state.training.sources, tolerance)
         return Verdict(False, against) if against else judged

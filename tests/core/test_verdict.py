@@ -41,7 +41,7 @@ def run(options: dict, travelling: int = 0) -> SimpleNamespace:
     bio.mixture.logits_S = torch.tensor([0.5, 0.495, 0.005]).log()
     return SimpleNamespace(
         config=config, training=bio, data=data_of(), validation_examples=10**6,
-        check=None, draw_SS=None,
+        check=None, draw_SS=None, lookalikes=None,
     )  # fmt: skip
 
 
@@ -170,8 +170,8 @@ def test_a_small_validation_set_is_named() -> None:
     assert "validation set is too small" in verdict(state).reason
 
 
-def test_a_check_after_the_last_step_may_object() -> None:
-    state = run({})
+def test_a_check_after_the_last_step_may_object_where_u_remembers_no_more_than_it() -> None:
+    state = run({"memory_growth": 0.0})
     state.draw_SS = torch.eye(3).double()
     assert "validation set is too small" in verdict(state).reason
     state.draw_SS = torch.zeros(3, 3).double()
@@ -181,8 +181,27 @@ def test_a_check_after_the_last_step_may_object() -> None:
         said = verdict(state)
         assert said.converged == converged, said
     assert "if the weight of code changes by +0.060 ± 0.010" in said.reason
-    state.config.bilevel.tolerance = 0.1
+    state.training._memory_growth = 0.5
     assert verdict(state).converged
+    state.training._memory_growth, state.config.bilevel.tolerance = 0.0, 0.1
+    assert verdict(state).converged
+
+
+def test_sources_that_the_check_could_not_tell_apart_are_known_by_their_sum() -> None:
+    state = run({})
+    state.draw_SS = 9.0 * torch.tensor([[1.0, -1, 0], [-1, 1, 0], [0, 0, 0]]).double()
+    assert "validation set is too small" in verdict(state).reason
+    state.lookalikes = [[0, 1]]
+    said = verdict(state)
+    assert said.converged and "only the sum of code, math is known" in said.reason
+    found = state.training.intervals(10**6, state.draw_SS, state.lookalikes)
+    assert found.lookalikes == [[0, 1]] and found.low_S[0] == 0 and found.high_S[1] > 0.75
+    assert found.low_S[2] > 0.1
+    # What the steps themselves could not tell apart does not count beside that.
+    state.training.mixture.lookalike_groups = lambda tail_BS: [[1, 2]]
+    assert state.training.intervals(10**6).lookalikes == [[1, 2]]
+    assert state.training.intervals(10**6, lookalikes=[]).lookalikes == []
+    assert "only the sum" not in state.training.verdict(lookalikes=[]).reason
 
 
 def test_groups_take_the_draw_of_their_sources() -> None:

@@ -149,6 +149,27 @@ def test_alike_sources_cost_no_more_than_being_told() -> None:
     assert solved([twice[0]], [1.0], [300], twice, p, [0, 1]).draw_SS.isfinite().all()
 
 
+@pytest.mark.parametrize(("like", "groups"), [(0.01, [[1, 4]]), (0.0, [[1, 4]]), (1.0, [])])
+def test_sources_that_w_leans_to_alike_are_named(like: float, groups: list[list[int]]) -> None:
+    """Numbers 0, 1, 3 and 4 of five are in use; the last differs from number 1 in a share."""
+    other = DRAW.dirichlet(np.full(V, 0.7))
+    laws = [*LAW_SV, (1 - like) * LAW_SV[1] + like * other]
+    leans = np.stack([law / np.mean(laws, axis=0) - 1 for law in laws])
+    sources = [torch.from_numpy(leans[:, DRAW.choice(V, 4000, p=law)]) for law in laws]
+    drawn = torch.from_numpy(leans[:, DRAW.choice(V, 4000, p=SETS[0])])
+    p = torch.tensor([0.4, 0.3, 0.0, 0.2, 0.1], dtype=torch.float64)
+    found = solved([drawn], [1.0], [4000], sources, p, [0, 1, 3, 4])
+    assert found.lookalikes == groups
+
+
+def test_what_is_within_the_noise_of_few_examples_is_not_called_alike() -> None:
+    p = np.full(3, 1 / 3)
+    few = [0.1 * gains(p, DRAW.choice(V, 4, p=law)) + 0.9 for law in LAW_SV]
+    noise = [k + torch.from_numpy(DRAW.normal(size=k.shape)) for k in few]
+    found = solved([noise[0]], [1.0], [4], noise, torch.from_numpy(p), [0, 1, 2])
+    assert found.lookalikes == []
+
+
 def test_it_objects_to_what_is_large_and_sure() -> None:
     def said(change: float, error: float) -> str:
         both = torch.tensor([change, -change]).double()
