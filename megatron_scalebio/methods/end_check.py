@@ -177,30 +177,39 @@ def solved(
     """
     A, S = len(used), len(weight_S)
     p_A = weight_S[list(used)] / weight_S[list(used)].sum()
-    K = torch.stack([k.mean(1) for k in sources], 1)
-    F_A = -K @ p_A
-    draw_AA, error_AA = torch.zeros(2, A, A, dtype=torch.float64)
+    K_AA = torch.stack([k.mean(1) for k in sources], 1)
+    alike = _lookalikes(K_AA, sources)
+    # Sources that are alike make K singular: they count as one, in which each has its share.
+    ones = [[i] for i in range(A) if not any(i in group for group in alike)] + alike
+    share_AG = torch.zeros(A, len(ones), dtype=torch.float64)
+    for g, group in enumerate(ones):
+        share_AG[group, g] = p_A[group] / p_A[group].sum()
+    to_G = share_AG.T
+    K_GG, F_G = to_G @ K_AA @ share_AG, -to_G @ K_AA @ p_A
+    draw_GG, error_GG = torch.zeros(2, *K_GG.shape, dtype=torch.float64)
     for k, share, size in zip(validation, share_V, sizes_V, strict=True):
-        F_A += share * k.mean(1)
-        draw_AA += share**2 / size * torch.cov(k)
-        error_AA += share**2 * (1 / k.shape[1] - 1 / size) * torch.cov(k)
+        F_G += share * (to_G @ k).mean(1)
+        cov_GG = torch.cov(to_G @ k).view_as(K_GG)
+        draw_GG += share**2 / size * cov_GG
+        error_GG += share**2 * (1 / k.shape[1] - 1 / size) * cov_GG
     for k, p in zip(sources, p_A, strict=True):
-        error_AA += p**2 / k.shape[1] * torch.cov(k)
-    ones_A1 = torch.ones(A, 1, dtype=torch.float64)
-    bordered = torch.cat([torch.cat([K, ones_A1], 1), torch.cat([ones_A1.T, torch.zeros(1, 1)], 1)])
-    Z_AA = torch.linalg.pinv(bordered)[:A, :A]
-    at = torch.zeros(S, A, dtype=torch.float64)
-    at[list(used), range(A)] = 1.0
-    ZS = at @ Z_AA
-    error_S = (ZS @ error_AA @ ZS.T).diagonal().clamp_min(0).sqrt()
-    alike = [[used[i] for i in group] for group in _lookalikes(K, sources)]
-    return EndCheck(ZS @ draw_AA @ ZS.T, ZS @ F_A, error_S, alike)
+        error_GG += p**2 / k.shape[1] * torch.cov(to_G @ k).view_as(K_GG)
+    border_G1 = torch.ones(len(ones), 1, dtype=torch.float64)
+    bordered = torch.cat(
+        [torch.cat([K_GG, border_G1], 1), torch.cat([border_G1.T, torch.zeros(1, 1)], 1)]
+    )
+    Z_GG = torch.linalg.pinv(bordered)[: len(ones), : len(ones)]
+    Z_SG = torch.zeros(S, len(ones), dtype=torch.float64)
+    Z_SG[list(used)] = share_AG @ Z_GG
+    error_S = (Z_SG @ error_GG @ Z_SG.T).diagonal().clamp_min(0).sqrt()
+    named = [[used[i] for i in group] for group in alike]
+    return EndCheck(Z_SG @ draw_GG @ Z_SG.T, Z_SG @ F_G, error_S, named)
 
 
-def _lookalikes(K: torch.Tensor, sources: Sequence[torch.Tensor]) -> list[list[int]]:
+def _lookalikes(K_AA: torch.Tensor, sources: Sequence[torch.Tensor]) -> list[list[int]]:
     """Groups of the A sources in use whose D is small beside the median pair's."""
-    A = len(K)
-    D_AA = K.diagonal()[:, None] + K.diagonal() - K - K.T
+    A = len(K_AA)
+    D_AA = K_AA.diagonal()[:, None] + K_AA.diagonal() - K_AA - K_AA.T
     error_AA = torch.zeros(A, A, dtype=torch.float64)
     for i, j in torch.combinations(torch.arange(A)).tolist():
         squares = [(k[i] - k[j]).var() / k.shape[1] for k in (sources[i], sources[j])]

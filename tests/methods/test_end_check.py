@@ -160,6 +160,17 @@ def test_sources_that_w_leans_to_alike_are_named(like: float, groups: list[list[
     p = torch.tensor([0.4, 0.3, 0.0, 0.2, 0.1], dtype=torch.float64)
     found = solved([drawn], [1.0], [4000], sources, p, [0, 1, 3, 4])
     assert found.lookalikes == groups
+    if groups:  # they count as one source, in which each has its share
+        merge = torch.tensor([[1.0, 0, 0, 0], [0, 0.75, 0, 0.25], [0, 0, 1, 0]]).double()
+        pooled = [sources[0], torch.cat([sources[1]] * 3 + [sources[3]], 1), sources[2]]
+        one = solved(
+            [merge @ drawn], [1.0], [4000], [merge @ k for k in pooled],
+            torch.tensor([0.4, 0.4, 0.2]).double(), [0, 1, 2],
+        )  # fmt: skip
+        at = torch.zeros(5, 3, dtype=torch.float64)
+        at[[0, 1, 3, 4], [0, 1, 2, 1]] = torch.tensor([1.0, 0.75, 1.0, 0.25]).double()
+        torch.testing.assert_close(found.change_S, at @ one.change_S)
+        torch.testing.assert_close(found.draw_SS, at @ one.draw_SS @ at.T)
 
 
 def test_what_is_within_the_noise_of_few_examples_is_not_called_alike() -> None:
