@@ -207,7 +207,6 @@ def test_initial_weights_are_those_given(problem: tuple[list, list], tmp_path: P
     data = open_data(problem, ParallelConfig(), weights=str(file))
     assert data.initial_weights() == pytest.approx([7 / 11, 2 / 11, 2 / 11]), "by name"
     assert data.former is not None and data.former.known == [True] * 3
-    assert data.facts() == {"weights": "3 sources"}
 
 
 def former(folder: Path, **weights: float) -> Path:
