@@ -59,7 +59,8 @@ def test_the_steps_after_it_are_those_of_then(resumed: Path, name: str) -> None:
     for ours, theirs in zip(got, wanted, strict=True):
         for field in theirs.keys() & set(LOSSES):
             # Another processor or torch rounds otherwise; in bf16 to 3 digits.
-            tolerance = 1e-5 if name != "sharded" else 2e-3
+            # The mixture goes by differences of losses, which are a thousand times smaller.
+            tolerance = 2e-3 if name == "sharded" else 1e-4 if field == "weights" else 1e-5
             assert ours[field] == pytest.approx(theirs[field], rel=tolerance, abs=tolerance), field
 
 
