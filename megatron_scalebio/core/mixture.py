@@ -44,8 +44,10 @@ LARGEST_STEP = 6.0  # in units of that size; noise almost never gets there
 # the mixture, and no other comes back.
 LARGEST_OF_ONE = 15.0
 SIZE_WARMUP = 30  # steps before anything is cut
-RECENT = 10  # steps; what lasts longer counts as lasting
-MOST_PASSING = 25.0  # times what lasts: a smaller share is not measured well
+# Once u's memory is m resets long, above 1: λ's rate is DAMPED / (m + DELAYED) of what it was.
+DAMPED, DELAYED = 0.5, 9.0
+RECENT = 10  # steps; what of g is still there after about so many lasts
+MOST_PASSING = 25.0  # times what lasts: a smaller share of g's square is not measured well
 BLOCKS_OF_ALL = 2**18  # of the trajectory, of all sources together
 
 
@@ -143,7 +145,7 @@ class Mixture:
         cut_S, probs_S = self._cut(hypergradient_S), self.probs_S
         share = 1.0
         if memory > 1.0:
-            lr, share = lr * 0.5 / (memory + 9.0), 1.0 / min(memory, MOST_PASSING)
+            lr, share = lr * DAMPED / (memory + DELAYED), 1.0 / min(memory, MOST_PASSING)
         steps, sizes = [], []
         for number, (part_S, before_S) in enumerate(
             zip(self._parts(cut_S), self._parts(self.recent_S), strict=True)

@@ -8,7 +8,6 @@ arrays of one more than the input length: token ids, and 1 where a token is a ta
 """
 
 from collections.abc import Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,10 +74,21 @@ class _Described:
     def facts(self) -> Facts:
         return self._described_by.facts(self._number)
 
-    tokens = property(attrgetter("facts.tokens"))
-    largest_id = property(attrgetter("facts.largest_id"))
-    fingerprint = property(attrgetter("facts.fingerprint"))
-    tokenizer = property(attrgetter("facts.tokenizer"))
+    @property
+    def tokens(self) -> int:
+        return self.facts.tokens
+
+    @property
+    def largest_id(self) -> int:
+        return self.facts.largest_id
+
+    @property
+    def fingerprint(self) -> str:
+        return self.facts.fingerprint
+
+    @property
+    def tokenizer(self) -> dict[str, Any] | None:
+        return self.facts.tokenizer
 
     def __len__(self) -> int:
         return self.facts.examples

@@ -25,7 +25,7 @@ can't be told from each other. Measured in docs/experiments.md.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class EndCheck:
     draw_SS: torch.Tensor
     change_S: torch.Tensor
     error_S: torch.Tensor
-    lookalikes: list[list[int]] = field(default_factory=list)
+    lookalikes: list[list[int]]
 
     def told(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """For weights.json, by source."""
@@ -178,43 +178,42 @@ def solved(
     A, S = len(used), len(weight_S)
     p_A = weight_S[list(used)] / weight_S[list(used)].sum()
     K_AA = torch.stack([k.mean(1) for k in sources], 1)
-    alike = _lookalikes(K_AA, sources)
+    noise_AAA = torch.stack([torch.cov(k) / k.shape[1] for k in sources])  # of K's columns
+    alike = _lookalikes(K_AA, noise_AAA)
     # Sources that are alike make K singular: they count as one, in which each has its share.
     ones = [[i] for i in range(A) if not any(i in group for group in alike)] + alike
     share_AG = torch.zeros(A, len(ones), dtype=torch.float64)
     for g, group in enumerate(ones):
         share_AG[group, g] = p_A[group] / p_A[group].sum()
-    to_G = share_AG.T
-    K_GG, F_G = to_G @ K_AA @ share_AG, -to_G @ K_AA @ p_A
-    draw_GG, error_GG = torch.zeros(2, *K_GG.shape, dtype=torch.float64)
+    F_A = -K_AA @ p_A
+    draw_AA, error_AA = torch.zeros_like(K_AA), (p_A.square()[:, None, None] * noise_AAA).sum(0)
     for k, share, size in zip(validation, share_V, sizes_V, strict=True):
-        F_G += share * (to_G @ k).mean(1)
-        cov_GG = torch.cov(to_G @ k).view_as(K_GG)
-        draw_GG += share**2 / size * cov_GG
-        error_GG += share**2 * (1 / k.shape[1] - 1 / size) * cov_GG
-    for k, p in zip(sources, p_A, strict=True):
-        error_GG += p**2 / k.shape[1] * torch.cov(to_G @ k).view_as(K_GG)
-    border_G1 = torch.ones(len(ones), 1, dtype=torch.float64)
-    bordered = torch.cat(
-        [torch.cat([K_GG, border_G1], 1), torch.cat([border_G1.T, torch.zeros(1, 1)], 1)]
-    )
-    Z_GG = torch.linalg.pinv(bordered)[: len(ones), : len(ones)]
-    Z_SG = torch.zeros(S, len(ones), dtype=torch.float64)
-    Z_SG[list(used)] = share_AG @ Z_GG
-    error_S = (Z_SG @ error_GG @ Z_SG.T).diagonal().clamp_min(0).sqrt()
+        F_A += share * k.mean(1)
+        draw_AA += share**2 / size * torch.cov(k)
+        error_AA += share**2 * (1 / k.shape[1] - 1 / size) * torch.cov(k)
+    G, border_G1 = len(ones), torch.ones(len(ones), 1, dtype=torch.float64)
+    bordered = torch.cat([share_AG.T @ K_AA @ share_AG, border_G1], 1)
+    bordered = torch.cat([bordered, torch.cat([border_G1.T, torch.zeros(1, 1)], 1)])
+    Z_SA = torch.zeros(S, A, dtype=torch.float64)
+    Z_SA[list(used)] = share_AG @ torch.linalg.pinv(bordered)[:G, :G] @ share_AG.T
+    error_S = (Z_SA @ error_AA @ Z_SA.T).diagonal().clamp_min(0).sqrt()
     named = [[used[i] for i in group] for group in alike]
-    return EndCheck(Z_SG @ draw_GG @ Z_SG.T, Z_SG @ F_G, error_S, named)
+    return EndCheck(Z_SA @ draw_AA @ Z_SA.T, Z_SA @ F_A, error_S, named)
 
 
-def _lookalikes(K_AA: torch.Tensor, sources: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Groups of the A sources in use whose D is small beside the median pair's."""
-    A = len(K_AA)
+def _lookalikes(K_AA: torch.Tensor, noise_AAA: torch.Tensor) -> list[list[int]]:
+    """Groups of the A sources in use whose D is small beside the median pair's.
+
+    Args:
+        noise_AAA: covariance of each column of K, [column, A, A].
+    """
     D_AA = K_AA.diagonal()[:, None] + K_AA.diagonal() - K_AA - K_AA.T
-    error_AA = torch.zeros(A, A, dtype=torch.float64)
-    for i, j in torch.combinations(torch.arange(A)).tolist():
-        squares = [(k[i] - k[j]).var() / k.shape[1] for k in (sources[i], sources[j])]
-        error_AA[i, j] = error_AA[j, i] = sum(squares) ** 0.5
-    pairs = tuple(torch.triu_indices(A, A, 1))
+    # Of mean k_i − k_j over examples of source i; D_ij has that over those of source j, too.
+    own_AA = torch.stack(
+        [each.diagonal() + each[i, i] - 2 * each[i] for i, each in enumerate(noise_AAA)]
+    )
+    error_AA = (own_AA + own_AA.T).clamp_min(0).sqrt()
+    pairs = tuple(torch.triu_indices(len(K_AA), len(K_AA), 1))
     usual, place = D_AA[pairs].median(0)
     if usual <= SURELY_ALIKE * error_AA[pairs][place]:
         return []  # there is no measure

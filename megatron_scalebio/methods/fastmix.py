@@ -32,8 +32,6 @@ So sources share micro-batches, however many they are; tensor ranks hold parts o
 an embedding tied to the layer takes no part; and under LISA the layer counts where it is frozen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -67,17 +65,11 @@ LARGEST_RATE = 0.1
 def find(config: Config, job: Job) -> Found | None:
     """The last weights of a whole training, or None at a signal."""
     state = FastmixState(config, job.folder / "cache")
-    initial_S = state.weight_S.tolist()
-    if not learn(state, job):
+    found = learn(state, job)
+    if found is None:
         return None
-    return Found(
-        sources=state.data.sources,
-        weight_S=state.weight_S.tolist(),
-        initial_S=initial_S,
-        cost=state.cost,
-        step=state.step,
-        details={"mean_weights": state.mean_weight_S.tolist()},
-    )
+    averaged = {"mean_weights": found.weight_S}
+    return replace(found, weight_S=state.weight_S.tolist(), details=averaged)
 
 
 class FastmixState(WeightingState):

@@ -177,7 +177,7 @@ def test_a_check_after_the_last_step_may_object_where_u_remembers_no_more_than_i
     state.draw_SS = torch.zeros(3, 3).double()
     for change, converged in ((0.04, True), (0.06, False)):
         change_S = torch.tensor([change, 0.0, -change]).double()
-        state.check = EndCheck(state.draw_SS, change_S, torch.full((3,), 0.01).double())
+        state.check = EndCheck(state.draw_SS, change_S, torch.full((3,), 0.01).double(), [])
         said = verdict(state)
         assert said.converged == converged, said
     assert "if the weight of code changes by +0.060 ± 0.010" in said.reason

@@ -184,7 +184,7 @@ def test_what_is_within_the_noise_of_few_examples_is_not_called_alike() -> None:
 def test_it_objects_to_what_is_large_and_sure() -> None:
     def said(change: float, error: float) -> str:
         both = torch.tensor([change, -change]).double()
-        return EndCheck(torch.zeros(2, 2), both, torch.full((2,), error).double()).objection(
+        return EndCheck(torch.zeros(2, 2), both, torch.full((2,), error).double(), []).objection(
             ["a", "b"], 0.05
         )
 
@@ -195,7 +195,7 @@ def test_it_objects_to_what_is_large_and_sure() -> None:
 def test_weights_json_has_standard_deviations() -> None:
     variances = torch.diag(torch.tensor([0.04, 0.09])).double()
     change, error = torch.tensor([[0.1, -0.1], [0.03, 0.02]]).double()
-    assert EndCheck(variances, change, error).told(["a", "b"]) == {
+    assert EndCheck(variances, change, error, []).told(["a", "b"]) == {
         "change": {"a": pytest.approx(0.1), "b": pytest.approx(-0.1)},
         "standard_error": {"a": pytest.approx(0.03), "b": pytest.approx(0.02)},
         "draw": {"a": pytest.approx(0.2), "b": pytest.approx(0.3)},

@@ -111,7 +111,7 @@ def test_a_check_that_objects_asks_for_twice_the_steps(make_run: MakeRun) -> Non
     """However narrow the intervals are."""
     run = judged(make_run(steps=60), mixtures(300, 0.001))
     both = torch.tensor([0.1, -0.1, 0.0, 0.0, 0.0]).double()
-    reason = EndCheck(torch.zeros(5, 5), both, both.abs() / 10).objection(list("abcde"), 0.05)
+    reason = EndCheck(torch.zeros(5, 5), both, both.abs() / 10, []).objection(list("abcde"), 0.05)
     content = json.loads((run / "weights.json").read_text())
     (run / "weights.json").write_text(json.dumps(content | {"converged": False, "reason": reason}))
     assert told(run) == ["Run longer: about 200 steps"]
