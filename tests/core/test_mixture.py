@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_scalebio.core.confidence import TrajectoryBlocks
 from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.core.levels import Levels
 from megatron_scalebio.core.mixture import LARGEST_STEP, LEAST_SHARE, SIZE_WARMUP, Mixture
@@ -133,15 +131,6 @@ def test_the_first_hypergradient_after_none_moves_the_mixture() -> None:
         assert mixture.probs_S.tolist() == pytest.approx(weights, rel=1e-9)
 
 
-@pytest.mark.parametrize(("one", "other"), [KINDS, KINDS[::-1]])
-def test_a_mixture_goes_on_from_the_state_of_the_other_kind(one: str, other: str) -> None:
-    before, after = Mixture([1.0, 3.0], one), Mixture([1.0, 1.0], other)
-    for g_S in noise(5, 2):
-        before.step(g_S, 0.05)
-    after.load_state_dict(before.state_dict())
-    assert torch.equal(after.probs_S, before.probs_S) and after.steps == 5
-
-
 def test_exponentiated_gradient_does_not_see_the_scale_of_the_loss() -> None:
     small, large = Mixture([1.0] * 4, "eg"), Mixture([1.0] * 4, "eg")
     for g_S in noise(30, 4):
@@ -215,30 +204,6 @@ def test_adamw_is_torch_adamw_on_the_logits() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_state_does_not_change_with_later_steps(kind: str) -> None:
-    path, memory = noise(40, 3), 2.5  # above 1 the last ten or so hypergradients count as well
-    mixture = Mixture([1.0, 2.0, 3.0], kind)
-    for g_S in path[:20]:
-        mixture.step(g_S, 0.05, memory)
-    state, loaded = mixture.state_dict(), Mixture([1.0] * 3, kind)
-    expected = mixture.probs_S
-    assert not state["logits"].requires_grad
-    loaded.load_state_dict(state)
-    for g_S in path[20:]:
-        mixture.step(g_S, 0.05, memory)
-    again = Mixture([1.0] * 3, kind)
-    again.load_state_dict(state)
-    for restored in (loaded, again):
-        assert torch.equal(restored.probs_S, expected)
-        assert restored.steps == restored.trajectory.steps == 20
-    if kind == "eg":
-        for g_S in path[20:]:
-            loaded.step(g_S, 0.05, memory)
-        assert torch.equal(loaded.probs_S, mixture.probs_S)
-        assert loaded.squares[0] == mixture.squares[0]
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_those_of_the_definition(kind: str) -> None:
     """Over spikes within the first 30 steps, which are not cut, and after; then with memory.
 
@@ -272,28 +237,6 @@ def test_no_more_lasts_than_there_is() -> None:
         naive.step(g_S.numpy(), 0.05, memory=4.0)
         assert mixture.probs_S.tolist() == pytest.approx(naive.p.tolist(), rel=1e-9)
     assert naive.lasting > naive.v
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cut", [0, 1, 17])
-def test_resume_is_exact(kind: str, cut: int) -> None:
-    path = noise(40, 3)
-    whole = Mixture([1.0, 2.0, 3.0], kind)
-    resumed = Mixture([1.0, 1.0, 1.0], kind)
-    for number, g_S in enumerate(path):
-        if number == cut:
-            # As a checkpoint holds it: torch.load of plain types only.
-            file = io.BytesIO()
-            torch.save(whole.state_dict(), file)
-            file.seek(0)
-            resumed.load_state_dict(torch.load(file, weights_only=True))
-        whole.step(g_S, 0.05, memory=2.5)
-        if number >= cut:
-            resumed.step(g_S, 0.05, memory=2.5)
-    assert torch.equal(whole.probs_S, resumed.probs_S)
-    assert torch.equal(whole.initial_S, resumed.initial_S)
-    assert torch.equal(whole.trajectory.tail(1.0), resumed.trajectory.tail(1.0))
-    assert (resumed.steps, resumed.squares[0]) == (whole.steps, whole.squares[0])
 
 
 def rarely_seen(
@@ -339,19 +282,6 @@ def test_no_example_decides_where_batches_are_smaller_than_the_sources(
     assert share.argmax() == 0 and share[0] > 0.35 and share[0] > 2 * share[1] > 0.04
 
 
-def test_the_trajectory_of_many_sources_is_short_and_earlier_ones_are_read() -> None:
-    assert [Mixture([1.0] * n, "eg").trajectory.capacity for n in (3, 512, 1000, 10**5)] == [
-        512, 512, 262, 32,
-    ]  # fmt: skip
-    mixture = Mixture([1.0] * 1000, "eg")
-    mixture.trajectory = TrajectoryBlocks(1000)
-    for g_S in noise(5, 1000):
-        mixture.step(g_S, 0.1)
-    again = Mixture([1.0] * 1000, "eg")
-    again.load_state_dict(mixture.state_dict())
-    assert torch.equal(again.trajectory.tail(1.0), mixture.trajectory.tail(1.0))
-
-
 def test_a_spike_is_cut_to_what_is_largest() -> None:
     """One of ten times the usual size moves λ as one of LARGEST_STEP times does."""
     direction_S = torch.tensor([1.0, -1.0], dtype=torch.float64)  # of size 1 at equal weights
@@ -382,42 +312,3 @@ def test_a_source_of_no_weight_may_have_bounds() -> None:
     mixture = Mixture([1.0, 0.0], "eg", Constraints([0.0, 0.0], [1.0, 1.0]))
     assert mixture.initial_S[1] == pytest.approx(LEAST_SHARE / 2, rel=1e-3)
     assert len(mixture.state_dict()["squares"]) == 1, "there are no groups"
-
-
-def test_states_of_earlier_versions_are_read() -> None:
-    def made() -> Mixture:
-        return Mixture([1.0, 1.0, 2.0], "eg", levels=Levels([[0, 0, 1]]))
-
-    mixture, other = made(), made()
-    for g_S in noise(12, 3):
-        mixture.step(g_S, lr=0.1)
-    state = mixture.state_dict()
-    square, *of_levels = state["squares"]
-    for later in ("squares", "lasting", "recent", "is_slow", "lookalikes"):
-        del state[later]
-    other.load_state_dict({**state, "mean_square": square})
-    assert other.squares == other.lasting == [square, 0.0, 0.0]
-    assert not other.recent_S.any() and other.is_slow is False
-    other.load_state_dict({**state, "mean_square": square, "level_squares": of_levels})
-    assert other.squares == mixture.squares
-    assert other.lookalike_groups(other.trajectory.tail()) == []
-
-
-def test_a_state_is_no_part_of_who_gave_or_took_it() -> None:
-    mixture, other = Mixture([1.0, 1.0], "eg"), Mixture([1.0, 1.0], "eg")
-    for g_S in noise(3, 2):
-        mixture.step(g_S, lr=0.1)
-    state = mixture.state_dict()
-    recent_S = state["recent"].clone()
-    other.load_state_dict(state)
-    for each in (mixture, other):
-        each.step(torch.tensor([5.0, -5.0], dtype=torch.float64), lr=0.1)
-        assert torch.equal(state["recent"], recent_S)
-
-
-def test_the_trajectory_of_many_sources_is_taken_as_it_is() -> None:
-    mixture, other = Mixture([1.0] * 3000, "eg"), Mixture([1.0] * 3000, "eg")
-    mixture.step(noise(1, 3000)[0], lr=0.1)
-    other.load_state_dict(mixture.state_dict())
-    assert other.trajectory.capacity == mixture.trajectory.capacity < 512
-    assert torch.equal(other.trajectory.tail(), mixture.trajectory.tail())

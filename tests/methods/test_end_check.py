@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -260,7 +261,11 @@ def on_a_rank(folder_name: str, name: str) -> None:
         "said": said,
         "signalled": end_check(state, bio, FOUND, share_V, signalled=lambda: 15) is None,
         "moved": sorted(described.differing(described.described(state), before)),
+        "alike": [],
     }
+    for groups in ([], [[0, 1]]) if check else ():
+        state.check = replace(check, lookalikes=groups)
+        result["alike"].append(state.intervals().lookalikes)
     if dist.get_rank() == 0:
         (folder / f"{name}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
@@ -297,6 +302,11 @@ def test_every_kind_of_run_is_measured(measured: dict[str, Any], name: str) -> N
     ]  # fmt: skip
     # By then, resets leave a part of u's departure; the check's do not.
     assert alike == (["one", "grown"] if name in ("one", "grown") else [name])
+
+
+@pytest.mark.distributed
+def test_the_run_tells_which_sources_the_check_found_alike(measured: dict[str, Any]) -> None:
+    assert measured["one"]["alike"] == [[], [[0, 1]]]
 
 
 @pytest.mark.distributed
