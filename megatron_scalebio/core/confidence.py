@@ -17,16 +17,16 @@ ratio is the same for steps and for blocks of steps, so the trajectory is kept a
 Symbols: p_k → ``blocks_BS`` (B blocks, S sources), p̄ → ``weight_S``, V_i / n → ``variance_S``.
 
 To it are added, as independent errors, what the weights have still to go, seen from how far they
-went within the tail (``drift_left``), and the draw of the validation set: had each of its n
-examples come from one of the sources, its own mixture would be off by sqrt(p (1 − p) / n). Others
-are known no better; how much worse can be measured (``draw_SS``).
+went within the tail (``drift_left``); the draw of the validation set: had each of its n examples
+come from one of the sources, its own mixture would be off by sqrt(p (1 − p) / n), and others are
+known no better (``draw_SS``, where measured); and RESOLUTION, what a finite α and a finite memory
+leave where weights stand still. Of near-duplicates (``lookalikes``) only the sum is known, so their
+intervals reach from 0 to it.
 
-Of near-duplicates (``lookalikes``) only the sum is known, so their intervals reach from 0 to it.
-
-What an interval does not hold: the bias of a finite α; what u's memory still leaves out where the
-weights no longer move (under LISA it is as short as a period); a final training much shorter than
-the search; and it says nothing if the mixture's learning rate decayed to zero. Measured in
-docs/experiments.md, "Right where validation is not made of the sources".
+Not in it: more than that of either (under LISA u's memory is as short as a period; sources that
+hold different contexts need a long one), and a final training much shorter than the search. If the
+mixture's rate decayed to zero it says nothing. Measured in docs/experiments.md, "Right where
+validation is not made of the sources".
 """
 
 import math
@@ -43,7 +43,7 @@ MIN_TAIL_STEPS = 200  # a shorter tail cannot show convergence
 # Of an error b / t, t from T/2 to T: its mean, in units of what it loses from half to half of that.
 LEFT_OF_DRIFT = 2 * math.log(2) / (4 * math.log(9 / 8))
 MANY_SOURCES = 20  # with more, the tolerance is that share of an equal weight
-RESOLUTION = 0.01  # softmax never reaches 0 or 1: what is nearer than this cannot be told from them
+RESOLUTION = 0.01  # what is nearer to 0 or 1, or, with few sources, to another weight, is the same
 
 # Two-sided confidence → critical value of the random-scaling ratio (Abadir and Paruolo 1997).
 CRITICAL_VALUES = {0.80: 3.875, 0.90: 5.323, 0.95: 6.747, 0.98: 8.613}
@@ -149,7 +149,7 @@ class WeightIntervals:
     weight_S: Tensor  # tail average, sums to 1
     low_S: Tensor  # clipped to [0, 1]
     high_S: Tensor  # clipped to [0, 1]
-    half_width_S: Tensor  # before clipping: the root of the sum of the squares of the next three
+    half_width_S: Tensor  # before clipping: root of the squares of RESOLUTION and the next three
     wandering_S: Tensor  # noise of the steps
     drift_S: Tensor  # of what the weights have still to go
     sampling_S: Tensor  # of the validation set's own draw
@@ -213,7 +213,9 @@ def weight_intervals(
     if draw_SS is not None:
         drawn_S = drawn_S.maximum(draw_SS.diagonal())
     sampling_S = _normal(confidence) * drawn_S.sqrt()
-    half_width_S = torch.stack([wandering_S, drift_S, sampling_S]).square().sum(0).sqrt()
+    squares_S = torch.stack([wandering_S, drift_S, sampling_S]).square().sum(0)
+    resolution = RESOLUTION * min(1.0, MANY_SOURCES / len(weight_S))
+    half_width_S = (squares_S + resolution**2).sqrt()
     low_S = (weight_S - half_width_S).clamp_min(0.0)
     low_S = torch.where(weight_S < RESOLUTION, torch.zeros_like(low_S), low_S)
     high_S = (weight_S + half_width_S).clamp_max(1.0)
@@ -337,6 +339,8 @@ def _why(
     if sampling > max(wandering, drift):
         enough = 2 * (validation_examples or math.nan) * (sampling / tolerance) ** 2
         return f"the validation set is too small to tell, {enough:.0f} examples would do"
+    if 2 * max(sampling, wandering, drift) < RESOLUTION and len(found.weight_S) <= MANY_SOURCES:
+        return "no weight is known better, whatever the steps (set a larger tolerance)"
     if drift > wandering:
         return (
             f"it is still drifting, by {drift / LEFT_OF_DRIFT:.3f} between the halves of the "

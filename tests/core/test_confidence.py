@@ -9,6 +9,7 @@ import torch
 
 from megatron_scalebio.core.confidence import (
     CRITICAL_VALUES,
+    RESOLUTION,
     drift_left,
     random_scaling_half_width,
     weight_intervals,
@@ -52,7 +53,7 @@ def test_intervals_are_shares_and_reach_zero_below_the_resolution() -> None:
     intervals = weight_intervals(probs + noise - noise.mean(0))
     torch.testing.assert_close(intervals.weight_S, probs)
     assert torch.all(intervals.low_S >= 0) and torch.all(intervals.high_S <= 1)
-    assert float(intervals.low_S[1]) > 0.09 and float(intervals.low_S[2]) == 0.0
+    assert float(intervals.low_S[1]) > 0.085 and float(intervals.low_S[2]) == 0.0
     wide = weight_intervals(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     assert wide.low_S.tolist() == [0.0, 0.0] and wide.high_S.tolist() == [1.0, 1.0]
 
@@ -62,7 +63,8 @@ def test_intervals_are_the_weights_and_half_widths_cut_to_shares() -> None:
     got = weight_intervals(torch.tensor(columns, dtype=torch.float64).T, 0.90)
     assert got.confidence == 0.90
     for i, column in enumerate(columns):
-        weight, half = sum(column) / 4, math.hypot(half_width(column, 0.90), left(column))
+        half = math.hypot(half_width(column, 0.90), left(column), RESOLUTION)
+        weight = sum(column) / 4
         assert float(got.wandering_S[i]) == pytest.approx(half_width(column, 0.90))
         assert float(got.drift_S[i]) == pytest.approx(left(column))
         assert float(got.sampling_S[i]) == 0.0
@@ -71,12 +73,23 @@ def test_intervals_are_the_weights_and_half_widths_cut_to_shares() -> None:
         assert float(got.low_S[i]) == pytest.approx(max(weight - half, 0.0))
         assert float(got.high_S[i]) == pytest.approx(min(weight + half, 1.0))
     assert float(got.low_S[0]) == 0.0 and float(got.high_S[1]) == 1.0
-    still = weight_intervals(torch.tensor([[0.01, 0.0099], [0.01, 0.0099]], dtype=torch.float64))
-    assert still.low_S.tolist() == [0.01, 0.0], "below 0.01 a weight can't be told from none"
-    assert still.high_S.tolist() == [0.01, 0.0099]
-    whole = weight_intervals(torch.tensor([[0.0099, 0.9901], [0.0099, 0.9901]]))
-    assert whole.high_S.tolist() == [pytest.approx(0.0099), 1.0], "nor above 0.99 from all there is"
-    assert weight_intervals(torch.tensor([[0.02, 0.98]] * 2).double()).high_S[1] < 1
+
+
+def test_what_cannot_be_told_apart_is_in_every_interval() -> None:
+    """Weights that stand still are known to 0.01; with over 20 sources, to that share of equal."""
+    still = weight_intervals(torch.tensor([[0.5, 0.3, 0.2, 0.0, 0.0]] * 2).double())
+    assert still.half_width_S.tolist() == pytest.approx([0.01] * 5)
+    assert still.low_S.tolist() == pytest.approx([0.49, 0.29, 0.19, 0, 0])
+    assert still.high_S.tolist() == pytest.approx([0.51, 0.31, 0.21, 0.01, 0.01])
+    for sources, known in ((20, 0.01), (21, 0.01 * 20 / 21), (80, 0.0025)):
+        many = weight_intervals(torch.full((2, sources), 1 / sources).double())
+        assert many.half_width_S.tolist() == pytest.approx([known] * sources)
+    # Of many, too, what is under 0.01 may be nothing, and what is above 0.99 all there is.
+    few_S = torch.tensor([0.9, 0.0099, 0.0101] + [0.08 / 77] * 77).double()
+    assert (weight_intervals(few_S.repeat(2, 1)).low_S[1:3] > 0).tolist() == [False, True]
+    for weight, whole in ((0.9899, False), (0.9901, True)):
+        one_S = torch.tensor([weight] + [(1 - weight) / 79] * 79).double()
+        assert (float(weight_intervals(one_S.repeat(2, 1)).high_S[0]) == 1.0) == whole
 
 
 def test_one_block_knows_nothing() -> None:
@@ -90,7 +103,8 @@ def test_the_validation_sets_own_draw_widens_them() -> None:
     weights = [0.5, 0.3, 0.2]
     draws = torch.distributions.Multinomial(300, torch.tensor(weights)).sample((4000,)) / 300
     got = weight_intervals(torch.tensor([weights] * 2), 0.95, 300)
-    assert got.half_width_S.tolist() == got.sampling_S.tolist()
+    known = (got.sampling_S.square() + RESOLUTION**2).sqrt()
+    assert got.half_width_S.tolist() == pytest.approx(known.tolist())
     covered = ((draws - torch.tensor(weights)).abs() <= got.sampling_S).double().mean(0)
     assert covered.tolist() == pytest.approx([0.95] * 3, abs=0.015)
     narrow = weight_intervals(torch.tensor([weights] * 2), 0.80, 1200)
@@ -111,9 +125,10 @@ def test_a_measured_draw_counts_where_it_is_larger() -> None:
     assert torch.equal(smaller.sampling_S, counted.sampling_S)
     # Errors of the first two cancel in their sum.
     summed = weight_intervals(blocks_BS, 0.95, 300, [[0, 1]], draw_SS)
-    assert summed.high_S[:2].tolist() == pytest.approx([0.8 + 0.098 * 2**0.5] * 2, 1e-4)
+    half = math.hypot(0.098 * 2**0.5, RESOLUTION)
+    assert summed.high_S[:2].tolist() == pytest.approx([0.8 + half] * 2, 1e-4)
     rounded = weight_intervals(blocks_BS, draw_SS=torch.full((3, 3), -1e-20).double())
-    assert rounded.half_width_S.tolist() == [0.0] * 3
+    assert rounded.sampling_S.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("power", [1.0, 1.5])
@@ -155,9 +170,3 @@ def test_one_block_does_not_drift() -> None:
 def test_a_weight_a_bit_above_one_by_rounding_has_a_draw_of_nothing() -> None:
     above = torch.tensor([[1.0 + 2**-52]], dtype=torch.float64)
     assert weight_intervals(above.repeat(4, 1), validation_examples=10).sampling_S.tolist() == [0.0]
-
-
-@pytest.mark.parametrize(("weight", "high"), [(0.99, 0.99), (0.995, 1.0)])
-def test_what_is_nearer_to_one_than_can_be_resolved_reaches_it(weight: float, high: float) -> None:
-    blocks_BS = torch.tensor([[weight]] * 4, dtype=torch.float64)
-    assert weight_intervals(blocks_BS).high_S.tolist() == [high]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from megatron_scalebio.core.confidence import (
     MIN_TAIL_STEPS,
+    RESOLUTION,
     Verdict,
     judge_convergence,
-    random_scaling_half_width,
     weight_intervals,
 )
 from tests.core.paths import half_width, mixture_path, path_of, still_noise, wave
@@ -65,7 +67,7 @@ def test_the_widest_interval_must_be_within_the_tolerance() -> None:
     shape = [wave(1.0) + wave(1.0), wave(2.0) + wave(2.0), wave(0.5) + wave(0.5)]
     columns = [[0.3 + 0.01 * x for x in column] for column in shape]
     for confidence in (0.80, 0.95, 0.98):
-        widest = half_width(columns[1], confidence)
+        widest = math.hypot(half_width(columns[1], confidence), RESOLUTION)
         options = {"names": ["web", "code", "math"], "confidence": confidence}
         said = judge_convergence(path_of(*columns), tolerance=1.001 * widest, **options)
         assert said.converged
@@ -80,15 +82,20 @@ def test_the_widest_interval_must_be_within_the_tolerance() -> None:
             f"±{0.999 * widest:g}: it wanders from step to step, more steps or larger batches "
             "would narrow it"
         )
-    exactly = float(random_scaling_half_width(path_of(*columns))[1])
+    exactly = float(weight_intervals(path_of(*columns)).half_width_S[1])
     assert judge_convergence(path_of(*columns), tolerance=exactly).converged
     said = judge_convergence(path_of(*columns), tolerance=0.001)
     assert "the weight of source 1 is known" in said.reason
     assert judge_convergence(path_of(*columns), tolerance=0.05).converged
-    wider = path_of(*([0.05 / half_width(columns[1]) * 1.01 * x for x in c] for c in columns))
+    at_most = math.sqrt(0.05**2 - RESOLUTION**2) / half_width(columns[1])
+    wider = path_of(*([at_most * 1.01 * x for x in c] for c in columns))
     assert not judge_convergence(wider).converged, "0.05 at 95 % unless told otherwise"
-    narrower = path_of(*([0.05 / half_width(columns[1]) * 0.99 * x for x in c] for c in columns))
+    narrower = path_of(*([at_most * 0.99 * x for x in c] for c in columns))
     assert judge_convergence(narrower).converged
+    still = judge_convergence(path_of(*(wave(1e-3 * i) * 2 for i in (1, 2))), tolerance=0.009)
+    assert still.reason.endswith(
+        "no weight is known better, whatever the steps (set a larger tolerance)"
+    )
 
 
 def test_two_hundred_steps_are_the_least() -> None:
