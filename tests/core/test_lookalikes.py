@@ -128,9 +128,11 @@ def test_of_two_groups_the_sums_are_judged_each_as_one_source() -> None:
     blocks_BS, groups = torch.tensor(np.stack(pairs, 1)), [[0, 1], [2, 3]]
     assert judge_convergence(blocks_BS, lookalikes=groups).converged
     sums_BS = torch.stack([blocks_BS[:, group].sum(1) for group in groups], 1)
-    known = float(weight_intervals(sums_BS).half_width_S.max())
-    for share, converged in ((1.01, True), (0.99, False)):
-        said = judge_convergence(blocks_BS, lookalikes=groups, tolerance=share * known)
+    for level, share, converged in ((0.95, 1.01, True), (0.95, 0.99, False), (0.8, 1.01, True)):
+        known = float(weight_intervals(sums_BS, level).half_width_S.max())
+        said = judge_convergence(
+            blocks_BS, lookalikes=groups, tolerance=share * known, confidence=level
+        )
         assert said.converged == converged and f"±{known:.3f}" in said.reason
 
 

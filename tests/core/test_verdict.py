@@ -204,6 +204,14 @@ def test_sources_that_the_check_could_not_tell_apart_are_known_by_their_sum() ->
     assert "only the sum" not in state.training.verdict(lookalikes=[]).reason
 
 
+def test_the_draw_of_a_source_whose_weight_is_fixed_does_not_matter() -> None:
+    state = run({})
+    state.draw_SS = torch.diag(torch.tensor([9.0, 0.0, 0.0])).double()
+    assert not verdict(state).converged
+    state.training.mixture.constraints = Constraints([0.5, 0.0, 0.0], [0.5, 1.0, 1.0])
+    assert verdict(state).converged
+
+
 def test_groups_take_the_draw_of_their_sources() -> None:
     state = run({})
     draw_SS = torch.tensor([[4.0, -4, 0], [-4, 4, 0], [0, 0, 0]]).double()

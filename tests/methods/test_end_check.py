@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import torch
 from megatron_scalebio.engine.evaluate import ExampleLosses
 from megatron_scalebio.engine.state import TokenCost
 from megatron_scalebio.methods import end_check as end_check_module
-from megatron_scalebio.methods.end_check import EndCheck, check_steps, solved
+from megatron_scalebio.methods.end_check import EndCheck, check_steps, end_check, solved
 from tests import described
 from tests.distributed.harness import run_distributed
 from tests.distributed.small_runs import BATCH, begun, write_problem
@@ -182,6 +184,57 @@ def test_what_is_within_the_noise_of_few_examples_is_not_called_alike() -> None:
     assert found.lookalikes == []
 
 
+@pytest.mark.parametrize(
+    ("apart", "error", "alike"),
+    [
+        (1.99, 0.0, True), (2.01, 0.0, False),  # a fifth of the median pair's
+        (1.49, 0.25, True), (1.51, 0.25, False),  # however unlucky the noise was
+        (-10.0, 4.99, True), (-10.0, 5.01, False),  # there is no measure
+    ],
+)  # fmt: skip
+def test_alike_is_what_is_surely_far_less_apart_than_the_median_pair(
+    apart: float, error: float, alike: bool
+) -> None:
+    D_AA = torch.zeros(4, 4, dtype=torch.float64)
+    D_AA[tuple(torch.triu_indices(4, 4, 1))] = torch.tensor([apart, 9, 11, 12, 13, 10]).double()
+    # Examples of one source are noisier than those of another: a pair has the noise of both.
+    noise_A = error**2 * torch.tensor([1.0, 3.0, 3.0, 1.0]).double() / 8
+    noise_AAA = noise_A[:, None, None] * torch.eye(4).double()
+    found = end_check_module._lookalikes(-D_AA, noise_AAA)
+    assert found == ([[0, 1]] if alike else [])
+
+
+@pytest.mark.parametrize(
+    ("weights", "examples", "kept", "begins"),
+    [
+        ([0.5, 0.5], 5, None, True), ([0.5, 0.5], 5, "bounds", False),
+        ([0.5, 0.5] + [0.0] * 254, 5, None, True), ([0.5, 0.5] + [0.0] * 255, 5, None, False),
+        ([0.5, 0.5], 2, None, True), ([0.5, 0.5], 1, None, False),
+        ([0.99, 0.01], 5, None, True), ([0.991, 0.009], 5, None, False),  # one in use
+    ],
+)  # fmt: skip
+def test_what_can_not_be_checked_is_not_begun(
+    weights: list[float], examples: int, kept: str | None, begins: bool
+) -> None:
+    config = SimpleNamespace(
+        bilevel=SimpleNamespace(final_check=True, resync_interval=10),
+        train=SimpleNamespace(train_iters=2000), lisa=SimpleNamespace(lisa_layers=None),
+        parallel=SimpleNamespace(low_precision=None),
+    )  # fmt: skip
+    sources = [range(9), range(examples), *[range(1)] * (len(weights) - 2)]
+    state: Any = SimpleNamespace(
+        config=config, data=SimpleNamespace(sources=sources, validation=[range(5)])
+    )
+    bio: Any = SimpleNamespace(mixture=SimpleNamespace(constraints=kept))
+    weight_S = torch.tensor(weights, dtype=torch.float64)
+
+    def begin(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if begins else nullcontext():
+        assert end_check(state, bio, weight_S, [1.0], begin) is None
+
+
 def test_it_objects_to_what_is_large_and_sure() -> None:
     def said(change: float, error: float) -> str:
         both = torch.tensor([change, -change]).double()
@@ -232,30 +285,49 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "slow": (1, {"optimizer": {"lr": 1e-6}}),
     "slow in bf16": (1, {"optimizer": {"lr": 1e-6}, "parallel": {"bf16": True}}),
     "bounds": (1, {"bilevel": {"kl_to_prior": 0.1}}),
+    "rare": (1, {"bilevel": {"floor_share": 0.05}, "optimizer": {"lr": 0.01, "lr_u": 0.004},
+                 "train": {"micro_batch_size": 1, "global_batch_size": 2}}),
 }  # fmt: skip
 FOUND = torch.tensor([0.4, 0.35, 0.25], dtype=torch.float64)
+RARE = torch.tensor([0.9, 0.08, 0.02], dtype=torch.float64)
 
 
 def on_a_rank(folder_name: str, name: str) -> None:
     import torch.distributed as dist
 
-    from megatron_scalebio.methods.end_check import end_check
-
     folder = Path(folder_name)
     sections = dict(LAYOUTS[name][1])
     if name == "as the first":
         sections["data"] = {"validation": [{"name": "same", "path": str(folder / "data" / "a")}]}
-    train = {**BATCH, "train_iters": 500}
+    train = {**BATCH, "train_iters": 500, **sections.pop("train", {})}
     state = begun(folder, "reweight", train=train, **sections)
     bio = state.training
     for _ in range(3):
         state.make_step()
     if name == "grown":  # resets leave a part, by now
         bio.steps = 500
-    before, said = described.described(state), []
+    if name == "rare":  # the run's losses were small by then, those of one source are not
+        calm = {"w: validation loss": [1e-3] * 40}
+        bio.spikes.load_state_dict({"applied": calm, "last": {k: v[:8] for k, v in calm.items()}})
+    before, said, asked, step = described.described(state), [], [], bio.step
+
+    def noted(train: Any, lean: Any, lr: float, **given: Any) -> Any:
+        asked.append({"lr": lr, **given, "inclusion": given["inclusion"].tolist()})
+        return step(train, lean, lr, **given)
+
+    bio.step = noted
     share_V = [1 / len(state.data.validation)] * len(state.data.validation)
-    check = end_check(state, bio, FOUND, share_V, said.append)
+    cost = replace(state.cost)
+    check = end_check(state, bio, RARE if name == "rare" else FOUND, share_V, said.append)
+    del bio.step
     result = {
+        "asked": asked,
+        "trained": state.cost.trained - cost.trained,
+        "scored": state.cost.scored - cost.scored,
+        "lengths": [
+            [each.length(i) for i in range(len(each))]
+            for each in (*state.data.validation, *state.data.sources)
+        ],
         "change": check and check.change_S.tolist(),
         "draw": check and check.draw_SS.tolist(),
         "said": said,
@@ -329,6 +401,33 @@ def test_the_run_keeps_what_it_has_learned(measured: dict[str, Any]) -> None:
     assert [found["moved"] for found in measured.values()] == [
         moved[name != "bounds"] for name in LAYOUTS
     ]
+
+
+@pytest.mark.distributed
+def test_a_source_is_leaned_to_as_the_run_trains(measured: dict[str, Any]) -> None:
+    """At the rates of its middle, by batches of the mixture found, of which nothing moves."""
+    count_S = 2 * (0.95 * RARE + 0.05 / 3)
+    decayed = (251 - 15) / (500 - 15)
+    rate = 0.1 + 0.9 * (1 + math.cos(math.pi * decayed)) / 2
+    assert len(measured["rare"]["asked"]) == 3 * 4
+    for given in measured["rare"]["asked"]:
+        assert given.pop("inclusion") == pytest.approx(count_S.clamp_max(1.0).tolist())
+        wanted = {"lr": 0.01 * rate, "lr_u": 0.004 * rate, "alpha": 1.0, "lr_lambda": 0.0}
+        assert given == pytest.approx(wanted)
+    # In bf16 less would be lost in rounding.
+    for step in measured["slow in bf16"]["asked"]:
+        assert step["lr"] == step["lr_u"] > 1e-4
+
+
+@pytest.mark.distributed
+def test_it_costs_what_it_trains_and_scores(measured: dict[str, Any]) -> None:
+    """Of each source's 32 examples a third is looked at, by w and by u, and so of each set's."""
+    least, most = 0, 0
+    for lengths in map(sorted, measured["one"]["lengths"]):
+        filled = lengths[0] * (min(len(lengths), 10) % 2)  # micro-batches are of two
+        least, most = least + sum(lengths[:10]) + filled, most + sum(lengths[-10:]) + filled
+    assert least < most and 3 * 2 * least <= measured["one"]["scored"] <= 3 * 2 * most
+    assert measured["one"]["trained"] > 3 * 4 * (2 * 8 + 8) * 4
 
 
 @pytest.mark.distributed

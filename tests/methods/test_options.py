@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_scalebio.config.baseline import BaselineConfig
 from megatron_scalebio.engine.loop import _refuse_skips
@@ -45,6 +46,28 @@ def test_a_finished_swarm_is_for_methods_that_take_one() -> None:
     for count in ("proxies", "proxy_iters"):
         with pytest.raises(UserError, match=r"swarm: 'folder' is trained already"):
             BaselineConfig(method="olmix", swarm="folder", **{count: 30})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("train_iters", "options", "rate"),
+    [(4, {}, 0.1), (160, {}, 0.1), (320, {}, 0.05), (320, {"domain_lr": 0.3}, 0.3)],
+)
+def test_fastmix_moves_its_logits_as_adam_does(
+    train_iters: int, options: dict, rate: float
+) -> None:
+    """The first move that is applied goes by the rate, however small a gradient above 1e-8 is."""
+    start_S = torch.tensor([0.5, 0.3, 0.2]).double().log()
+    state: Any = SimpleNamespace(
+        config=config(train_iters, **options), moments_2S=torch.zeros(2, 3).double(),
+        moves=0, step=7, log_weight_S=start_S,
+    )  # fmt: skip
+    gradient_S = torch.tensor([1e-3, -1e-6, 1e-8]).double()
+    moved_S, moments_2S = fastmix.FastmixState.moved(state, gradient_S)
+    wanted_S = start_S - rate * torch.tensor([1.0, -1.0, 0.5]).double()
+    torch.testing.assert_close(moved_S, wanted_S.log_softmax(0), rtol=0, atol=0.02 * rate)
+    torch.testing.assert_close(
+        moments_2S, torch.stack([0.1 * gradient_S, 0.05 * gradient_S.square()])
+    )
 
 
 def test_less_is_refused_with_experts() -> None:
