@@ -132,6 +132,15 @@ def test_a_passage_is_longer_than_two_ngrams(length: int, found: str | None) -> 
     assert kinds(evaluation, [Text(f"It says: {passage}")]) == [found]
 
 
+@pytest.mark.parametrize(("holding", "found"), [(4, None), (3, NGRAM)])
+def test_a_phrase_of_few_examples_is_in_more_than_half_of_them(
+    holding: int, found: str | None
+) -> None:
+    phrase = question(999, 13)
+    evaluation = [Text(f"{phrase} {question(k)}" * (k < holding) or question(k)) for k in range(6)]
+    assert kinds(evaluation, [Text(f"It says: {phrase}")]) == [found]
+
+
 def test_ngrams_right_beside_a_phrase_are_the_examples_own() -> None:
     phrase, others = question(999, 13), [Text(question(k)) for k in range(100, 113)]
     own = [question(k, 13) for k in range(12)]

@@ -91,6 +91,12 @@ def test_lines_say_who_where_and_who_waits() -> None:
         "nothing has moved for 12 s in step 6, phase data; rank 0 waiting for it in step 7, phase "
         "flush (all_reduce)"
     )
+    alike = [rank(n, waiting_s=3, still_s=12) for n in range(2)]
+    alike.append(rank(2, waiting_s=3, place="all_gather"))
+    assert stall_line(alike) == (
+        "nothing has moved for 12 s and no rank is behind the others: 2 in step 7, phase flush "
+        "(all_reduce); 1 in step 7, phase flush (all_gather)"
+    )
     gone = rank(2, step=0, phase="start", place="")
     assert gone_line(gone, "died", [gone, ended]) == (
         "rank 2 (node1, pid 102) died, last heard of in phase start; no other rank waits for it"

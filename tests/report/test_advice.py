@@ -152,6 +152,20 @@ def test_near_duplicates_are_to_be_merged_whatever_the_verdict(make_run: MakeRun
     assert "only the sum, 40.0%, is known" in write_report(run).read_text()
 
 
+@pytest.mark.parametrize("alike", [[], [[0, 1]]])
+def test_no_steps_are_asked_for_to_tell_near_duplicates_apart(
+    make_run: MakeRun, alike: list[list[int]]
+) -> None:
+    blocks = mixtures(300, 0.3)
+    run = judged(make_run(), blocks)
+    content = json.loads((run / "weights.json").read_text())
+    names = [entry["name"] for entry in content["sources"]]
+    content["indistinguishable"] = [[names[i] for i in group] for group in alike]
+    (run / "weights.json").write_text(json.dumps(content))
+    times = 1.0 if alike else (float(weight_intervals(blocks).half_width_S.max()) / 0.05) ** 2
+    assert told(run)[0] == f"Run longer: about {100 * math.ceil(6 * times):,} steps"
+
+
 def test_a_run_without_a_result_is_to_go_on(make_run: MakeRun) -> None:
     run = make_run(converged=None, steps=30)
     assert told(run) == ["Wait, or start it again"]
