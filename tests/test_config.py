@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_scalebio.cli import main
-from megatron_scalebio.config import Config
+from megatron_scalebio.config import Config, LisaConfig
 from megatron_scalebio.config.baseline import Method
 from megatron_scalebio.config_loader import (
     add_arguments,
@@ -19,6 +19,7 @@ from megatron_scalebio.config_loader import (
     config_text,
     load_config,
 )
+from megatron_scalebio.core.options import LisaOptions
 from megatron_scalebio.errors import UserError
 
 DATA = {
@@ -177,6 +178,12 @@ REFUSED = [
     ("data", "sources", 2 * [{"name": "a", "path": "p"}], "data.sources: 'a' names two entries"),
     ("data", "known_weights", {"z": 1}, "data.known_weights: 'z' is not a source"),
 ]  # fmt: skip
+
+
+def test_the_core_is_given_every_option_of_lisa() -> None:
+    assert LisaConfig(3, 7, False, True, False).options() == LisaOptions(3, 7, False, True, False)
+    assert LisaConfig(2, 5, True, False, True).options() == LisaOptions(2, 5, True, False, True)
+    assert LisaConfig().options() is None
 
 
 @pytest.mark.parametrize(("section", "field", "value", "words"), REFUSED)

@@ -18,6 +18,7 @@ from megatron_scalebio.plan import table
 from megatron_scalebio.plan.cost import StepCost, step_cost
 from megatron_scalebio.plan.estimate import _data_parallel_bytes, _in_flight
 from megatron_scalebio.plan.hardware import GPUS, Gpu, gpu_named
+from megatron_scalebio.plan.holdings import copy_bytes
 from megatron_scalebio.plan.layout import Layout, draws, ever_active, stage_layers, worst_draw
 from megatron_scalebio.plan.planner import Plan, _u_at_worst, low_bits_bytes
 from megatron_scalebio.plan.rehearsal import StageMemory
@@ -192,6 +193,36 @@ def test_links_between_nodes_are_slower() -> None:
         )  # fmt: skip
         assert found == pytest.approx(seconds)
         assert cost.bubble_s == 0
+
+
+@pytest.mark.parametrize(
+    ("ep", "expert_tp", "seconds"), [(4, 2, 0.005), (8, 2, 0.05), (4, 4, 0.05), (8, None, 0.05)]
+)
+def test_tokens_travel_as_far_as_their_experts_are_dealt(
+    ep: int, expert_tp: int | None, seconds: float
+) -> None:
+    """2 GB a pass to ranks of one node of eight, or of several."""
+    experts = {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+    of_run = config(model=experts)  # TP 2
+    of_run.parallel.expert_tensor_parallel_size = expert_tp
+    layout = Layout(2, 1, 1, 16, 4, 2, GPU, ep=ep)
+    sent = {"TP": 0, "CP": 0, "EP": 2_000_000_000, "PP": 0}
+    cost = step_cost(of_run, layout, [stage(0, sent_per_pass_bytes=sent)], 1.0)
+    assert cost.expert_parallel_s / layout.passes == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bytes_"),
+    [
+        ("tensorwise", 2 * 300 * 520 + 4),
+        ("delayed", 2 * 300 * 520 + 4),
+        ("blockwise", 2 * 300 * 520 + 4 * (3 * 8 + 5 * 4)),  # 3 x 5 tiles, rows of fours
+        ("mxfp8", 2 * 300 * 520 + 384 * 20 + 640 * 12),  # 17 and 10 blocks, rows of 128
+        ("nvfp4", 300 * 520 + 8 + 384 * 36 + 640 * 20),  # 33 and 19 blocks
+    ],
+)
+def test_casts_of_a_matrix_are_held_both_ways_with_padded_scales(recipe: str, bytes_: int) -> None:
+    assert copy_bytes(300, 520, recipe) == bytes_
 
 
 def test_figures_of_devices_are_those_of_the_documentation() -> None:
