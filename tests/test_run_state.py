@@ -25,8 +25,8 @@ from megatron_scalebio.data.sources import shared_vocab_size
 from megatron_scalebio.engine import state as module
 from megatron_scalebio.engine.state import Data, RunState
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.methods.bounds import at_bounds, bounds_of
-from megatron_scalebio.methods.goals import goals_of, settle
+from megatron_scalebio.methods.bounds import at_bounds, bounds_of, prior_of
+from megatron_scalebio.methods.goals import broken_bound, goals_of, settle
 from megatron_scalebio.methods.scalebio import TrainState
 from tests.markov import write_problem
 
@@ -106,6 +106,19 @@ def test_what_a_set_is_held_to_counts_from_its_start_where_it_is_not_given() -> 
     goals = goals_of(config_of(data=DataConfig(validation=sets, **DATA)))
     settle(goals, sets, [2.0, 3.0, 4.0, 5.0])
     assert goals.reference_V.tolist() == [2.0, 3.25, 1.5, 0.0]
+
+
+def test_a_bound_is_kept_within_half_a_percent() -> None:
+    sets: list[dict] = [{"name": "a", "loss": 9.0}, {"name": "b", "loss": None, "max_loss": 1.0}]
+    assert broken_bound([*sets, {"name": "c", "loss": 2.0099, "max_loss": 2.0}]) == ""
+    said = broken_bound([*sets, {"name": "c", "loss": 2.0101, "max_loss": 2.0}])
+    assert said.startswith("the loss of c is 2.0101, above its bound of 2.0000")
+
+
+def test_a_prior_of_nothing_is_a_ten_thousandth_of_an_equal_weight() -> None:
+    config: Any = SimpleNamespace(bilevel=SimpleNamespace(prior="initial"))
+    data: Any = SimpleNamespace(initial_weights=lambda: [3.0, 0.0, 1.0, 0.0])
+    assert prior_of(config, data) == pytest.approx([3.0, 1e-4, 1.0, 1e-4], rel=1e-12)
 
 
 def test_a_weight_is_held_by_a_bound_that_was_given() -> None:

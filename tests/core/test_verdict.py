@@ -204,6 +204,22 @@ def test_sources_that_the_check_could_not_tell_apart_are_known_by_their_sum() ->
     assert "only the sum" not in state.training.verdict(lookalikes=[]).reason
 
 
+def test_groups_take_what_is_known_of_rate_and_validation_set() -> None:
+    bio, levels = run({}).training, levels_of(["a/code", "a/math", "b"])
+    tail_BS = bio.mixture.trajectory.tail(0.5)
+    sums_BG = torch.stack([tail_BS[:, :2].sum(1), tail_BS[:, 2]], 1)
+    for examples, known in ((100.0, True), (1e6, False)):
+        found = described(bio, levels, False, examples, known)
+        [level] = found["levels"]
+        assert not level["converged"] and "learning rate decays" in level["reason"]
+        wanted = weight_intervals(sums_BG, 0.95, examples)
+        ends = zip(wanted.low_S.tolist(), wanted.high_S.tolist(), strict=True)
+        told = [(group["ci_low"], group["ci_high"]) for group in found["groups"]]
+        assert told == (list(ends) if known else [(None, None)] * 2)
+    [level] = described(bio, levels, True, 100.0, True)["levels"]
+    assert "validation set is too small" in level["reason"]
+
+
 def test_the_draw_of_a_source_whose_weight_is_fixed_does_not_matter() -> None:
     state = run({})
     state.draw_SS = torch.diag(torch.tensor([9.0, 0.0, 0.0])).double()

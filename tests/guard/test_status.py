@@ -7,12 +7,14 @@ import json
 import threading
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.guard import watchdog
+from megatron_scalebio.guard import board, watchdog
+from megatron_scalebio.guard.board import Board, read_board
 from megatron_scalebio.guard.process import Process
 from megatron_scalebio.guard.status import (
     ENDED,
@@ -72,6 +74,17 @@ def test_a_stall_is_a_rank_that_waits_or_stands_still_in_a_step(
 ) -> None:
     assert stalled([rank(1), status], 60.0) == too_long
     assert not stalled([rank(1)], 60.0)
+
+
+def test_what_ranks_tell_is_written_six_times_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, written = [100.0], Board(tmp_path)
+    monkeypatch.setattr(board.time, "monotonic", lambda: now[0])
+    for passed, step, told in ((0.0, 1, 1), (9.9, 2, 1), (10.1, 3, 3), (19.9, 4, 3), (20.2, 5, 5)):
+        now[0] = 1000.0 + passed
+        written.tell([rank(step=step)])
+        assert read_board(tmp_path)["ranks"][0]["step"] == told
 
 
 def test_phases_of_a_step_are_those_of_the_loop() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,13 @@ def test_peers_are_the_ranks_of_a_stage() -> None:
     assert found is not None and (found.rank, found.host, found.part) == (1, "n0", "forward")
     assert found.ratio == pytest.approx(1.5 / 1.1)
     assert (found.seconds, found.peers_s) == (1.4, 1.0)
+
+
+def test_what_a_gpu_measures_is_in_milliseconds() -> None:
+    timer, event = stragglers.ForwardTimer(), SimpleNamespace(elapsed_time=lambda end: end)
+    timer._seconds, timer._events = 0.5, [(event, 250.0), (event, 1500.0)]  # type: ignore[list-item]
+    assert timer.take() == pytest.approx(2.25)
+    assert timer.take() == 0.0
 
 
 def test_a_rank_alone_on_its_stage_has_no_peers() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t as student
 
 from megatron_scalebio.logs.interactions import INTERACTION_FILE, Interaction, read_interaction
 from megatron_scalebio.methods.interactions import SWING, Interactions
@@ -58,6 +59,25 @@ def test_intervals_hold_the_answer_as_often_as_they_say() -> None:
     runs = [fitted(600, seed) for seed in range(60)]
     inside = [(run.low <= TRUTH) & (run.high >= TRUTH) for run in runs if run]
     assert len(inside) == 60 and 0.90 <= np.mean(inside) <= 0.99
+
+
+def test_intervals_are_those_of_a_jackknife_over_windows() -> None:
+    """Student's, of as many blocks; each of two windows at least."""
+    draw, interactions = np.random.default_rng(4), Interactions(1, 1, 20, seed=0)
+    for _ in range(640):  # in 20 blocks of 32 steps
+        f, g = draw.normal(1.0, 0.2), draw.normal(-0.7, 1.0)
+        interactions.sums.append(torch.tensor([f * f, f * g]).double())
+    one: Any = SimpleNamespace(sources=NAMES.sources[:1], validation=NAMES.validation[:1])
+    found = interactions.found(one, 0.9)
+    assert found is not None
+    blocks = interactions.sums.tail(0.9).numpy()
+    assert interactions.sums.block_length == 32 and len(blocks) == 18
+    blocks = blocks.reshape(9, 2, 2).sum(1)
+    whole = blocks.sum(0)
+    without = [-(whole - each)[1] / (whole - each)[0] for each in blocks]
+    half = student.ppf(0.95, 8) * np.sqrt(8 * np.var(without))
+    assert float(found.serves[0, 0]) == pytest.approx(-whole[1] / whole[0])
+    assert (found.high - found.low).item() / 2 == pytest.approx(half, rel=0.03)
 
 
 def test_a_short_run_says_nothing() -> None:

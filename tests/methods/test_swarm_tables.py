@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.methods.swarm import Swarm
 from megatron_scalebio.methods.swarm_tables import read_tables, write_tables
 
 RATIOS = """,run,name,index,b,a
@@ -31,6 +33,17 @@ def test_tables_of_a_run_are_read_as_they_were_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got[1], losses)
     turned, _ = read_tables(tmp_path, ["c", "a", "b"])
     np.testing.assert_allclose(turned, mixtures[:, [2, 0, 1]], rtol=1e-15)
+
+
+@pytest.mark.parametrize(("step", "advice"), [(20, "raise proxy_iters or"), (0, "needs more runs")])
+def test_a_regression_that_misses_half_the_spread_is_told(step: int, advice: str) -> None:
+    """Losses of 1 and 3 by the sets' weights: they differ by 1."""
+    losses = np.array([[1.0, 1.0], [2.0, 6.0]])
+    half, data = np.array([0.5, 0.5]), SimpleNamespace(sources=[])
+    swarm = Swarm(data, half, np.eye(2), losses, np.array([0.75, 0.25]), step=step)  # type: ignore[arg-type]
+    assert swarm.found(half, 0.499, {}).remarks == []
+    [remark] = swarm.found(half, 0.501, {}).remarks
+    assert "left out by 0.5, and they differ by 1: " in remark and advice in remark
 
 
 def test_published_tables_are_joined_by_run(tmp_path: Path) -> None:
