@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,23 @@ def folder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
         return done
 
     return holds
+
+
+@pytest.mark.parametrize(
+    ("saved", "same"),
+    [
+        ([["v", "1", 0.75], ["w", "2", 0.25]], True),
+        ([["v", "1", 0.5], ["w", "2", 0.5]], False),  # other weights
+        ([["v", "1", 0.75], ["x", "2", 0.25]], False),
+        ([["v", "1", 0.75], ["w", "3", 0.25]], False),  # other data
+        ([["v", "1", 1.0]], False),
+    ],
+)
+def test_a_run_goes_on_towards_its_own_goal_alone(saved: list, same: bool) -> None:
+    ours = {"sources": [["a", "0"]], "validation": [["v", "1", 0.75], ["w", "2", 0.25]]}
+    state: Any = SimpleNamespace(stage="reweight", common_state=lambda: ours)
+    with nullcontext() if same else pytest.raises(UserError, match="other validation sets"):
+        saver._check_sources(state, {"run": {**ours, "validation": saved}}, OWN)
 
 
 def test_what_is_damaged_is_set_aside_in_the_runs_own_folder_alone(
