@@ -97,6 +97,15 @@ def test_a_set_with_a_bound_is_no_goal(folder: Path) -> None:
     assert "A set with a bound is no goal" in page
 
 
+@pytest.mark.parametrize(("name", "known"), [("bound", False), ("turns", True)])
+def test_wandering_of_fewer_than_twenty_steps_is_no_interval(
+    folder: Path, name: str, known: bool
+) -> None:
+    """Half of 30 steps are averaged, and half of 70."""
+    sources = found_weights(folder, name)[0]["sources"]
+    assert [entry["ci_low"] is not None for entry in sources] == [known] * 2
+
+
 def test_a_bound_that_is_not_kept_is_said(folder: Path) -> None:
     content, said = found_weights(folder, "broken")
     assert not content["converged"] and "above its bound of 0.0100" in content["reason"]

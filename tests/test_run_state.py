@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_scalebio.config import (
     BilevelConfig,
@@ -23,8 +26,9 @@ from megatron_scalebio.config import (
 from megatron_scalebio.data.reuse import reused
 from megatron_scalebio.data.sources import shared_vocab_size
 from megatron_scalebio.engine import state as module
-from megatron_scalebio.engine.state import Data, RunState
+from megatron_scalebio.engine.state import Data, RunState, TokenCost
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.methods import scalebio
 from megatron_scalebio.methods.bounds import at_bounds, bounds_of, prior_of
 from megatron_scalebio.methods.goals import broken_bound, goals_of, settle
 from megatron_scalebio.methods.scalebio import TrainState
@@ -106,6 +110,55 @@ def test_what_a_set_is_held_to_counts_from_its_start_where_it_is_not_given() -> 
     goals = goals_of(config_of(data=DataConfig(validation=sets, **DATA)))
     settle(goals, sets, [2.0, 3.0, 4.0, 5.0])
     assert goals.reference_V.tolist() == [2.0, 3.25, 1.5, 0.0]
+
+
+def test_losses_at_the_start_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = [ValidationConfig(name, "p") for name in "vw"]
+    state = bare(TrainState, config_of(data=DataConfig(validation=sets, **DATA)))
+    state.sets = SimpleNamespace(is_needed=True, start_V=None)
+    state.training = SimpleNamespace(goals=goals_of(state.config))
+    for losses in ([2.0, 3.0], [8.0, 9.0]):  # the second time, a checkpoint had them
+        monkeypatch.setattr(scalebio, "losses_of_sets", lambda state, found=losses: found)
+        state.measure_start()
+        assert state.sets.start_V == state.training.goals.reference_V.tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("u_is_w", [False, True])
+def test_a_swing_is_no_part_of_the_weights_that_are_told(u_is_w: bool) -> None:
+    """And examples are visited where u has parted from w."""
+    nothing_V, told, visited, seen = torch.zeros(2), [], [], []
+    goals = SimpleNamespace(swing_V=nothing_V, shares_V=torch.tensor([0.75, 0.25]))
+    picks: Any = SimpleNamespace(inclusion_S=np.ones(2))
+    losses = SimpleNamespace(tokens=7, w_S=torch.tensor([1.0, 2.0]), u_S=torch.tensor([1.5, 1.0]))
+
+    def step(*given: Any, **options: Any) -> Any:
+        seen.append(goals.swing_V.tolist())
+        half_S = torch.tensor([0.5, 0.5])
+        return SimpleNamespace(
+            losses=losses, shares_V=goals.shares_V + goals.swing_V, weights_S=half_S, alpha=2.0,
+            step=3, skipped=None,
+        )  # fmt: skip
+
+    rates = SimpleNamespace(lr_w=0.1, lr_u=0.1, lr_lambda=0.1, alpha=2.0)
+    state: Any = SimpleNamespace(
+        step=2, cost=TokenCost(), clock=lambda part: nullcontext(),
+        schedule=SimpleNamespace(at=lambda step: rates),
+        data=SimpleNamespace(next=lambda *given: ([], [], picks, picks)),
+        sets=SimpleNamespace(path=SimpleNamespace(append=lambda x: told.append(x.tolist()))),
+        visits=SimpleNamespace(append=lambda *given: visited.append(given[0])),
+        interactions=SimpleNamespace(
+            begin_step=lambda *given: None, append=lambda *given: None,
+            swing=lambda step: torch.tensor([0.125, -0.125]),
+        ),
+        training=SimpleNamespace(
+            goals=goals, mixture=SimpleNamespace(probs_S=torch.ones(2)), memory=1.0, step=step,
+            u_is_w=u_is_w, grown_alpha=lambda alpha: alpha,
+        ),
+    )  # fmt: skip
+    scalebio.train_step(state)
+    assert seen == [[0.125, -0.125]] and told == [[0.75, 0.25]]
+    assert goals.swing_V is nothing_V and state.cost.trained == 7
+    assert visited == ([] if u_is_w else [3])
 
 
 def test_a_bound_is_kept_within_half_a_percent() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_scalebio.convert.exporter import export_checkpoint
 from megatron_scalebio.convert.importer import import_checkpoint
+from megatron_scalebio.convert.layout import OutTensor, fresh_layout
 from megatron_scalebio.convert.safetensors_file import read_header
 from megatron_scalebio.convert.source import open_source
 from tests.convert.models import content, dress, edit_json, make
@@ -181,6 +182,13 @@ def test_reference_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "many")
     assert all(torch.equal(loaded.state_dict()[name], t) for name, t in whole.items())
+
+
+@pytest.mark.parametrize(("rows", "files"), [(250_000, 1), (250_001, 2)])
+def test_files_of_weights_have_five_gigabytes_at_most(rows: int, files: int) -> None:
+    tensors = [OutTensor(name, torch.bfloat16, (rows, 5000)) for name in "ab"]
+    layout = fresh_layout(tensors)
+    assert len(layout.files) == files and (layout.index is None) == (files == 1)
 
 
 def test_several_names_for_the_dtype_in_config(tmp_path: Path) -> None:
