@@ -19,7 +19,7 @@ from megatron_scalebio.core.scalebio import ScaleBiO
     [
         ({"sources": ["a", "a"]}, "2 initial weights for sources"),
         ({"initial_weights": [1.0]}, "1 initial weights for sources"),
-        ({"initial_weights": [1.0, -1.0]}, "initial_weights is .1.0, -1.0."),
+        ({"initial_weights": [2.0, -1.0]}, "initial_weights is .2.0, -1.0."),
         ({"initial_weights": [0.0, 0.0]}, "initial_weights is .0.0, 0.0."),
         ({"validation": {}}, "validation is .."),
         ({"validation": {"v": float("nan")}}, "validation is .nan."),
