@@ -17,6 +17,7 @@ def test_levels_add_up_and_each_is_the_mean_of_its_groups() -> None:
     g_S, p_S = noise(2, 5)
     p_S = p_S.softmax(0)
     coarse, fine, own = Levels(GROUPS).parts(g_S, p_S)
+    assert len(Levels(GROUPS)) == 3
     torch.testing.assert_close(coarse + fine + own, g_S - (p_S * g_S).sum())
     for number in (0, 1):
         members = torch.tensor(GROUPS[0]) == number
