@@ -164,7 +164,8 @@ def _stage(
     itemsize = 2 if config.parallel.bf16 else 4
     boundary = config.train.micro_batch_size * config.data.seq_length * config.model.hidden_size
     ranks = layout.cp * (layout.tp if config.parallel.sequence_parallel else 1)
-    boundary_bytes = boundary * itemsize // ranks
+    # Each chunk sends its output on and its gradient back; the model's ends have nobody there.
+    sends = 2 * layout.virtual - (stage == 0) - (stage == layout.pp - 1)
     return StageMemory(
         stage=stage,
         active_layers=tuple(active),
@@ -183,7 +184,7 @@ def _stage(
         flops_per_pass=sizes["flops"],
         sent_per_pass_bytes={
             **{link: int(sizes[link]) for link in _WITHIN_A_PASS},
-            "PP": 2 * boundary_bytes,
+            "PP": sends * boundary * itemsize // ranks,
         },
         sent_per_step_bytes={
             "DP": int(sizes["DP"])
