@@ -52,6 +52,7 @@ def command(*argv: object) -> tuple[int | None, str]:
     from megatron_scalebio import runtime
     from megatron_scalebio.cli import main
     from megatron_scalebio.report import charts
+    from tests.distributed.harness import next_layout
 
     said = io.StringIO()
     code: int | None = None
@@ -64,7 +65,10 @@ def command(*argv: object) -> tuple[int | None, str]:
         except Exception:  # noqa: BLE001  a crash is an outcome here
             said.write(traceback.format_exc())
     if parallel_state.model_parallel_is_initialized():
-        runtime.stop_model_parallel()
+        if code is None:  # other ranks may hang
+            runtime.stop_model_parallel()
+        else:
+            next_layout()
     return code, said.getvalue()
 
 

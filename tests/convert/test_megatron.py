@@ -14,7 +14,7 @@ from megatron_scalebio.convert.exporter import export_checkpoint
 from megatron_scalebio.convert.importer import import_checkpoint
 from tests.commands import command, note, noted
 from tests.convert.models import MODELS, content, convert, make
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import next_layout, run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -59,7 +59,7 @@ def save_again(folder_name: str) -> None:
             runtime.on_main(saved.mkdir)
             state: dict[str, Any] = {**model_state(chunks, FORMS[layout]), "iteration": 1}
             dist_checkpointing.save(state, str(saved))
-            runtime.stop_model_parallel()
+            next_layout()
 
 
 def convert_on_ranks(folder_name: str) -> None:

@@ -138,6 +138,7 @@ def alone() -> None:
     from megatron_scalebio.compat import adapt
 
     adapt()
+    torch.manual_seed(SEED)  # the same start of the models in each run of the tests
     filesystem_async._results_queue = queue.Queue()  # else a process is started to hold one
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import next_layout, run_distributed
 from tests.markov import write_problem
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -74,7 +74,6 @@ def run(state: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def on_rank(problem: tuple[list, list], folder: str) -> None:
-    from megatron_scalebio import runtime
     from megatron_scalebio.core.twin import named_parameters
 
     found, weights = {}, {}
@@ -84,7 +83,7 @@ def on_rank(problem: tuple[list, list], folder: str) -> None:
             parameter.data.copy_(weights.setdefault(name, parameter.detach().clone()))
         found["bf16" if bf16 else "fp32"] = run(state)
         state.training.leave_period()
-        runtime.stop_model_parallel()
+        next_layout()
     torch.save(found, Path(folder) / "found.pt")
 
 

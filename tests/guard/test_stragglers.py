@@ -11,7 +11,7 @@ import torch
 
 from megatron_scalebio.guard import stragglers
 from megatron_scalebio.guard.stragglers import Slowest, Stragglers, slowest
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import next_layout, run_distributed
 
 HOSTS = ["n0", "n0", "n1", "n1"]
 
@@ -132,4 +132,4 @@ def of_two_stages() -> None:
         else:
             assert found == Slowest(1, socket.gethostname(), 6.0, "data", 3.0, 0.5)
             assert line == str(found)
-        runtime.stop_model_parallel()
+        next_layout()

@@ -10,7 +10,7 @@ import torch
 
 from tests.distributed import naive
 from tests.distributed.gather import global_tensors
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import next_layout, run_distributed
 from tests.markov import VOCAB, write_problem
 
 pytestmark = pytest.mark.distributed
@@ -73,7 +73,7 @@ def on_ranks(problem: dict, names: list[str], folder: str) -> None:
             content["naive"] = naive_products(state, train, valid, coefficients)
         (Path(folder) / f"{name}-{runtime.rank()}.json").write_text(json.dumps(content))
         state.training.leave_period()
-        runtime.stop_model_parallel()
+        next_layout()
 
 
 def naive_products(state, train: list, valid: list, coefficients: list) -> list[float]:

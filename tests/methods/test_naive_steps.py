@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.commands import MODEL, write_config
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import next_layout, run_distributed
 from tests.markov import write_problem
 
 pytestmark = pytest.mark.distributed
@@ -146,7 +146,7 @@ def on_one_rank(folder_name: str) -> None:
         kept[-1]["wanted"] += [mean, torch.tensor(cost)]
         torch.save(kept, folder / f"{name}.pt")
         state.training.leave_period()
-        runtime.stop_model_parallel()
+        next_layout()
 
 
 def peeked_examples(state, with_validation: bool) -> tuple:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import next_layout, run_distributed
 from tests.markov import VOCAB, write_source
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -77,7 +77,7 @@ def run_for_real(folder: str, names: list[str]) -> None:
         runtime.start(config)
         found = measure(config, Path(folder))
         (Path(folder) / f"{name}-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
-        runtime.stop_model_parallel()
+        next_layout()
 
 
 def measure(config, folder: Path) -> list[dict]:
