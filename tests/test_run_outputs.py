@@ -163,7 +163,7 @@ def test_weights_and_intervals_are_of_the_tail_of_the_trajectory(folder: Path) -
     drift = np.abs(tail[TAIL // 2 :].mean(0) - tail[: TAIL // 2].mean(0))
     drift *= np.log(2) / (2 * np.log(9 / 8))  # of an error b / t, from T/2 to T
     sampling = 1.2815516 * np.sqrt(weights * (1 - weights) / EXAMPLES)
-    half = np.sqrt(wandering**2 + drift**2 + sampling**2)
+    half = np.sqrt(wandering**2 + drift**2 + sampling**2 + 0.01**2)  # .01: what cannot be resolved
     for i, entry in enumerate(content["sources"]):
         assert entry["name"] == "abc"[i] and entry["examples"] == SIZES["abc"[i]]
         assert entry["weight"] == pytest.approx(weights[i], rel=1e-6)
