@@ -65,7 +65,7 @@ def command(*argv: object) -> tuple[int | None, str]:
         except Exception:  # noqa: BLE001  a crash is an outcome here
             said.write(traceback.format_exc())
     if parallel_state.model_parallel_is_initialized():
-        if code is None:  # other ranks may hang
+        if code is None:  # a rank that crashed can't wait for the others
             runtime.stop_model_parallel()
         else:
             next_layout()

@@ -43,7 +43,7 @@ MIN_TAIL_STEPS = 200  # a shorter tail cannot show convergence
 # Of an error b / t, t from T/2 to T: its mean, in units of what it loses from half to half of that.
 LEFT_OF_DRIFT = 2 * math.log(2) / (4 * math.log(9 / 8))
 MANY_SOURCES = 20  # with more, the tolerance is that share of an equal weight
-RESOLUTION = 0.01  # what is nearer to 0 or 1, or, with few sources, to another weight, is the same
+RESOLUTION = 0.01  # a weight nearer than this to 0, 1 or another value can't be told from it
 
 # Two-sided confidence → critical value of the random-scaling ratio (Abadir and Paruolo 1997).
 CRITICAL_VALUES = {0.80: 3.875, 0.90: 5.323, 0.95: 6.747, 0.98: 8.613}
@@ -336,11 +336,11 @@ def _why(
     wandering, drift, sampling = (
         float(part[source]) for part in (found.wandering_S, found.drift_S, found.sampling_S)
     )
+    if RESOLUTION * min(1.0, MANY_SOURCES / len(found.weight_S)) >= tolerance:
+        return "no number of steps tells weights apart so finely (set a larger tolerance)"
     if sampling > max(wandering, drift):
         enough = 2 * (validation_examples or math.nan) * (sampling / tolerance) ** 2
         return f"the validation set is too small to tell, {enough:.0f} examples would do"
-    if 2 * max(sampling, wandering, drift) < RESOLUTION and len(found.weight_S) <= MANY_SOURCES:
-        return "no weight is known better, whatever the steps (set a larger tolerance)"
     if drift > wandering:
         return (
             f"it is still drifting, by {drift / LEFT_OF_DRIFT:.3f} between the halves of the "

@@ -75,6 +75,8 @@ def _of_verdict(run: Run, rows: list[SourceRow]) -> Iterator[Advice]:
         )
     elif "has been gone through" in reason:
         yield Advice("Add data, or make fewer steps", "What is seen too often is learned by heart.")
+    elif "set a larger tolerance" in reason:
+        yield Advice("Set a larger tolerance", "More steps would not tell weights apart so finely.")
     elif "decays" in reason:
         yield Advice(
             "Keep the rate of the mixture constant",

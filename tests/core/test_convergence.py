@@ -92,10 +92,16 @@ def test_the_widest_interval_must_be_within_the_tolerance() -> None:
     assert not judge_convergence(wider).converged, "0.05 at 95 % unless told otherwise"
     narrower = path_of(*([at_most * 0.99 * x for x in c] for c in columns))
     assert judge_convergence(narrower).converged
-    still = judge_convergence(path_of(*(wave(1e-3 * i) * 2 for i in (1, 2))), tolerance=0.009)
-    assert still.reason.endswith(
-        "no weight is known better, whatever the steps (set a larger tolerance)"
-    )
+
+
+@pytest.mark.parametrize("sources", [2, 40])
+def test_more_steps_are_not_asked_for_what_they_can_not_tell(sources: int) -> None:
+    """Below 0.01, whatever else is in the way; with many sources both shrink alike."""
+    path = path_of(*([x / sources for x in wave(0.5) * 2] for _ in range(sources)))
+    for tolerance, told in ((0.0099, True), (0.01, True), (0.0101, False)):
+        said = judge_convergence(path, tolerance=tolerance)
+        assert not said.converged
+        assert said.reason.endswith("so finely (set a larger tolerance)") == told
 
 
 def test_two_hundred_steps_are_the_least() -> None:

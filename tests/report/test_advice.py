@@ -81,6 +81,11 @@ def test_weights_that_move_ask_for_steps(
         assert do == f"Run longer: about {100 * math.ceil(6 * times):,} steps" and times > 1
 
 
+def test_what_no_number_of_steps_tells_asks_for_a_larger_tolerance(make_run: MakeRun) -> None:
+    run = judged(make_run(), mixtures(300, 0.001), tolerance=0.009)
+    assert told(run) == ["Set a larger tolerance"]
+
+
 def test_many_sources_are_to_be_known_to_a_smaller_tolerance(make_run: MakeRun) -> None:
     """0.05 of up to 20 sources, half of that of 40."""
     blocks = mixtures(300, 0.15, sources=40)
