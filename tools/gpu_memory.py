@@ -47,7 +47,7 @@ def memory(check: Any) -> None:
     for (name, flags), planned in zip(LAYOUTS.items(), plans, strict=True):
         found: dict[str, Any] = {"planned_bytes": planned}
         try:
-            found["measured_bytes"] = run_peak(check.folder, name, flags)
+            found["measured_bytes"] = run_peak(check.folder, name, flags, steps=4)
             found["off"] = found["planned_bytes"] / found["measured_bytes"] - 1
             if not check.rehearse:  # on a CPU the measure is the process's, interpreter included
                 found["within_bound"] = abs(found["off"]) <= BOUND
@@ -70,7 +70,7 @@ def largest(check: Any) -> None:
     for layers in (most, most - 2, most - 4):
         _write(check.folder, shape, layers, check.rehearse)
         try:
-            peak = run_peak(check.folder, f"layers-{layers}", DEEP)
+            peak = run_peak(check.folder, f"layers-{layers}", DEEP, steps=2)
         except RuntimeError as error:
             check.results.add(f"layers-{layers}", {"too_many": str(error)})
             continue
@@ -92,7 +92,7 @@ def _write(folder: Path, shape: dict[str, Any], layers: int, rehearse: bool) -> 
         data={"seq_length": length},
         model={"num_layers": layers, "make_vocab_size_divisible_by": 128, **shape},
         parallel={"bf16": True}, checkpoint={"save_interval": 0},
-        train={"train_iters": 4, "micro_batch_size": 1, "global_batch_size": 2},
+        train={"train_iters": 100, "micro_batch_size": 1, "global_batch_size": 2},
     )  # fmt: skip
 
 
@@ -106,13 +106,19 @@ def plan(folder: Path, rehearse: bool, layout: str) -> int:
     return max(stage["total_bytes"] - stage["reserved_bytes"] for stage in stages)
 
 
-def run_peak(folder: Path, name: str, flags: list[str]) -> int:
-    """Peak bytes of a run of four steps; RuntimeError with what it said when it failed."""
-    output = folder / name
-    words = ["--config", str(folder / "x.yaml"), "--output", str(output), *flags]
-    run(["-m", "megatron_scalebio", "reweight", *words])
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return max(record["memory_bytes"] for record in records)
+def run_peak(folder: Path, name: str, flags: list[str], steps: int) -> int:
+    """Peak bytes of a run's first steps; RuntimeError with what it said when it failed.
+
+    The run is ended then: its checkpoint of tens of gigabytes would take longer than its steps.
+    """
+    log = folder / name / "metrics.jsonl"
+    words = ["--config", str(folder / "x.yaml"), "--output", str(folder / name), *flags]
+
+    def seen() -> list[str]:
+        return log.read_text().split("\n")[:-1] if log.exists() else []  # whole lines
+
+    run(["-m", "megatron_scalebio", "reweight", *words], until=lambda: len(seen()) >= steps)
+    return max(json.loads(line)["memory_bytes"] for line in seen()[:steps])
 
 
 def _device_bytes() -> int:

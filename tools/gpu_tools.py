@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +31,32 @@ class Results:
             print(f"{self.path.stem} {name}: {json.dumps(value)}", flush=True)
 
 
-def run(words: list[str], environment: dict[str, str] | None = None) -> str:
-    """What Python prints, run with these words; RuntimeError with what it said if it failed."""
-    ended = subprocess.run(
-        [sys.executable, *words],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(
-            filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-        ), **(environment or {})},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if ended.returncode:
-        raise RuntimeError(f"exit {ended.returncode}: {ended.stderr[-1500:]}")
-    return ended.stdout
+def run(
+    words: list[str],
+    environment: dict[str, str] | None = None,
+    until: Callable[[], bool] | None = None,
+) -> str:
+    """What Python prints, run with these words; RuntimeError with what it said if it failed.
+
+    Args:
+        until: asked every second; the process is killed, and has done well, once it is true.
+    """
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, *words], stdout=out, stderr=said,
+            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+        )  # fmt: skip
+        enough = False
+        while process.poll() is None and not enough:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1 if until else None)
+            enough = until is not None and until()
+        if enough:
+            process.kill()
+            process.wait()
+        for stream in (out, said):
+            stream.seek(0)
+        if process.returncode and not enough:
+            raise RuntimeError(f"exit {process.returncode}: {said.read()[-1500:]}")
+        return out.read()
