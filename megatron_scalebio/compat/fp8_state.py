@@ -52,8 +52,8 @@ def refuse_code(model: dict[str, Any]) -> None:
             _read(key, value)
 
 
-def copy_scales(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Gives a module the scales and amax histories of another, where both have some: delayed ones.
+def move_scales(source: torch.nn.Module, target: torch.nn.Module, share: float) -> None:
+    """Moves a module's scales and amax histories towards another's, where both have delayed ones.
 
     In place: Transformer Engine keeps them in lists of its own.
     """
@@ -61,8 +61,10 @@ def copy_scales(source: torch.nn.Module, target: torch.nn.Module) -> None:
         theirs: Any = getattr(source, "fp8_meta", {}).get(key)
         ours: Any = getattr(target, "fp8_meta", {}).get(key)
         if hasattr(theirs, "amax_history") and hasattr(ours, "amax_history"):
-            ours.scale.copy_(theirs.scale)
-            ours.amax_history.copy_(theirs.amax_history)
+            for held, wanted in (
+                (ours.scale, theirs.scale), (ours.amax_history, theirs.amax_history)
+            ):  # fmt: skip
+                held.copy_(wanted if share == 1.0 else held.lerp(wanted, share))
 
 
 def drop(model: dict[str, Any]) -> None:

@@ -113,10 +113,10 @@ class Period:
     def resync(self, share: float = 1.0) -> None:
         """Moves u towards w, by a share of what parts them; 1 makes them equal.
 
-        Weights, fp32 masters and Adam state; buffers become w's.
+        Weights, fp32 masters, Adam state and FP8 scales; buffers become w's.
         """
         w, u = self._models["w"], self._models["u"]
-        copy_buffers(w, u)
+        copy_buffers(w, u, share)
         moved = set()
         for (_, p_w), (_, p_u) in zip(named_parameters(w), named_parameters(u), strict=True):
             if p_u.data_ptr() != p_w.data_ptr():

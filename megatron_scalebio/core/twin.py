@@ -261,13 +261,13 @@ def share_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
 
 
 @torch.no_grad()
-def copy_buffers(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:
-    """Gives u w's buffers and FP8 scales: what a model counts beside what it learns."""
+def copy_buffers(w: list[torch.nn.Module], u: list[torch.nn.Module], share: float = 1.0) -> None:
+    """Gives u w's buffers, and a share of its FP8 scales: what a model counts as it runs."""
     for chunk_w, chunk_u in zip(w, u, strict=True):
         for of_w, of_u in zip(chunk_w.buffers(), chunk_u.buffers(), strict=True):
             of_u.copy_(of_w)
         for module_w, module_u in zip(chunk_w.modules(), chunk_u.modules(), strict=True):
-            fp8_state.copy_scales(module_w, module_u)
+            fp8_state.move_scales(module_w, module_u, share)
 
 
 def unshare_storage(w: list[torch.nn.Module], u: list[torch.nn.Module]) -> None:

@@ -6,6 +6,7 @@ On one rank; the state of both models is compared whole, right before a reset an
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,12 @@ def a_reset_goes_a_part_of_the_way(folder: Path, numerics: tuple[bool, bool]) ->
     state = begin(folder, numerics, RESYNC, lisa=False)
     go_to(state, RESYNC)
     w, u = (of_weights(side(state, name)) for name in ("w", "u"))
+    scales = {name: torch.tensor([value]) for name, value in (("w", 5.0), ("u", 1.0))}
+    for name, scale in scales.items():  # of delayed scaling
+        meta = SimpleNamespace(scale=scale, amax_history=scale.clone())
+        state.training.models[name][0].fp8_meta = {"scaling_fwd": meta}
     state.training.period.resync(0.25)
+    assert (float(scales["w"]), float(scales["u"])) == (5.0, 2.0)
     assert not differing(of_weights(side(state, "w")), w), "w stays as it was"
     after = of_weights(side(state, "u"))
     whole = {key: value for key, value in u.items() if value.dtype != torch.bfloat16}

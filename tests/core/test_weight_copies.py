@@ -129,6 +129,12 @@ def test_u_is_given_the_delayed_scales_of_w() -> None:
     assert held.tolist() == [2.0] * 3, "in place"
     assert u.first.fp8_meta["scaling_fwd"].amax_history.tolist() == [[2.0] * 3]  # type: ignore[index]
     copy_buffers([w], [ToyChunk()])  # one that has not run yet has none
+    held.fill_(6.0)
+    copy_buffers([w], [u], 0.25)
+    assert held.tolist() == [5.0] * 3, "a part of the way"
+    held.fill_(torch.inf)
+    copy_buffers([w], [u])
+    assert held.tolist() == [2.0] * 3, "what has diverged comes back, too"
 
 
 def test_without_fp8_nothing_is_marked() -> None:
