@@ -15,6 +15,7 @@ WEIGHTS_W, WEIGHTS_U = "weights w", "weights u"
 GRADIENTS, MASTERS, ADAM = "gradients", "fp32 masters", "Adam state"
 FP8_COPIES = "FP8 copies"
 KINDS = (WEIGHTS_W, WEIGHTS_U, GRADIENTS, MASTERS, ADAM, FP8_COPIES)
+_NEVER_CAST = (".router.weight", ".gate_weight")
 
 
 def holdings(
@@ -46,13 +47,15 @@ def holdings(
 def fp8_copies(models: Iterable[list[torch.nn.Module]], recipe: str) -> int:
     """Bytes of the FP8 or FP4 casts that Transformer Engine keeps of the layers' matrices.
 
-    u and w share those of frozen layers that u has no weights of its own of, except under delayed
-    scaling, where each has its own scales.
+    Not of routers and of shared experts' gates, which keep the model's precision. u and w share
+    those of frozen layers that u has no weights of its own of, except under delayed scaling, where
+    each has its own scales.
     """
     total, cast = 0, set()
     for model in models:
         for name, parameter in named_parameters(model):
-            if ".decoder.layers." in name and parameter.ndim == 2:
+            matrix = parameter.ndim == 2 and ".decoder.layers." in name
+            if matrix and not name.endswith(_NEVER_CAST):
                 storage = parameter.untyped_storage()._cdata
                 if storage not in cast or recipe == "delayed":
                     total += copy_bytes(parameter.shape[0], parameter.shape[1], recipe)

@@ -193,8 +193,29 @@ def bgrad_quantize(x: torch.Tensor, quantizer: Any) -> list[Any]:
     return [x.reshape(-1, x.shape[-1]).float().sum(0).to(x.dtype), quantize(x, quantizer)]
 
 
+def split_quantize(
+    x: torch.Tensor, sizes: list[int], quantizers: list[Any], **options: Any
+) -> list[Any]:
+    return [quantize(*each) for each in zip(x.split(sizes), quantizers, strict=True)]
+
+
 def fp8_transpose(x: torch.Tensor, tag: Any, *, out: torch.Tensor | None = None) -> torch.Tensor:
     return _into(out, x.movedim(-1, 0).contiguous())
+
+
+def fused_multi_row_padding(
+    rows: torch.Tensor, out: torch.Tensor, sizes: list[int], padded_sizes: list[int]
+) -> None:
+    out.zero_()
+    for part, space in zip(rows.split(sizes), out.split(padded_sizes), strict=True):
+        space[: len(part)] = part
+
+
+def fused_multi_row_unpadding(
+    rows: torch.Tensor, out: torch.Tensor, padded_sizes: list[int], sizes: list[int]
+) -> None:
+    for part, space in zip(rows.split(padded_sizes), out.split(sizes), strict=True):
+        space[:] = part[: len(space)]
 
 
 # ---- products and norms ----------------------------------------------------------------------
@@ -374,8 +395,9 @@ def multi_tensor_scale(
 
 KERNELS: list[Callable[..., Any]] = [
     torch.no_grad()(kernel) for kernel in (
-        create_empty_quantized_tensor, quantize, bgrad_quantize, fp8_transpose, generic_gemm,
-        te_general_grouped_gemm, rmsnorm_fwd, rmsnorm_bwd, layernorm_fwd, layernorm_bwd,
-        multi_tensor_adam, multi_tensor_l2norm, multi_tensor_scale,
+        create_empty_quantized_tensor, quantize, bgrad_quantize, split_quantize, fp8_transpose,
+        fused_multi_row_padding, fused_multi_row_unpadding, generic_gemm, te_general_grouped_gemm,
+        rmsnorm_fwd, rmsnorm_bwd, layernorm_fwd, layernorm_bwd, multi_tensor_adam,
+        multi_tensor_l2norm, multi_tensor_scale,
     )
 ]  # fmt: skip

@@ -25,12 +25,15 @@ OF_BLACKWELL = ("mxfp8", "nvfp4")
 LISA = {"": [], "-lisa": ["--lisa-layers", 1, "--lisa-interval", LAST]}
 RESUMED = [(recipe, lisa) for recipe in RECIPES for lisa in LISA]
 STILL = ["--lr", 1e-30, "--resync-interval", 2]  # u = w, in every bit
-RIVALS = {
+OTHERS = {
+    "experts": [
+        "reweight", *RECIPES["tensorwise"], "--num-experts", 4, "--moe-ffn-hidden-size", 48,
+    ],
     "train": ["train", *RECIPES["delayed"], *LISA["-lisa"]],
     "doremi": ["reweight", "--method", "doremi", *RECIPES["delayed"]],
     "doge": ["reweight", "--method", "doge", *RECIPES["tensorwise"], *LISA["-lisa"]],
     "less": ["reweight", "--method", "less"],
-}
+}  # fmt: skip
 
 # Optimizers: torch's in a process without Transformer Engine, its own in one with it.
 KINDS = {"": [], "-sharded": ["--use-distributed-optimizer"], "-fp32": ["--no-bf16"]}
@@ -78,10 +81,11 @@ def note_steps(folder: Path) -> None:
             real = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
             recipe = config.fp8_recipe if config.fp8 else config.fp4_recipe
             planned = fp8_copies(self.models.values(), recipe)
-            leave("copies", [recipe, self.active_layers is None, real, planned])
+            experts, whole = config.num_moe_experts, self.active_layers is None
+            leave("copies", [recipe, experts, whole, real, planned])
             named = [entry for c in self.w for entry in c.named_parameters()]
             added = [name for name, p in named if getattr(p, "grad_added_to_main_grad", False)]
-            leave("fused", [self.active_layers, added])
+            leave("fused", [experts, self.active_layers, added])
         return update(self, *words, **options)
 
     Training.update = noting  # type: ignore[method-assign]
@@ -137,7 +141,7 @@ def with_te(folder_name: str) -> None:
         note(folder / "noted", f"on-{recipe}",
              command(*words, *flags, "--load", folder / "delayed/checkpoints"))  # fmt: skip
     pretend_card("Hopper")
-    for name, (stage, *flags) in RIVALS.items():
+    for name, (stage, *flags) in OTHERS.items():
         FP8GlobalStateManager.reset()
         words = [stage, "--config", folder / "x.yaml", "--output", folder / name]
         note(folder / "noted", name, command(*words, *flags, "--train-iters", 2))
@@ -190,20 +194,22 @@ def test_copies_take_what_the_plan_says(runs: Path) -> None:
     """u and w share those of frozen layers, except under delayed scaling."""
     noted = [json.loads(line) for line in (runs / "copies.jsonl").read_text().splitlines()]
     assert {recipe for recipe, *_ in noted} == set(RECIPES)
-    for recipe, whole, real, planned in noted:
-        assert real == planned, (recipe, whole)
-    of_u_and_w = {recipe: real for recipe, whole, real, _ in noted if whole}
-    for recipe, whole, real, _ in noted:  # under LISA one of two layers is shared
+    for recipe, experts, whole, real, planned in noted:
+        assert real == planned, (recipe, experts, whole)
+    assert {experts for _, experts, *_ in noted} == {None, 4}
+    of_u_and_w = {(recipe, experts): real for recipe, experts, whole, real, _ in noted if whole}
+    for recipe, experts, whole, real, _ in noted:  # under LISA one of two layers is shared
         share = 3 / 4 if not whole and recipe != "delayed" else 1
-        assert real == share * of_u_and_w[recipe]
+        assert real == share * of_u_and_w[recipe, experts]
 
 
 def test_products_add_gradients_to_the_buffers(runs: Path) -> None:
     """Of the layers that train, every matrix's: Megatron's gradient_accumulation_fusion."""
     for line in (runs / "fused.jsonl").read_text().splitlines():
-        active, added = json.loads(line)
+        experts, active, added = json.loads(line)
+        of_a_layer = 4 if experts is None else 2 + 2 * experts
         matrices = [name for name in added if ".linear_" in name and not name.endswith("bias")]
-        assert len(matrices) == 4 * (2 if active is None else len(active)), added
+        assert len(matrices) == of_a_layer * (2 if active is None else len(active)), added
 
 
 @pytest.mark.parametrize("move", MOVES)
@@ -271,7 +277,7 @@ def test_the_recipe_that_adds_noise_is_warned_of(runs: Path, recipe: str) -> Non
     assert ("use tensorwise" in said) == (recipe == "delayed")
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_trainings_run(runs: Path, name: str) -> None:
     code, said = noted(runs / "noted", name)
     assert code == 0, said
