@@ -8,6 +8,7 @@ from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.errors import UserError
 from tests.test_config import DATA
 
+LATENT = {"multi_latent_attention": True, "qk_layernorm": True}
 # (sections over DATA, ranks, words of the answer)
 DISAGREEING = [
     (
@@ -64,6 +65,17 @@ DISAGREEING = [
      "hidden_size: 120 makes a matrix of 120 on each TP rank"),
     ({"parallel": {"bf16": True, "fp8_format": "hybrid"}, "data": {"seq_length": 40}}, 1,
      "data.seq_length: 40 is not divisible by 16 x TP 1"),
+    ({"parallel": {"bf16": True, "fp8_format": "hybrid"},
+      "model": {"num_experts": 4, "moe_ffn_hidden_size": 40}}, 1,
+     "model.moe_ffn_hidden_size: 40 makes a matrix of 40 on each TP rank"),
+    ({"parallel": {"bf16": True, "fp8_format": "hybrid"},
+      "model": {"num_experts": 4, "moe_shared_expert_intermediate_size": 24}}, 1,
+     "model.moe_shared_expert_intermediate_size: 24 makes a matrix of 24 on each TP rank"),
+    ({"parallel": {"bf16": True, "fp8_format": "hybrid"}, "model": {**LATENT, "q_lora_rank": 40}},
+     1, "model.q_lora_rank: 40 makes a matrix of 40 on each TP rank"),
+    ({"parallel": {"bf16": True, "fp8_format": "hybrid"},
+      "model": {**LATENT, "qk_pos_emb_head_dim": 8}}, 1,
+     "model.qk_pos_emb_head_dim: 8 makes a matrix of 520 on each TP rank"),
     ({"parallel": {"bf16": True, "fp8_format": "hybrid", "fp8_recipe": "mxfp8"},
       "data": {"seq_length": 48}}, 1, "data.seq_length: 48 is not divisible by 32 x TP 1, which "
      "fp8_format with recipe mxfp8 needs"),

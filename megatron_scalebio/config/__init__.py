@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 
 from megatron_scalebio.config.baseline import BaselineConfig
 from megatron_scalebio.config.data import DataConfig, SourceConfig, ValidationConfig
-from megatron_scalebio.config.experts import check_expert_layout
-from megatron_scalebio.config.latent import check_latent_layout
+from megatron_scalebio.config.experts import check_expert_layout, widths_of_experts
+from megatron_scalebio.config.latent import check_latent_layout, widths_of_latent
 from megatron_scalebio.config.model import ModelConfig
 from megatron_scalebio.config.parallel import ParallelConfig
 from megatron_scalebio.config.training import (
@@ -207,8 +207,8 @@ class Config:
             return
         (option, recipe), divisor = self.parallel.low_precision, self.parallel.product_divisor
         model = self.model
-        head = model.head_channels
-        groups = model.num_query_groups or model.num_attention_heads
+        head, groups = model.head_channels, model.num_query_groups or model.num_attention_heads
+        heads = [("kv_channels", head, n * head // tp) for n in (model.num_attention_heads, groups)]
         cp = self.parallel.context_parallel_size
         if self.data.seq_length % (divisor * tp * cp):
             ranks = f"TP {tp}" + (f" x CP {cp}" if cp > 1 else "")
@@ -219,8 +219,8 @@ class Config:
         for name, value, on_a_rank in (
             ("hidden_size", model.hidden_size, model.hidden_size),
             ("ffn_hidden_size", model.ffn_hidden_size, (model.ffn_hidden_size or 0) // tp),
-            ("kv_channels", head, model.num_attention_heads * head // tp),
-            ("kv_channels", head, groups * head // tp),
+            *widths_of_experts(model, self.parallel),
+            *(widths_of_latent(model, tp) if model.multi_latent_attention else heads),
         ):
             if on_a_rank % divisor:
                 raise UserError(

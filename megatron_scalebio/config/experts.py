@@ -81,6 +81,17 @@ def options_of_experts(model: Any) -> dict[str, Any]:
     return by_name(model, *(n for n in model.__dataclass_fields__ if n.startswith("moe_")))
 
 
+def widths_of_experts(model: Any, parallel: Any) -> list[tuple[str, int | None, int]]:
+    """Fields, their values, and a side of the matrices that they make on each TP rank."""
+    shared = model.moe_shared_expert_intermediate_size
+    return [
+        ("moe_ffn_hidden_size", model.moe_ffn_hidden_size,
+         (model.moe_ffn_hidden_size or 0) // parallel.expert_tp),
+        ("moe_shared_expert_intermediate_size", shared,
+         (shared or 0) // parallel.tensor_model_parallel_size),
+    ]  # fmt: skip
+
+
 def check_expert_layout(model: Any, parallel: Any, world_size: int) -> None:
     """Refuses a layout that the model's experts do not fit."""
     ep, tp = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size

@@ -64,6 +64,22 @@ def _check_rope(model: Any) -> None:
         )
 
 
+def widths_of_latent(model: Any, tp: int) -> list[tuple[str, int | None, int]]:
+    """Fields, their values, and a side of the matrices that they make on each TP rank."""
+    heads, rope = model.num_attention_heads, model.qk_pos_emb_head_dim
+    return [
+        (name, getattr(model, name), side)
+        for name, side in (
+            ("q_lora_rank", model.q_lora_rank or 0),
+            ("kv_lora_rank", model.kv_lora_rank),
+            ("qk_pos_emb_head_dim", model.kv_lora_rank + rope),
+            ("qk_pos_emb_head_dim", heads * (model.qk_head_dim + rope) // tp),
+            ("qk_head_dim", heads * (model.qk_head_dim + model.v_head_dim) // tp),
+            ("v_head_dim", heads * model.v_head_dim // tp),
+        )
+    ]
+
+
 def check_latent_layout(model: Any, parallel: Any) -> None:
     """Refuses a layout that latent attention does not fit."""
     tp = parallel.tensor_model_parallel_size
