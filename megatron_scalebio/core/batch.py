@@ -120,7 +120,7 @@ def _for_routers(padding_BS: torch.Tensor, gpt: Any) -> torch.Tensor:
     The first pipeline stage takes its part by itself.
     """
     ranks = gpt.pg_collection.tp
-    padding_BS = padding_BS.to(device())
+    padding_BS = sent(padding_BS, device())
     if gpt.config.sequence_parallel and not gpt.pre_process:
         return padding_BS.chunk(ranks.size(), dim=1)[ranks.rank()]
     return padding_BS

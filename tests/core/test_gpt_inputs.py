@@ -93,9 +93,11 @@ def test_a_packed_row_says_where_its_sequences_end() -> None:
     assert "packed_seq_params" not in gpt_losses(Model(), padded(torch.ones(2, 4)))
 
 
-def test_routers_are_told_of_padding() -> None:
-    batch = padded(torch.ones(2, 4), PADDING_BS)
+def test_routers_are_told_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, copied = padded(torch.ones(2, 4), PADDING_BS), []
+    monkeypatch.setattr(core_batch, "sent", lambda tensor, device: copied.append(tensor) or tensor)
     assert gpt_losses(Model(), batch)["padding_mask"].equal(PADDING_BS)
+    assert any(each is PADDING_BS for each in copied), "without a wait for what is queued"
     assert "padding_mask" not in gpt_losses(Model(experts=None), batch)
     assert "padding_mask" not in gpt_losses(Model(), padded(torch.ones(2, 4)))
 
