@@ -138,6 +138,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "preset": (None, "paper"),
         "objective": ("mean", "worst_case"),
         "interactions": (False, True),
+        "group_sources": (None, 2),
         "level": ("source", "example"),
         "alpha": (10.0, 7.0),
         "alpha_growth": (1.0, 2.0),

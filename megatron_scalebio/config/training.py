@@ -49,6 +49,9 @@ class BilevelConfig:
     level: Literal["source", "example"] = option(
         "source", "example: score every single example besides, into example_weights.npz"
     )
+    group_sources: int | None = option(
+        None, "groups to put sources into by their gradients at the start, where names make none"
+    )
     interactions: bool = option(
         False, "fit which source serves which validation set, by looking at the sets in turn"
     )
@@ -104,7 +107,7 @@ class BilevelConfig:
     def __post_init__(self) -> None:
         require_positive(
             self, "alpha", "alpha_growth", "outer_rounds", "lr_lambda", "tolerance",
-            "resync_interval", "final_train_iters",
+            "resync_interval", "final_train_iters", "group_sources",
         )  # fmt: skip
         require_positive(self, "kl_to_prior", or_zero=True)
         require_within(self, "(0, 1]", "floor_share", "average_fraction")

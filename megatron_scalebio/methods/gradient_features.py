@@ -130,18 +130,23 @@ class GradientFeatures:
         dist.all_reduce(out_ND)
         return out_ND
 
-    def of_mean(self, source: Source) -> torch.Tensor:
-        """The feature of the gradient of a whole set's mean loss, up to scale, [D] float32."""
+    def of_mean(self, source: Source, row_N: Ints | None = None) -> torch.Tensor:
+        """The feature of the gradient of a set's mean loss, up to scale, [D] float32.
+
+        Args:
+            row_N: of these examples [of all].
+        """
+        row_N = np.arange(len(source)) if row_N is None else row_N
         for matrix in self._matrices:
             matrix.moments = None
         out_1D = torch.zeros(1, self.dimensions, device=runtime.device())
         config = self._state.config
         layout = self._layout(config.train.micro_batch_size)
-        for _, batches in flushes(source, np.arange(len(source)), config, layout):
+        for _, batches in flushes(source, row_N, config, layout):
             passes = [_pass(batch, config.data.loss_mean) for batch in batches]
             self._flush(passes, [0] * len(batches), out_1D)
         dist.all_reduce(out_1D)
-        return out_1D[0] / len(source)
+        return out_1D[0] / len(row_N)
 
     def _layout(self, size: int) -> BatchLayout:
         """Micro-batches of so many examples."""

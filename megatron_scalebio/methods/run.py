@@ -45,6 +45,8 @@ def find_mixture(config: Config) -> int:
                 f"bilevel.level: {method} does not score single examples beside its weights (drop "
                 "it, or use --method scalebio)"
             )
+        if config.bilevel.group_sources is not None:
+            raise UserError(f"bilevel.group_sources: {method} has no groups (drop it)")
     name = "fixed" if method in FIXED else method
     module = importlib.import_module(f"megatron_scalebio.methods.{name}")
     with start_job(config) as job:

@@ -47,6 +47,7 @@ from megatron_scalebio.methods.groups import (
     levels_of,
 )
 from megatron_scalebio.methods.interactions import interactions_of
+from megatron_scalebio.methods.similar_sources import similar_sources
 from megatron_scalebio.methods.stages import stages_of
 
 FEWEST_AVERAGED = 20  # steps: the wandering of fewer says nothing of an interval
@@ -60,7 +61,7 @@ _JUDGING = {
 
 def find(config: Config, job: Job) -> Found:
     """The weights at the run's end, or so far where a signal has stopped it."""
-    state = TrainState(config, job.folder / "cache")
+    state = TrainState(config, job.folder / "cache", similar_sources(config, job))
     warnings = resume_or_start(state, job.folder, job.save_to)
     state.measure_start()
     if config.parallel.fp8_format and config.parallel.fp8_recipe == "delayed":
@@ -135,13 +136,18 @@ def find(config: Config, job: Job) -> Found:
 
 
 class TrainState(RunState):
-    """The state of a `reweight` run on this rank."""
+    """The state of a `reweight` run on this rank.
+
+    Args:
+        groups: of the sources [those that their names make].
+    """
 
     training: ScaleBiO
     levels: list[Level]
     check: EndCheck | None = None  # after the last step
 
-    def __init__(self, config: Config, cache: Path) -> None:
+    def __init__(self, config: Config, cache: Path, groups: Level | None = None) -> None:
+        self._groups = groups
         super().__init__(config, "reweight", cache)
         self.sets = SetRecord(config)
         self.interactions = interactions_of(config, self.data)
@@ -152,10 +158,11 @@ class TrainState(RunState):
 
     def _training(self) -> ScaleBiO:
         config, data = self.config, self.data
-        self.levels = levels_of([source.name for source in data.sources])
+        names = [source.name for source in data.sources]
+        self.levels = [self._groups] if self._groups else levels_of(names)
         return ScaleBiO(
             config.bilevel.options(config.data.loss_mean),
-            [source.name for source in data.sources],
+            names,
             goals=goals_of(config),
             initial_weights=data.initial_weights(),
             constraints=constraints_of(config, data, config.bilevel.kl_to_prior),

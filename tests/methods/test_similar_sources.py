@@ -1,0 +1,115 @@
+"""Groups of sources by their gradients, from the command line on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.commands import command, found_weights, metrics, note, noted, refused, write_config
+from tests.distributed.harness import run_distributed
+from tests.markov import draw, transition_matrices, write_source
+
+pytestmark = pytest.mark.distributed
+KIND = {"a": 0, "b": 1, "c": 0, "d": 2, "e": 1, "f": 2, "g": 0}
+ALIKE = [["a", "c", "g"], ["b", "e"], ["d", "f"]]
+CALLED = ["a + 2", "b + 1", "d + 1"]
+LAYOUTS = {
+    "two": ["--tensor-model-parallel-size", 2],
+    "stages": ["--pipeline-model-parallel-size", 2],
+}  # fmt: skip
+
+
+def run(folder: Path, name: str, *words: object, names: str = "{}", groups: int = 3) -> None:
+    sources = [{"name": names.format(n), "path": str(folder / "data" / n)} for n in KIND]
+    config = write_config(
+        folder / f"{name}.yaml", sources, [{"name": "goal", "path": str(folder / "data" / "goal")}],
+        bilevel={"group_sources": groups, "final_check": False},
+    )  # fmt: skip
+    argv = ("--config", config, "--output", folder / name.split(" again")[0], *words)
+    note(folder / "noted", name, command("reweight", *argv))
+
+
+def on_one_rank(folder_name: str) -> None:
+    import torch.distributed as dist
+
+    folder = Path(folder_name)
+    dist.init_process_group("gloo")
+    run(folder, "one")
+    moved = folder / "one" / "groups.json"
+    content = json.loads(moved.read_text())
+    content["groups"] = [["a"], ["b", "c", "d", "e", "f", "g"]]
+    moved.write_text(json.dumps(content))
+    run(folder, "one again", "--train-iters", 10)  # reads them: it does not look again
+    run(folder, "one again as another", "--seed", 5)
+    moved.write_text("{")
+    run(folder, "one again damaged")
+    run(folder, "as many", groups=len(KIND))
+    run(folder, "named", names="x/{}")
+    run(folder, "experts", "--num-experts", 2)
+    run(folder, "rival", "--method", "doge")
+    dist.destroy_process_group()
+
+
+def on_two_ranks(folder_name: str) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    for name, flags in LAYOUTS.items():
+        run(Path(folder_name), name, *flags)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven sources of three kinds, whose names do not tell; validation is of the second."""
+    folder = tmp_path_factory.mktemp("similar")
+    matrices = transition_matrices(3, 0)
+    for number, (name, kind) in enumerate([*KIND.items(), ("goal", 1)]):
+        rows = draw(matrices, np.full(60, kind), 17, (0, number))
+        write_source(folder / "data", name, list(rows))
+    run_distributed(on_one_rank, 1, str(folder))
+    run_distributed(on_two_ranks, 2, str(folder))
+    return folder
+
+
+def test_sources_of_a_kind_are_a_group_in_every_layout(folder: Path) -> None:
+    for name in LAYOUTS:
+        assert json.loads((folder / name / "groups.json").read_text())["groups"] == ALIKE
+        content, _ = found_weights(folder, name)
+        assert [group["name"] for group in content["groups"]] == CALLED
+        weight = {each["name"]: each["weight"] for each in content["sources"]}
+        for group, members in zip(content["groups"], ALIKE, strict=True):
+            assert group["weight"] == pytest.approx(sum(weight[name] for name in members))
+    assert list(metrics(folder / "two")[0]["group_weights"]) == CALLED
+
+
+def test_a_run_that_goes_on_keeps_its_groups(folder: Path) -> None:
+    found_weights(folder, "one")
+    code, said = noted(folder / "noted", "one again")
+    assert code == 0 and "gradients of" not in said, said
+    records = metrics(folder / "one")
+    assert list(records[7]["group_weights"]) == CALLED
+    assert list(records[8]["group_weights"]) == ["a", "b + 5"]
+
+
+def test_what_makes_no_groups_is_refused(folder: Path) -> None:
+    refused(folder, "one again as another", "groups.json: has groups of other sources")
+    refused(folder, "one again damaged", "groups.json: is damaged (remove it)")
+    refused(folder, "as many", "bilevel.group_sources: 7 groups of 7 sources (ask for fewer)")
+    refused(folder, "named", "the sources have groups already, by names such as x/a")
+    refused(folder, "experts", "bilevel.group_sources: gradients of experts are not looked at")
+    refused(folder, "rival", "bilevel.group_sources: doge has no groups")
+
+
+def test_what_all_sources_share_makes_no_group() -> None:
+    """Far from the origin together, as gradients are, and told apart by the rest."""
+    from megatron_scalebio.methods.similar_sources import grouped
+
+    own_SD = torch.eye(4)[[0, 1, 0, 1, 2]] + 0.01 * torch.randn(5, 4)
+    names, longer_S1 = list("pqrst"), torch.tensor([[1.0], [1], [50], [1], [1]])
+    for features_SD in (own_SD + 100.0, (own_SD + 1.0) * longer_S1):
+        assert grouped(names, features_SD, 3) == [["p", "r"], ["q", "s"], ["t"]]
