@@ -11,6 +11,7 @@ the squared distances within groups, until as many are left as were asked for.
 """
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ GROUPS_FILE = "groups.json"
 DIMENSIONS = 512
 COST = 0.1  # of the run's examples, at most, within these bounds for each source:
 FEWEST_EXAMPLES, MOST_EXAMPLES = 16, 64
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def similar_sources(config: Config, job: Job) -> Level | None:
@@ -102,16 +104,20 @@ def _features(config: Config, job: Job) -> torch.Tensor:
     sources, train = state.data.sources, config.train
     share = COST * config.train.train_iters * train.global_batch_size / len(sources)
     most = int(np.clip(share, FEWEST_EXAMPLES, MOST_EXAMPLES))
+    console, said = RunConsole([], 1), time.monotonic()
     if runtime.is_main():
-        RunConsole([], 1).note(f"gradients of {len(sources):,} sources, {most} examples of each")
-    features = GradientFeatures(state, DIMENSIONS, config.train.seed)
+        console.note(f"gradients of {len(sources):,} sources, {most} examples of each")
+    features, mean_SD = GradientFeatures(state, DIMENSIONS, config.train.seed), []
     try:
-        return torch.stack(
-            [features.of_mean(s, _some(s, most, (config.train.seed, 6, i))) for i, s in
-             enumerate(sources)]
-        ).cpu()  # fmt: skip
+        for number, source in enumerate(sources):
+            rows = _some(source, most, (config.train.seed, 6, number))
+            mean_SD.append(features.of_mean(source, rows).cpu())
+            if runtime.is_main() and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                console.note(f"gradients of {number + 1:,} of {len(sources):,} sources")
+                said = time.monotonic()
     finally:
         features.close()
+    return torch.stack(mean_SD)
 
 
 def _some(source: Source, most: int, seed: tuple[int, ...]) -> Ints:
