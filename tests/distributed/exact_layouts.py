@@ -94,6 +94,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 PACKED = [name for name in LAYOUTS if not name.startswith("cp2")]
+CLIP = 0.01  # below every gradient's norm
 # Layouts whose steps are compared with one rank's; of the others a flush is enough.
 SAME = {
     "one": [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from tests.distributed import naive
 from tests.distributed.exact_layouts import (
     BIAS,
+    CLIP,
     INTERVAL,
     LAYOUTS,
     PACKED,
@@ -146,6 +148,7 @@ def flush_of(state, name: str, kind: str, folder: Path) -> None:
     from megatron_scalebio.core import experts
     from megatron_scalebio.core.flush import flush, reduce_losses
     from megatron_scalebio.core.objective import hypergradient, logits_gradient
+    from megatron_scalebio.core.period import prepare_gradients
 
     config = state.config
     probs = state.training.mixture.probs_S
@@ -166,11 +169,17 @@ def flush_of(state, name: str, kind: str, folder: Path) -> None:
 
     for chunks in state.training.models.values():
         experts.move_biases(chunks, groups)
+    content = {
+        model: global_tensors(chunks, gradient) for model, chunks in state.training.models.items()
+    }
+    norms = {}
+    for model, optimizer in period.optimizers.items():
+        optimizer.config.clip_grad = CLIP
+        norms[model] = [prepare_gradients(optimizer), float(optimizer.get_grad_norm())]
     rows = rows_of_all_ranks(train)
     if holds_what_others_do_not():
-        content = {
-            "w": global_tensors(state.training.w, gradient),
-            "u": global_tensors(state.training.u, gradient),
+        content |= {
+            "norms": norms,
             "lambda": logits_gradient(g, probs),
             "losses": {
                 "w": losses.w_S.tolist(),
@@ -298,6 +307,16 @@ def test_flush_equals_naive_autograd(results: Path, name: str) -> None:
     assert relative(parts[0]["lambda"], want_logits) <= most, (parts[0]["lambda"], want_logits)
     for kind, values in want_losses.items():
         np.testing.assert_allclose(parts[0]["losses"][kind], values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_of_all_parts_are_clipped_by_one_norm(results: Path, name: str) -> None:
+    parts = assembled(results, "flush", name)
+    for model in ("w", "u"):
+        held = merged(parts, model)
+        held.pop(BIAS, None)
+        norm = math.sqrt(sum(float(each.double().square().sum()) for each in held.values()))
+        assert parts[0]["norms"][model] == pytest.approx([norm, CLIP], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", PACKED)
