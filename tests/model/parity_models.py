@@ -155,7 +155,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, EP2),
     "ep2-tp2": (4, {**EP2, **TP2, "sequence_parallel": True}),
 }
-OF_EXPERTS = ("one", "pp2", "ep2", "ep2-tp2")
+OF_EXPERTS = ("one", "tp2-sequence-parallel", "pp2", "ep2", "ep2-tp2")
 WITH_EXPERTS = (
     "qwen3-moe",
     "qwen3-moe-all-scores",
@@ -166,7 +166,10 @@ WITH_EXPERTS = (
     "deepseek3-yarn",
 )
 # Its experts' biases are no part of an expert that ranks share.
-WITH = {("gpt-oss", "ep2-tp2"): {"expert_tensor_parallel_size": 1}}
+WITH = {
+    ("gpt-oss", layout): {"expert_tensor_parallel_size": 1}
+    for layout in ("tp2-sequence-parallel", "ep2-tp2")
+}
 NOT_DIVISIBLE_BY_2 = ("llama-9-heads-3-groups", "llama-mqa-linear-rope")
 # One of each way to know positions and to mask: learned, part of a head turned, windows, caps.
 UNDER_CP = (
