@@ -5,8 +5,8 @@ them. Bridge loads the checkpoint with the arguments saved in it; logits on rand
 compared with transformers' on the export. It wants a GPU: on a CPU, packages that are for GPUs only
 are stood in for; none of them is called.
 
-Last run with Megatron-Bridge 0.3.1 on Megatron-Core 0.16.1; on a newer Megatron-Core not yet. That
-Megatron-LM reads a checkpoint is `tests/checkpoint/test_megatron_lm.py`.
+Last run with Megatron-Bridge 0.6.2 on Megatron-Core 0.19.2. That Megatron-LM reads a checkpoint is
+`tests/checkpoint/test_megatron_lm.py`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,18 @@ from megatron_scalebio.compat import cpu
 LENGTH = 64
 
 
-def megatron_bridge(unpacked: Path, load: Path) -> torch.nn.Module:
-    """By `load_megatron_model`, as a checkpoint of Megatron-LM."""
-    # Its package imports every model it knows; the loader is wanted alone.
+def found_beside_core(unpacked: Path) -> None:
+    """Has `megatron.bridge` found in an unpacked wheel, without all that its `__init__` imports."""
+    megatron.__path__ = [*megatron.__path__, str(unpacked / "megatron")]
     package: Any = types.ModuleType("megatron.bridge")
     package.__path__ = [str(unpacked / "megatron" / "bridge")]
     sys.modules["megatron.bridge"] = package
+
+
+def megatron_bridge(unpacked: Path, load: Path) -> torch.nn.Module:
+    """By `load_megatron_model`, as a checkpoint of Megatron-LM."""
+    found_beside_core(unpacked)
+    import_with_stand_ins("megatron.bridge.training.post_training.checkpointing")
     loader = import_with_stand_ins("megatron.bridge.training.model_load_save")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -60,10 +66,11 @@ def import_with_stand_ins(name: str) -> Any:
     while True:
         try:
             return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            assert error.name
-            print(f"stood in for: {error.name}")
-            stand_in(error.name)
+        except ImportError as error:
+            missing = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+            assert missing.name
+            print(f"stood in for: {missing.name}")
+            stand_in(missing.name)
             for key in [key for key in sys.modules if key.startswith("megatron.bridge.")]:
                 del sys.modules[key]
 
@@ -94,7 +101,6 @@ def main() -> int:
     )  # fmt: skip
     if not torch.cuda.is_available():
         cpu.adapt()
-    megatron.__path__ = [*megatron.__path__, str(args.bridge / "megatron")]
     compare(megatron_bridge(args.bridge, args.load), args.hf)
     return 0
 
