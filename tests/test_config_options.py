@@ -77,6 +77,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss"),
         "moe_aux_loss_coeff": (0.0, 0.01),
         "moe_z_loss_coeff": (None, 1e-3),
+        "moe_enable_routing_replay": (False, True),
         "moe_token_dispatcher_type": ("alltoall", "flex"),
         "multi_latent_attention": (False, True),
         "q_lora_rank": (None, 48),

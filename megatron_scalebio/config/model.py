@@ -89,6 +89,9 @@ class ModelConfig:
     )
     moe_aux_loss_coeff: float = option(0.0, "coefficient of the load-balancing loss")
     moe_z_loss_coeff: float | None = option(None, "coefficient of the routers' z-loss [0]")
+    moe_enable_routing_replay: bool = option(
+        False, "u's tokens go to the experts that w chose: less noise in the mixture's gradient"
+    )
     moe_token_dispatcher_type: Literal["alltoall", "flex"] = option(
         "alltoall", "how tokens get to their experts; flex: DeepEP"
     )

@@ -14,7 +14,7 @@ The bias of experts (Wang et al. 2024, arXiv 2408.15664) moves against their loa
 layers that train: w's by w's load and u's by u's, both of the training micro-batches alone.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-_BALANCES = ("aux_loss", "seq_aux_loss", "none")
+from megatron_scalebio.compat.routing_replay import Chosen, follow
 
 
 def routers(chunks: Iterable[torch.nn.Module]) -> Iterator[Any]:
@@ -33,20 +32,6 @@ def routers(chunks: Iterable[torch.nn.Module]) -> Iterator[Any]:
         for module in chunk.modules():
             if isinstance(module, TopKRouter):
                 yield module
-
-
-def require_right_routers(config: TransformerConfig) -> None:
-    """Refuses routers whose losses a step would not scale right.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if config.num_moe_experts and config.moe_router_load_balancing_type not in _BALANCES:
-        raise ValueError(
-            f"the model's config: moe_router_load_balancing_type is "
-            f"{config.moe_router_load_balancing_type!r}, which would count validation passes, too; "
-            f"use one of {_BALANCES}"
-        )
 
 
 def prepare(chunks: list[torch.nn.Module]) -> None:
@@ -68,11 +53,13 @@ def prepare(chunks: list[torch.nn.Module]) -> None:
                 setattr(router, name, getattr(router, name).float())
 
 
-def set_pass(model_routers: Iterable[Any], scale: float) -> None:
+def set_pass(model_routers: Sequence[Any], scale: float, chosen: Chosen | None = None) -> None:
     """Before a forward or a backward pass: the scale of the routers' losses; 0: it does not count.
 
-    To be called in both, as a forward pass of another micro-batch may come in between.
+    To be called in both, as a forward pass of another micro-batch may come in between. `chosen`:
+    the experts that tokens go to [those that the routers choose].
     """
+    follow(model_routers, chosen)
     for router in model_routers:
         router.enable_expert_bias = router.expert_bias is not None and scale > 0
         device = router.weight.device

@@ -3,7 +3,7 @@
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_scalebio.core import experts
+_BALANCES = ("aux_loss", "seq_aux_loss", "none")
 
 
 def require_right_losses(config: TransformerConfig, ddp: DistributedDataParallelConfig) -> None:
@@ -12,12 +12,17 @@ def require_right_losses(config: TransformerConfig, ddp: DistributedDataParallel
     Raises:
         ValueError: naming the option, and what to set it to.
     """
-    experts.require_right_routers(config)
+    balance = config.moe_router_load_balancing_type
     for wrong, why in (
         (
             not config.calculate_per_token_loss,
             "calculate_per_token_loss is False: Megatron would divide the objective, whose "
             "coefficients are those of the global batch, once more; set it to True",
+        ),
+        (
+            config.num_moe_experts and balance not in _BALANCES,
+            f"moe_router_load_balancing_type is {balance!r}, which would count validation passes, "
+            f"too; use one of {_BALANCES}",
         ),
         (config.fp16, "fp16 is True: use bf16, whose losses need no scaling"),
         (

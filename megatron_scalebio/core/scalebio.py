@@ -222,12 +222,15 @@ class ScaleBiO(Training):
     ) -> list[Pass]:
         """The passes of a step: u and w in turn on each training micro-batch, then validation.
 
+        w goes first where u's tokens go where w's do.
+
         Args:
             weight_S, weight_V: of each source and validation set, over its inclusion.
             shared: u's passes alone, which give w's losses and gradients too where u is w.
         """
         mean, groups = self.options.loss_mean, self.groups
-        scales = {role: role_scale(role, alpha) for role in Role}
+        roles = sorted(Role, reverse=self.model_config.moe_enable_routing_replay)
+        scales = {role: role_scale(role, alpha) for role in roles}
         on_validation = {Role.VALID_W: scales.pop(Role.VALID_W)}
         if shared:
             del scales[Role.TRAIN_W]

@@ -26,6 +26,7 @@ from megatron.core.utils import unwrap_model
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from megatron_scalebio.compat import fp8_state
+from megatron_scalebio.compat.routing_replay import Choices
 from megatron_scalebio.compat.transformer_engine import share_copies
 from megatron_scalebio.core import experts, low_bits
 from megatron_scalebio.core.batch import Batch, gpt_losses
@@ -129,6 +130,7 @@ class TwinModel(torch.nn.Module):
         self._period = object()  # a twin lives as long
         self._moved = True
         self._routers = {True: list(experts.routers([u])), False: list(experts.routers([w]))}
+        self._choices = Choices()
         self._one_copy: list[tuple[Any, Any]] | None = None  # modules of w and of u
         self._unclaimed = False
 
@@ -204,11 +206,14 @@ class TwinModel(torch.nn.Module):
         gpt: Any = unwrap_model(ddp)
         gpt.set_input_tensor(self._input)
         routers = self._routers[on_u]
+        chosen = self._choices.of(batch) if on_u else None
         if routers:
-            experts.set_pass(routers, router_scale)
+            experts.set_pass(routers, router_scale, chosen)
         output = self._losses(ddp, batch)
+        if not on_u:
+            self._choices.keep(batch, routers)
         if routers and output.requires_grad:
-            output.register_hook(lambda gradient: experts.set_pass(routers, router_scale))
+            output.register_hook(lambda gradient: experts.set_pass(routers, router_scale, chosen))
         if last and ddp.ddp_config.overlap_grad_reduce and output.requires_grad:
             # Not before its backward pass begins: other passes of the pipeline end in between.
             output.register_hook(lambda gradient: _reduce_as_they_come(ddp, True))

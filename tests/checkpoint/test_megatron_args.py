@@ -102,7 +102,8 @@ NO_EXPERTS: dict[str, Any] = {
     "moe_router_topk_scaling_factor": None, "moe_router_dtype": None,
     "moe_router_enable_expert_bias": False, "moe_router_bias_update_rate": 1e-3,
     "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.0,
-    "moe_z_loss_coeff": None, "moe_token_dispatcher_type": "alltoall",
+    "moe_z_loss_coeff": None, "moe_enable_routing_replay": False,
+    "moe_token_dispatcher_type": "alltoall",
     "expert_model_parallel_size": 1,
 }  # fmt: skip
 

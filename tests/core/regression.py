@@ -46,6 +46,7 @@ class Counter(TopKRouter):
     def __init__(self, config: Any) -> None:
         MegatronModule.__init__(self, config)
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.router_replay = None
         self.register_buffer("expert_bias", torch.zeros(CLASSES))
         self.register_buffer("local_tokens_per_expert", torch.zeros(CLASSES), persistent=False)
 

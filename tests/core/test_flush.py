@@ -55,9 +55,14 @@ TRAIN = [batch([0, 2], [[1, 1], [1, 0]]), batch([1], [[1, 1, 1]])]
 VALIDATION = [batch([1], [[1, 0, 1, 1]]), batch([0], [[1]])]
 
 
-def passes(probs: list[float], shares: list[float], alpha: float, shared: bool) -> list[Pass]:
+def passes(
+    probs: list[float], shares: list[float], alpha: float, shared: bool, replays: bool = False
+) -> list[Pass]:
     """Those of a step of ScaleBiO."""
-    bio: Any = SimpleNamespace(options=SimpleNamespace(loss_mean="sample"), groups=groups())
+    bio: Any = SimpleNamespace(
+        options=SimpleNamespace(loss_mean="sample"), groups=groups(),
+        model_config=SimpleNamespace(moe_enable_routing_replay=replays),
+    )  # fmt: skip
     return ScaleBiO.passes(bio, TRAIN, VALIDATION, tensor(probs), tensor(shares), alpha, shared)
 
 
@@ -79,6 +84,11 @@ def test_passes_are_u_and_w_in_turn_then_validation_with_their_weights() -> None
         torch.testing.assert_close(p.coefficient_B, mean_B, rtol=1e-12, atol=0)
         weight_B = tensor([of_role[p.role][group] for group in p.batch.group_B])
         torch.testing.assert_close(p.weight_B, weight_B * mean_B, rtol=1e-12, atol=0)
+
+
+def test_w_goes_first_where_u_follows_its_routing() -> None:
+    planned = passes([0.6, 0.3, 0.1], [1.0, 1.0], 4.0, shared=False, replays=True)
+    assert [p.role for p in planned] == [W, U, W, U, VALID, VALID]
 
 
 def test_where_u_is_w_its_passes_alone_are_made() -> None:

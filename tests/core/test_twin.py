@@ -13,6 +13,7 @@ import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from megatron.core.utils import unwrap_model
 
 from megatron_scalebio.core import twin
@@ -234,6 +235,37 @@ def test_losses_of_routers_are_scaled_by_the_pass_that_is_under_way() -> None:
     assert (w.router.enable_expert_bias, u.router.enable_expert_bias) == (False, True)
     with torch.no_grad():
         both(True, 0.5, router_scale=0.5)
+
+
+def test_us_tokens_go_where_ws_went_on_the_same_batch() -> None:
+    """In its forward pass, and in its backward pass, which may compute that again."""
+    w, u = ToyChunk(), ToyChunk()
+    for chunk in (w, u):
+        chunk.router = Counter(SimpleNamespace())
+        chunk.router.router_replay = RouterReplay()
+    batches = [torch.tensor([0.0]), torch.tensor([1.0]), torch.tensor([2.0])]
+
+    def to_follow(model: Any) -> torch.Tensor | None:
+        replay = model.router.router_replay
+        follows = replay.router_replay_action is RouterReplayAction.REPLAY_FORWARD
+        assert follows or replay.router_replay_action is RouterReplayAction.RECORD
+        return replay.target_topk_idx if follows else None
+
+    def losses(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        followed.append(to_follow(model))
+        if followed[-1] is None:
+            model.router.router_replay.record_indices(batch.long())
+        return model.first.weight.sum()
+
+    followed: list[Any] = []
+    both = TwinModel(w, u, losses)  # type: ignore[arg-type]
+    outputs = [both(on_u, batches[n]) for n, on_u in ((0, 0), (0, 1), (1, 0), (2, 1), (1, 1))]
+    assert followed == [None, 0, None, None, 1]
+    u.first.weight.register_hook(lambda gradient: followed.append(to_follow(u)))
+    followed.clear()
+    for output in outputs:
+        output.backward()
+    assert followed == [0, None, 1]
 
 
 @pytest.mark.parametrize("overlap", [True, False])

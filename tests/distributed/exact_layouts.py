@@ -19,6 +19,7 @@ EXPERTS = {
     "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.02,
     "moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.1,
 }  # fmt: skip
+REPLAY = {**EXPERTS, "moe_enable_routing_replay": True}
 BIAS = "decoder.layers.mlp.router.expert_bias"
 EP2 = {"expert_model_parallel_size": 2}
 
@@ -68,6 +69,7 @@ LAYOUTS: dict[str, Layout] = {
     "one-experts": (1, {}, EXPERTS, {}, {}),
     "one-distributed-optimizer-experts": (1, DIST, EXPERTS, {}, {}),
     "one-experts-lisa": (1, {}, EXPERTS, LISA, {}),
+    "one-experts-replay": (1, {}, REPLAY, {}, {}),
     "ep2-experts-recompute-lisa-frozen": (
         2,
         {**EP2, **FULL},
@@ -89,6 +91,8 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "ep2-pp2-experts": (4, {**EP2, **PP2}, EXPERTS, {}, {}),
     "ep2-vpp-experts-recompute": (4, {**EP2, **VPP, **FULL}, EXPERTS, {}, {}),
+    "ep2-vpp-experts-recompute-replay": (4, {**EP2, **VPP, **FULL}, REPLAY, {}, {}),
+    "ep2-tp2-experts-replay": (4, {**EP2, **TP2, "sequence_parallel": True}, REPLAY, {}, {}),
     "tp2-pp2-experts": (4, {**TP2, **PP2, "sequence_parallel": True}, EXPERTS, {}, {}),
 }
 

@@ -60,7 +60,7 @@ def _logits(
         x = x + _attention(h, get, shape)
         if "topk" in shape:
             h = _rms(x, get("pre_mlp_layernorm.weight"))
-            x = x + _experts(h, get, shape, layer, routers)
+            x = x + _experts(h, get, shape, (layer, tokens.data_ptr()), routers)
             continue
         h = _rms(x, get("mlp.linear_fc1.layer_norm_weight"))
         gate, up = _linear(h, get, "mlp.linear_fc1").chunk(2, dim=-1)
@@ -76,14 +76,20 @@ def _mlp(x: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor) -> torch.Tensor:
 
 
 def _experts(
-    h: torch.Tensor, get, shape: dict, layer: int, routers: Routers | None
+    h: torch.Tensor, get, shape: dict, place: tuple[int, int], routers: Routers | None
 ) -> torch.Tensor:
-    """Each token through its best experts, by sigmoid scores and a bias, and the shared one."""
+    """Each token through its best experts, by sigmoid scores and a bias, and the shared one.
+
+    Args:
+        place: the layer, and where the example lies in memory.
+    """
     logits = h @ get("mlp.router.weight").T
     scores = logits.sigmoid()
     chosen = (scores + get("mlp.router.expert_bias")).topk(shape["topk"], dim=-1).indices
+    if "choices" in shape:  # the first model to see an example decides
+        chosen = shape["choices"].setdefault(place, chosen)
     if routers is not None:
-        routers.saw(layer, logits, chosen)
+        routers.saw(place[0], logits, chosen)
     names = ("mlp.experts.experts.linear_fc1.weight", "mlp.experts.experts.linear_fc2.weight")
     fc1_E, fc2_E = map(get, names)
     rows = []
@@ -171,8 +177,10 @@ def bilevel_gradients(
     F = L1(w) + α (L2(λ, w) − L2(λ, u)); u ascends F, so its descent gradient is −∂F/∂u. Where
     `inclusion` gives the probabilities (of sources, of validation sets) of being in a batch, those
     that are there weigh 1 / inclusion, so that F has the right expectation (Horvitz-Thompson).
+    Where shape has `replays`, u's tokens go to the experts that w chose.
     """
     of_sources, of_sets = inclusion or ([1.0] * len(logits), [1.0] * len(shares))
+    shape = shape | ({"choices": {}} if shape.get("replays") else {})
     w = {k: v.detach().clone().requires_grad_() for k, v in w.items()}
     u = {k: v.detach().clone().requires_grad_() for k, v in u.items()}
     logits = logits.clone().requires_grad_()

@@ -122,6 +122,9 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
     "moe_z_loss_coeff": [
         ({"model": {"num_experts": 4, "moe_z_loss_coeff": x}}, x) for x in (1e-3, 1e-2)
     ],
+    "moe_enable_routing_replay": [
+        ({"model": {"num_experts": 4, "moe_enable_routing_replay": on}}, on) for on in (True, False)
+    ],
     "moe_token_dispatcher_type": [({"model": {"num_experts": 4}}, "alltoall")],
     "expert_model_parallel_size": [
         ({"model": {"num_experts": 4}, "parallel": {"expert_model_parallel_size": n}}, n)

@@ -265,13 +265,20 @@ def routers_train(name: str) -> bool:
     return LAYOUTS[name][3].get("lisa_train_routers", False)
 
 
+def replays(name: str) -> bool:
+    """u's tokens go to w's experts."""
+    return LAYOUTS[name][2].get("moe_enable_routing_replay", False)
+
+
 @functools.cache
-def naive_step(folder: Path, start: str, mean: str, rows: tuple | None = None) -> tuple:
+def naive_step(
+    folder: Path, start: str, mean: str, replays: bool, rows: tuple | None = None
+) -> tuple:
     """Gradients and losses of the naive step, in float64."""
     inputs = torch.load(folder / f"naive-{start}.pt", weights_only=True)
     weights = ({k: v.double() for k, v in inputs[role].items()} for role in ("w", "u"))
     rest = (inputs[name] for name in ("logits", "train", "valid", "shares"))
-    shape = shape_of(start) | ({"rows": rows} if rows else {})
+    shape = shape_of(start) | {"replays": replays} | ({"rows": rows} if rows else {})
     return naive.bilevel_gradients(*weights, *rest, 7.0, shape, mean)
 
 
@@ -286,7 +293,9 @@ def naive_loads(folder: Path, start: str, model: str) -> dict:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_flush_equals_naive_autograd(results: Path, name: str) -> None:
     mean = LAYOUTS[name][4].get("loss_mean", "sample")
-    want_w, want_u, want_logits, want_losses = naive_step(results, start_of(name), mean)
+    want_w, want_u, want_logits, want_losses = naive_step(
+        results, start_of(name), mean, replays(name)
+    )
     parts = assembled(results, "flush", name)
     assert parts
     for kind, want in (("w", want_w), ("u", want_u)):
@@ -329,7 +338,7 @@ def test_packed_rows_give_the_same_losses_and_gradients(results: Path, name: str
     if "experts" in name:  # routers are balanced over what shares a micro-batch
         mean = LAYOUTS[name][4].get("loss_mean", "sample")
         rows = tuple(sorted(map(tuple, packed[0]["rows"])))  # whichever rank has which
-        *both, _, _ = naive_step(results, start_of(name), mean, rows)
+        *both, _, _ = naive_step(results, start_of(name), mean, replays(name), rows)
         want = dict(zip("wu", both, strict=True))
     for kind, gradients in want.items():
         got = merged(packed, kind)
@@ -347,7 +356,8 @@ def test_biases_of_experts_move_against_the_load_of_training(results: Path, name
     parts = assembled(results, "flush", name)
     active = (not routers_train(name) and parts[0]["active"]) or range(4)
     for model in ("w", "u"):
-        start, loads = inputs[model][BIAS].double(), naive_loads(results, start_of(name), model)
+        start, routed = inputs[model][BIAS].double(), "w" if replays(name) else model
+        loads = naive_loads(results, start_of(name), routed)
         want = start.clone()
         for layer in active:
             load = loads[layer].double()

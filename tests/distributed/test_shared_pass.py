@@ -23,6 +23,7 @@ CASES: dict[str, tuple[int, dict, dict]] = {
     "one-lisa": (1, {}, {"lisa_layers": 1, "lisa_interval": 3}),
     "dp2-distributed-optimizer": (2, {"use_distributed_optimizer": True}, {}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
+    "experts-replay": (1, {}, {}),
     "experts-ep2": (2, {"expert_model_parallel_size": 2}, {}),
 }
 
@@ -36,7 +37,10 @@ def on_ranks(folder: str, sources: list, validation: list, names: list[str]) -> 
         _, parallel, lisa = CASES[name]
         config = load_config(None, {
             "data": {"seq_length": 16, "sources": sources, "validation": validation},
-            "model": {**MODEL, **(EXPERTS if "experts" in name else {})},
+            "model": {
+                **MODEL, **(EXPERTS if "experts" in name else {}),
+                "moe_enable_routing_replay": "replay" in name,
+            },
             "parallel": parallel, "lisa": lisa,
             # An eps that rounding noise does not reach, as in test_exact_step.
             "optimizer": {"lr": 3e-3, "adam_eps": 1e-5},
