@@ -17,6 +17,11 @@ FAMILIES = {
     for name in family.architectures
 }
 
+# Models that people ask for, and what of them Megatron-Core does not have (docs/models.md).
+_IN_CHUNKS = "attention_chunk_size: it attends in chunks, for which Megatron-Core has no option"
+_NOT_EXPRESSED = {
+    "Llama4ForCausalLM": _IN_CHUNKS, "Llama4ForConditionalGeneration": _IN_CHUNKS
+}  # fmt: skip
 MOST_LAYERS = 10_000  # transformers makes a list of them, or of labels, as long as it is told to
 
 
@@ -29,6 +34,8 @@ def read_family(hf: str | Path) -> tuple[Family, dict[str, Any]]:
     config = _read_config(Path(hf))
     architecture = (config.take("architectures") or ["nothing"])[0]
     family = FAMILIES.get(architecture)
+    if architecture in _NOT_EXPRESSED:
+        raise config.refuse("architectures", _NOT_EXPRESSED[architecture])
     if family is None:
         raise UserError(
             f"{config.where}: architectures: {architecture!r} is not supported (supported: "

@@ -284,6 +284,13 @@ def test_what_would_be_a_list_without_end_is_refused(
         read_family(tmp_path)
 
 
+def test_attention_in_chunks_is_refused_by_its_name(tmp_path: Path) -> None:
+    config = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"Llama4ForCausalLM.* \(attention_chunk_size"):
+        read_family(tmp_path)
+
+
 @pytest.mark.parametrize("architecture", ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"])
 def test_groups_of_experts_of_which_none_is_chosen_are_refused(
     tmp_path: Path, architecture: str
