@@ -58,5 +58,8 @@ def run(
         for stream in (out, said):
             stream.seek(0)
         if process.returncode and not enough:
-            raise RuntimeError(f"exit {process.returncode}: {said.read()[-1500:]}")
+            lines = said.read().splitlines()
+            ours = [line for line in lines if line.startswith("megatron-scalebio:")]
+            told = "\n".join([*ours, *lines[-20:]])  # under a launcher, theirs are the last
+            raise RuntimeError(f"exit {process.returncode}: {told}")
         return out.read()

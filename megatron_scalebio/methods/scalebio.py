@@ -24,6 +24,7 @@ from megatron_scalebio.engine.run_log import RunLog
 from megatron_scalebio.engine.start import Job, resume_or_start
 from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import with_names
+from megatron_scalebio.errors import UserError
 from megatron_scalebio.formatting import quantity
 from megatron_scalebio.logs.source_table import LISTED_SOURCES
 from megatron_scalebio.methods.bounds import at_bounds, constraints_of
@@ -232,9 +233,18 @@ class TrainState(RunState):
     def common_state(self) -> dict[str, Any]:
         fitted = {"interactions": self.interactions.state_dict()} if self.interactions else {}
         visited = {"visits": self.visits.state_dict()} if self.visits else {}
-        return {**super().common_state(), "sets": self.sets.state_dict(), **fitted, **visited}
+        grouped = {"groups": self._groups.group_S} if self._groups else {}
+        return {
+            **super().common_state(), "sets": self.sets.state_dict(),
+            **fitted, **visited, **grouped,
+        }  # fmt: skip
 
     def load_common_state(self, state: dict[str, Any]) -> None:
+        if state.get("groups") != (self._groups.group_S if self._groups else None):
+            raise UserError(
+                "bilevel.group_sources: the checkpoint is of a run with other groups of sources, "
+                "or with none (choose a new train.output, or the same group_sources)"
+            )
         super().load_common_state(state)
         if "sets" in state:  # checkpoints of earlier versions have none
             self.sets.load_state_dict(state["sets"])

@@ -23,8 +23,6 @@ from torch.nn.functional import normalize
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.sampler import Ints
-from megatron_scalebio.data.sources import Source
 from megatron_scalebio.engine.start import Job, load_start
 from megatron_scalebio.engine.state import RunState
 from megatron_scalebio.errors import UserError
@@ -66,10 +64,9 @@ def similar_sources(config: Config, job: Job) -> Level | None:
             "bilevel.group_sources: gradients of experts are not looked at (name the groups, as in "
             "math/web)"
         )
-    model = config.model
     made_for = {
         "groups": asked, "sources": names, "seed": config.train.seed,
-        "model": {k: str(v) for k, v in asdict(model).items()},
+        "model": {name: str(value) for name, value in asdict(config.model).items()},
     }  # fmt: skip
     path = job.folder / GROUPS_FILE
     groups = runtime.on_main(lambda: _read(path, made_for))
@@ -110,18 +107,15 @@ def _features(config: Config, job: Job) -> torch.Tensor:
     features, mean_SD = GradientFeatures(state, DIMENSIONS, config.train.seed), []
     try:
         for number, source in enumerate(sources):
-            rows = _some(source, most, (config.train.seed, 6, number))
-            mean_SD.append(features.of_mean(source, rows).cpu())
+            draw = np.random.default_rng((train.seed, 6, number))
+            row_N = draw.permutation(len(source))[:most]
+            mean_SD.append(features.of_mean(source, row_N).cpu())
             if runtime.is_main() and time.monotonic() - said > SECONDS_BETWEEN_LINES:
                 console.note(f"gradients of {number + 1:,} of {len(sources):,} sources")
                 said = time.monotonic()
     finally:
         features.close()
     return torch.stack(mean_SD)
-
-
-def _some(source: Source, most: int, seed: tuple[int, ...]) -> Ints:
-    return np.random.default_rng(seed).permutation(len(source))[:most]
 
 
 def grouped(names: list[str], features_SD: torch.Tensor, groups: int) -> list[list[str]]:

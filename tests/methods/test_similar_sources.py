@@ -23,7 +23,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-def run(folder: Path, name: str, *words: object, names: str = "{}", groups: int = 3) -> None:
+def run(folder: Path, name: str, *words: object, names: str = "{}", groups: int | None = 3) -> None:
     sources = [{"name": names.format(n), "path": str(folder / "data" / n)} for n in KIND]
     config = write_config(
         folder / f"{name}.yaml", sources, [{"name": "goal", "path": str(folder / "data" / "goal")}],
@@ -39,14 +39,18 @@ def on_one_rank(folder_name: str) -> None:
     folder = Path(folder_name)
     dist.init_process_group("gloo")
     run(folder, "one")
-    moved = folder / "one" / "groups.json"
-    content = json.loads(moved.read_text())
-    content["groups"] = [["a"], ["b", "c", "d", "e", "f", "g"]]
-    moved.write_text(json.dumps(content))
-    run(folder, "one again", "--train-iters", 10)  # reads them: it does not look again
+    run(folder, "one again", "--train-iters", 10)
+    run(folder, "one again without", "--train-iters", 12, groups=None)
     run(folder, "one again as another", "--seed", 5)
-    moved.write_text("{")
+    written = folder / "one" / "groups.json"
+    content = json.loads(written.read_text())
+    content["groups"] = [["a"], ["b", "c", "d", "e", "f", "g"]]
+    written.write_text(json.dumps(content))
+    run(folder, "one again changed", "--train-iters", 12)
+    written.write_text("{")
     run(folder, "one again damaged")
+    run(folder, "plain", groups=None)
+    run(folder, "plain again in groups", "--train-iters", 10)
     run(folder, "as many", groups=len(KIND))
     run(folder, "named", names="x/{}")
     run(folder, "experts", "--num-experts", 2)
@@ -92,13 +96,17 @@ def test_a_run_that_goes_on_keeps_its_groups(folder: Path) -> None:
     code, said = noted(folder / "noted", "one again")
     assert code == 0 and "gradients of" not in said, said
     records = metrics(folder / "one")
-    assert list(records[7]["group_weights"]) == CALLED
-    assert list(records[8]["group_weights"]) == ["a", "b + 5"]
+    assert [list(record["group_weights"]) for record in records] == [CALLED] * 10
 
 
 def test_what_makes_no_groups_is_refused(folder: Path) -> None:
     refused(folder, "one again as another", "groups.json: has groups of other sources")
     refused(folder, "one again damaged", "groups.json: is damaged (remove it)")
+    other = "bilevel.group_sources: the checkpoint is of a run with other groups"
+    refused(folder, "one again without", other)
+    refused(folder, "one again changed", other)
+    code, said = noted(folder / "noted", "plain again in groups")  # it looked for them first
+    assert code == 2 and other in said.splitlines()[-1], said
     refused(folder, "as many", "bilevel.group_sources: 7 groups of 7 sources (ask for fewer)")
     refused(folder, "named", "the sources have groups already, by names such as x/a")
     refused(folder, "experts", "bilevel.group_sources: gradients of experts are not looked at")
