@@ -1,11 +1,10 @@
 """Groups of sources by their gradients, where their names make none.
 
     source ─▶ gradient of the mean loss of a few of its examples, in the model that the run starts
-    from ─▶ sketched (`sketch.py`), made of length 1, less the mean of all ─▶ Ward's method
+    from ─▶ sketched (`sketch.py`), made of length 1 ─▶ Ward's method
 
-What all sources have in common tells none of them apart, and is most of a gradient. Ward's method
-(J. Am. Stat. Assoc. 58, 1963) joins, one pair at a time, the two groups whose union adds least to
-the squared distances within groups, until as many are left as were asked for.
+Ward's method (J. Am. Stat. Assoc. 58, 1963) joins, one pair at a time, the two groups whose union
+adds least to the squared distances within groups, until as many are left as were asked for.
 
     groups.json    {"made_for": …, "groups": [[names of the sources of each]]}
 """
@@ -120,10 +119,9 @@ def _features(config: Config, job: Job) -> torch.Tensor:
 
 def grouped(names: list[str], features_SD: torch.Tensor, groups: int) -> list[list[str]]:
     """In the order of their first sources."""
-    own_SD = normalize(features_SD.double(), dim=1)
-    own_SD = normalize(own_SD - own_SD.mean(0), dim=1)
+    alike_SD = normalize(features_SD.double(), dim=1)
     members: dict[int, list[str]] = {}
-    numbers = fcluster(linkage(own_SD.numpy(), "ward"), groups, "maxclust").tolist()
+    numbers = fcluster(linkage(alike_SD.numpy(), "ward"), groups, "maxclust").tolist()
     for name, number in zip(names, numbers, strict=True):
         members.setdefault(number, []).append(name)
     return list(members.values())
