@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
+from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
+from megatron_scalebio import runtime
 from megatron_scalebio.cli import _unraisable
 from megatron_scalebio.compat import WRITTEN_FOR, require
 from megatron_scalebio.compat.megatron import make_fit, rotated_at_once
+from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.errors import UserError
 from tests.commands import ROOT
+from tests.distributed.harness import run_distributed
 
 CODE = """
 import warnings; warnings.simplefilter("ignore")
 import torch
+import torch.distributed as dist
 from megatron.core.datasets import utils
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -31,7 +40,7 @@ def patched():
         torch.cuda.current_device, torch.zeros, torch.Tensor.type, random._get_cuda_rng_state,
         DistributedOptimizer._set_main_param_and_optimizer_states,
         torch.cuda.device_count, torch.cuda.set_device, utils.compile_helpers,
-        rope_utils._apply_rotary_pos_emb_thd,
+        rope_utils._apply_rotary_pos_emb_thd, dist.ProcessGroupGloo.__init__,
     )
 
 before = patched()
@@ -77,6 +86,28 @@ def test_nothing_is_patched_until_a_run_begins() -> None:
         "has no DistributedOptimizer._get_model_param_range_map, which megatron_scalebio builds"
     )
     assert lacking in said.stdout
+
+
+def groups_of_gloo(folder: Path) -> None:
+    """Two ranks with groups from before `adapt`, from Megatron and one of another time limit."""
+    dist.init_process_group("gloo")
+    runtime.start(load_config(None, {}))
+    briefly = dist.new_group([0, 1], timeout=timedelta(seconds=7))
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    waiting = names.count("gloo_tcp_loop")
+    one_S = torch.ones(3)
+    dist.all_reduce(one_S, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(one_S, group=briefly)
+    assert briefly._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7)
+    (folder / str(dist.get_rank())).write_text(json.dumps([waiting, one_S.tolist()]))
+
+
+@pytest.mark.distributed
+def test_groups_of_gloo_share_a_thread_that_waits(tmp_path: Path) -> None:
+    """One for the group that was there before, one for Megatron's 20 and more."""
+    run_distributed(groups_of_gloo, 2, tmp_path)
+    for rank in "01":
+        assert json.loads((tmp_path / rank).read_text()) == [2, [4.0] * 3]
 
 
 def test_another_megatron_is_refused_by_the_name_that_it_lacks() -> None:

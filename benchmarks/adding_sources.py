@@ -1,0 +1,103 @@
+"""Does a run that is given one more source need fewer steps than one from scratch?
+
+Markov sources with a known mixture, of which one that the validation set wants is missing at first.
+`former` learns the mixture of the others; `added` goes on from its weights and its model with the
+missing source at --new-share, for a third of the steps. Beside them `scratch`, with all sources
+from random weights, for all steps and for a third. The figure is L1 = Σ|p_i − truth_i|.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from common import ROOT, table, write_json
+from markov import LENGTH, PROBLEMS
+
+from tests.commands import write_config
+from tests.markov import write_problem
+
+MODEL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "ffn_hidden_size": 128}
+
+
+def learned(folder: Path, name: str, sources: list, validation: list, **train: Any) -> dict:
+    words = train.pop("words", [])
+    sections = {
+        "data": {"seq_length": LENGTH}, "model": MODEL, "optimizer": {"lr": 5e-3}, "train": train,
+        "checkpoint": {"save_interval": 0},
+    }  # fmt: skip
+    config = write_config(folder / f"{name}.yaml", sources, validation, **sections)
+    command = [sys.executable, "-m", "megatron_scalebio", "reweight", "--config", str(config)]
+    command += ["--output", str(folder / name), *map(str, words)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    return json.loads((folder / name / "weights.json").read_text())
+
+
+def one_seed(folder: Path, args: Any, missing: int, seed: int) -> list[dict[str, Any]]:
+    truth, batch, _ = PROBLEMS[args.sources]
+    sources, validation = write_problem(folder / "data", truth, seed, LENGTH + 1)
+    old = [entry for number, entry in enumerate(sources) if number != missing]
+    lengths = {"global_batch_size": batch, "micro_batch_size": batch, "seed": seed}
+    whole = {"train_iters": args.steps, **lengths}
+    third = {"train_iters": args.steps // 3, **lengths}
+    learned(folder, "former", old, validation, **whole)
+    former = ["--weights", folder / "former", "--new-share", args.new_share]
+    former += ["--pretrained-checkpoint", folder / "former/checkpoints"]
+    found = {
+        "scratch": learned(folder, "scratch", sources, validation, **whole),
+        "scratch, a third": learned(folder, "third", sources, validation, **third),
+        "added, a third": learned(folder, "added", sources, validation, **third, words=former),
+    }
+    runs = []
+    for name, result in found.items():
+        weights = {line["name"]: line["weight"] for line in result["sources"]}
+        weight_S = [weights[f"s{number}"] for number in range(len(truth))]
+        runs.append({
+            "run": name, "seed": seed, "missing": missing, "weights": weight_S,
+            "l1": sum(abs(p - t) for p, t in zip(weight_S, truth, strict=True)),
+            "off": abs(weight_S[missing] - truth[missing]),
+            "converged": result["converged"],
+        })  # fmt: skip
+        print(f"s{missing} missing, seed {seed}, {name}: L1 {runs[-1]['l1']:.3f}", flush=True)
+    return runs
+
+
+def summary(runs: list[dict[str, Any]]) -> str:
+    rows = []
+    for missing, name in dict.fromkeys((run["missing"], run["run"]) for run in runs):
+        those = [run for run in runs if (run["missing"], run["run"]) == (missing, name)]
+        rows.append([
+            f"s{missing}", name, len(those), f"{mean(r['l1'] for r in those):.3f}",
+            f"{max(r['l1'] for r in those):.3f}", f"{mean(r['off'] for r in those):.3f}",
+            f"{sum(r['converged'] for r in those)} of {len(those)}",
+        ])  # fmt: skip
+    head = ["missing", "run", "seeds", "L1 mean", "L1 max", "new weight off by", "converged"]
+    return table(head, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sources", type=int, choices=sorted(PROBLEMS), default=5)
+    parser.add_argument("--missing", type=int, nargs="+", default=[0, 2], help="whose turn it is")
+    parser.add_argument("--new-share", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, help="write every run here")
+    args = parser.parse_args()
+    runs: list[dict[str, Any]] = []
+    for seed in args.seeds:
+        for missing in args.missing:
+            with tempfile.TemporaryDirectory() as folder:
+                runs += one_seed(Path(folder), args, missing, seed)
+            write_json(args.json, runs)
+    print(summary(runs))
+
+
+if __name__ == "__main__":
+    main()
