@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -36,6 +37,27 @@ if __name__ == "__main__":
 """
 
 
+# A run that saves in the background; then, which of the processes it started have imported torch.
+RUN = """
+import sys
+from pathlib import Path
+
+def run(folder):
+    import psutil
+    from megatron_scalebio.cli import main
+    from tests.markov import write_two_sources
+    every = {"train": {"train_iters": 2, "global_batch_size": 4, "micro_batch_size": 2}}
+    config = write_two_sources(folder, **every, checkpoint={"save_interval": 1})
+    assert main(["reweight", "--config", str(config), "--output", str(folder / "run")]) == 0
+    for each in psutil.Process().children():
+        heavy = any("libtorch" in mapped.path for mapped in each.memory_maps())
+        print("started", "torch" if heavy else "light")
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux's kernel offers it")
 def test_they_ignore_a_stop_signal_and_die_with_the_rank() -> None:
     rank = subprocess.Popen(
@@ -57,3 +79,14 @@ def test_they_ignore_a_stop_signal_and_die_with_the_rank() -> None:
         for each in (rank, *family):
             kill_all(each.pid)
         finish(rank, 10)
+
+
+def test_the_manager_does_not_import_torch(tmp_path: Path) -> None:
+    """It would cost each rank 5 s of a core and 300 MB."""
+    said = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    started = [line for line in said.stdout.splitlines() if line.startswith("started")]
+    assert started and set(started) == {"started light"}, said.stdout + said.stderr
+    assert len(list((tmp_path / "run" / "checkpoints").glob("iter_*"))) == 2
