@@ -5,6 +5,7 @@ and the page's own content policy lets no other script than page.js run and noth
 """
 
 import base64
+import functools
 import hashlib
 from importlib import resources
 from typing import Any
@@ -17,6 +18,19 @@ from megatron_scalebio.formatting import duration, percent, quantity
 
 def render(template: str, **context: Any) -> str:
     """The page as text."""
+    script = resources.files("megatron_scalebio.report").joinpath("page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = resources.files("megatron_scalebio.report").joinpath("page.css").read_text()
+    return (
+        _environment()
+        .get_template(template)
+        .render(style=Markup(style), script=Markup(script), script_digest=digest, **context)
+    )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """It keeps the templates that it has compiled."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("megatron_scalebio", "report"),
         autoescape=True,
@@ -25,9 +39,4 @@ def render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "duration": duration, "quantity": quantity}
-    script = resources.files("megatron_scalebio.report").joinpath("page.js").read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    style = resources.files("megatron_scalebio.report").joinpath("page.css").read_text()
-    return environment.get_template(template).render(
-        style=Markup(style), script=Markup(script), script_digest=digest, **context
-    )
+    return environment
