@@ -27,6 +27,7 @@ from tests.commands import ROOT
 from tests.distributed.harness import run_distributed
 
 CODE = """
+import sys
 import warnings; warnings.simplefilter("ignore")
 import torch
 import torch.distributed as dist
@@ -48,6 +49,7 @@ from megatron_scalebio import runtime
 from megatron_scalebio.compat import cpu, megatron, megatron_lm
 from megatron_scalebio.methods import scalebio
 assert patched() == before, "acts on import"
+assert "scipy" not in sys.modules, "takes a second of every run"
 # As where Transformer Engine is installed, whose kernels need a GPU.
 from megatron.core import optimizer
 from megatron.core.optimizer import clip_grads, optimizer as parts

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
 from torch.nn.functional import normalize
 
 from megatron_scalebio import runtime
@@ -119,6 +118,8 @@ def _features(config: Config, job: Job) -> torch.Tensor:
 
 def grouped(names: list[str], features_SD: torch.Tensor, groups: int) -> list[list[str]]:
     """In the order of their first sources."""
+    from scipy.cluster.hierarchy import fcluster, linkage  # a second, which few runs need
+
     alike_SD = normalize(features_SD.double(), dim=1)
     members: dict[int, list[str]] = {}
     numbers = fcluster(linkage(alike_SD.numpy(), "ward"), groups, "maxclust").tolist()
