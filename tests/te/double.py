@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import gc
 import importlib
 import importlib.util
 import os
@@ -52,7 +53,10 @@ def run_with_te(function: Any, world_size: int, *args: Any) -> None:
 
 def _on_a_rank(module: str, name: str, args: tuple[Any, ...]) -> None:
     load()
-    getattr(importlib.import_module(module), name)(*args)
+    function = getattr(importlib.import_module(module), name)
+    importlib.import_module("megatron_scalebio.methods.run")
+    gc.freeze()  # as in `harness`, which has nothing to freeze here
+    function(*args)
 
 
 def load() -> None:
