@@ -55,6 +55,9 @@ DISAGREEING = [
     ({"model": {"max_position_embeddings": 256, "rope_scaling": {
         "rope_type": "yarn", "factor": 3, "original_max_position_embeddings": 256}}}, 1,
      "max_position_embeddings: 256 is below data.seq_length 1024"),
+    ({"model": {"full_attention_length": 1023}}, 1,
+     "model.full_attention_length: 1023 is below data.seq_length 1024: beyond it the model attends "
+     "in chunks (attention_chunk_size) or at other scales (floor_scale)"),
     ({"lisa": {"lisa_layers": 2, "lisa_train_routers": True}}, 1,
      "lisa.lisa_train_routers: True needs model.num_experts"),
     ({"lisa": {"lisa_layers": 2, "lisa_interval": 1}}, 1,
@@ -106,3 +109,4 @@ def test_fields_that_agree_pass() -> None:
     yarn = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 256}
     model = {"max_position_embeddings": 256, "rope_scaling": yarn}
     load_config(None, {"data": DATA, "model": model}).validate(1)  # 1024 tokens
+    load_config(None, {"data": DATA, "model": {"full_attention_length": 1024}}).validate(1)

@@ -32,6 +32,7 @@ def config(model: dict[str, Any], parallel: dict[str, Any] | None = None) -> Con
         ({"num_experts": 0}, "num_experts: 0 must be above 0"),
         ({"num_experts": 4, "moe_router_topk": 5}, "moe_router_topk: 5 is above num_experts 4"),
         ({"num_experts": 4, "moe_router_topk": 1}, "moe_router_topk: 1 gives every token"),
+        ({"num_experts": 4, "moe_apply_probs_on_input": True}, "needs moe_router_topk 1, not 2"),
         ({"num_experts": 4, "moe_router_enable_expert_bias": True}, "needs moe_router_score_func"),
         (
             {"num_experts": 4, "add_bias_linear": True, "moe_shared_expert_intermediate_size": 64},

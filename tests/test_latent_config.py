@@ -28,6 +28,8 @@ def config(model: dict[str, Any], parallel: dict[str, Any] | None = None) -> Con
         ({**LATENT, "v_head_dim": 0}, "v_head_dim: 0 must be above 0"),
         ({**LATENT, "num_query_groups": 2}, "num_query_groups: 2 is not num_attention_heads 4"),
         ({**LATENT, "add_qkv_bias": True}, "add_qkv_bias: True does not go with"),
+        ({**LATENT, "rotary_interleaved": True}, "rotary_interleaved: True does not go with"),
+        ({**LATENT, "qk_l2_norm": True}, "qk_l2_norm: True does not go with qk_layernorm"),
         ({**LATENT, "rotary_percent": 0.5}, "needs rope, on all of qk_pos_emb_head_dim"),
         ({**LATENT, "qk_pos_emb_head_dim": 7}, "rope turn 7 channels"),
         ({**LATENT, "rope_scaling": {"rope_type": "linear", "factor": 2}}, "'linear' with multi"),

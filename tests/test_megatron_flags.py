@@ -39,6 +39,7 @@ OF_EXPERTS = [
     "--moe-router-group-topk", "2", "--moe-router-score-function", "sigmoid",
     "--moe-shared-expert-intermediate-size", "64",
 ]  # fmt: skip
+OF_ONE_EXPERT = ["--moe-router-topk", "1", "--moe-router-group-topk", "1"]
 OF_LATENT_ATTENTION = ["--multi-latent-attention", "--qk-layernorm"]
 LATENT = {
     "--multi-latent-attention", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim",
@@ -87,6 +88,7 @@ def differences(
     before = COMPANIONS + (OF_EXPERTS if "-expert" in flag or "--moe" in flag else [])
     before = [*before, *(["--fp8-format", "e4m3"] if flag != "--fp4-format" else [])]
     before += OF_LATENT_ATTENTION if flag in LATENT else []
+    before += OF_ONE_EXPERT if flag == "--moe-apply-probs-on-input" else []
     tried = 0
     for words in words_after(ours._option_string_actions[flag]):
         if set(words) & OURS_ALONE.get(flag, set()):

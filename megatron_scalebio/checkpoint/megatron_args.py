@@ -37,8 +37,6 @@ _WITHOUT: dict[str, Any] = {
     "moe_use_legacy_grouped_gemm": False,
     "mtp_num_layers": None,
     "no_persist_layer_norm": True,
-    "qk_l2_norm": False,
-    "rotary_interleaved": False,
     "spec": None,
     "squared_relu": False,
     "use_legacy_models": False,

@@ -255,6 +255,13 @@ class Config:
                 f"model.max_position_embeddings: {positions!r} is below data.seq_length {length} "
                 "(raise it or lower seq_length)"
             )
+        whole = self.model.full_attention_length
+        if whole is not None and whole < length:
+            raise UserError(
+                f"model.full_attention_length: {whole!r} is below data.seq_length {length}: beyond "
+                "it the model attends in chunks (attention_chunk_size) or at other scales "
+                "(floor_scale), which Megatron-Core does not have (lower seq_length)"
+            )
 
     def _validate_flush(self, passes: int) -> None:
         pp = self.parallel.pipeline_model_parallel_size

@@ -24,6 +24,11 @@ def check_experts(model: Any) -> None:
         raise UserError(
             "moe_router_enable_expert_bias: True needs moe_router_score_function sigmoid (set it)"
         )
+    if model.moe_apply_probs_on_input and topk > 1:
+        raise UserError(
+            f"moe_apply_probs_on_input: True needs moe_router_topk 1, not {topk} (drop it, or set "
+            "moe_router_topk)"
+        )
     for name, why in (
         ("parallel_residual", "its blocks have a dense MLP"),
         ("post_norms", "its norm belongs to a dense MLP"),

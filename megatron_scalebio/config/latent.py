@@ -9,7 +9,8 @@ OPTIONS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", 
 # What latent attention, here or in Megatron-Core, does not have.
 _WITHOUT = (
     "qk_layernorm_whole", "add_qkv_bias", "add_bias_linear", "post_norms",
-    "parallel_residual", "no_rope_freq", "attn_logit_softcapping", "softmax_scale",
+    "parallel_residual", "no_rope_freq", "rotary_interleaved",
+    "attn_logit_softcapping", "softmax_scale",
 )  # fmt: skip
 
 

@@ -35,6 +35,9 @@ class ModelConfig:
         None, "base of rope in layers with a window, where rope_scaling is not (Gemma 3) [the same]"
     )
     rotary_percent: float = option(1.0, "share of a head that rope turns")
+    rotary_interleaved: bool = option(
+        False, "rope turns channels in pairs of neighbours, not of a head's two halves (Llama 4)"
+    )
     rope_scaling: RopeScaling | None = option(None, "long-context scaling of rope")
     no_rope_freq: list[int] | None = option(
         None, "layers without rope, a 1 or 0 for each; or N: every N-th (SmolLM3) [none]"
@@ -47,6 +50,9 @@ class ModelConfig:
     qk_layernorm: bool = option(False, "normalize the queries and keys of each head (Qwen 3)")
     qk_layernorm_whole: bool = option(
         False, "normalize them over all heads together (OLMo 2), with qk_layernorm"
+    )
+    qk_l2_norm: bool = option(
+        False, "normalize them without weights, not in layers without rope (Llama 4)"
     )
     parallel_residual: bool = option(False, "attention and MLP read the same input (GPT-NeoX)")
     swiglu: bool = option(True, "gated SiLU in the MLP, else `activation`")
@@ -83,6 +89,9 @@ class ModelConfig:
     moe_router_enable_expert_bias: bool = option(
         False, "balance the experts by a bias on their scores (DeepSeek-V3); needs sigmoid"
     )
+    moe_apply_probs_on_input: bool = option(
+        False, "a router's weights multiply what experts read, not what they give (Llama 4)"
+    )
     moe_router_bias_update_rate: float = option(1e-3, "by how much that bias moves in a step")
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = option(
         "aux_loss", "balance over a micro-batch or over each sequence"
@@ -110,6 +119,9 @@ class ModelConfig:
     )
     window_attn_skip_freq: int | None = option(
         None, "every N-th layer sees all tokens in spite of window_size"
+    )
+    full_attention_length: int | None = option(
+        None, "longest sequence whose tokens all see all before them, at one scale (Llama 4)"
     )
     softmax_scale: float | None = option(None, "factor of attention scores [1/sqrt(kv_channels)]")
     softmax_type: Literal["vanilla", "learnable"] = option(
@@ -140,7 +152,7 @@ class ModelConfig:
             "softmax_scale", "attn_logit_softcapping", "final_logit_softcapping", "num_experts",
             "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_topk",
             "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor",
-            "activation_func_clamp_value",
+            "activation_func_clamp_value", "full_attention_length",
         )  # fmt: skip
         if self.window_size is not None:
             self._check_window(self.window_size)
@@ -153,6 +165,8 @@ class ModelConfig:
             )
         if self.qk_layernorm_whole and not self.qk_layernorm:
             raise UserError("qk_layernorm_whole: True needs qk_layernorm (set it)")
+        if self.qk_l2_norm and self.qk_layernorm:
+            raise UserError("qk_l2_norm: True does not go with qk_layernorm (drop one of them)")
         if not self.pre_norms and (not self.post_norms or self.parallel_residual):
             raise UserError(
                 "pre_norms: False needs post_norms, and no parallel_residual (change one of them)"

@@ -50,7 +50,8 @@ def verify(hf: Path, load: Path, which: str = "w") -> list[Step]:
     config = load_config(None, {"model": {"hf": str(hf)}})
     assert config.model.vocab_size is not None
     generator = torch.Generator().manual_seed(0)
-    length = min(_LENGTH, config.model.max_position_embeddings or _LENGTH)
+    limits = config.model.max_position_embeddings, config.model.full_attention_length
+    length = min(_LENGTH, *(limit for limit in limits if limit))
     config.data.seq_length = length  # longrope's frequencies go by it
     tokens_BS = torch.randint(config.model.vocab_size, (_PROMPTS, length), generator=generator)
     theirs = _run_transformers(hf, tokens_BS)
@@ -83,7 +84,7 @@ def _run_transformers(hf: Path, tokens_BS: Tensor) -> dict[str, Tensor]:
         hf.parent if gguf else hf, dtype=torch.float32, attn_implementation="eager",
         experts_implementation="eager", local_files_only=True, trust_remote_code=False, **gguf,
     ).eval()  # fmt: skip
-    body = model.base_model
+    body = getattr(model, "model", model.base_model)
     layers = body.h if hasattr(body, "h") else body.layers
     with _outputs_of(dict(_named(layers)), lambda output: output) as held:
         result = model(tokens_BS, output_hidden_states=True, use_cache=False)

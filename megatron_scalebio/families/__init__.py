@@ -5,23 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.families import deepseek, experts, gemma2, gpt, gpt_oss, llama, olmo
+from megatron_scalebio.families import deepseek, experts, gemma2, gpt, gpt_oss, llama, llama4, olmo
 from megatron_scalebio.families.base import Family, HfConfig, TensorMap
 
 __all__ = ["FAMILIES", "Family", "TensorMap", "read_family"]
 
 FAMILIES = {
     name: family
-    for module in (gpt, llama, gemma2, experts, olmo, gpt_oss, deepseek)
+    for module in (gpt, llama, gemma2, experts, olmo, gpt_oss, deepseek, llama4)
     for family in module.FAMILIES
     for name in family.architectures
 }
 
 # Models that people ask for, and what of them Megatron-Core does not have (docs/models.md).
-_IN_CHUNKS = "attention_chunk_size: it attends in chunks, for which Megatron-Core has no option"
-_NOT_EXPRESSED = {
-    "Llama4ForCausalLM": _IN_CHUNKS, "Llama4ForConditionalGeneration": _IN_CHUNKS
-}  # fmt: skip
+_NOT_EXPRESSED = {"Llama4ForConditionalGeneration": "more than text; save its Llama4ForCausalLM"}
 MOST_LAYERS = 10_000  # transformers makes a list of them, or of labels, as long as it is told to
 
 

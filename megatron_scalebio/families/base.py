@@ -44,7 +44,8 @@ _KIND_OF = {
         ("num_hidden_layers hidden_size num_attention_heads intermediate_size vocab_size n_embd "
          "max_position_embeddings n_layer n_head n_positions num_experts num_local_experts "
          "num_experts_per_tok moe_intermediate_size decoder_sparse_step n_routed_experts "
-         "n_shared_experts kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",
+         "n_shared_experts kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+         "intermediate_size_mlp attention_chunk_size floor_scale",
          _Kind(_whole, "a whole number")),
         ("first_k_dense_replace", _Kind(lambda value: value == 0 or _whole(value),
                                         "a whole number or 0")),
@@ -57,7 +58,8 @@ _KIND_OF = {
         ("attn_logit_softcapping final_logit_softcapping",
          _Kind(lambda value: value is None or (is_number(value) and value > 0),
                "a number above 0 or null")),
-        ("tie_word_embeddings use_parallel_residual norm_topk_prob use_qk_norm",
+        ("tie_word_embeddings use_parallel_residual norm_topk_prob use_qk_norm "
+         "attn_temperature_tuning",
          _Kind(lambda value: isinstance(value, bool), "true or false")),
         ("rope_parameters", _Kind(lambda value: isinstance(value, dict), "an object")),
         ("no_rope_layers",

@@ -109,15 +109,17 @@ def _qwen3(config: HfConfig) -> dict[str, Any]:
     return {**_qwen2(config), "add_qkv_bias": False, "qk_layernorm": True}
 
 
-def _smollm3(config: HfConfig) -> dict[str, Any]:
-    config.take("use_sliding_window"), config.take("no_rope_layer_interval")  # both in lists
+def no_rope(config: HfConfig) -> dict[str, Any]:
+    """Which layers have no rope."""
+    config.take("no_rope_layer_interval")  # in the list
     turned = config.take("no_rope_layers")[: config.take("num_hidden_layers")]
-    no_rope = [1 - bool(each) for each in turned]
-    return {
-        **_llama(config),
-        "no_rope_freq": no_rope if any(no_rope) else None,
-        **sliding_window(config),
-    }
+    without = [1 - bool(each) for each in turned]
+    return {"no_rope_freq": without if any(without) else None}
+
+
+def _smollm3(config: HfConfig) -> dict[str, Any]:
+    config.take("use_sliding_window")  # in layer_types
+    return {**_llama(config), **no_rope(config), **sliding_window(config)}
 
 
 def _phi3(config: HfConfig) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Two implementations: `local`, Megatron-Core's own modules with this package's attention and norm
 (CPU, or CUDA without Transformer Engine), and Transformer Engine's. Both write the same checkpoint
 names. What Megatron-Core has no option for is added here: a norm after each block (Gemma 2), in
-place of the one before it (OLMo 2), norms of queries and keys over all heads, and attention and MLP
-in parallel (GPT-NeoX).
+place of the one before it (OLMo 2), norms of queries and keys over all heads, or in some layers
+(Llama 4), and attention and MLP in parallel (GPT-NeoX).
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import (
 from megatron_scalebio.compat.megatron import PartedLayer
 from megatron_scalebio.model.attention import SdpaAttention
 from megatron_scalebio.model.latent import LatentAttention
-from megatron_scalebio.model.norm import LocalNorm, WholeNorm
+from megatron_scalebio.model.norm import LocalNorm, WholeNorm, plain_norm
 from megatron_scalebio.model.router import Router
 
 
@@ -49,20 +49,22 @@ def block_spec(
     config: ModelSettings, layers: Iterable[int], transformer_engine: bool
 ) -> TransformerBlockSubmodules:
     """The spec of a stage or chunk with these layers (from 0)."""
-    freq = config.moe_layer_freq
+    freq, no_rope = config.moe_layer_freq, config.no_rope_freq
     experts = config.num_moe_experts
-    numbers = [experts if not isinstance(freq, list) or freq[layer] else None for layer in layers]
+    kinds = [
+        (
+            experts if not isinstance(freq, list) or freq[layer] else None,
+            config.qk_l2_norm and not (isinstance(no_rope, list) and no_rope[layer]),
+        )
+        for layer in layers
+    ]
     norm = _te_norm() if transformer_engine else LocalNorm
-    specs = {
-        number: _layer_spec(config, number, transformer_engine, norm) for number in set(numbers)
-    }
-    return TransformerBlockSubmodules(
-        layer_specs=[specs[number] for number in numbers], layer_norm=norm
-    )
+    specs = {kind: _layer_spec(config, *kind, transformer_engine, norm) for kind in set(kinds)}
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=norm)
 
 
 def _layer_spec(
-    config: ModelSettings, experts: int | None, transformer_engine: bool, norm: Any
+    config: ModelSettings, experts: int | None, l2_norm: bool, transformer_engine: bool, norm: Any
 ) -> ModuleSpec:
     build = _transformer_engine_layer if transformer_engine else _local_layer
     layer = build(config, experts)
@@ -75,6 +77,8 @@ def _layer_spec(
     if config.qk_layernorm_whole:
         attention.q_layernorm = partial(WholeNorm, "num_attention_heads")
         attention.k_layernorm = partial(WholeNorm, "num_query_groups")
+    if l2_norm:
+        attention.q_layernorm = attention.k_layernorm = plain_norm
     if not config.pre_norms:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
         if transformer_engine:  # whose linear layers have the norm before them within

@@ -30,6 +30,13 @@ class LocalNorm:
         return norm
 
 
+def plain_norm(
+    config: TransformerConfig, hidden_size: int, eps: float, **unused: object
+) -> torch.nn.Module:
+    """RMSNorm without a weight. Megatron-Core's L2Norm is the same, and has torch compile it."""
+    return torch.nn.RMSNorm(hidden_size, eps=eps, elementwise_affine=False)
+
+
 class WholeNorm(torch.nn.Module):
     """RMSNorm of queries or keys over all heads together, those of other TP ranks too.
 

@@ -32,6 +32,7 @@ def turn_windows_apart(gpt: Any, model: ModelConfig) -> None:
     """Gives the layers of a chunk that have a window the rope of `window_rotary_base`, unscaled."""
     rope = RotaryEmbedding(
         model.head_channels, model.rotary_percent, rotary_base=model.window_rotary_base,
+        rotary_interleaved=model.rotary_interleaved,
         use_cpu_initialization=gpt.config.use_cpu_initialization,
     )  # fmt: skip
 

@@ -72,8 +72,9 @@ def _require_recipe(named: str, recipe: str) -> None:
 # among its arguments; and those that are in its configuration alone.
 MODEL_OPTIONS = (
     "num_layers", "hidden_size", "num_attention_heads", "normalization", "qk_layernorm",
-    "activation_func_clamp_value", "glu_linear_offset", "add_bias_linear", "add_qkv_bias",
-    "window_attn_skip_freq", "softmax_type", "hidden_dropout", "attention_dropout",
+    "qk_l2_norm", "rotary_interleaved", "activation_func_clamp_value", "glu_linear_offset",
+    "add_bias_linear", "add_qkv_bias", "window_attn_skip_freq", "softmax_type",
+    "hidden_dropout", "attention_dropout",
 )  # fmt: skip
 _MORE_MODEL_OPTIONS = (
     "kv_channels", "pre_norms", "post_norms", "qk_layernorm_whole", "parallel_residual",

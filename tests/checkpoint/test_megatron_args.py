@@ -87,8 +87,7 @@ ALWAYS: dict[str, Any] = {
     "hybrid_override_pattern": None, "init_method_xavier_uniform": False,
     "init_model_with_meta_device": False, "is_hybrid_model": False,
     "moe_use_legacy_grouped_gemm": False, "mtp_num_layers": None, "multi_latent_attention": False,
-    "no_persist_layer_norm": True, "qk_l2_norm": False,
-    "rotary_interleaved": False, "spec": None, "squared_relu": False, "use_legacy_models": False,
+    "no_persist_layer_norm": True, "spec": None, "squared_relu": False, "use_legacy_models": False,
     "cp_comm_type": ["p2p"], "dist_ckpt_format": "torch_dist", "use_dist_ckpt": True,
 }  # fmt: skip
 
@@ -100,7 +99,8 @@ NO_EXPERTS: dict[str, Any] = {
     "moe_shared_expert_gate": False, "moe_router_topk": 2, "moe_router_score_function": "softmax",
     "moe_router_pre_softmax": False, "moe_router_num_groups": None, "moe_router_group_topk": None,
     "moe_router_topk_scaling_factor": None, "moe_router_dtype": None,
-    "moe_router_enable_expert_bias": False, "moe_router_bias_update_rate": 1e-3,
+    "moe_router_enable_expert_bias": False, "moe_apply_probs_on_input": False,
+    "moe_router_bias_update_rate": 1e-3,
     "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.0,
     "moe_z_loss_coeff": None, "moe_enable_routing_replay": False,
     "moe_token_dispatcher_type": "alltoall",
@@ -117,7 +117,8 @@ def test_every_argument_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -
         model=ModelConfig(
             num_layers=12, hidden_size=96, num_attention_heads=8, num_query_groups=4,
             kv_channels=20, ffn_hidden_size=272, max_position_embeddings=501, rotary_base=9000,
-            rotary_percent=0.7, no_rope_freq=[2], normalization="LayerNorm", norm_epsilon=3e-6,
+            rotary_percent=0.7, rotary_interleaved=True, no_rope_freq=[2],
+            normalization="LayerNorm", norm_epsilon=3e-6,
             swiglu=False, activation="gelu_tanh", add_bias_linear=True, add_qkv_bias=True,
             qk_layernorm=True, softmax_type="learnable",
             apply_layernorm_1p=True, window_size=[30, 0], window_attn_skip_freq=3,
@@ -137,6 +138,7 @@ def test_every_argument_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -
         "num_layers": 12, "hidden_size": 96, "ffn_hidden_size": 272, "num_attention_heads": 8,
         "group_query_attention": True, "num_query_groups": 4, "kv_channels": 20, "seq_length": 499,
         "max_position_embeddings": 501, "rotary_base": 9000, "rotary_percent": 0.7,
+        "rotary_interleaved": True, "qk_l2_norm": False,
         "position_embedding_type": "rope", "use_rope_scaling": False, "rope_scaling_factor": 1.0,
         "rotary_seq_len_interpolation_factor": None, "normalization": "LayerNorm",
         "no_rope_freq": [0, 1] * 6, "quick_geglu": False, "activation_func_clamp_value": None,
@@ -179,6 +181,7 @@ TOLD: list[tuple[dict[str, Any], dict[str, Any]]] = [
          "rope_type": "yarn", "rotary_scaling_factor": 6.0, "mscale": 0.7, "mscale_all_dim": 0.8,
          "original_max_position_embeddings": 8192, "beta_fast": 32.0, "beta_slow": 1.0},
     ),
+    ({"qk_l2_norm": True}, {"qk_l2_norm": True, "rotary_interleaved": False}),
     ({"hidden_size": 96, "swiglu": False}, {"ffn_hidden_size": 384, "bias_gelu_fusion": False}),
     (
         {"position_embedding_type": "learned_absolute"},

@@ -91,6 +91,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_SMALL, **_LATENT, "q_lora_rank": 14, "n_routed_experts": 4, "num_experts_per_tok": 2,
          "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     ),
+    "llama4": (
+        "Llama4",
+        {**_SMALL, "head_dim": 10, "intermediate_size": 14, "intermediate_size_mlp": 44,
+         "num_local_experts": 3, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 3,
+         "pad_token_id": None},
+    ),
     "mixtral": ("Mixtral", {**_SMALL, "num_local_experts": 3}),
     "gpt-oss": (
         "GptOss",
@@ -117,7 +123,8 @@ def make(
     """Saves a model with values that a rounding would change, a tokenizer and a chat template."""
     family, options = MODELS[name]
     torch.manual_seed(7)
-    config = getattr(transformers, f"{family}Config")(**{**options, **keys})
+    text = "Text" if family == "Llama4" else ""  # whose configuration alone is named so
+    config = getattr(transformers, f"{family}{text}Config")(**{**options, **keys})
     suffix = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
     model = getattr(transformers, family.removesuffix("Text") + suffix)(config)
     with torch.no_grad():

@@ -45,6 +45,8 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
     "qk_layernorm_whole": [
         ({"model": {"qk_layernorm": True, "qk_layernorm_whole": on}}, on) for on in (True, False)
     ],
+    "qk_l2_norm": [({"model": {"qk_l2_norm": on}}, on) for on in (True, False)],
+    "rotary_interleaved": [({"model": {"rotary_interleaved": on}}, on) for on in (True, False)],
     "no_rope_freq": [
         ({"model": {"num_layers": 4, "no_rope_freq": freq}}, want)
         for freq, want in (([1, 0, 0, 1], [1, 0, 0, 1]), ([2], [0, 1, 0, 1]))
@@ -107,6 +109,11 @@ MEGATRON: dict[str, list[tuple[Sections, Any]]] = {
     "moe_router_enable_expert_bias": [
         ({"model": {"num_experts": 4, "moe_router_score_function": "sigmoid",
                     "moe_router_enable_expert_bias": on}}, on)
+        for on in (True, False)
+    ],
+    "moe_apply_probs_on_input": [
+        ({"model": {"num_experts": 4, "moe_router_topk": 1, "moe_router_pre_softmax": True,
+                    "moe_apply_probs_on_input": on}}, on)
         for on in (True, False)
     ],
     "moe_router_bias_update_rate": [

@@ -99,6 +99,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 2,
          "rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 1.3}},
     ),
+    "llama4-some-layers": (
+        "Llama4",
+        {**SHAPE, **UNTIED, "head_dim": 10, "intermediate_size": 20, "intermediate_size_mlp": 44,
+         "num_local_experts": 6, "moe_layers": [0, 2, 3], "no_rope_layers": [1, 0, 1, 0],
+         "attention_chunk_size": LENGTH, "floor_scale": LENGTH + 1, "pad_token_id": None,
+         "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3},
+    ),
+    "llama4-all-experts": (
+        "Llama4",
+        {**SHAPE, **TIED, "head_dim": 16, "intermediate_size": 20, "num_local_experts": 4,
+         "use_qk_norm": False, "pad_token_id": None},
+    ),
     "mixtral": (
         "Mixtral",
         {**SHAPE, **UNTIED, "intermediate_size": 20, "num_local_experts": 4, "sliding_window": 7},
@@ -160,6 +172,8 @@ WITH_EXPERTS = (
     "qwen3-moe",
     "qwen3-moe-all-scores",
     "glm4-moe",
+    "llama4-some-layers",
+    "llama4-all-experts",
     "mixtral",
     "gpt-oss",
     "deepseek2-groups",

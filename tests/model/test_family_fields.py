@@ -30,8 +30,9 @@ EVERY_OTHER = ["sliding_attention", "full_attention"] * 3
 EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 
 WITHOUT_BASE = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+LINEAR_ROPE = {"rope_type": "linear", "factor": 8.0, "rope_theta": 4321.0}
 LAYERED = {
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 4321.0},
+    "full_attention": LINEAR_ROPE,
     "sliding_attention": {"rope_type": "default", "rope_theta": 987.0},
 }
 LAYERED_FIELDS = {
@@ -156,6 +157,16 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "add_bias_linear": True, "add_qkv_bias": True, "softmax_type": "learnable",
          "window_size": [28, 0], "window_attn_skip_freq": 2,
          "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+    "Llama4ForCausalLM": (
+        "llama4_text",
+        {**LLAMA, "intermediate_size_mlp": 230, "num_local_experts": 10, "moe_layers": [1, 4],
+         "no_rope_layers": [1, 1, 0, 1, 1, 0], "attention_chunk_size": 70, "floor_scale": 90},
+        {**RMS_NORM, "swiglu": True, "ffn_hidden_size": 230, "rotary_interleaved": True,
+         "qk_l2_norm": True, "no_rope_freq": [0, 0, 1, 0, 0, 1], "full_attention_length": 70,
+         "num_experts": 10, "moe_layer_freq": [0, 1, 0, 0, 1, 0], "moe_ffn_hidden_size": 200,
+         "moe_shared_expert_intermediate_size": 200, "moe_router_topk": 1,
+         "moe_router_score_function": "sigmoid", "moe_apply_probs_on_input": True},
     ),
     "MixtralForCausalLM": (
         "mixtral",
@@ -284,11 +295,56 @@ def test_what_would_be_a_list_without_end_is_refused(
         read_family(tmp_path)
 
 
-def test_attention_in_chunks_is_refused_by_its_name(tmp_path: Path) -> None:
-    config = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"Llama4ForCausalLM.* \(attention_chunk_size"):
-        read_family(tmp_path)
+def llama4(folder: Path, **values: Any) -> Path:
+    config = {"architectures": ["Llama4ForCausalLM"], **CASES["Llama4ForCausalLM"][1], **values}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama4_text", **config}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "length"),
+    [
+        ({"floor_scale": 71}, 70),
+        ({"floor_scale": 70}, 69),  # the 70th token has another scale
+        ({"floor_scale": 70, "attn_temperature_tuning": False}, 70),
+        ({"floor_scale": 9, "no_rope_layers": [1] * 6}, 70),
+        ({"layer_types": ["full_attention"] * 6}, 89),
+        ({"layer_types": ["full_attention"] * 6, "attn_temperature_tuning": False}, None),
+    ],
+)
+def test_how_far_llama_4_attends_to_all_tokens_at_one_scale(
+    tmp_path: Path, values: dict[str, Any], length: int | None
+) -> None:
+    assert read_family(llama4(tmp_path, **values))[1]["full_attention_length"] == length
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"rope_parameters": {**LINEAR_ROPE, "rope_type": "yarn"}}, "a whole head, by default or"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "a whole head"),
+        ({"layer_types": ["sliding_attention"] * 6}, "supported: chunked_attention and full"),
+        ({"attention_chunk_size": None}, "attention_chunk_size: None .*a whole number"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok: 2 is not supported"),
+    ],
+)  # fmt: skip
+def test_what_llama_4_might_have_is_refused(
+    tmp_path: Path, values: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        read_family(llama4(tmp_path, **values))
+
+
+def test_a_sequence_that_llama_4_attends_to_in_chunks_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_scalebio.cli import main
+
+    words = ["plan", "--gpus", "1", "--sources", "a=a", "b=b", "--validation", "c=c", "--hf"]
+    assert main([*words, str(llama4(tmp_path)), "--seq-length", "71"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "full_attention_length: 70 is below data.seq_length 71" in line
+    assert "attention_chunk_size" in line
 
 
 @pytest.mark.parametrize("architecture", ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"])

@@ -30,6 +30,9 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "parallel residual, partial rope": {"parallel_residual": True, "rotary_percent": 0.5},
     "a score of nothing, no rope": {"softmax_type": "learnable", "no_rope_freq": [1, 0]},
+    "rope of neighbours, norms without weights": {
+        "rotary_interleaved": True, "qk_l2_norm": True, "no_rope_freq": [0, 1],
+    },
     "norms of queries and keys": {"qk_layernorm": True, "qk_layernorm_whole": True},
     "llama3's rope": {
         "rope_scaling": {
