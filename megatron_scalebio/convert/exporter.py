@@ -116,6 +116,11 @@ class ExportPlan:
         self._check(family.architectures[0])
         has_any = reference.suffix == ".gguf" or has_weights(reference)
         self.source: Source | None = unpacked(open_source(reference)) if has_any else None
+        if family.beside and not has_any:
+            raise UserError(
+                f"{reference}: has no weights, of which those of {', '.join(family.beside)} are "
+                "needed, which do not train (use the whole folder)"
+            )
         self.names, self.wholes = self._names()
         self.pieces: dict[str, list[str]] = {}
         for piece in self.wholes:

@@ -127,12 +127,12 @@ class Table:
         return Whole(row, model, layer, expert, shape, parts)
 
     def ignores(self, name: str) -> bool:
-        """True for what does not train: a buffer that is computed, a layer after the last."""
+        """True for what does not train: buffers, a layer after the last, parts for images."""
         if self._family.more_layers:
             layer = re.match(rf"{re.escape(self._family.prefix)}layers\.(\d+)\.", name)
             if layer and int(layer[1]) >= self._model.num_layers:
                 return True
-        return name.endswith(self._family.ignored)
+        return name.endswith(self._family.ignored) or name.startswith(self._family.beside)
 
     def names_in(self, held: Iterable[str], where: dict[str, Path]) -> dict[str, str]:
         """Finds the table's tensors among the names of a checkpoint.

@@ -17,8 +17,6 @@ FAMILIES = {
     for name in family.architectures
 }
 
-# Models that people ask for, and what of them Megatron-Core does not have (docs/models.md).
-_NOT_EXPRESSED = {"Llama4ForConditionalGeneration": "more than text; save its Llama4ForCausalLM"}
 MOST_LAYERS = 10_000  # transformers makes a list of them, or of labels, as long as it is told to
 
 
@@ -31,8 +29,6 @@ def read_family(hf: str | Path) -> tuple[Family, dict[str, Any]]:
     config = _read_config(Path(hf))
     architecture = (config.take("architectures") or ["nothing"])[0]
     family = FAMILIES.get(architecture)
-    if architecture in _NOT_EXPRESSED:
-        raise config.refuse("architectures", _NOT_EXPRESSED[architecture])
     if family is None:
         raise UserError(
             f"{config.where}: architectures: {architecture!r} is not supported (supported: "
@@ -44,6 +40,8 @@ def read_family(hf: str | Path) -> tuple[Family, dict[str, Any]]:
             "quantization_config",
             "convert the model to plain weights; if they are plain already, delete this key",
         )
+    if family.beside:
+        config = config.of_text()
     fields = family.model(config)
     config.refuse_rest()
     return family, fields
@@ -58,11 +56,13 @@ def _read_config(hf: Path) -> HfConfig:
             given = json.loads(where.read_text())
             if not isinstance(given, dict):
                 raise ValueError("not an object")
+            of_text = given.get("text_config")
             for key in ("num_hidden_layers", "n_layer", "num_labels"):
-                if isinstance(count := given.get(key), int) and count > MOST_LAYERS:
+                counts = [part.get(key) for part in (given, of_text) if isinstance(part, dict)]
+                if most := [n for n in counts if isinstance(n, int) and n > MOST_LAYERS]:
                     raise UserError(
-                        f"{where}: {key}: {count!r} is not supported ({MOST_LAYERS} at most; mend "
-                        "it, or fetch the file again)"
+                        f"{where}: {key}: {most[0]!r} is not supported ({MOST_LAYERS} at most; "
+                        "mend it, or fetch the file again)"
                     )
         elif not hf.is_file():
             raise FileNotFoundError(2, "No such file", str(hf))

@@ -98,6 +98,11 @@ class HfConfig:
             raise self.refuse(key, f"{kind.words} is expected; mend it, or fetch the file again")
         return value
 
+    def of_text(self) -> "HfConfig":
+        """The part that is the language model's, of a model that has others."""
+        values, defaults = (each["text_config"] for each in (self.values, self.defaults))
+        return HfConfig(values, defaults, self.where)
+
     def refuse(self, key: str, known: str) -> UserError:
         return UserError(
             f"{self.where}: {key}: {self.values.get(key)!r} is not supported ({known})"
@@ -157,6 +162,8 @@ class Family:
         more_layers: a file may have layers after the last (multi-token prediction), which are kept
             on the way through and do not train.
         packed: a file may have experts' matrices as MXFP4.
+        beside: what names of the model's other parts, for images, begin with. They are kept on the
+            way through and do not train; `text_config` in config.json is then the model's.
     """
 
     architectures: tuple[str, ...]
@@ -166,6 +173,7 @@ class Family:
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     more_layers: bool = False
     packed: bool = False
+    beside: tuple[str, ...] = ()
 
 
 LAYER, HF_LAYER = "decoder.layers.{}.", "model.layers.{}."

@@ -87,4 +87,14 @@ def _full_attention_length(config: HfConfig, has_no_rope: bool) -> int | None:
     return min([*limits, floor - 1] if scales and has_no_rope else limits, default=None)
 
 
-FAMILIES = (Family(("Llama4ForCausalLM",), _llama4, _TENSORS),)
+# As published, beside what reads images.
+_TENSORS_BESIDE = tuple(
+    replace(row, hf=tuple(f"language_model.{name}" for name in row.hf)) for row in _TENSORS
+)
+FAMILIES = (
+    Family(("Llama4ForCausalLM",), _llama4, _TENSORS),
+    Family(
+        ("Llama4ForConditionalGeneration",), _llama4, _TENSORS_BESIDE, "language_model.",
+        beside=("vision_model.", "multi_modal_projector."),
+    ),
+)  # fmt: skip

@@ -33,6 +33,16 @@ _LATENT = {
     "num_key_value_heads": 4, "kv_lora_rank": 18, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6,
     "v_head_dim": 7, "moe_intermediate_size": 14, "n_shared_experts": 2,
 }  # fmt: skip
+_LLAMA4 = {
+    **_SMALL, "head_dim": 10, "intermediate_size": 14, "intermediate_size_mlp": 44,
+    "num_local_experts": 3, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 3,
+    "attention_chunk_size": 40, "pad_token_id": None,
+}  # fmt: skip
+_IMAGES = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+    "vision_output_dim": 24, "image_size": 28, "projector_input_dim": 24,
+    "projector_output_dim": 24,
+}  # fmt: skip
 _NEOX = {k: v for k, v in _SMALL.items() if k != "num_key_value_heads"} | {"hidden_size": 32}
 
 # name → (class, configuration). Heads and layers of most allow TP 2; the odd ones are named so.
@@ -91,12 +101,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_SMALL, **_LATENT, "q_lora_rank": 14, "n_routed_experts": 4, "num_experts_per_tok": 2,
          "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     ),
-    "llama4": (
-        "Llama4",
-        {**_SMALL, "head_dim": 10, "intermediate_size": 14, "intermediate_size_mlp": 44,
-         "num_local_experts": 3, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 3,
-         "pad_token_id": None},
-    ),
+    "llama4": ("Llama4Text", _LLAMA4),
+    "llama4-images": ("Llama4", {"text_config": _LLAMA4, "vision_config": _IMAGES}),
     "mixtral": ("Mixtral", {**_SMALL, "num_local_experts": 3}),
     "gpt-oss": (
         "GptOss",
@@ -123,9 +129,9 @@ def make(
     """Saves a model with values that a rounding would change, a tokenizer and a chat template."""
     family, options = MODELS[name]
     torch.manual_seed(7)
-    text = "Text" if family == "Llama4" else ""  # whose configuration alone is named so
-    config = getattr(transformers, f"{family}{text}Config")(**{**options, **keys})
+    config = getattr(transformers, f"{family}Config")(**{**options, **keys})
     suffix = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    suffix = "ForConditionalGeneration" if "vision_config" in options else suffix
     model = getattr(transformers, family.removesuffix("Text") + suffix)(config)
     with torch.no_grad():
         for parameter in model.parameters():

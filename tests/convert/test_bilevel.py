@@ -24,7 +24,7 @@ LLAMA = {
 }  # fmt: skip
 VERIFIED = ("gpt2", "gpt2-untied", "neox", "neox-serial-tied", "llama-tied-rope3",
             "llama-longrope", "qwen2-yarn", "smollm3", "phi3", "gpt-oss", "qwen3",
-            "gemma2", "deepseek2", "deepseek3")  # fmt: skip
+            "gemma2", "deepseek2", "deepseek3", "llama4", "llama4-images")  # fmt: skip
 
 
 def commands(folder_name: str) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_scalebio.convert.exporter import export_checkpoint
 from megatron_scalebio.convert.importer import import_checkpoint
+from megatron_scalebio.errors import UserError
 from tests.convert.models import MODELS, content, make
 from tests.smollm2 import smollm2_folder
 
@@ -33,6 +34,14 @@ def test_a_layer_for_multi_token_prediction_is_kept(tmp_path: Path, name: str) -
     more = {"model.layers.3.eh_proj.weight": torch.randn(24, 48)}
     save_file({**load_file(path), **more}, path, {"format": "pt"})
     assert there_and_back(hf, tmp_path) == content(hf)
+
+
+def test_parts_for_images_are_the_references(tmp_path: Path) -> None:
+    hf = make(tmp_path / "hf", "llama4-images")
+    import_checkpoint(hf, tmp_path / "megatron")
+    (hf / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"hf: has no weights, of which those of vision_model\."):
+        export_checkpoint(tmp_path / "megatron", hf, tmp_path / "back")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

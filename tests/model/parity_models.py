@@ -100,14 +100,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 1.3}},
     ),
     "llama4-some-layers": (
-        "Llama4",
+        "Llama4Text",
         {**SHAPE, **UNTIED, "head_dim": 10, "intermediate_size": 20, "intermediate_size_mlp": 44,
          "num_local_experts": 6, "moe_layers": [0, 2, 3], "no_rope_layers": [1, 0, 1, 0],
          "attention_chunk_size": LENGTH, "floor_scale": LENGTH + 1, "pad_token_id": None,
          "rms_norm_eps": 1e-3, "rope_parameters": LLAMA3},
     ),
     "llama4-all-experts": (
-        "Llama4",
+        "Llama4Text",
         {**SHAPE, **TIED, "head_dim": 16, "intermediate_size": 20, "num_local_experts": 4,
          "use_qk_norm": False, "pad_token_id": None},
     ),

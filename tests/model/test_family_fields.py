@@ -168,6 +168,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "moe_shared_expert_intermediate_size": 200, "moe_router_topk": 1,
          "moe_router_score_function": "sigmoid", "moe_apply_probs_on_input": True},
     ),
+    "Llama4ForConditionalGeneration": (
+        "llama4", {"text_config": {**LLAMA, "attention_chunk_size": 70}},
+        {**RMS_NORM, "swiglu": True, "ffn_hidden_size": 16384, "rotary_interleaved": True,
+         "qk_l2_norm": True, "no_rope_freq": [0, 0, 0, 1, 0, 0], "full_attention_length": 70,
+         "num_experts": 16, "moe_layer_freq": [1] * 6, "moe_ffn_hidden_size": 200,
+         "moe_shared_expert_intermediate_size": 200, "moe_router_topk": 1,
+         "moe_router_score_function": "sigmoid", "moe_apply_probs_on_input": True},
+    ),
     "MixtralForCausalLM": (
         "mixtral",
         {**LLAMA, "num_local_experts": 10, "num_experts_per_tok": 4, "sliding_window": 37},
@@ -333,6 +341,18 @@ def test_what_llama_4_might_have_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=words):
         read_family(llama4(tmp_path, **values))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_hidden_layers", 10_001), ("attention_bias", True)]
+)
+def test_the_text_beside_images_is_checked_as_it_is_alone(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    config = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": {key: value}}))
+    with pytest.raises(UserError, match=f"{key}: {value} is not supported"):
+        read_family(tmp_path)
 
 
 def test_a_sequence_that_llama_4_attends_to_in_chunks_is_refused(

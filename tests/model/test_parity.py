@@ -26,7 +26,7 @@ def as_in_files(name: str, tensor: torch.Tensor, prefix: str) -> dict[str, torch
     gate, up, down = "gate_proj", "up_proj", "down_proj"
     if prefix == "Mixtral":
         name, (gate, up, down) = name.replace(".mlp.", ".block_sparse_moe."), ("w1", "w3", "w2")
-    if prefix in ("GptOss", "Llama4") and ".experts." in name:
+    if prefix.removesuffix("Text") in ("GptOss", "Llama4") and ".experts." in name:
         return {f"{name}[{expert}]": part for expert, part in enumerate(tensor)}
     block, _, last = name.rpartition(".")
     names = {"gate_up_proj": (gate, up), "down_proj": (down,)}.get(last)
@@ -45,8 +45,7 @@ def write_reference(folder: Path, name: str) -> None:
 
     prefix, options = MODELS[name]
     torch.manual_seed(3)
-    text = "Text" if prefix == "Llama4" else ""  # whose configuration alone is named so
-    config = getattr(transformers, f"{prefix}{text}Config")(
+    config = getattr(transformers, f"{prefix}Config")(
         **options, attn_implementation="eager", initializer_range=0.2,
         attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
     )  # fmt: skip
