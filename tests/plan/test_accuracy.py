@@ -26,6 +26,7 @@ FULL, SELECTIVE = {"recompute_granularity": "full"}, {"recompute_granularity": "
 LISA = {"lisa_layers": 2, "lisa_interval": 2}
 FROZEN = {**LISA, "lisa_train_embedding": False, "lisa_train_norm": False}
 UNTIED = {"untie_embeddings_and_output_weights": True}
+NORMS = {"qk_l2_norm": True, "no_rope_freq": [4], "rotary_interleaved": True}
 GPT = {"swiglu": False, "normalization": "LayerNorm", "add_bias_linear": True}
 
 # name: (ranks, parallel, lisa, model)
@@ -33,6 +34,7 @@ CASES: dict[str, tuple[int, dict, dict, dict]] = {
     "fp32": (1, {}, {}, {}),
     "bf16-lisa": (1, BF16, LISA, {}),
     "gpt-lisa-frozen": (1, BF16, FROZEN, GPT),
+    "norms-without-weights-lisa": (1, BF16, LISA, NORMS),
     "fp32-distributed-optimizer-lisa": (1, DIST, LISA, {}),
     "recompute-full": (1, {**BF16, **FULL}, {}, UNTIED),
     "recompute-selective-lisa": (1, {**BF16, **SELECTIVE}, LISA, {}),

@@ -45,6 +45,7 @@ def plan_all() -> dict[str, Any]:
                 "vocab_size": VOCAB, "untie_embeddings_and_output_weights": True,
                 "num_experts": EXPERTS, "moe_router_topk": TOPK, "moe_ffn_hidden_size": WIDTH,
                 "moe_shared_expert_intermediate_size": SHARED, "moe_aux_loss_coeff": 0.01,
+                "qk_l2_norm": True,  # without weights
             },
             "parallel": {**parallel, "bf16": True, "use_distributed_optimizer": ranks > 1},
             "train": {"micro_batch_size": BATCH, "global_batch_size": 32},
