@@ -24,6 +24,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "learned positions": {"position_embedding_type": "learned_absolute"},
     "windows": WINDOWS,
     "windows turned apart": {**WINDOWS, "rotary_base": 10**6, "window_rotary_base": 10**4},
+    "windows, neighbours turned": {**WINDOWS, "rotary_interleaved": True},
+    "windows, neighbours turned by the same base apart": {
+        **WINDOWS, "rotary_interleaved": True, "window_rotary_base": 10**4,
+    },
     "soft-capped windows": {
         **WINDOWS, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
         "post_norms": True, "softmax_scale": 0.3,
@@ -111,3 +115,12 @@ def test_losses_and_gradients_are_those_of_sequences_side_by_side(
     for key, gradient in gradients.items():
         distance = (packed_gradients[key] - gradient).norm() / gradient.norm().clamp_min(1e-9)
         assert distance <= 1e-6, (key, float(distance))
+
+
+def test_a_base_of_windows_that_is_that_of_other_layers_changes_nothing(
+    found: dict[str, list],
+) -> None:
+    one, apart = (
+        found[f"windows, neighbours turned{how}"] for how in ("", " by the same base apart")
+    )
+    torch.testing.assert_close(apart[0][1], one[0][1], rtol=0, atol=0)
