@@ -57,6 +57,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"window_size": [5, 0], "window_attn_skip_freq": 2, "qk_layernorm": True},
         ["--window-size", "5,0", "--window-attn-skip-freq", "2", "--qk-layernorm"],
     ),
+    "rope of neighbours": ({"rotary_interleaved": True}, []),
     "llama 3.1": (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rotary_base": 500_000},
         ["--use-rope-scaling"],
