@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.commands import ROOT, command
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import LIMIT_S, run_distributed
 
 DEMO, OWN_LOOP = ROOT / "examples" / "demo", ROOT / "examples" / "own_loop.py"
 
@@ -35,7 +35,7 @@ def started(command: list[object], folder: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     said = ended.stdout + ended.stderr
     assert ended.returncode == 0, said[-4000:]
