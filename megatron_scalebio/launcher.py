@@ -1,13 +1,17 @@
 """The environment: what torchrun and srun tell the processes they start, and these tell torch."""
 
+import functools
 import json
 import multiprocessing
 import os
+import socket
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_scalebio.errors import EXIT_LOST
+from megatron_scalebio.errors import EXIT_LOST, UserError
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -17,6 +21,8 @@ VARIABLES = (
 # slurm.h: SLURM_MAX_NORMAL_STEP_ID. Higher ones are sbatch's script and salloc's shell.
 _LAST_STEP_OF_SRUN = 0xFFFFFFF0
 _TO_SPEAK_S = 5.0  # ranks start within a second or two of each other
+_TO_AGREE_S = 10.0
+_REFUSED = b"refused"
 
 
 def set_defaults() -> None:
@@ -41,17 +47,96 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE") or tasks or 1)
 
 
+def adopt_slurm_variables() -> None:
+    """Gives torch the rendezvous that SLURM's own variables describe."""
+    for ours, slurms in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")):
+        if slurms not in os.environ:
+            raise UserError(f"{slurms}: is not set (start with srun or torchrun)")
+        os.environ[ours] = os.environ[slurms]
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "")
+        try:
+            listed = subprocess.run(
+                ["scontrol", "show", "hostnames", nodes],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except FileNotFoundError:  # in a container
+            raise UserError(
+                "MASTER_ADDR: is not set, and scontrol is not here to tell it (export the first "
+                "node's name before srun, as launch/slurm does)"
+            ) from None
+        os.environ["MASTER_ADDR"] = (listed.stdout.split() or [socket.gethostname()])[0]
+    if "MASTER_PORT" not in os.environ:
+        job = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
+        # Below 32768, from where the kernel takes the ports of outgoing connections.
+        os.environ["MASTER_PORT"] = str(10000 + job % 20000)
+
+
 def is_first_rank() -> bool:
     """Before the ranks have joined; `runtime.is_main` afterwards."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
 
 
-def speaks_for_all() -> bool:
-    """Whether this process may refuse before the ranks have met: it is alone, or the first of
-    torchrun's, which then ends the others. srun's would wait for it.
+def refuses_early[**P](look: Callable[P, None]) -> Callable[P, None]:
+    """Has `look`, which raises a UserError, look at files before the ranks have met.
+
+    It is called where this process is alone, or the first of torchrun's ranks, which then ends the
+    others. Of srun's ranks each calls it, and all refuse if all would: one that sees other files
+    than the rest goes on, to the same checks once the ranks have met.
     """
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and is_first_rank()
-    return by_torchrun or world_size_from_environment() == 1
+
+    @functools.wraps(look)
+    def look_early(*args: P.args, **kwargs: P.kwargs) -> None:
+        alone = world_size_from_environment() == 1
+        first_of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and is_first_rank()
+        of_srun = not alone and "RANK" not in os.environ
+        if not (alone or first_of_torchrun or of_srun):
+            return
+        try:
+            look(*args, **kwargs)
+        except UserError:
+            if not of_srun or _all_refuse():
+                raise
+
+    return look_early
+
+
+def _all_refuse() -> bool:
+    """Whether all of srun's ranks call this within seconds, told by the first at torch's port."""
+    adopt_slurm_variables()
+    port, deadline = int(os.environ["MASTER_PORT"]), time.monotonic() + _TO_AGREE_S
+    try:
+        if not is_first_rank():
+            return _first_refuses((os.environ["MASTER_ADDR"], port), deadline)
+        _await_others(port, deadline)
+    except OSError:
+        return False
+    return True
+
+
+def _await_others(port: int, deadline: float) -> None:
+    others = world_size_from_environment() - 1
+    with socket.create_server(("", port), backlog=others) as server:
+        ranks: list[socket.socket] = []
+        while len(ranks) < others:
+            server.settimeout(max(deadline - time.monotonic(), 0.001))
+            ranks.append(server.accept()[0])
+        for rank in ranks:
+            rank.sendall(_REFUSED)
+            rank.close()
+
+
+def _first_refuses(place: tuple[str, int], deadline: float) -> bool:
+    while True:
+        try:
+            with socket.create_connection(place, timeout=_TO_AGREE_S) as first:
+                return first.recv(len(_REFUSED)) == _REFUSED
+        except ConnectionRefusedError:  # it is not there yet
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
 
 
 def give_way() -> None:

@@ -6,8 +6,6 @@ Starts alike under torchrun, under srun (one task per rank) and bare (one rank).
 import datetime
 import os
 import signal
-import socket
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,7 +18,7 @@ from megatron.core import parallel_state
 from megatron_scalebio.compat import adapt
 from megatron_scalebio.config import Config, ParallelConfig
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.launcher import world_size_from_environment
+from megatron_scalebio.launcher import adopt_slurm_variables, world_size_from_environment
 
 # Minutes by which a collective outlasts the watchdog, who knows which rank it waits for.
 _BEHIND_WATCHDOG = 1
@@ -65,35 +63,8 @@ def _join(parallel: ParallelConfig) -> None:
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    _adopt_slurm_variables()
+    adopt_slurm_variables()
     dist.init_process_group(backend, timeout=timeout)
-
-
-def _adopt_slurm_variables() -> None:
-    """Gives torch the rendezvous that SLURM's own variables describe."""
-    for ours, slurms in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")):
-        if slurms not in os.environ:
-            raise UserError(f"{slurms}: is not set (start with srun or torchrun)")
-        os.environ[ours] = os.environ[slurms]
-    if "MASTER_ADDR" not in os.environ:
-        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "")
-        try:
-            listed = subprocess.run(
-                ["scontrol", "show", "hostnames", nodes],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        except FileNotFoundError:  # in a container
-            raise UserError(
-                "MASTER_ADDR: is not set, and scontrol is not here to tell it (export the first "
-                "node's name before srun, as launch/slurm does)"
-            ) from None
-        os.environ["MASTER_ADDR"] = (listed.stdout.split() or [socket.gethostname()])[0]
-    if "MASTER_PORT" not in os.environ:
-        job = int(os.environ.get("SLURM_JOB_ID", "0")) + int(os.environ.get("SLURM_STEP_ID", "0"))
-        # Below 32768, from where the kernel takes the ports of outgoing connections.
-        os.environ["MASTER_PORT"] = str(10000 + job % 20000)
 
 
 def stop_model_parallel() -> None:

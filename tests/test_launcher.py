@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from megatron_scalebio import launcher
 from megatron_scalebio.cli import main
 from megatron_scalebio.convert.ranks import joined
+from tests.commands import ROOT, the_only_line
+from tests.ports import free_port
 
 SBATCH = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
 STEP = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}
@@ -61,3 +68,51 @@ def test_under_torchrun_other_ranks_end_after_the_first_has_spoken(
     monkeypatch.setattr(launcher.time, "sleep", waited.append)
     assert main(["reweight", "--lr", "-1"]) == 2
     assert bool(waited) is waits
+
+
+def of_srun(*folders: Path, command: str) -> list[tuple[int, str]]:
+    """What the ranks of a srun end with, and say, each in its folder; 9 if one comes to torch."""
+    (folders[0] / "torch.py").write_text("raise SystemExit(9)")
+    clean = {k: v for k, v in os.environ.items() if k not in launcher.VARIABLES}
+    clean |= {"PYTHONPATH": f"{folders[0]}:{ROOT}", "MASTER_ADDR": "localhost"}
+    clean |= {"SLURM_NTASKS": str(len(folders)), "SLURM_STEP_ID": "0"}
+    clean |= {"MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "megatron_scalebio", *command.split()], cwd=folder, text=True,
+            env={**clean, "SLURM_PROCID": str(rank)}, stderr=subprocess.PIPE,
+        )
+        for rank, folder in enumerate(folders)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "reweight --sources a=data/a b=data/b --validation v=data/v --output run",
+        "convert export --load data/a --hf-reference hf --save model",
+        "evaluate --hf hf --test t=data/a --output run",
+    ],
+)
+def test_all_ranks_of_srun_refuse_a_path_before_they_import_torch(
+    command: str, tmp_path: Path
+) -> None:
+    [(code, said), *others] = of_srun(*[tmp_path] * 3, command=command)
+    assert code == 2 and "data/a" in the_only_line(said)
+    assert others == [(2, "")] * 2
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_what_one_rank_of_srun_alone_lacks_is_left_to_all_of_them(
+    lacking: int, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        if rank != lacking:
+            for name in ("a.bin", "a.idx"):
+                (folder / name).touch()
+    command = "reweight --sources a=a b=a --validation v=a --output run"
+    assert of_srun(*folders, command=command) == [(9, "")] * 2

@@ -69,11 +69,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True, quiet=not is_main, highlight=False, markup=False)
     if args.verify and launcher.world_size_from_environment() > 1:
         raise UserError("--verify: runs in one process (start it without a launcher)")
-    if launcher.speaks_for_all():  # before torch is imported, for seconds
-        refuse_existing(Path(args.save))
-        if args.direction == "export":
-            find_checkpoint(Path(args.load))
-        read_family(args.hf if args.direction == "import" else args.hf_reference)
+    _refuse_wrong_paths(args)
     begin = time.monotonic()
     try:
         with sigterm_interrupts(), _display(console, args.direction) as on_progress:
@@ -93,6 +89,14 @@ def run(args: argparse.Namespace) -> int:
     if args.verify:
         _verify(args, console)
     return EXIT_OK
+
+
+@launcher.refuses_early
+def _refuse_wrong_paths(args: argparse.Namespace) -> None:
+    refuse_existing(Path(args.save))
+    if args.direction == "export":
+        find_checkpoint(Path(args.load))
+    read_family(args.hf if args.direction == "import" else args.hf_reference)
 
 
 def _convert(args: argparse.Namespace, on_progress: Callable[[int, int], None]) -> None:

@@ -13,13 +13,12 @@ from megatron_scalebio.errors import UserError, not_a_folder
 _LOOKED_AT = 100  # sources; of thousands, the others are looked at when the run opens them
 
 
+@launcher.refuses_early
 def refuse_wrong_paths(config: Config) -> None:
     """Refuses what a run reads and is not there, and an output that can't be a folder.
 
     What it reads of the model is `refuse_missing_start`'s.
     """
-    if not launcher.speaks_for_all():
-        return
     data, output = config.data, Path(config.train.output)
     refuse_missing_sets(config)
     names = [source.name for source in data.sources]
@@ -34,10 +33,11 @@ def refuse_wrong_paths(config: Config) -> None:
         raise UserError(f"checkpoint.load: {load}: no checkpoint here (correct it)")
 
 
+@launcher.refuses_early
 def refuse_missing_start(config: Config) -> None:
     """Refuses a pretrained checkpoint that a run is to start from, if it is none."""
     start = config.model.pretrained_checkpoint
-    if start and launcher.speaks_for_all() and not _goes_on(config):
+    if start and not _goes_on(config):
         find_checkpoint(Path(start))
 
 
@@ -49,8 +49,7 @@ def _goes_on(config: Config) -> bool:
 
 def refuse_missing_sets(config: Config) -> None:
     """Refuses a source, validation or test set that is not there."""
-    if launcher.speaks_for_all():
-        data = config.data
-        of_sources = [source.path for source in data.sources[:_LOOKED_AT]]
-        for path in of_sources + [entry.path for entry in [*data.validation, *data.test]]:
-            stamp_of(path)
+    data = config.data
+    of_sources = [source.path for source in data.sources[:_LOOKED_AT]]
+    for path in of_sources + [entry.path for entry in [*data.validation, *data.test]]:
+        stamp_of(path)

@@ -126,6 +126,7 @@ def _run_config(args: argparse.Namespace) -> Config:
     return config
 
 
+@launcher.refuses_early
 def _refuse_wrong_paths(config: Config) -> None:
     refuse_missing_sets(config)
     if config.checkpoint.load:

@@ -98,15 +98,21 @@ def test_requeues_are_limited(cluster: Cluster, config: Path, tmp_path: Path) ->
     assert job["ExitCode"] == "3:0" and "MAX_REQUEUES=0 is used up" in job.log()
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "named"),
+    [("--lr", "fast", "'fast'"), ("--sources", "a=gone b=gone", "gone: is neither")],
+)
 def test_a_mistake_is_named_in_the_log_and_not_requeued(
-    cluster: Cluster, config: Path, tmp_path: Path
+    cluster: Cluster, config: Path, tmp_path: Path, flag: str, value: str, named: str
 ) -> None:
-    words = (SCRIPT, "--config", config, "--lr", "fast")
+    words = (SCRIPT, "--config", config, flag, *value.split())
     job = cluster.submit(*words, cwd=tmp_path)
     job.wait_for("FAILED")
     assert job["ExitCode"] == "2:0" and job["Restarts"] == "0"
     (line,) = [line for line in job.log().splitlines() if "reweight.sbatch: refused" in line]
-    assert "lr" in line and "'fast'" in line
+    assert named in line
+    [line] = (line for line in job.log().splitlines() if line.startswith("megatron-scalebio: "))
+    assert named in line, "rank 0 alone speaks"
 
 
 @pytest.mark.parametrize(
