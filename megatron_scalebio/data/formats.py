@@ -43,6 +43,7 @@ from megatron_scalebio.data.record_fields import (
     TURN_FIELDS,
     RecordOptions,
 )
+from megatron_scalebio.data.records import OnBad
 from megatron_scalebio.errors import UserError
 
 
@@ -85,14 +86,27 @@ def detect_format(value: dict[str, Any], where: str, options: RecordOptions = PL
     )
 
 
-def read_examples(path: Path, options: RecordOptions = PLAIN_OPTIONS) -> Iterator[Text | Dialogue]:
-    """Streams a file's records as text or dialogues; ``auto`` goes by the first record."""
+def read_examples(
+    path: Path, options: RecordOptions = PLAIN_OPTIONS, on_bad: OnBad | None = None
+) -> Iterator[Text | Dialogue]:
+    """Streams a file's records as text or dialogues; ``auto`` goes by the first record.
+
+    Args:
+        on_bad: is told of each record at fault; None: the first is raised.
+    """
     format_name = options.format
-    for line, value in open_records(path):
+    for line, value in open_records(path, on_bad):
         where = f"{path}:{line}"
-        if format_name == "auto":
-            format_name = detect_format(value, where, options)
-        yield parse_record(value, format_name, where, options)
+        try:
+            if format_name == "auto":
+                format_name = detect_format(value, where, options)
+            example = parse_record(value, format_name, where, options)
+        except RecordError as error:
+            if on_bad is None:
+                raise
+            on_bad(line, error)
+        else:
+            yield example
 
 
 def parse_record(
@@ -331,7 +345,8 @@ class _Record:
             f"missing field {field!r} of format {self.format}",
             reason="missing field",
             where=where,
-            fix="add the field, name its column by --map, or name another --format",
+            fix="add the field, name its column by --map, or name another --format; records of "
+            "another format than the file's first go into a file of their own",
         )
 
     def _error(self, message: str, field: str, where: str) -> RecordError:

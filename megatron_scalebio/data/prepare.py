@@ -30,7 +30,7 @@ from megatron_scalebio.data.files import open_records
 from megatron_scalebio.data.formats import detect_format
 from megatron_scalebio.data.inputs import STANDARD_INPUT, SourceInput, local_copies
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
-from megatron_scalebio.data.records import Record
+from megatron_scalebio.data.records import OnBad, Record
 from megatron_scalebio.data.source_writer import (
     SOURCE_FILE,
     TOKENIZER_FILE,
@@ -298,7 +298,8 @@ def _tokenizer(
     path = staging.path(TOKENIZER_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [copies[file] for source in config.sources for file in source.files]
-    train_sentencepiece(files, path, config.train_sentencepiece, options=config)
+    skip: OnBad | None = (lambda line, error: None) if config.skips_bad else None
+    train_sentencepiece(files, path, config.train_sentencepiece, options=config, on_bad=skip)
     tokenizer = load_tokenizer(path, chat_template=config.chat_template)
     final = os.path.abspath(config.out / TOKENIZER_FILE)
     return tokenizer, {**tokenizer.describe(), "model": final}

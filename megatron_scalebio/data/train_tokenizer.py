@@ -13,6 +13,7 @@ from megatron_scalebio.data.dialogue import plain_segments
 from megatron_scalebio.data.examples import Text
 from megatron_scalebio.data.formats import read_examples
 from megatron_scalebio.data.record_fields import PLAIN_OPTIONS, RecordOptions
+from megatron_scalebio.data.records import OnBad
 from megatron_scalebio.errors import UserError
 
 # SentencePiece holds its training text in memory, several times over.
@@ -26,12 +27,14 @@ def train_sentencepiece(
     vocab_size: int,
     *,
     options: RecordOptions = PLAIN_OPTIONS,
+    on_bad: OnBad | None = None,
     max_text_bytes: int = MAX_TEXT_BYTES,
 ) -> None:
     """Trains on the texts of JSON/JSONL files and writes a ``.model`` file.
 
     Of more than ``max_text_bytes`` of input every n-th record is taken, so that all files have
-    their share. The same input gives the same model.
+    their share. The same input gives the same model. ``on_bad`` is told of records at fault, of
+    which the first is raised where it is None.
 
     Raises:
         UserError: an input is at fault, or the vocabulary is too large for the text.
@@ -41,9 +44,18 @@ def train_sentencepiece(
     files = list(files)
     stride = -(-sum(file.stat().st_size for file in files) // max_text_bytes)
     model = io.BytesIO()
+    refused: list[UserError] = []
+
+    def sentences() -> Iterator[str]:
+        try:
+            yield from _sentences(files, stride, options, on_bad)
+        except UserError as error:  # of which SentencePiece would leave the text alone
+            refused.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(files, stride, options),
+            sentence_iterator=sentences(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -63,6 +75,8 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if refused:
+            raise refused[0] from None
         said = str(error).splitlines()[0]
         if most := re.search(r"too high .*<= (\d+)", said):
             raise UserError(
@@ -76,9 +90,11 @@ def train_sentencepiece(
     model_path.write_bytes(model.getvalue())
 
 
-def _sentences(files: Iterable[Path], stride: int, options: RecordOptions) -> Iterator[str]:
+def _sentences(
+    files: Iterable[Path], stride: int, options: RecordOptions, on_bad: OnBad | None
+) -> Iterator[str]:
     for file in files:
-        for number, example in enumerate(read_examples(file, options)):
+        for number, example in enumerate(read_examples(file, options, on_bad)):
             if number % stride:
                 continue
             # Dialogues with the built-in template's headings: they come in every example.

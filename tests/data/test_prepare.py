@@ -236,6 +236,19 @@ def test_train_sentencepiece(tmp_path: Path, corpus: list[str]) -> None:
         )
 
 
+def test_a_bad_record_ends_the_training_of_a_tokenizer_or_is_left_out(
+    tmp_path: Path, corpus: list[str]
+) -> None:
+    records = [{"text": text} for text in corpus]
+    source = write_jsonl(tmp_path / "a.jsonl", [*records, {"question": "q", "answer": "a"}])
+    given = {"sources": (SourceInput("s", (source,)),), "train_sentencepiece": 900}
+    with pytest.raises(UserError) as error:
+        prepare(PrepareConfig(tmp_path / "one", **given))
+    assert str(error.value).startswith(f"{source}:{len(corpus) + 1}: missing field 'text'")
+    (report,) = prepare(PrepareConfig(tmp_path / "two", **given, bad_records="skip"))
+    assert report["skipped"] == {"missing field": 1}
+
+
 def test_command_line(
     tmp_path: Path, sentence_piece: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
