@@ -19,9 +19,11 @@ from megatron_scalebio.formatting import printable, shorten
 
 COLOURS = 8  # --s0 ... --s7 of the style sheet
 MAX_POINTS = 240
-LABEL_CHARS = 20
-_DASHES = ("-", (0, (5, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (2, 1)))  # of the colours, in turn
-_TOP, _BOTTOM, _LEFT = 14, 26, 50
+LABEL_CHARS = 40
+# Of the colours, in turn: lengths of line and gap in widths of the line.
+_DASHES = ((), (5, 1.2), (5, 1.2, 1, 1.2), (2, 1))
+_WIDTH = 2
+_TOP, _BOTTOM, _LEFT, _RIGHT = 14, 26, 50, 16
 _LEAST = 1e-30  # on logarithmic axes
 # The style sheet's colours, each with what matplotlib draws in until it takes its place.
 _NAMES = (*(f"s{i}" for i in range(COLOURS)), "faint", "grid", "grey", "band")
@@ -29,7 +31,7 @@ _INKS = {name: f"#0a{i:02}f0" for i, name in enumerate(_NAMES)}
 _STYLE = {
     "axes.autolimit_mode": "round_numbers", "axes.ymargin": 0, "axes.grid": True,
     "axes.grid.axis": "y", "grid.color": _INKS["grid"], "font.size": 12, "svg.fonttype": "none",
-    "text.parse_math": False,  # names may hold dollar signs
+    "text.parse_math": False, "path.simplify": False,
     **{f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
     **{f"{axis}tick.color": _INKS["faint"] for axis in "xy"}, "xtick.major.pad": 8,
     **{f"{axis}tick.{ticks}.size": 0 for axis in "xy" for ticks in ("major", "minor")},
@@ -84,14 +86,13 @@ class Chart:
 
 
 def render(chart: Chart) -> Markup:
-    """The chart as an <svg> element, or a sentence where there is nothing to draw."""
+    """The chart as an <svg> element under its legend; a sentence where nothing is to be drawn."""
     # Here, so that a run does not load it at its start.
     from matplotlib import style
     from matplotlib.figure import Figure
 
     if not any(np.isfinite(chart.shown(line.values)).any() for line in chart.lines):
         return Markup('<p class="empty">Nothing recorded yet.</p>')
-    right = (150 if chart.width > 600 else 130) if chart.labels else 16
     pick = _pick_points(len(chart.steps))
     drawing = io.StringIO()
     # matplotlib warns of letters that its own font lacks, which the page does not use.
@@ -99,14 +100,14 @@ def render(chart: Chart) -> Markup:
         figure = Figure((chart.width / 72, chart.height / 72), dpi=72)
         figure.subplots_adjust(
             _LEFT / chart.width, _BOTTOM / chart.height,
-            1 - right / chart.width, 1 - _TOP / chart.height,
+            1 - _RIGHT / chart.width, 1 - _TOP / chart.height,
         )  # fmt: skip
         axes = figure.add_subplot()
         _draw(axes, chart, pick)
         figure.savefig(drawing, format="svg", transparent=True)
     x = axes.transData.transform([(step, 1.0) for step in chart.steps[pick]])[:, 0]
     read_out = escape(json.dumps(_read_out(chart, pick, x), separators=(",", ":")))
-    return Markup(  # every text in it is escaped or a formatted number
+    return _legend(chart) + Markup(  # every text in it is escaped or a formatted number
         f'<svg class="chart" viewBox="0 0 {chart.width} {chart.height}" role="img" tabindex="0" '
         f'aria-label="{escape(chart.title)}" data-chart="{read_out}">'
         f"{_page_svg(drawing.getvalue(), chart)}"
@@ -114,12 +115,30 @@ def render(chart: Chart) -> Markup:
     )
 
 
+def _legend(chart: Chart) -> Markup:
+    """The coloured lines' names by their last values, apart from the drawing, which may shrink."""
+    ends = []
+    for line in chart.lines if chart.labels else ():
+        values = chart.shown(line.values)
+        values = values[np.isfinite(values)]
+        if line.colour is not None and len(values):
+            ends.append((-values[-1], line.colour, printable(shorten(line.name, LABEL_CHARS))))
+    entry = Markup('<span class="c{}"><svg class="key"><path d="M0 8h22"{}/></svg>{}</span>')
+    entries = [entry.format(colour, _dashes_of(colour), name) for _, colour, name in sorted(ends)]
+    whole = Markup('<div class="legend">{}</div>')
+    return whole.format(Markup().join(entries)) if entries else Markup()
+
+
+def _dashes_of(colour: int) -> Markup:
+    lengths = " ".join(f"{_WIDTH * length:g}" for length in _DASHES[colour % len(_DASHES)])
+    return Markup(' stroke-dasharray="{}"').format(lengths) if lengths else Markup()
+
+
 def _draw(axes: Any, chart: Chart, pick: NDArray[np.int64]) -> None:
     steps = chart.steps[pick]
     _set_axes(axes, chart)
     if chart.band is not None:
         _fill(axes, steps, *(edge[pick] for edge in chart.band), color=_INKS["band"], gid="band")
-    ends = []  # the last value, artist and name of each line that has a label
     for i, line in enumerate(chart.lines):
         ink = _INKS["grey" if line.colour is None else f"s{line.colour}"]
         if line.raw is not None:
@@ -128,24 +147,15 @@ def _draw(axes: Any, chart: Chart, pick: NDArray[np.int64]) -> None:
             low, high = np.fmin.reduceat(raw, pick), np.fmax.reduceat(raw, pick)
             _fill(axes, steps, low, high, color=ink, alpha=0.2, gid=f"raw{i}")
         values = chart.shown(line.values)
-        width, marker = 1 if line.colour is None else 2, "o" if len(steps) == 1 else ""
-        dashes = "-" if line.colour is None else _DASHES[line.colour % len(_DASHES)]
-        [drawn] = axes.plot(
-            steps, values[pick], color=ink, linewidth=width, linestyle=dashes, marker=marker,
+        width, marker = 1 if line.colour is None else _WIDTH, "o" if len(steps) == 1 else ""
+        dashes = () if line.colour is None else _DASHES[line.colour % len(_DASHES)]
+        axes.plot(
+            steps, values[pick], color=ink, linewidth=width, dashes=dashes, marker=marker,
             gid=f"line{i}",
         )  # fmt: skip
-        if line.colour is not None and np.isfinite(values).any():
-            name = printable(shorten(line.name, LABEL_CHARS))
-            ends.append((-values[np.isfinite(values)][-1], i, drawn, name))
     for colour, value in chart.targets:
         ink = _INKS[f"s{colour}"]
         axes.axhline(value, color=ink, linewidth=1.5, linestyle=":", gid=f"target{colour}")
-    if chart.labels and ends:
-        *_, artists, names = zip(*sorted(ends), strict=True)
-        axes.legend(
-            artists, names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False,
-            labelcolor="linecolor", handlelength=1.6, prop={"weight": "bold"},
-        )  # fmt: skip
 
 
 def _fill(
