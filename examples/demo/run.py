@@ -58,7 +58,7 @@ def steps(output: Path, reweight_options: list[str]) -> list[tuple[str, list[str
         reweight += ["--validation", f"validation={data / 'validation'}"]
     return [
         ("Text of two good and two junk sources, and a validation set", make_data),
-        ("Text to token files", prepare),
+        ("Text to token files, cut short (of which it warns) so that steps are quick", prepare),
         ("Learn the weights on two ranks, a pipeline stage each", reweight + reweight_options),
     ]
 

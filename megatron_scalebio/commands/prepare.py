@@ -183,8 +183,7 @@ def remarks(reports: Sequence[dict[str, Any]], config: PrepareConfig) -> list[st
         if report["truncated"] > _MANY * report["examples"]:
             lines.append(
                 f"warning: {name}: {report['truncated']:,} of {report['examples']:,} examples lost "
-                f"the end of their answer; --seq-length {report['longest'] - 1} would hold the "
-                "longest"
+                f"their end; --seq-length {report['longest'] - 1} would hold the longest"
             )
     return lines
 

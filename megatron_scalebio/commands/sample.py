@@ -288,15 +288,12 @@ def _off_proportion(manifests: Sequence[dict[str, Any]], config: SampleConfig) -
     ]
     if not off:
         return []
-    most = min(
-        entry["usable"] * config.max_epochs * whole / entry["weight"]
-        for entry in entries
-        if entry["weight"] > 0
-    )
-    return [
-        f"warning: not in the proportions asked for: {', '.join(off)}; about "
-        f"--num-samples {int(most):,} keeps them, or more --max-epochs"
-    ]
+    used = [entry for entry in entries if entry["weight"] > 0]
+    most = min(entry["usable"] * config.max_epochs * whole / entry["weight"] for entry in used)
+    cure = f"about --num-samples {int(most):,} keeps them, or more --max-epochs"
+    if empty := [entry["name"] for entry in used if not entry["usable"]]:
+        cure = f"all rows of {', '.join(empty)} are left out, for the reasons above"
+    return [f"warning: not in the proportions asked for: {', '.join(off)}; {cure}"]
 
 
 class _Lines:

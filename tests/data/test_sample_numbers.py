@@ -188,7 +188,7 @@ def entry(name: str, weight: float, usable: int, asked: int, given: int) -> dict
     return {
         "name": name, "weight": weight, "rows": usable + 1336, "usable": usable, "asked": asked,
         "given": given, "surplus": max(0, asked - given), "received": max(0, given - asked),
-        "epochs": given / usable, "contaminated": {"exact": 1300, "prompt": 20, "ngram": 0},
+        "epochs": given / max(usable, 1), "contaminated": {"exact": 1300, "prompt": 20, "ngram": 0},
         "no_example": {"empty": 6, "no_target": 0, "too_long": 7}, "not_selected": 3,
     }  # fmt: skip
 
@@ -235,6 +235,11 @@ def test_remarks_tell_what_was_moved_and_what_is_missing(folders: dict[str, str]
     )  # 3 epochs of 500 rows are a quarter of 6,000
     assert lines[1].startswith("1,000 rows above 3 epochs of math were asked of the other sources")
     assert lines[2] == "compared with goal, test" and len(lines) == 5
+    gone = [entry("web", 3.0, 8000, 6000, 8000), entry("math", 1.0, 0, 3000, 0)]
+    [line, *_] = command.remarks(*shown(folders, gone, num_samples=9000))
+    assert line.endswith(
+        "math 0.0% for 25.0%; all rows of math are left out, for the reasons above"
+    )
     near = [entry("web", 3.0, 8000, 6000, 7600), entry("math", 1.0, 500, 3000, 2400)]
     lines = command.remarks(*shown(folders, near, num_samples=9000))
     assert not lines[0].startswith("warning"), "within two per cent of the whole"

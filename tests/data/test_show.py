@@ -96,7 +96,7 @@ def test_prepare_says_what_was_cut_left_out_and_not_used(
     assert "s: fields not used: id (1)" in said
     assert f"s: 1 missing field left out, listed in {folder}/left_out.jsonl" in said
     assert "s: 1 prompt_too_long: the prompt alone fills --seq-length 32" in said
-    assert "warning: s: 1 of 1 examples lost the end of their answer" in said
+    assert "warning: s: 1 of 1 examples lost their end; --seq-length" in said
 
 
 class Tomorrow(datetime.date):
