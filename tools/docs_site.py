@@ -10,9 +10,11 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from megatron_scalebio.config import SECTIONS, Config
 
+OPTIONS = "options.md"
 _INTRODUCTION = """\
 # Every option
 
@@ -24,7 +26,7 @@ _OUTSIDE = re.compile(r"\[([^\]]*)\]\((\.\./[^)\s]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
-    files.append(File.generated(config, "options.md", content=options_page()))
+    files.append(File.generated(config, OPTIONS, content=options_page()))
     return files
 
 
@@ -36,6 +38,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         return link[1] if PurePosixPath(path).name in link[1] else f"{link[1]} (`{path}`)"
 
     return _OUTSIDE.sub(named, markdown)
+
+
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    """Lets a browser break the options' names where a reader would, too."""
+    if page.file.src_uri != OPTIONS:
+        return html
+    return re.sub(r"<code>\w+</code>", lambda name: name[0].replace("_", "_<wbr>"), html)
 
 
 def options_page() -> str:
