@@ -90,7 +90,8 @@ def test_init_writes_the_run_and_the_commands_before_it(here: Path, capsys: Capt
     assert names(config.data.sources) == [("chat-data", "data/chat-data"), ("math", "data/math")]
     assert names(config.data.validation) == [("val", "data/val")]
     assert names(config.data.test) == [("a-test", "data/a-test")]
-    assert config.model.num_layers == 4 and not config.parallel.bf16
+    assert (config.model.num_layers, config.train.global_batch_size) == (2, 16), "on a CPU"
+    assert not config.parallel.bf16
     prepare, reweight = (shlex.split(line) for line in told[-2:])
     assert prepare[:4] == ["megatron-scalebio", "prepare", "--out", "data"]
     assert prepare[prepare.index("--seq-length") + 1] == str(config.data.seq_length) == "256"

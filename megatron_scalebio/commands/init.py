@@ -21,9 +21,11 @@ from megatron_scalebio.families import read_family
 _GOALS = re.compile(r"(^|[-_.])(val|valid|validation|dev|goal|target|held-?out)($|[-_.])", re.I)
 _TESTS = re.compile(r"(^|[-_.])test($|[-_.])", re.I)
 _SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
-# For new data and models, without a GPU and with one: tokens; layers, width, heads.
+# Without a GPU, where 800 steps are to end within minutes, and with one: tokens of an example;
+# examples of a step; layers, width and heads of a new model.
 _LENGTH = (256, 1024)
-_SIZES = ((4, 256, 4), (12, 768, 12))
+_BATCH = (16, 32)
+_SIZES = ((2, 128, 4), (12, 768, 12))
 _SMALL_BYTES = 5_000_000  # of raw files
 _TEST = "  test:                   # measured by `train` and `evaluate`, and never learned from"
 _NEW_MODEL = """\
@@ -196,7 +198,7 @@ optimizer:
 
 train:
   train_iters: 800        # or more, for the weights to be judged
-  global_batch_size: 32
+  global_batch_size: {_BATCH[_has_gpu()]}
   micro_batch_size: 4     # less where memory is short
   output: runs/first
 """
