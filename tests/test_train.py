@@ -152,7 +152,7 @@ def naive_losses(folder: Path, name: str) -> None:
     config = load_config(str(folder / name / "config.yaml"), change)
     runtime.start(config)
     state = FinetuneState(config, folder / "cache")
-    saver.load_pretrained(state.training.w, folder / name / "checkpoints")
+    saver.load_pretrained(state.training.w, folder / name / "checkpoints", state.data.vocab_size)
     [model] = state.training.w
     model.train()
     own = [loss.as_dict() for loss in state.held_out(test=True)]

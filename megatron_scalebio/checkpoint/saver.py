@@ -185,8 +185,11 @@ def load_step(state: Run, folder: Path, step: int) -> None:
     _load(state, source)
 
 
-def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
+def load_pretrained(chunks: list[torch.nn.Module], path: Path, vocab_size: int) -> None:
     """Loads the weights of an ordinary Megatron checkpoint, whatever its layout, and no FP8 state.
+
+    Args:
+        vocab_size: of the model, without padding, of which a checkpoint may have any.
 
     Raises:
         UserError: if there is none, it is damaged, or its shapes are not the model's.
@@ -195,7 +198,7 @@ def load_pretrained(chunks: list[torch.nn.Module], path: Path) -> None:
     problem = _damage(source)
     if problem:
         raise UserError(f"model.pretrained_checkpoint: {problem} (fetch it again)")
-    _check_shapes(model_state(chunks), source)
+    _check_shapes(model_state(chunks), source, vocab_size)
     register_safe_globals()
     with _reading(source):
         load_models(chunks, _loaded(chunks, source), keep_fp8_state=False)
@@ -211,10 +214,16 @@ def _load(state: Run, source: Path) -> list[str]:
 def _load_whole(state: Run, source: Path) -> list[str]:
     common = dist_checkpointing.load_common_state_dict(str(source / BILEVEL))
     _check_sources(state, common, source)
+    ours = state.data.vocab_size
+    if (theirs := common.get("vocab_size", ours)) != ours:  # earlier versions did not save it
+        raise UserError(
+            f"{source}: was saved with a vocabulary of {theirs:,}, not of {ours:,} (set "
+            f"model.vocab_size to {theirs}, or choose a new train.output)"
+        )
     changed = _changed_settings(state, common["run"], source)
     training = state.training
     training.leave_period()  # left later, it would write into what is loaded
-    _check_shapes(model_state(training.w), source)
+    _check_shapes(model_state(training.w), source, state.data.vocab_size)
     state.load_common_state(common["run"])
     load_models(training.w, _loaded(training.w, source))
     if training.u is not None:
@@ -321,13 +330,21 @@ def _check_optimizer_kind(config: Config, saved: list[bool], source: Path) -> No
             )
 
 
-def _check_shapes(wanted: dict[str, Any], source: Path) -> None:
+def _check_shapes(wanted: dict[str, Any], source: Path, vocab_size: int) -> None:
     on_disk = dist_checkpointing.load_tensors_metadata(str(source))
     for entry in nested_values(wanted):
-        if not isinstance(entry, ShardedTensor) or entry.allow_shape_mismatch:
+        if not isinstance(entry, ShardedTensor):
             continue
         held = on_disk.get(entry.key)
         shape = tuple(entry.global_shape)
+        if entry.allow_shape_mismatch and held is not None:  # padding depends on TP
+            if held.global_shape[0] < vocab_size:
+                raise UserError(
+                    f"{source}: holds {held.global_shape[0]:,} rows of {entry.key}, the vocabulary "
+                    f"has {vocab_size:,} (take the tokenizer, or the model.vocab_size, that the "
+                    "checkpoint was made with)"
+                )
+            continue
         if held is None or tuple(held.global_shape) != shape:
             found = "nothing" if held is None else f"shape {tuple(held.global_shape)}"
             raise UserError(

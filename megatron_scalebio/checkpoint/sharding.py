@@ -38,6 +38,7 @@ def w_state(state: Run) -> dict[str, Any]:
 def bilevel_state(state: Run) -> dict[str, Any]:
     whole = {
         "run": state.common_state(),
+        "vocab_size": state.data.vocab_size,
         "layout": layout(),
         "optimizer_kind": optimizer_kind(state.config),
         "period": None,

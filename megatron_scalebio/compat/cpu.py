@@ -144,7 +144,7 @@ def _adapt_gloo() -> None:
     more, and torch gives each a device of its own: together 4 % of a core, doing nothing.
     """
     devices: list[Any] = []
-    kind = dist.ProcessGroupGloo
+    kind: Any = dist.ProcessGroupGloo
     make = kind.__init__
 
     @functools.wraps(make)
@@ -158,7 +158,7 @@ def _adapt_gloo() -> None:
             make(self, *given, **named)
             devices[:] = self.options._devices
 
-    kind.__init__ = make_on_one_device  # type: ignore[method-assign]
+    kind.__init__ = make_on_one_device
 
 
 def _adapt_optimizers() -> None:

@@ -114,7 +114,7 @@ def load_start(state: RunState, folder: Path) -> None:
         runtime.on_main(lambda: _refuse_another_start(hf, folder))
     pretrained = pretrained_checkpoint(state, folder)
     if pretrained:
-        saver.load_pretrained(state.training.w, pretrained)
+        saver.load_pretrained(state.training.w, pretrained, state.data.vocab_size)
 
 
 def pretrained_checkpoint(state: RunState, folder: Path) -> Path | None:

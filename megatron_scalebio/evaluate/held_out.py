@@ -31,6 +31,6 @@ def evaluate_config(config: Config) -> list[HeldOutLoss]:
     load = config.checkpoint.load
     path = Path(load) if load else pretrained_checkpoint(state, folder)
     assert path is not None, "the configuration names a model"
-    saver.load_pretrained(state.training.w, path)
+    saver.load_pretrained(state.training.w, path, state.data.vocab_size)
     sets = [*state.data.validation, *state.data.test]
     return held_out_losses(state.training.w, sets, config, state.data.layout)

@@ -64,7 +64,9 @@ def find(config: Config, job: Job) -> Found | None:
     if reference_cost is None:
         return None
     state = DoremiState(config, job.folder / "cache")
-    saver.load_pretrained(state.reference, job.folder / REFERENCE / "checkpoints")
+    saver.load_pretrained(
+        state.reference, job.folder / REFERENCE / "checkpoints", state.data.vocab_size
+    )
     return learn(state, job, reference_cost)
 
 

@@ -135,6 +135,14 @@ def damaged(folder_name: str) -> None:
         "other order, same folder": ["--output", base, "--sources", two, one],
         "wider": [*load, "--hidden-size", 64],
         "deeper": [*load, "--num-layers", 3],
+        "more tokens": [*load, "--vocab-size", 40],
+        "more tokens at the start": [
+            "--pretrained-checkpoint",
+            base / NEWEST,
+            *load[2:],
+            "--vocab-size",
+            40,
+        ],
         "other optimizer": [*load, "--use-distributed-optimizer"],
         "other precision": [*load, "--bf16"],
     }.items():
@@ -181,6 +189,11 @@ def test_checkpoints_that_cannot_be_read_are_refused(outcomes: Path, name: str) 
         ("other data", "the data of source 's1' has changed since"),
         ("wider", "iter_0000004: holds shape (2, 32) for decoder.layers."),
         ("deeper", "the model needs (3, "),
+        ("more tokens", "was saved with a vocabulary of 32, not of 40 (set model.vocab_size to 32"),
+        (
+            "more tokens at the start",
+            "holds 32 rows of embedding.word_embeddings.weight, the vocabulary has 40 (take",
+        ),
         ("other optimizer", "use_distributed_optimizer: True cannot resume a run saved with False"),
         ("other precision", "parallel.bf16: True cannot resume a run saved with False"),
     ],

@@ -165,7 +165,7 @@ def our_own(config_path: Path, load: Path) -> Any:
 
     config = load_config(str(config_path))
     chunks = build_model(config, transformer_config(config), VOCAB)
-    load_pretrained(chunks, load)
+    load_pretrained(chunks, load, VOCAB)
     return chunks[0]
 
 

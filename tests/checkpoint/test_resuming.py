@@ -164,7 +164,7 @@ def starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any
 
     monkeypatch.setattr(start.runtime, "on_main", lambda work: work())
     monkeypatch.setattr(start, "import_checkpoint", import_checkpoint)
-    monkeypatch.setattr(start.saver, "load_pretrained", lambda w, path: loaded.append(path))
+    monkeypatch.setattr(start.saver, "load_pretrained", lambda w, path, size: loaded.append(path))
 
     def begin(hf: Path | None, pretrained: Path | None = None) -> tuple[list[Path], Path | None]:
         imported.clear()
@@ -173,7 +173,9 @@ def starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any
             pretrained_checkpoint=pretrained and str(pretrained), hf=hf and str(hf)
         )
         state: Any = SimpleNamespace(
-            config=SimpleNamespace(model=model), training=SimpleNamespace(w=[])
+            config=SimpleNamespace(model=model),
+            training=SimpleNamespace(w=[]),
+            data=SimpleNamespace(vocab_size=32),
         )
         start.load_start(state, tmp_path / "run")
         return list(imported), loaded[0] if loaded else None

@@ -54,7 +54,7 @@ def save_again(folder_name: str) -> None:
             runtime.start(config)
             assert config.model.vocab_size is not None
             chunks = build_model(config, transformer_config(config), config.model.vocab_size)
-            saver.load_pretrained(chunks, folder / name / "megatron")
+            saver.load_pretrained(chunks, folder / name / "megatron", config.model.vocab_size)
             saved = folder / name / layout
             runtime.on_main(saved.mkdir)
             state: dict[str, Any] = {**model_state(chunks, FORMS[layout]), "iteration": 1}

@@ -105,7 +105,7 @@ def run_model(config, folder: Path, name: str, layout: str) -> None:
 
     megatron = transformer_config(config)
     chunks = build_model(config, megatron, config.model.vocab_size)
-    saver.load_pretrained(chunks, folder / f"{name}-megatron")
+    saver.load_pretrained(chunks, folder / f"{name}-megatron", config.model.vocab_size)
     megatron.finalize_model_grads_func = finalize_model_grads
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     ddp = [DistributedDataParallel(megatron, settings, chunk) for chunk in chunks]

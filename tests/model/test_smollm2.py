@@ -69,7 +69,7 @@ def ask_megatron(model_folder: str, folder_name: str) -> None:
     state = RunState(config, "evaluate", folder / "cache")
     imported = pretrained_checkpoint(state, folder)
     assert imported is not None
-    saver.load_pretrained(state.training.w, imported)
+    saver.load_pretrained(state.training.w, imported, state.data.vocab_size)
     [model] = state.training.w
     model.eval()
     held = torch.load(folder / "transformers.pt", weights_only=True)
