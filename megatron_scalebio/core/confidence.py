@@ -340,7 +340,7 @@ def _why(
         return "no number of steps tells weights apart so finely (set a larger tolerance)"
     if sampling > max(wandering, drift):
         enough = 2 * (validation_examples or math.nan) * (sampling / tolerance) ** 2
-        return f"the validation set is too small to tell, {enough:.0f} examples would do"
+        return f"the validation set is too small to tell, {enough:,.0f} examples would do"
     if drift > wandering:
         return (
             f"it is still drifting, by {drift / LEFT_OF_DRIFT:.3f} between the halves of the "

@@ -130,14 +130,14 @@ def test_the_verdict_asks_for_as_many_examples_as_the_measured_draw_wants() -> N
     apart = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, -1.0], [0.0, -1.0, 1.0]]).double()
     said = judge_convergence(path, validation_examples=10**5, draw_SS=0.01 * apart)
     # 2 · 10⁵ · (1.96 · 0.1 / 0.05)² = 3.07 million
-    assert not said.converged and "too small to tell, 3073167 examples would do" in said.reason
+    assert not said.converged and "too small to tell, 3,073,167 examples would do" in said.reason
     alike = judge_convergence(path, validation_examples=10**5, lookalikes=[[1, 2]], draw_SS=apart)
     assert alike.converged, alike
     of_sum = torch.tensor([[1.0, -0.5, -0.5], [-0.5, 0.25, 0.25], [-0.5, 0.25, 0.25]]).double()
     said = judge_convergence(
         path, validation_examples=10**5, lookalikes=[[1, 2]], draw_SS=0.01 * of_sum
     )
-    assert not said.converged and "3073167 examples" in said.reason
+    assert not said.converged and "3,073,167 examples" in said.reason
 
 
 def test_a_source_that_stands_still_beside_others_is_no_mixture_that_does() -> None:
