@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_scalebio import errors, runtime
+from megatron_scalebio import errors, launcher, runtime
 from megatron_scalebio.cli import main
 from megatron_scalebio.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from megatron_scalebio.config.training import CheckpointConfig
@@ -108,7 +108,7 @@ def test_ranks_of_srun_meet_on_its_first_node(
         words.append(command)
         return SimpleNamespace(stdout="node4\nnode5\n")
 
-    monkeypatch.setattr(runtime.subprocess, "run", scontrol)
+    monkeypatch.setattr(launcher.subprocess, "run", scontrol)
     os.environ.update(SRUN, SLURM_NODELIST="node[1-9]", SLURM_STEP_NODELIST="node[4-5]")
     runtime.start(Config())
     assert words == [["scontrol", "show", "hostnames", "node[4-5]"]]
