@@ -39,32 +39,36 @@ def learned(folder: Path, name: str, sources: list, validation: list, **train: A
     return json.loads((folder / name / "weights.json").read_text())
 
 
-def one_seed(folder: Path, args: Any, missing: int, seed: int) -> list[dict[str, Any]]:
+def one_seed(folder: Path, args: Any, seed: int) -> list[dict[str, Any]]:
     truth, batch, _ = PROBLEMS[args.sources]
     sources, validation = write_problem(folder / "data", truth, seed, LENGTH + 1)
-    old = [entry for number, entry in enumerate(sources) if number != missing]
     lengths = {"global_batch_size": batch, "micro_batch_size": batch, "seed": seed}
     whole = {"train_iters": args.steps, **lengths}
     third = {"train_iters": args.steps // 3, **lengths}
-    learned(folder, "former", old, validation, **whole)
-    former = ["--weights", folder / "former", "--new-share", args.new_share]
-    former += ["--pretrained-checkpoint", folder / "former/checkpoints"]
-    found = {
-        "scratch": learned(folder, "scratch", sources, validation, **whole),
-        "scratch, a third": learned(folder, "third", sources, validation, **third),
-        "added, a third": learned(folder, "added", sources, validation, **third, words=former),
-    }
-    runs = []
-    for name, result in found.items():
+    runs: list[dict[str, Any]] = []
+
+    def note(run: str, missing: int, result: dict) -> None:
         weights = {line["name"]: line["weight"] for line in result["sources"]}
         weight_S = [weights[f"s{number}"] for number in range(len(truth))]
-        runs.append({
-            "run": name, "seed": seed, "missing": missing, "weights": weight_S,
-            "l1": sum(abs(p - t) for p, t in zip(weight_S, truth, strict=True)),
-            "off": abs(weight_S[missing] - truth[missing]),
-            "converged": result["converged"],
-        })  # fmt: skip
-        print(f"s{missing} missing, seed {seed}, {name}: L1 {runs[-1]['l1']:.3f}", flush=True)
+        l1 = sum(abs(p - t) for p, t in zip(weight_S, truth, strict=True))
+        off = abs(weight_S[missing] - truth[missing])
+        about = {"run": run, "missing": missing, "seed": seed, "converged": result["converged"]}
+        runs.append({**about, "weights": weight_S, "l1": l1, "off": off})
+        print(f"{run}, s{missing}, seed {seed}: L1 {l1:.3f}", flush=True)
+
+    scratch = learned(folder, "scratch", sources, validation, **whole)
+    short = learned(folder, "short", sources, validation, **third)
+    for missing in args.missing:
+        old = [entry for number, entry in enumerate(sources) if number != missing]
+        former = folder / f"without-{missing}"
+        learned(folder, former.name, old, validation, **whole)
+        start = ["--weights", former, "--new-share", args.new_share]
+        start += ["--pretrained-checkpoint", former / "checkpoints"]
+        name = f"with-{missing}"
+        added = learned(folder, name, sources, validation, **third, words=start)
+        for run, result in (("scratch", scratch), ("scratch, a third", short),
+                            ("added, a third", added)):  # fmt: skip
+            note(run, missing, result)
     return runs
 
 
@@ -92,10 +96,9 @@ def main() -> None:
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
     for seed in args.seeds:
-        for missing in args.missing:
-            with tempfile.TemporaryDirectory() as folder:
-                runs += one_seed(Path(folder), args, missing, seed)
-            write_json(args.json, runs)
+        with tempfile.TemporaryDirectory() as folder:
+            runs += one_seed(Path(folder), args, seed)
+        write_json(args.json, runs)
     print(summary(runs))
 
 

@@ -65,7 +65,7 @@ def test_demo_finds_the_known_mixture(demo: tuple[Path, str]) -> None:
     learned = {source["name"]: source["weight"] for source in content["sources"]}
     known = {"english": 0.6, "code": 0.4, "shuffled": 0.0, "noise": 0.0}
     away = sum(abs(learned[name] - weight) for name, weight in known.items())
-    assert away <= 0.15
+    assert away <= 0.15 and content["converged"], content["reason"]
     assert learned["shuffled"] < 0.03
     assert learned["noise"] < 0.03
     for name in ("weights.json", "blend.txt", "report.html", "tensorboard"):

@@ -122,7 +122,9 @@ def _load_storage(data: bytes) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001  damaged bytes can raise anything
-        raise pickle.UnpicklingError("it holds a tensor that is none") from None
+        raise pickle.UnpicklingError(
+            "it holds bytes in a tensor's place that are not one"
+        ) from None
 
 
 _FUNCTIONS = {

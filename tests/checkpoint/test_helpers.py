@@ -82,7 +82,7 @@ def test_they_ignore_a_stop_signal_and_die_with_the_rank() -> None:
 
 
 def test_the_manager_does_not_import_torch(tmp_path: Path) -> None:
-    """It would cost each rank 5 s of a core and 300 MB."""
+    """It would cost each rank 3 s of a core and 300 MB."""
     said = subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
