@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_scalebio.checkpoint.folder import newest_whole
 from megatron_scalebio.guard.lock import LOCK_FILE
+from megatron_scalebio.guard.watchdog import BEAT_S
 from tests.commands import (
     command,
     metrics,
@@ -92,6 +94,7 @@ def test_a_killed_rank_is_named_and_costs_the_steps_since_the_last_checkpoint(
     )
     try:
         wait_for_steps(run, 2 * SAVED)
+        time.sleep(3 * BEAT_S)  # a rank tells where it is no more often
         [victim] = [
             child for child in psutil.Process(process.pid).children()
             if child.environ().get("RANK") == "1"
