@@ -1,7 +1,7 @@
 # make demo    learn the mixture of the embedded example on two CPU ranks
 # make test    run the tests              make checks   lint and types
 # make test-long   the tests left out above: large configurations, layout search, GGUF
-# make mutants  which small changes of the core would no test notice?  (mutants/report.txt)
+# make mutants  which small changes of the library would no test notice?  (mutants/report.txt)
 # make fuzz    what nobody should give prepare, sample and config.json, ten minutes each
 # make bench   run the benchmarks         make clean    remove what make made
 # make docs    the documentation's site, in site/         make dist   sdist and wheel, in dist/

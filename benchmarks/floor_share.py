@@ -18,9 +18,9 @@ import torch
 from common import build, table, write_json
 from markov import LENGTH, PROBLEMS
 
-from megatron_scalebio.core.objective import hypergradient, logits_gradient
-from megatron_scalebio.core.sampler import BlendSampler
 from megatron_scalebio.methods.scalebio import TrainState, train_step
+from megatron_scalebio.mixture.objective import hypergradient, logits_gradient
+from megatron_scalebio.mixture.sampler import BlendSampler
 from tests.markov import write_problem
 
 FLOORS = (1.0, 0.5, 0.25, 0.1)

@@ -34,11 +34,11 @@ from plain import PlainTraining
 
 from megatron_scalebio.core import training
 from megatron_scalebio.core.flush import flush
-from megatron_scalebio.core.objective import Role
 from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.run_log import RunLog
 from megatron_scalebio.methods.scalebio import TrainState, train_step
+from megatron_scalebio.mixture.objective import Role
 from tests.distributed.harness import run_distributed
 from tests.markov import VOCAB, write_source
 

@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_scalebio.core.batch import Batch, MicroBatch
-    from megatron_scalebio.core.constraints import Constraints
-    from megatron_scalebio.core.goals import Goals
     from megatron_scalebio.core.options import BilevelOptions, LisaOptions
-    from megatron_scalebio.core.sampler import BlendSampler, Picks
     from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
+    from megatron_scalebio.mixture.constraints import Constraints
+    from megatron_scalebio.mixture.goals import Goals
+    from megatron_scalebio.mixture.sampler import BlendSampler, Picks
 
 __version__ = "0.2.0"
 _PLACES = {
-    "Batch": "batch", "BilevelOptions": "options", "BlendSampler": "sampler",
-    "Constraints": "constraints", "Goals": "goals",
-    "LisaOptions": "options", "MicroBatch": "batch", "Picks": "sampler", "ScaleBiO": "scalebio",
-    "StepReport": "scalebio",
-}  # fmt: skip
+    "core.batch": ["Batch", "MicroBatch"],
+    "core.options": ["BilevelOptions", "LisaOptions"],
+    "core.scalebio": ["ScaleBiO", "StepReport"],
+    "mixture.constraints": ["Constraints"],
+    "mixture.goals": ["Goals"],
+    "mixture.sampler": ["BlendSampler", "Picks"],
+}
 __all__ = [
     "Batch", "BilevelOptions", "BlendSampler", "Constraints", "Goals", "LisaOptions", "MicroBatch",
     "Picks", "ScaleBiO", "StepReport",
@@ -31,6 +33,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(import_module(f"megatron_scalebio.core.{_PLACES[name]}"), name)
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"megatron_scalebio.{place}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

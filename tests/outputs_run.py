@@ -78,8 +78,8 @@ def run_all(folder_name: str) -> None:
 
 def stopped_early(folder: Path) -> tuple[int | None, str]:
     """A run that may stop early, and whose weights are called converged from step 3 on."""
-    from megatron_scalebio.core.confidence import Verdict
     from megatron_scalebio.methods import scalebio
+    from megatron_scalebio.mixture.confidence import Verdict
 
     judge = scalebio.verdict
     scalebio.verdict = lambda state: Verdict(state.step >= 3, "as asked")

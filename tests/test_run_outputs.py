@@ -111,7 +111,7 @@ def test_tokens_are_counted_without_padding_once_a_pass(folder: Path) -> None:
 
     Which sequences were drawn is the sampler's to say.
     """
-    from megatron_scalebio.core.sampler import BlendSampler
+    from megatron_scalebio.mixture.sampler import BlendSampler
 
     lengths = json.loads((folder / "data" / "lengths.json").read_text())
     seed = 1234

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Changes the core in one place at a time, runs its tests, and lists the changes none notices.
+"""Changes the library in one place at a time, runs its tests, and lists the changes none notices.
 
     tools/mutants.py [--module core/flush.py ...] [--lines 40-80] [--jobs 2] [--output mutants]
 

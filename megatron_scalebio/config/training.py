@@ -36,7 +36,7 @@ class OptimizerConfig:
 
 @dataclass
 class BilevelConfig:
-    """The bilevel problem and how its mixture is stepped (`core/objective.py`)."""
+    """The bilevel problem and how its mixture is stepped (`mixture/objective.py`)."""
 
     preset: Literal["paper"] | None = option(
         None, "a named set of options, below the ones you give: paper, the method as published"

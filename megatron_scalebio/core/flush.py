@@ -19,8 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_scalebio.core.batch import Batch, mean_coefficients, sequence_sums
 from megatron_scalebio.core.collectives import device, reports_losses, summed
-from megatron_scalebio.core.objective import Role
 from megatron_scalebio.core.twin import TwinModel, finalize_twin_grads
+from megatron_scalebio.mixture.objective import Role
 
 # Is given the name of a part of a step, and entered for as long as it lasts.
 Observer = Callable[[str], AbstractContextManager[Any]]

@@ -22,23 +22,23 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from megatron_scalebio.core.batch import Batch
-from megatron_scalebio.core.confidence import (
+from megatron_scalebio.core.flush import Losses, Pass, passes_of
+from megatron_scalebio.core.options import BilevelOptions
+from megatron_scalebio.core.training import Training
+from megatron_scalebio.core.twin import ModelProvider
+from megatron_scalebio.mixture.confidence import (
     MIN_TAIL_STEPS,
     Verdict,
     WeightIntervals,
     judge_convergence,
     weight_intervals,
 )
-from megatron_scalebio.core.constraints import Constraints
-from megatron_scalebio.core.flush import Losses, Pass, passes_of
-from megatron_scalebio.core.goals import Goals
-from megatron_scalebio.core.levels import Levels
-from megatron_scalebio.core.mixture import Mixture
-from megatron_scalebio.core.objective import Role, hypergradient, mixed, role_scale
-from megatron_scalebio.core.options import BilevelOptions
-from megatron_scalebio.core.sampler import Floats
-from megatron_scalebio.core.training import Training
-from megatron_scalebio.core.twin import ModelProvider
+from megatron_scalebio.mixture.constraints import Constraints
+from megatron_scalebio.mixture.goals import Goals
+from megatron_scalebio.mixture.levels import Levels
+from megatron_scalebio.mixture.mixture import Mixture
+from megatron_scalebio.mixture.objective import Role, hypergradient, mixed, role_scale
+from megatron_scalebio.mixture.sampler import Floats
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from megatron_scalebio.core.batch import MicroBatch
-from megatron_scalebio.core.sampler import Ints, Picks
 from megatron_scalebio.data.packing import packed_rows
 from megatron_scalebio.data.sources import Source
+from megatron_scalebio.mixture.sampler import Ints, Picks
 
 
 @dataclass(frozen=True)

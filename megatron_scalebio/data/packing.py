@@ -9,7 +9,7 @@ a function of the lengths alone: every rank computes all of them.
 
 import heapq
 
-from megatron_scalebio.core.sampler import Ints
+from megatron_scalebio.mixture.sampler import Ints
 
 
 def packed_rows(length_B: Ints, most: int, multiple: int) -> list[list[int]]:

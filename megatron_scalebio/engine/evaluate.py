@@ -23,10 +23,10 @@ from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.batch import gpt_losses, sequence_sums
 from megatron_scalebio.core.collectives import reports_losses
-from megatron_scalebio.core.sampler import Ints, Picks
 from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
 from megatron_scalebio.data.sources import Source
+from megatron_scalebio.mixture.sampler import Ints, Picks
 from megatron_scalebio.progress import PROGRESS
 
 _PASSES_PER_FLUSH = 64

@@ -19,7 +19,6 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
 from megatron_scalebio.core.batch import MicroBatch
-from megatron_scalebio.core.sampler import BlendSampler, Picks
 from megatron_scalebio.core.training import Training
 from megatron_scalebio.data.batch import BatchLayout, micro_batches
 from megatron_scalebio.data.reuse import Reused, reused
@@ -27,6 +26,7 @@ from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_si
 from megatron_scalebio.engine.clock import StepClock
 from megatron_scalebio.engine.schedule import Schedule
 from megatron_scalebio.logs.opening import opening
+from megatron_scalebio.mixture.sampler import BlendSampler, Picks
 from megatron_scalebio.model.init import initialize_weights, seed_generators
 from megatron_scalebio.model.provider import model_provider
 from megatron_scalebio.model.settings import ddp_config, optimizer_config, transformer_config

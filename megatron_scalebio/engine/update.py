@@ -8,9 +8,9 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.core.batch import Batch
 from megatron_scalebio.core.flush import Losses, passes_of
-from megatron_scalebio.core.objective import Role, mixed
-from megatron_scalebio.core.sampler import Picks
 from megatron_scalebio.engine.state import RunState
+from megatron_scalebio.mixture.objective import Role, mixed
+from megatron_scalebio.mixture.sampler import Picks
 
 
 def train_on(

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.data.reuse import reused
 from megatron_scalebio.engine.epochs import caps
 from megatron_scalebio.engine.outputs import natural_shares
 from megatron_scalebio.engine.state import Data
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.mixture.constraints import Constraints
 
 LEAST_PRIOR = 1e-4  # of an equal weight: a prior of nothing would have no logarithm
 

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_scalebio import runtime
-from megatron_scalebio.core.sampler import Ints
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs.console import RunConsole
+from megatron_scalebio.mixture.sampler import Ints
 from megatron_scalebio.whole_files import replaced, write_json
 
 Array = npt.NDArray[Any]

@@ -14,11 +14,11 @@ from functools import partial
 import numpy as np
 
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.sampler import Floats
 from megatron_scalebio.engine.start import Job
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.mixture_regression import draw_mixture, fit
 from megatron_scalebio.methods.swarm import Propose, Proxy, data_of, swarm_of
+from megatron_scalebio.mixture.sampler import Floats
 
 ROUNDS = np.array([4, 2, 1])
 POOL, BEST = 5000, 500  # candidates of a search, and those that a round is taken from

@@ -33,9 +33,7 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.flush import Losses, Pass, flush, passes_of, reduce_losses
-from megatron_scalebio.core.objective import Role, mixed
 from megatron_scalebio.core.period import Period
-from megatron_scalebio.core.sampler import BlendSampler, Picks
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
 from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Record
@@ -43,6 +41,8 @@ from megatron_scalebio.engine.update import step_w
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.gradients import counted_gradients, dot
 from megatron_scalebio.methods.weighting import WeightingState, learn, require_whole_flush
+from megatron_scalebio.mixture.objective import Role, mixed
+from megatron_scalebio.mixture.sampler import BlendSampler, Picks
 
 LARGEST_SCORE = 5.0
 PUBLISHED_REACH = 100.0  # η / μ times the number of steps: 5e-4 / 0.05 · 10,000

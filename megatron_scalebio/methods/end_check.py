@@ -33,12 +33,6 @@ import torch
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.collectives import summed
-from megatron_scalebio.core.confidence import RESOLUTION
-from megatron_scalebio.core.goals import Goals
-from megatron_scalebio.core.lookalikes import ALIKE, joined
-from megatron_scalebio.core.lookalikes import SURE as SURELY_ALIKE
-from megatron_scalebio.core.mixture import Mixture
-from megatron_scalebio.core.sampler import BlendSampler, Ints
 from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.core.spikes import SpikeGuard
 from megatron_scalebio.data.batch import micro_batches
@@ -46,6 +40,12 @@ from megatron_scalebio.data.sources import Source
 from megatron_scalebio.engine.evaluate import example_losses_of
 from megatron_scalebio.engine.state import RunState
 from megatron_scalebio.methods.interactions import steps_between_resets
+from megatron_scalebio.mixture.confidence import RESOLUTION
+from megatron_scalebio.mixture.goals import Goals
+from megatron_scalebio.mixture.lookalikes import ALIKE, joined
+from megatron_scalebio.mixture.lookalikes import SURE as SURELY_ALIKE
+from megatron_scalebio.mixture.mixture import Mixture
+from megatron_scalebio.mixture.sampler import BlendSampler, Ints
 
 COST = 0.05  # of the run's steps, at most
 STEPS_WITH_LOSSES = 2.0  # a step of the check costs with its losses: 1.7 to 2.0 were measured

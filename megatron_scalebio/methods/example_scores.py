@@ -36,13 +36,13 @@ from megatron_scalebio import runtime
 from megatron_scalebio.core.batch import sequence_sums
 from megatron_scalebio.core.collectives import summed
 from megatron_scalebio.core.flush import Losses
-from megatron_scalebio.core.objective import Role
-from megatron_scalebio.core.sampler import Floats, Ints, Picks
 from megatron_scalebio.data.example_weights import ExampleWeights
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.errors import UserError, disk_errors_named
 from megatron_scalebio.formatting import few
 from megatron_scalebio.logs.records import write_whole
+from megatron_scalebio.mixture.objective import Role
+from megatron_scalebio.mixture.sampler import Floats, Ints, Picks
 
 VISITS_FILE = "example_visits.bin"
 VISIT = np.dtype([("row", "<i8"), ("step", "<u4"), ("gain", "<f4")])

@@ -49,13 +49,13 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.core.batch import sequence_sums
 from megatron_scalebio.core.collectives import summed
 from megatron_scalebio.core.flush import Pass, flush, passes_of, reduce_losses
-from megatron_scalebio.core.objective import Role, logits_gradient, mixed
 from megatron_scalebio.core.training import Training
 from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Record
 from megatron_scalebio.engine.update import step_w
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.weighting import WeightingState, learn, require_whole_flush
+from megatron_scalebio.mixture.objective import Role, logits_gradient, mixed
 
 BETAS, EPS = (0.9, 0.95), 1e-8
 PUBLISHED_REACH = 16.0  # rate of z times its moves: 0.01 · 1,001 steps of 32 / 20

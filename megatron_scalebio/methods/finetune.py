@@ -20,7 +20,6 @@ import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.sampler import Picks
 from megatron_scalebio.data.batch import micro_batches
 from megatron_scalebio.data.blend_schedule import BlendSchedule, read_schedule
 from megatron_scalebio.data.weights_file import much_shorter, searched_for
@@ -33,6 +32,7 @@ from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import train_on
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError
 from megatron_scalebio.formatting import few
+from megatron_scalebio.mixture.sampler import Picks
 from megatron_scalebio.whole_files import write_json
 
 EVALUATION_FILE = "evaluation.json"

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.confidence import Verdict
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.data.weights_file import SELECTED_FILE
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.epochs import epochs, target_examples
 from megatron_scalebio.engine.state import TokenCost
 from megatron_scalebio.logs.interactions import Interaction
+from megatron_scalebio.mixture.confidence import Verdict
 from megatron_scalebio.whole_files import write_json
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from megatron_scalebio.config import Config, ValidationConfig
-from megatron_scalebio.core.confidence import TrajectoryBlocks
-from megatron_scalebio.core.goals import Goals
 from megatron_scalebio.engine.evaluate import held_out_losses
 from megatron_scalebio.engine.state import RunState
 from megatron_scalebio.formatting import few
+from megatron_scalebio.mixture.confidence import TrajectoryBlocks
+from megatron_scalebio.mixture.goals import Goals
 
 MARGIN = 0.005  # of a bound: what keeps a loss at it goes a little to either side
 

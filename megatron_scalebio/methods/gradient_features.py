@@ -30,14 +30,14 @@ from megatron.core.utils import unwrap_model
 from megatron_scalebio import runtime
 from megatron_scalebio.core.batch import MicroBatch, gpt_losses
 from megatron_scalebio.core.flush import Pass, loss_func
-from megatron_scalebio.core.objective import Role
-from megatron_scalebio.core.sampler import Ints
 from megatron_scalebio.data.batch import BatchLayout
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.engine.evaluate import evaluating, flushes
 from megatron_scalebio.engine.state import RunState
 from megatron_scalebio.methods.adam_moments import AdamMoments, adam_update
 from megatron_scalebio.methods.sketch import CountSketch, Identity, SketchTable
+from megatron_scalebio.mixture.objective import Role
+from megatron_scalebio.mixture.sampler import Ints
 from megatron_scalebio.progress import PROGRESS
 
 

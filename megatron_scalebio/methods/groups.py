@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_scalebio.core.confidence import (
+from megatron_scalebio.core.scalebio import ScaleBiO
+from megatron_scalebio.mixture.confidence import (
     covariance_of_sums,
     judge_convergence,
     weight_intervals,
 )
-from megatron_scalebio.core.levels import Levels
-from megatron_scalebio.core.scalebio import ScaleBiO
+from megatron_scalebio.mixture.levels import Levels
 
 _NO_INTERVAL = {"ci_low": None, "ci_high": None}
 MOST_RECORDED = 100  # groups in each step's record

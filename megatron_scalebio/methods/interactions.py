@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.confidence import TrajectoryBlocks
 from megatron_scalebio.core.scalebio import StepReport
 from megatron_scalebio.engine.state import Data
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs.interactions import Interaction
+from megatron_scalebio.mixture.confidence import TrajectoryBlocks
 
 SWING = 0.5  # of q in a window: towards one set by this, away from all by as much
 MOST_PAIRS = 100_000  # of source and set; 32 blocks of them are kept

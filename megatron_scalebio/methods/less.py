@@ -39,7 +39,6 @@ import torch.nn.functional as F
 from megatron_scalebio import runtime
 from megatron_scalebio.checkpoint import saver
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.sampler import Floats, Ints
 from megatron_scalebio.data.sources import Source
 from megatron_scalebio.engine.schedule import Schedule
 from megatron_scalebio.engine.start import Job
@@ -52,6 +51,7 @@ from megatron_scalebio.methods.gradient_features import GradientFeatures, matric
 from megatron_scalebio.methods.pool import Pool, highest, random_rows
 from megatron_scalebio.methods.pool_training import PoolState, side_training_config, train_on_pool
 from megatron_scalebio.methods.scores import found_from_rows, write_scores
+from megatron_scalebio.mixture.sampler import Floats, Ints
 
 VALIDATION_FILE = "validation.npy"
 

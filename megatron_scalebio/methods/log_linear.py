@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from scipy.optimize import least_squares
 
-from megatron_scalebio.core.constraints import Constraints
-from megatron_scalebio.core.sampler import Floats
+from megatron_scalebio.mixture.constraints import Constraints
+from megatron_scalebio.mixture.sampler import Floats
 
 DELTA = 0.02  # where the Huber loss turns from squares to absolutes, in units of the loss
 FLOORS = 1 - 0.5 ** np.arange(1, 9)  # c that fits begin with, as shares of the least loss

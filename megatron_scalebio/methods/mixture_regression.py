@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_scalebio.core.sampler import Floats
+from megatron_scalebio.mixture.sampler import Floats
 
 TEMPERATURE = 0.5
 STRENGTHS = np.logspace(-1, np.log10(5.0), 15)

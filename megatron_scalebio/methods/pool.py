@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_scalebio.core.sampler import Floats, Ints, shuffled_index
 from megatron_scalebio.data.sources import Example, Source
+from megatron_scalebio.mixture.sampler import Floats, Ints, shuffled_index
 
 
 class Pool:

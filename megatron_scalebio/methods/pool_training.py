@@ -13,13 +13,13 @@ import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.sampler import Ints, Picks
 from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.loop import logged_steps
 from megatron_scalebio.engine.start import Job, resume_or_start
 from megatron_scalebio.logs.console import RunConsole
 from megatron_scalebio.methods.finetune import FinetuneState, Reporter
 from megatron_scalebio.methods.pool import EpochOrder, Pool
+from megatron_scalebio.mixture.sampler import Ints, Picks
 
 
 def training_config(config: Config, train_iters: int) -> Config:

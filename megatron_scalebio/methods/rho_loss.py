@@ -41,7 +41,6 @@ import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config, SourceConfig
-from megatron_scalebio.core.sampler import Floats, Ints, Picks
 from megatron_scalebio.engine.evaluate import example_losses
 from megatron_scalebio.engine.start import Job
 from megatron_scalebio.engine.state import Data, Record, TokenCost
@@ -55,6 +54,7 @@ from megatron_scalebio.methods.pool_training import (
     training_config,
 )
 from megatron_scalebio.methods.scores import found_from_rows, write_scores
+from megatron_scalebio.mixture.sampler import Floats, Ints, Picks
 from megatron_scalebio.whole_files import write_json
 
 REFERENCE_EPOCHS = 3

@@ -11,9 +11,6 @@ import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.confidence import RESOLUTION, Verdict, WeightIntervals
-from megatron_scalebio.core.goals import LEAST
-from megatron_scalebio.core.objective import hypergradient
 from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
 from megatron_scalebio.data.sources import repeated_data
 from megatron_scalebio.data.weights_file import much_shorter
@@ -50,6 +47,9 @@ from megatron_scalebio.methods.groups import (
 from megatron_scalebio.methods.interactions import interactions_of
 from megatron_scalebio.methods.similar_sources import similar_sources
 from megatron_scalebio.methods.stages import stages_of
+from megatron_scalebio.mixture.confidence import RESOLUTION, Verdict, WeightIntervals
+from megatron_scalebio.mixture.goals import LEAST
+from megatron_scalebio.mixture.objective import hypergradient
 
 FEWEST_AVERAGED = 20  # steps: the wandering of fewer says nothing of an interval
 MANY_PASSES = 10  # over a source or a validation set, from which on weights are no longer trusted

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from megatron_scalebio import runtime
-from megatron_scalebio.core.sampler import Floats, Ints
 from megatron_scalebio.engine.state import TokenCost
 from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.pool import Pool
+from megatron_scalebio.mixture.sampler import Floats, Ints
 from megatron_scalebio.whole_files import replaced
 
 SCORES_FILE = "scores.npz"

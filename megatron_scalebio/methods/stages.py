@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_scalebio.core.confidence import TrajectoryBlocks
+from megatron_scalebio.mixture.confidence import TrajectoryBlocks
 
 PIECES = 8  # of the run, of which neighbours that are alike make one stage
 

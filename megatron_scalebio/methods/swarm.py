@@ -23,7 +23,6 @@ import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
-from megatron_scalebio.core.sampler import Floats
 from megatron_scalebio.engine.loop import run_steps
 from megatron_scalebio.engine.start import Job, load_start
 from megatron_scalebio.engine.state import Data, Record, TokenCost
@@ -33,6 +32,7 @@ from megatron_scalebio.methods.found import Found
 from megatron_scalebio.methods.mixture_regression import draw_mixture
 from megatron_scalebio.methods.swarm_tables import read_tables, write_tables
 from megatron_scalebio.methods.weighting import prior_weights, start_log
+from megatron_scalebio.mixture.sampler import Floats
 from megatron_scalebio.whole_files import write_json
 
 PROXIES_FILE = "proxies.json"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_scalebio.core.sampler import Floats
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.formatting import few
+from megatron_scalebio.mixture.sampler import Floats
 from megatron_scalebio.whole_files import write_text
 
 RATIOS_FILE, METRICS_FILE = "ratios.csv", "metrics.csv"

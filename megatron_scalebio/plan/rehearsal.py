@@ -20,10 +20,10 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.core.batch import MicroBatch, gpt_losses
 from megatron_scalebio.core.flush import Pass, flush
 from megatron_scalebio.core.lisa import set_trainable
-from megatron_scalebio.core.objective import Role
 from megatron_scalebio.core.period import Period
 from megatron_scalebio.core.twin import build_twins
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.mixture.objective import Role
 from megatron_scalebio.model.init import seed_generators
 from megatron_scalebio.model.provider import model_provider, padded_vocab_size
 from megatron_scalebio.model.settings import ddp_config, optimizer_config

@@ -1,6 +1,6 @@
 """What to do next: use the weights, run longer, merge sources, enlarge the validation set.
 
-Follows the verdict of `core.confidence`, whose sentence is in weights.json.
+Follows the verdict of `mixture.confidence`, whose sentence is in weights.json.
 """
 
 import math
@@ -15,7 +15,7 @@ from megatron_scalebio.report.learning import stood_still
 from megatron_scalebio.report.load import Run
 from megatron_scalebio.report.summary import SourceRow, sentence
 
-MANY_SOURCES = 20  # above, the tolerance shrinks as an equal weight does (core.confidence)
+MANY_SOURCES = 20  # above, the tolerance shrinks as an equal weight does (mixture.confidence)
 SKIPPED_SHARE = 0.05
 LONGEST = 10  # times as many steps, above which more steps are no advice
 NAMED = 5

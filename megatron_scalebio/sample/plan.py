@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
-from megatron_scalebio.core.sampler import Floats, Ints, shuffled_index
+from megatron_scalebio.mixture.sampler import Floats, Ints, shuffled_index
 
 _CHUNK = 1 << 16
 

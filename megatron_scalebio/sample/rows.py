@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_scalebio.core.sampler import Ints
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_config import EncodeConfig
 from megatron_scalebio.data.encode_pool import Batch, EncodePool
@@ -27,6 +26,7 @@ from megatron_scalebio.data.prepare import DROPPED, Progress
 from megatron_scalebio.data.record_fields import ALL_FIELDS, FORMATS
 from megatron_scalebio.data.records import OnBad, Record, Records
 from megatron_scalebio.data.tokenizer import Tokenizer
+from megatron_scalebio.mixture.sampler import Ints
 from megatron_scalebio.sample.contamination import (
     KINDS,
     EvaluationIndex,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_scalebio.core.sampler import Ints
 from megatron_scalebio.data.example_weights import EXAMPLE_WEIGHTS_FILE, read_example_weights
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.mixture.sampler import Ints
 from megatron_scalebio.sample.inputs import locate
 
 

@@ -22,8 +22,8 @@ from megatron_scalebio.core.flush import (
     loss_func,
     passes_of,
 )
-from megatron_scalebio.core.objective import Role
 from megatron_scalebio.core.scalebio import ScaleBiO
+from megatron_scalebio.mixture.objective import Role
 
 U, W, VALID = Role.TRAIN_U, Role.TRAIN_W, Role.VALID_W
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_scalebio.core import flush as module
 from megatron_scalebio.core.flush import Pass, loss_func, passes_of, reduce_losses
-from megatron_scalebio.core.objective import Role
+from megatron_scalebio.mixture.objective import Role
 from tests.core.test_flush import VALID, Group, U, W, batch, groups, tensor
 
 

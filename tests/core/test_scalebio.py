@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_scalebio.core.goals import Goals
-from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.options import BilevelOptions, LisaOptions
 from megatron_scalebio.core.scalebio import ScaleBiO
+from megatron_scalebio.mixture.goals import Goals
+from megatron_scalebio.mixture.mixture import Mixture
 
 
 @pytest.mark.parametrize(

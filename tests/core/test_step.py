@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_scalebio.core.goals import Goals
-from megatron_scalebio.core.mixture import Mixture
+from megatron_scalebio.mixture.goals import Goals
+from megatron_scalebio.mixture.mixture import Mixture
 from tests.core.regression import (
     ADAM,
     BIAS_RATE,
@@ -213,8 +213,8 @@ def step_by_step() -> None:
 
 
 def as_it_was_made() -> None:
-    from megatron_scalebio.core.constraints import Constraints
-    from megatron_scalebio.core.levels import Levels
+    from megatron_scalebio.mixture.constraints import Constraints
+    from megatron_scalebio.mixture.levels import Levels
 
     bounds, levels, goals = Constraints([0.0] * 3, [0.9] * 3), Levels([[0, 0, 1]]), Goals([1.0])
     given = {"goals": goals, "constraints": bounds, "levels": levels, "validation": None}

@@ -172,8 +172,8 @@ def w_alone(folder: Path) -> None:
     from megatron.core import dist_checkpointing
 
     from megatron_scalebio.core.flush import passes_of
-    from megatron_scalebio.core.objective import Role
     from megatron_scalebio.core.training import Training
+    from megatron_scalebio.mixture.objective import Role
 
     p_S = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 

@@ -11,9 +11,6 @@ import pytest
 import torch
 
 from megatron_scalebio.config_loader import load_config
-from megatron_scalebio.core.confidence import weight_intervals
-from megatron_scalebio.core.constraints import Constraints
-from megatron_scalebio.core.mixture import Mixture
 from megatron_scalebio.core.options import LisaOptions
 from megatron_scalebio.core.scalebio import ScaleBiO
 from megatron_scalebio.engine.loop import _refuse_skips
@@ -21,6 +18,9 @@ from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.end_check import EndCheck
 from megatron_scalebio.methods.groups import described, levels_of
 from megatron_scalebio.methods.scalebio import TrainState, verdict
+from megatron_scalebio.mixture.confidence import weight_intervals
+from megatron_scalebio.mixture.constraints import Constraints
+from megatron_scalebio.mixture.mixture import Mixture
 
 STEPS = 1200  # the trajectory is then kept in blocks of four steps
 

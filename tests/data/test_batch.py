@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_scalebio.core.batch import MicroBatch
-from megatron_scalebio.core.sampler import BlendSampler, Picks
 from megatron_scalebio.data.batch import BatchLayout, context_positions, micro_batches
 from megatron_scalebio.data.packing import packed_rows
+from megatron_scalebio.mixture.sampler import BlendSampler, Picks
 
 SEQ = 20
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_scalebio.core.confidence import TrajectoryBlocks
 from megatron_scalebio.data.blend_schedule import read_schedule
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods.stages import stages_of
+from megatron_scalebio.mixture.confidence import TrajectoryBlocks
 
 GOOD: list[dict[str, Any]] = [
     {"step": 0, "weights": {"a": 3.0, "b": 1.0}},

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_scalebio.core.sampler import BlendSampler
 from megatron_scalebio.methods.pool import EpochOrder, random_rows
+from megatron_scalebio.mixture.sampler import BlendSampler
 
 
 def test_the_examples_of_a_batch() -> None:

@@ -147,8 +147,8 @@ def one_flush(problem: dict, name: str, folder: Path) -> None:
 def flush_of(state, name: str, kind: str, folder: Path) -> None:
     from megatron_scalebio.core import experts
     from megatron_scalebio.core.flush import flush, reduce_losses
-    from megatron_scalebio.core.objective import hypergradient, logits_gradient
     from megatron_scalebio.core.period import prepare_gradients
+    from megatron_scalebio.mixture.objective import hypergradient, logits_gradient
 
     config = state.config
     probs = state.training.mixture.probs_S

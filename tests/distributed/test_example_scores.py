@@ -61,8 +61,8 @@ def tree_of(problem: tuple[list, list], output: Path, sections: dict) -> dict[st
 
 def by_hand(state: Any) -> list[tuple[int, float]]:
     """The visits of the next step, from losses that are evaluated by themselves."""
-    from megatron_scalebio.core.sampler import BlendSampler
     from megatron_scalebio.engine.evaluate import example_losses_of
+    from megatron_scalebio.mixture.sampler import BlendSampler
 
     data, bio = state.data, state.training
     copy = BlendSampler(

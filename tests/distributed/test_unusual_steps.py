@@ -167,8 +167,8 @@ def fastmix_without_an_alignment(folder: Path) -> dict:
 
 
 def commands(folder: Path) -> None:
-    from megatron_scalebio.core.confidence import Verdict
     from megatron_scalebio.methods import finetune, scalebio
+    from megatron_scalebio.mixture.confidence import Verdict
 
     tree = tree_of({"optimizer": PLAIN, "train": BATCH}, folder)
     path = write_config(

@@ -12,8 +12,6 @@ import torch
 
 from megatron_scalebio.core.batch import MicroBatch
 from megatron_scalebio.core.flush import Pass
-from megatron_scalebio.core.objective import Role
-from megatron_scalebio.core.sampler import Picks
 from megatron_scalebio.data.example_weights import EXAMPLE_WEIGHTS_FILE, read_example_weights
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods import example_scores
@@ -24,6 +22,8 @@ from megatron_scalebio.methods.example_scores import (
     scores,
     without_steps,
 )
+from megatron_scalebio.mixture.objective import Role
+from megatron_scalebio.mixture.sampler import Picks
 
 SOURCES: Any = [
     type("Three", (), {"name": name, "fingerprint": f"{name}-1", "__len__": lambda self: 3})()

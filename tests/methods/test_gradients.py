@@ -49,9 +49,9 @@ def on_ranks(problem: dict, names: list[str], folder: str) -> None:
     """Of every layout: ⟨a, a⟩, ⟨a, b⟩, ⟨b, b⟩ with a of a training and b of a validation batch."""
     from megatron_scalebio import runtime
     from megatron_scalebio.core.flush import flush, passes_of
-    from megatron_scalebio.core.objective import Role
     from megatron_scalebio.engine.state import RunState
     from megatron_scalebio.methods.gradients import counted_gradients, dot
+    from megatron_scalebio.mixture.objective import Role
 
     for name in names:
         config = config_of(problem, name)

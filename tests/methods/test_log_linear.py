@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_scalebio.core.constraints import Constraints
 from megatron_scalebio.methods.log_linear import (
     DELTA,
     PARTS,
@@ -17,6 +16,7 @@ from megatron_scalebio.methods.log_linear import (
     left_out_error,
 )
 from megatron_scalebio.methods.mixture_regression import draw_mixture
+from megatron_scalebio.mixture.constraints import Constraints
 
 PRIOR = np.array([0.5, 0.3, 0.2])
 SLOPES = np.array([[-1.2, 0.3, -0.6], [0.2, -1.5, -0.4]])

@@ -68,8 +68,8 @@ def on_one_rank(folder: str) -> None:
     from megatron_scalebio import runtime
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.core.batch import gpt_losses, sequence_sums
-    from megatron_scalebio.core.sampler import Picks
     from megatron_scalebio.data.batch import BatchLayout, micro_batches
+    from megatron_scalebio.mixture.sampler import Picks
     from megatron_scalebio.model.init import initialize_weights
     from megatron_scalebio.model.provider import build_model
     from megatron_scalebio.model.settings import transformer_config

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_scalebio.core.confidence import judge_convergence, weight_intervals
 from megatron_scalebio.methods.end_check import EndCheck
+from megatron_scalebio.mixture.confidence import judge_convergence, weight_intervals
 from megatron_scalebio.report.advice import advice
 from megatron_scalebio.report.html import write_report
 from megatron_scalebio.report.load import load_run

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from megatron_scalebio.core.confidence import (
+from megatron_scalebio.mixture.confidence import (
     MIN_TAIL_STEPS,
     RESOLUTION,
     Verdict,
     judge_convergence,
     weight_intervals,
 )
-from tests.core.paths import half_width, mixture_path, path_of, still_noise, wave
+from tests.mixture.paths import half_width, mixture_path, path_of, still_noise, wave
 
 
 def test_tight_and_still_is_converged() -> None:

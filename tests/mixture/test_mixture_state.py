@@ -5,10 +5,10 @@ import io
 import pytest
 import torch
 
-from megatron_scalebio.core.confidence import TrajectoryBlocks
-from megatron_scalebio.core.levels import Levels
-from megatron_scalebio.core.mixture import Mixture
-from tests.core.test_mixture import KINDS, noise
+from megatron_scalebio.mixture.confidence import TrajectoryBlocks
+from megatron_scalebio.mixture.levels import Levels
+from megatron_scalebio.mixture.mixture import Mixture
+from tests.mixture.test_mixture import KINDS, noise
 
 
 @pytest.mark.parametrize(("one", "other"), [KINDS, KINDS[::-1]])

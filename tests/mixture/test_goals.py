@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_scalebio.core.goals import LEAST, Goals
+from megatron_scalebio.mixture.goals import LEAST, Goals
 
 
 def vector(*values: float) -> torch.Tensor:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_scalebio.core.confidence import judge_convergence, weight_intervals
-from megatron_scalebio.core.lookalikes import BLOCK, LAGS, MOST_SOURCES, Lookalikes
+from megatron_scalebio.mixture.confidence import judge_convergence, weight_intervals
+from megatron_scalebio.mixture.lookalikes import BLOCK, LAGS, MOST_SOURCES, Lookalikes
 
 
 def hypergradients(gradients_SD: list[list[float]], steps: int, seed: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scalebio.core.objective import (
+from megatron_scalebio.mixture.objective import (
     Role,
     hypergradient,
     logits_gradient,

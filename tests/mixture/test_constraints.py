@@ -10,11 +10,11 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from megatron_scalebio.core.confidence import weight_intervals
-from megatron_scalebio.core.constraints import Constraints
-from megatron_scalebio.core.levels import Levels
-from megatron_scalebio.core.mixture import Mixture
-from tests.core.test_mixture import noise
+from megatron_scalebio.mixture.confidence import weight_intervals
+from megatron_scalebio.mixture.constraints import Constraints
+from megatron_scalebio.mixture.levels import Levels
+from megatron_scalebio.mixture.mixture import Mixture
+from tests.mixture.test_mixture import noise
 
 LOW, HIGH = [0.1, 0.0, 0.25, 0.0, 0.2], [0.6, 0.05, 0.25, 1.0, 0.3]  # the third is fixed
 PRIOR = [0.1, 0.2, 0.3, 0.2, 0.2]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_scalebio.core.constraints import Constraints
-from megatron_scalebio.core.levels import Levels
-from megatron_scalebio.core.mixture import LARGEST_STEP, LEAST_SHARE, SIZE_WARMUP, Mixture
-from megatron_scalebio.core.objective import hypergradient, logits_gradient, mixture_probs
-from megatron_scalebio.core.sampler import BlendSampler
-from tests.core.test_lookalikes import hypergradients
+from megatron_scalebio.mixture.constraints import Constraints
+from megatron_scalebio.mixture.levels import Levels
+from megatron_scalebio.mixture.mixture import LARGEST_STEP, LEAST_SHARE, SIZE_WARMUP, Mixture
+from megatron_scalebio.mixture.objective import hypergradient, logits_gradient, mixture_probs
+from megatron_scalebio.mixture.sampler import BlendSampler
 from tests.distributed import naive_loop
+from tests.mixture.test_lookalikes import hypergradients
 
 KINDS = ["eg", "adamw"]
 

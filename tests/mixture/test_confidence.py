@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from megatron_scalebio.core.confidence import (
+from megatron_scalebio.mixture.confidence import (
     CRITICAL_VALUES,
     RESOLUTION,
     drift_left,
     random_scaling_half_width,
     weight_intervals,
 )
-from tests.core.paths import PUBLISHED, ar1_paths, half_width, left, mixture_path, path_of
+from tests.mixture.paths import PUBLISHED, ar1_paths, half_width, left, mixture_path, path_of
 
 
 @pytest.mark.parametrize("confidence", sorted(CRITICAL_VALUES))

@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 
-from megatron_scalebio.core.confidence import TrajectoryBlocks
-from megatron_scalebio.core.constraints import Constraints
-from megatron_scalebio.core.levels import Levels
-from megatron_scalebio.core.lookalikes import Lookalikes
-from megatron_scalebio.core.objective import logits_gradient, mixture_probs
+from megatron_scalebio.mixture.confidence import TrajectoryBlocks
+from megatron_scalebio.mixture.constraints import Constraints
+from megatron_scalebio.mixture.levels import Levels
+from megatron_scalebio.mixture.lookalikes import Lookalikes
+from megatron_scalebio.mixture.objective import logits_gradient, mixture_probs
 
 # A source never falls below this share of a uniform weight: it can still come back.
 LEAST_SHARE = 1e-4

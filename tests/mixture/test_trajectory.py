@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_scalebio.core.confidence import (
+from megatron_scalebio.mixture.confidence import (
     TrajectoryBlocks,
 )
 

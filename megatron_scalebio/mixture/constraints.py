@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_scalebio.core.confidence import WeightIntervals
+from megatron_scalebio.mixture.confidence import WeightIntervals
 
 
 class Constraints:

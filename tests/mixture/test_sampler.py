@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_scalebio.core.sampler import (
+from megatron_scalebio.mixture.sampler import (
     BlendSampler,
     expected_counts,
     shuffled_index,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_scalebio.core.levels import Levels
-from megatron_scalebio.core.mixture import Mixture
-from tests.core.test_mixture import noise, rarely_seen
+from megatron_scalebio.mixture.levels import Levels
+from megatron_scalebio.mixture.mixture import Mixture
+from tests.mixture.test_mixture import noise, rarely_seen
 
 GROUPS = [[0, 0, 0, 1, 1], [0, 0, 1, 2, 2]]
 
