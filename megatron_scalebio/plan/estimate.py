@@ -6,7 +6,7 @@ This holds for all that is counted, in bytes and FLOPs. The rehearsals give `fro
 the `ends`: embedding on the first stage, head and logits on the last, both on the only one. They
 depend on TP, CP and recompute alone, so a search over many layouts needs few. With experts they
 also depend on EP, and on DP: the shards of experts' fp32 masters are dealt among fewer ranks than
-the others'. All layers are taken to have experts, where only some do.
+the others'. Where only some layers have experts, each kind of layer has rehearsals of its own.
 """
 
 import copy
@@ -60,7 +60,7 @@ class Estimator:
 
     def __init__(self, mfu: float, on_layout: Callable[[str], None] = lambda layout: None) -> None:
         self.mfu, self._on_layout = mfu, on_layout
-        self._parts: dict[tuple[object, ...], _Parts] = {}
+        self._parts: dict[tuple[object, ...], dict[int, _Parts]] = {}
 
     def estimate(self, config: Config, layout: Layout) -> Estimate:
         key = (
@@ -69,7 +69,9 @@ class Estimator:
         )  # fmt: skip
         if key not in self._parts:
             self._on_layout(str(layout))
-            self._parts[key] = _rehearse_parts(config, layout)
+            self._parts[key] = {
+                kind: _rehearse_parts(config, layout, kind) for kind in set(_kinds(config))
+            }
         parts = self._parts[key]
         drawn = draws(config, layout, _PERIODS)
         stages = []
@@ -84,13 +86,18 @@ class Estimator:
         return Estimate(config, Plan(layout, tuple(stages), u_worst, low_bits, cost))
 
 
-def _rehearse_parts(config: Config, layout: Layout) -> _Parts:
-    """Solves for the parts from five small rehearsals."""
-    _, one_frozen = _small(config, layout, 2, 1, 1, [])
-    _, two_frozen = _small(config, layout, 2, 2, 1, [])
-    last_memory, one_active = _small(config, layout, 2, 2, 1, [0, 3])
-    first_memory, first = _small(config, layout, 2, 2, 0, [0, 3])
-    only_memory, only = _small(config, layout, 1, 1, 0, [0])
+def _kinds(config: Config) -> list[int]:
+    """Of each layer, whether it has experts, where the model has some: 1 or 0."""
+    return config.model.moe_layer_freq or [1] * config.model.num_layers
+
+
+def _rehearse_parts(config: Config, layout: Layout, kind: int) -> _Parts:
+    """Solves for the parts from five small rehearsals, of models whose layers are of one kind."""
+    _, one_frozen = _small(config, layout, kind, 2, 1, 1, [])
+    _, two_frozen = _small(config, layout, kind, 2, 2, 1, [])
+    last_memory, one_active = _small(config, layout, kind, 2, 2, 1, [0, 3])
+    first_memory, first = _small(config, layout, kind, 2, 2, 0, [0, 3])
+    only_memory, only = _small(config, layout, kind, 1, 1, 0, [0])
     frozen = _sum(two_frozen, one_frozen, -1)
     active = _sum(frozen, _sum(one_active, two_frozen, -1))
     return _Parts(
@@ -108,12 +115,14 @@ def _rehearse_parts(config: Config, layout: Layout) -> _Parts:
 
 
 def _small(
-    config: Config, layout: Layout, pp: int, per_stage: int, stage: int, active: list[int]
-) -> tuple[StageMemory, Sizes]:
+    config: Config, layout: Layout, kind: int, pp: int, per_stage: int, stage: int,
+    active: list[int],
+) -> tuple[StageMemory, Sizes]:  # fmt: skip
     """Rehearses a stage of a model of `per_stage` layers a stage, one replica without experts."""
     small = copy.deepcopy(config)
     small.model.num_layers = pp * per_stage
-    small.model.moe_layer_freq = small.model.no_rope_freq = None
+    small.model.no_rope_freq = None
+    small.model.moe_layer_freq = None if kind else [0] * small.model.num_layers
     parallel = small.parallel
     parallel.pipeline_model_parallel_size = pp
     parallel.num_layers_per_virtual_pipeline_stage = None
@@ -148,15 +157,19 @@ def _sum(a: Sizes, b: Sizes, times: float = 1) -> Sizes:
 
 
 def _stage(
-    config: Config, layout: Layout, stage: int, here: list[int], active: list[int], parts: _Parts
-) -> StageMemory:
+    config: Config, layout: Layout, stage: int, here: list[int], active: list[int],
+    parts: dict[int, _Parts],
+) -> StageMemory:  # fmt: skip
     end = {(True, True): "only", (True, False): "first", (False, True): "last"}.get(
         (stage == 0, stage == layout.pp - 1)
     )
-    sizes = _sum(_sum({name: 0.0 for name in parts.frozen}, parts.active, len(active)),
-                 parts.frozen, len(here) - len(active))  # fmt: skip
-    if end:
-        sizes = _sum(sizes, getattr(parts, end))
+    kinds = _kinds(config)
+    of_here = [parts[kinds[layer]] for layer in here]
+    sizes = {name: 0.0 for name in of_here[0].frozen}
+    for layer, part in zip(here, of_here, strict=True):
+        sizes = _sum(sizes, part.active if layer in active else part.frozen)
+    if end:  # the same of either kind
+        sizes = _sum(sizes, getattr(of_here[0], end))
     experts = config.model.num_experts is not None
     shards = config.parallel.use_distributed_optimizer and not experts  # else in shards already
     shard = layout.dp * layout.cp if shards else 1
@@ -172,15 +185,17 @@ def _stage(
         layers=tuple(here),
         parameters=int(sizes["parameters"]),
         trainable=int(sizes["trainable"]),
-        layer_parameters=int(parts.frozen["parameters"]),
+        layer_parameters=int(max(part.frozen["parameters"] for part in of_here)),
         held_bytes=held,
         activation_bytes={
             "in flight": int(sizes["activations"] * _in_flight(layout, stage)),
             LOGITS: int(sizes[LOGITS]),
         },
         # A middle stage works as the last does, less what logits take: the last bounds it.
-        workspace_bytes=int(parts.workspace[end or "first"]),
-        communication_bytes=int(parts.only["communication"] + parts.active["communication"]),
+        workspace_bytes=int(max(part.workspace[end or "first"] for part in of_here)),
+        communication_bytes=int(
+            max(part.only["communication"] + part.active["communication"] for part in of_here)
+        ),
         flops_per_pass=sizes["flops"],
         sent_per_pass_bytes={
             **{link: int(sizes[link]) for link in _WITHIN_A_PASS},

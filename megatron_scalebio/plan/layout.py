@@ -105,12 +105,14 @@ def stage_layers(config: Config, layout: Layout, stage: int) -> set[int]:
 def worst_draw(
     config: Config, layout: Layout, stage: int, drawn: list[list[int] | None]
 ) -> list[int] | None:
-    """The period that costs a stage most: most active layers there, then the lowest among them."""
-    here = stage_layers(config, layout, stage)
+    """The period that costs a stage most: most active layers there, of these most with experts
+    where only some have them, then the lowest among them."""
+    here, pattern = stage_layers(config, layout, stage), config.model.moe_layer_freq
 
-    def cost(active: list[int] | None) -> tuple[int, int]:
+    def cost(active: list[int] | None) -> tuple[int, int, int]:
         mine = sorted(here & set(active or ()))
-        return len(mine), -mine[0] if mine else 0
+        with_experts = sum(pattern[layer] for layer in mine) if pattern else 0
+        return len(mine), with_experts, -mine[0] if mine else 0
 
     return max(drawn, key=cost)
 

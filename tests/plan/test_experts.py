@@ -21,8 +21,11 @@ CASES: dict[str, tuple[int, dict]] = {
     "one": (1, {}), "ep4": (4, EP4), "ep2 of dp4": (4, {"expert_model_parallel_size": 2}),
     "ep4 pp2 tp2": (16, {**EP4, **TP2, "pipeline_model_parallel_size": 2}),
     "ep4 tp2 whole": (4, {**EP4, **TP2, "expert_tensor_parallel_size": 1}),
+    "mixed ep2 pp2": (8, {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }  # fmt: skip
-ESTIMATED = ("ep2 of dp4", "ep4 pp2 tp2")
+ESTIMATED = ("ep2 of dp4", "ep4 pp2 tp2", "mixed ep2 pp2")
+# Some layers without experts, and as wide as twelve of them.
+MIXED = {"num_layers": 6, "moe_layer_freq": [0, 1, 1, 0, 0, 1], "ffn_hidden_size": 12 * WIDTH}
 
 
 def plan_all() -> dict[str, Any]:
@@ -46,6 +49,7 @@ def plan_all() -> dict[str, Any]:
                 "num_experts": EXPERTS, "moe_router_topk": TOPK, "moe_ffn_hidden_size": WIDTH,
                 "moe_shared_expert_intermediate_size": SHARED, "moe_aux_loss_coeff": 0.01,
                 "qk_l2_norm": True,  # without weights
+                **(MIXED if "mixed" in name else {}),
             },
             "parallel": {**parallel, "bf16": True, "use_distributed_optimizer": ranks > 1},
             "train": {"micro_batch_size": BATCH, "global_batch_size": 32},
