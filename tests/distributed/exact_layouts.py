@@ -20,6 +20,7 @@ EXPERTS = {
     "moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.1,
 }  # fmt: skip
 REPLAY = {**EXPERTS, "moe_enable_routing_replay": True}
+ON_INPUT = {**EXPERTS, "moe_router_topk": 1, "moe_apply_probs_on_input": True}
 BIAS = "decoder.layers.mlp.router.expert_bias"
 EP2 = {"expert_model_parallel_size": 2}
 
@@ -93,6 +94,8 @@ LAYOUTS: dict[str, Layout] = {
     "ep2-vpp-experts-recompute": (4, {**EP2, **VPP, **FULL}, EXPERTS, {}, {}),
     "ep2-vpp-experts-recompute-replay": (4, {**EP2, **VPP, **FULL}, REPLAY, {}, {}),
     "ep2-tp2-experts-replay": (4, {**EP2, **TP2, "sequence_parallel": True}, REPLAY, {}, {}),
+    "one-experts-on-input": (1, {}, ON_INPUT, {}, {}),
+    "ep2-tp2-experts-on-input": (4, {**EP2, **TP2, "sequence_parallel": True}, ON_INPUT, {}, {}),
     "tp2-pp2-experts": (4, {**TP2, **PP2, "sequence_parallel": True}, EXPERTS, {}, {}),
 }
 

@@ -94,6 +94,10 @@ def _experts(
     fc1_E, fc2_E = map(get, names)
     rows = []
     for t in range(len(h)):
+        if shape["on_input"]:  # by the score of the one chosen
+            [e] = chosen[t].tolist()
+            rows.append(_mlp(scores[t, e] * h[t], fc1_E[e], fc2_E[e]))
+            continue
         share = scores[t, chosen[t]] / scores[t, chosen[t]].sum()
         parts = [_mlp(h[t], fc1_E[e], fc2_E[e]) for e in chosen[t].tolist()]
         rows.append(sum(s * part for s, part in zip(share, parts, strict=True)))

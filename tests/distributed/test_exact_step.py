@@ -56,6 +56,8 @@ def start_of(name: str) -> str:
     """The start point that fits a layout's model and optimizer."""
     if "untied" in name:
         return "one-untied-token"
+    if "on-input" in name:
+        return "one-experts-on-input"
     kind = "-experts" if "experts" in name else ""
     return ("one-distributed-optimizer" if "distributed" in name else "one") + kind
 
@@ -257,7 +259,9 @@ def trim(tensor: torch.Tensor) -> torch.Tensor:
 def shape_of(name: str) -> dict:
     """What the naive step is told of a layout's model."""
     shape = {"layers": 4, "heads": 4, "groups": 2, "vocab": VOCAB, "micro_batch": 3}
-    return shape | ({"topk": 2, "aux": 0.3, "z": 0.1} if "experts" in name else {})
+    on_input = "on-input" in name
+    experts = {"topk": 1 if on_input else 2, "on_input": on_input, "aux": 0.3, "z": 0.1}
+    return shape | (experts if "experts" in name else {})
 
 
 def routers_train(name: str) -> bool:
