@@ -1,4 +1,4 @@
-"""What a rank on a CPU costs beside its steps: groups that do nothing, the checkpoints' manager.
+"""What a rank on a CPU costs beside its steps: its start, idle groups, the checkpoints' manager.
 
 The rank's own process imports what it needs only in `main`, as that of the command does: the
 manager is spawned, and would import it again.
@@ -7,6 +7,7 @@ manager is spawned, and would import it again.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import tempfile
@@ -22,9 +23,17 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `tests.markov`
 
-    from megatron_scalebio import runtime
     from megatron_scalebio.cli import main as command
+    from megatron_scalebio.compat import light_imports
     from megatron_scalebio.config_loader import load_config
+
+    with light_imports():
+        import megatron_scalebio.methods.run  # noqa: F401
+        from megatron_scalebio import runtime
+    spent, started = time.process_time(), time.process_time()
+    gc.collect()
+    collected = time.process_time() - started
+    print(f"imports: {spent:.1f} s of CPU; a look of the garbage collector then: {collected:.2f} s")
     from tests.markov import write_two_sources
 
     runtime.start(load_config(None, {}))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_scalebio.compat import adapt
+from megatron_scalebio.compat import adapt, cpu
 from megatron_scalebio.config import Config, ParallelConfig
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.launcher import adopt_slurm_variables, world_size_from_environment
@@ -40,6 +40,8 @@ def start(config: Config) -> None:
     """
     parallel = config.parallel
     adapt()
+    if parallel.bf16 and not on_cuda():
+        cpu.multiply_bf16_in_fp32()
     if not dist.is_initialized():
         _join(parallel)
     if not parallel_state.model_parallel_is_initialized():

@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
 from megatron_scalebio import runtime
 from megatron_scalebio.cli import _unraisable
-from megatron_scalebio.compat import WRITTEN_FOR, require
+from megatron_scalebio.compat import WRITTEN_FOR, cpu, require
 from megatron_scalebio.compat.megatron import make_fit, rotated_at_once
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.errors import UserError
 from tests.commands import ROOT
-from tests.distributed.harness import run_distributed
+from tests.distributed.harness import found_on_a_rank, run_distributed
 
 CODE = """
 import sys
@@ -41,7 +41,7 @@ def patched():
         torch.cuda.current_device, torch.zeros, torch.Tensor.type, random._get_cuda_rng_state,
         DistributedOptimizer._set_main_param_and_optimizer_states,
         torch.cuda.device_count, torch.cuda.set_device, utils.compile_helpers,
-        rope_utils._apply_rotary_pos_emb_thd, dist.ProcessGroupGloo.__init__,
+        rope_utils._apply_rotary_pos_emb_thd, dist.ProcessGroupGloo.__init__, torch.compile,
     )
 
 before = patched()
@@ -90,6 +90,32 @@ def test_nothing_is_patched_until_a_run_begins() -> None:
     assert lacking in said.stdout
 
 
+LIGHT = """
+import gc
+import importlib.util
+import sys
+import warnings; warnings.simplefilter("ignore")
+from megatron_scalebio.compat import adapt, light_imports
+with light_imports():
+    import megatron_scalebio.methods.run
+adapt()
+import torch
+assert torch.compile(abs) is abs and torch.compile(dynamic=True)(abs) is abs
+heavy = {"torch._dynamo", "torch._inductor", "wandb", "scipy", "transformers"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+import wandb
+"""
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="for machines without CUDA")
+def test_a_run_imports_neither_torchs_compiler_nor_trackers() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert said.returncode == 0, said.stderr
+
+
 def groups_of_gloo(folder: Path) -> None:
     """Two ranks with groups from before `adapt`, from Megatron and one of another time limit."""
     dist.init_process_group("gloo")
@@ -102,6 +128,53 @@ def groups_of_gloo(folder: Path) -> None:
     dist.all_reduce(one_S, group=briefly)
     assert briefly._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7)
     (folder / str(dist.get_rank())).write_text(json.dumps([waiting, one_S.tolist()]))
+
+
+PRODUCTS: list[tuple[str, list[tuple[int, ...]], dict[str, float]]] = [
+    ("mm", [(70, 33), (33, 21)], {}),
+    ("bmm", [(3, 7, 33), (3, 33, 5)], {}),
+    ("addmm", [(21,), (70, 33), (33, 21)], {"beta": 0.5, "alpha": 2.0}),
+    ("baddbmm", [(3, 7, 5), (3, 7, 33), (3, 33, 5)], {"beta": 0.25, "alpha": 0.5}),
+]
+
+
+def products_of_bf16() -> dict[str, list[float]]:
+    """Of each product, how far it is from float64's; how far fp32's is from that before."""
+    made = {
+        name: [torch.randn(shape, requires_grad=True) for shape in shapes]
+        for name, shapes, _ in PRODUCTS
+    }
+    factors = {name: named for name, _, named in PRODUCTS}
+
+    def product(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        parts = [each.detach().bfloat16().to(dtype).requires_grad_() for each in made[name]]
+        result = getattr(torch, name)(*parts, **factors[name])
+        result.square().sum().backward()
+        assert result.dtype is dtype
+        return [result.detach().double(), *(part.grad.double() for part in parts)]
+
+    before = {name: product(name, torch.float32) for name in made}
+    torch.backends.cpu.get_cpu_capability = lambda: "AVX2"
+    assert cpu.multiply_bf16_in_fp32() is not None
+    return {
+        name: [
+            max(float((a - b).norm() / b.norm()) for a, b in zip(*both, strict=True))
+            for both in (
+                (product(name, torch.bfloat16), product(name, torch.float64)),
+                (product(name, torch.float32), before[name]),
+            )
+        ]
+        for name in made
+    }
+
+
+@pytest.mark.distributed
+def test_products_of_bf16_are_right_by_kernels_of_fp32() -> None:
+    found = found_on_a_rank(products_of_bf16)
+    assert len(found) == 4
+    for of_bf16, of_fp32 in found.values():
+        assert 1e-4 < of_bf16 < 2**-7, "results and gradients are rounded, once each"
+        assert of_fp32 == 0.0
 
 
 @pytest.mark.distributed

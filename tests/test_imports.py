@@ -58,8 +58,8 @@ BELOW = {
     },
     "compare": {"config", "config_loader", "report"},
     "commands": {
-        "checkpoint.folder", "compare", "config", "config_loader", "convert", "data", "evaluate",
-        "families", "guard", "logs", "methods", "plan", "runtime", "sample",
+        "checkpoint.folder", "compare", "compat", "config", "config_loader", "convert", "data",
+        "evaluate", "families", "guard", "logs", "methods", "plan", "runtime", "sample",
     },
     "cli": set(),  # stages are imported by name, when they are asked for
     "__main__": {"cli"},

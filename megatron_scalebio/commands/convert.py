@@ -22,6 +22,7 @@ from rich.progress import (
 
 from megatron_scalebio import launcher
 from megatron_scalebio.checkpoint.folder import find_checkpoint
+from megatron_scalebio.compat import light_imports
 from megatron_scalebio.config.checks import require_at_least
 from megatron_scalebio.convert.carry import has_tokenizer, is_packed
 from megatron_scalebio.convert.output import refuse_existing
@@ -101,7 +102,8 @@ def _refuse_wrong_paths(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace, on_progress: Callable[[int, int], None]) -> None:
     if args.direction == "import":
-        from megatron_scalebio.convert.importer import import_checkpoint
+        with light_imports():
+            from megatron_scalebio.convert.importer import import_checkpoint
 
         for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"):
             require_at_least("--" + name.replace("_", "-"), getattr(args, name), 1)
@@ -113,7 +115,8 @@ def _convert(args: argparse.Namespace, on_progress: Callable[[int, int], None]) 
             on_progress=on_progress,
         )
     else:
-        from megatron_scalebio.convert.exporter import export_checkpoint
+        with light_imports():
+            from megatron_scalebio.convert.exporter import export_checkpoint
 
         export_checkpoint(
             Path(args.load),
@@ -126,7 +129,8 @@ def _convert(args: argparse.Namespace, on_progress: Callable[[int, int], None]) 
 
 
 def _verify(args: argparse.Namespace, console: Console) -> None:
-    from megatron_scalebio.convert.verify import verify
+    with light_imports():
+        from megatron_scalebio.convert.verify import verify
 
     is_import = args.direction == "import"
     hf, load = (args.hf, args.save) if is_import else (args.save, args.load)

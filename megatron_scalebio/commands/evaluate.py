@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_scalebio import config_loader, launcher
 from megatron_scalebio.checkpoint.folder import find_checkpoint
 from megatron_scalebio.commands.early import refuse_missing_sets
+from megatron_scalebio.compat import light_imports
 from megatron_scalebio.config import Config
 from megatron_scalebio.config.checks import by_name, require_at_least
 from megatron_scalebio.data.scan import prepared_length
@@ -134,7 +135,8 @@ def _refuse_wrong_paths(config: Config) -> None:
 
 
 def _held_out(config: Config, output: Path) -> None:
-    from megatron_scalebio.evaluate.held_out import evaluate_config  # takes seconds
+    with light_imports():
+        from megatron_scalebio.evaluate.held_out import evaluate_config  # takes seconds
 
     losses = [loss.as_dict() for loss in evaluate_config(config)]
     if launcher.is_first_rank():

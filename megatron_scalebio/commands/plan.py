@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from megatron_scalebio import config_loader
+from megatron_scalebio.compat import light_imports
 from megatron_scalebio.config import Config
 from megatron_scalebio.config.checks import require_at_least
 from megatron_scalebio.config.data import SourceConfig, ValidationConfig
@@ -84,10 +85,11 @@ def _name_data(config: Config) -> None:
 
 
 def _plan(args: argparse.Namespace, config: Config, console: Console) -> dict[str, Any]:
-    from megatron_scalebio.plan import checks, table
-    from megatron_scalebio.plan.hardware import gpu_named
-    from megatron_scalebio.plan.layout import Layout
-    from megatron_scalebio.plan.planner import make_plan
+    with light_imports():
+        from megatron_scalebio.plan import checks, table
+        from megatron_scalebio.plan.hardware import gpu_named
+        from megatron_scalebio.plan.layout import Layout
+        from megatron_scalebio.plan.planner import make_plan
 
     gpus = args.gpus or config.parallel.model_parallel_size
     layout = Layout.of(config, gpus, gpu_named(args.gpu))
@@ -113,8 +115,9 @@ def _plan(args: argparse.Namespace, config: Config, console: Console) -> dict[st
 
 
 def _search(args: argparse.Namespace, config: Config, console: Console) -> dict[str, Any]:
-    from megatron_scalebio.plan import search, table
-    from megatron_scalebio.plan.hardware import gpu_named
+    with light_imports():
+        from megatron_scalebio.plan import search, table
+        from megatron_scalebio.plan.hardware import gpu_named
 
     gpu = gpu_named(args.gpu)
     gpus = args.gpus or gpu.node_gpus

@@ -4,6 +4,7 @@ import argparse
 
 from megatron_scalebio import launcher
 from megatron_scalebio.commands.early import refuse_missing_start, refuse_wrong_paths
+from megatron_scalebio.compat import light_imports
 from megatron_scalebio.config_loader import add_arguments, config_from_args
 
 __all__ = ["USUAL", "add_arguments", "run"]
@@ -18,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_from_args(args, refuse_wrong_paths)
     config.validate_training(launcher.world_size_from_environment())
     refuse_missing_start(config)
-    from megatron_scalebio.methods import finetune
+    with light_imports():
+        from megatron_scalebio.methods import finetune
 
     return finetune.train(config)

@@ -27,7 +27,6 @@ from megatron.core.transformer.utils import (
     is_layer_window_attention,
     make_sharded_tensors_for_checkpoint,
 )
-from torch.nn.attention.bias import causal_lower_right
 
 from megatron_scalebio.model.context_parallel import chunk_spans, whole_sequences
 
@@ -121,6 +120,8 @@ class SdpaAttention(MegatronModule):
             # No fused kernel takes a matrix and groups: torch's own would build all scores.
             key, value = _for_each_query(query, key, value)
         elif queries < keys:
+            from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler
+
             mask = causal_lower_right(queries, keys)  # not a matrix: flash attention takes it
         return F.scaled_dot_product_attention(
             query,

@@ -5,6 +5,7 @@ group is torch's fake one, so parallel_state answers as on that rank. What would
 caught: collectives by the `Ledger`, pipeline messages here.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -53,7 +54,8 @@ def as_rank(
         for module, name, gives in megatron.exchanges():
             enter(replaced(module, name, _wire(on_message, gives)))
         # Fused functions are compiled on a GPU; here their parts run one by one.
-        enter(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:
+            enter(torch.compiler.set_stance("force_eager"))
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         stack.callback(dist.destroy_process_group)
         parallel_state.initialize_model_parallel(

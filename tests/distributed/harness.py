@@ -28,10 +28,7 @@ from tests.processes import end_all, kill_all
 
 LIMIT_S = 900.0  # several times what the longest takes on a busy machine
 
-multiprocessing.set_forkserver_preload(
-    ["megatron_scalebio.methods.run", "megatron_scalebio.report.html",
-     "matplotlib.backends.backend_svg", "matplotlib.projections"]
-)  # fmt: skip
+multiprocessing.set_forkserver_preload(["tests.preload"])
 
 
 def run_distributed(
@@ -102,7 +99,7 @@ def _rank_main(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
-    gc.freeze()  # else each `gc.collect()` looks through all that was imported, for 0.3 s
+    gc.freeze()  # what this process alone has imported, too
     function(*args)
 
 

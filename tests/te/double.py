@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import gc
 import importlib
 import importlib.util
 import os
@@ -24,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_scalebio import compat
+from megatron_scalebio.compat import cpu, light_imports
 from tests.te.kernels import KERNELS
 
 WHEEL = Path(sys.prefix) / "te"  # apart: on the usual path Megatron would find it in every test
@@ -52,10 +53,10 @@ def run_with_te(function: Any, world_size: int, *args: Any) -> None:
 
 
 def _on_a_rank(module: str, name: str, args: tuple[Any, ...]) -> None:
-    load()
-    function = getattr(importlib.import_module(module), name)
-    importlib.import_module("megatron_scalebio.methods.run")
-    gc.freeze()  # as in `harness`, which has nothing to freeze here
+    with light_imports():
+        load()
+        function = getattr(importlib.import_module(module), name)
+        importlib.import_module("megatron_scalebio.methods.run")
     function(*args)
 
 
@@ -89,7 +90,7 @@ def pretend_card(name: str) -> None:
     cuda.is_current_stream_capturing = lambda: False
     cuda.device = lambda *args: contextlib.nullcontext()
     torch.version.cuda = torch.version.cuda or "13.0"
-    torch.compiler.set_stance("force_eager")
+    cpu.leave_uncompiled()
 
 
 class _Extension(types.ModuleType):
@@ -199,9 +200,6 @@ class _Pretending(types.ModuleType):
 
 def _adapt_package() -> None:
     """Transformer Engine and the package's choice of layers believe in a GPU; nothing else does."""
-    from megatron_scalebio import compat
-    from megatron_scalebio.compat import cpu
-
     cpu._adapt_optimizers = lambda: None  # Transformer Engine's, as on a GPU
     compat.adapt()
     import transformer_engine.pytorch.distributed as distributed
