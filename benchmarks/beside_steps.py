@@ -7,8 +7,9 @@ manager is spawned, and would import it again.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,23 +18,41 @@ from pathlib import Path
 import psutil
 
 IDLE_S = 10.0
+ROUNDS = 3
+IMPORTS = """
+import gc, time
+from contextlib import nullcontext
+from megatron_scalebio.compat import adapt, light_imports
+with {}():
+    import megatron_scalebio.methods.run
+adapt()
+spent = time.process_time()
+gc.collect()
+print(spent, time.process_time() - spent)
+"""
+
+
+def imports() -> None:
+    """Of one process, with the block that the commands import in and without it, in turns."""
+    blocks = ("nullcontext", "light_imports")
+    found: dict[str, list[list[float]]] = {block: [] for block in blocks}
+    for block in blocks * ROUNDS:
+        words = [sys.executable, "-W", "ignore", "-c", IMPORTS.format(block)]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        found[block].append([float(value) for value in said.split()])
+    for block, rounds in found.items():
+        spent, collected = (statistics.median(values) for values in zip(*rounds, strict=True))
+        print(f"imports ({block}): {spent:.1f} s of CPU; then gc.collect(): {collected:.2f} s")
 
 
 def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `tests.markov`
 
+    imports()
+    from megatron_scalebio import runtime
     from megatron_scalebio.cli import main as command
-    from megatron_scalebio.compat import light_imports
     from megatron_scalebio.config_loader import load_config
-
-    with light_imports():
-        import megatron_scalebio.methods.run  # noqa: F401
-        from megatron_scalebio import runtime
-    spent, started = time.process_time(), time.process_time()
-    gc.collect()
-    collected = time.process_time() - started
-    print(f"imports: {spent:.1f} s of CPU; a look of the garbage collector then: {collected:.2f} s")
     from tests.markov import write_two_sources
 
     runtime.start(load_config(None, {}))
