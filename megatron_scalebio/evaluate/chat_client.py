@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from megatron_scalebio.errors import UserError
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-_LONGEST_WAIT_S = 60.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
+_MAX_TOKENS = 1024  # of a verdict
 
 
 class Reply(NamedTuple):
@@ -33,9 +34,8 @@ class ChatClient:
         key_variable: environment variable that holds the API key; empty for none. The key is read
             at each request, and never stored or shown.
         timeout_s: of one request.
-        retries: after the first try.
-        first_wait_s: before the first retry; doubled each time, at most a minute. A server's
-            ``Retry-After`` comes first.
+        retries: after the first try. The first waits a second, each other twice as long as the one
+            before, at most a minute. A server's ``Retry-After`` comes first.
         tell: takes a line about each try that failed.
     """
 
@@ -44,8 +44,6 @@ class ChatClient:
     key_variable: str = ""
     timeout_s: float = 120.0
     retries: int = 6
-    first_wait_s: float = 1.0
-    max_tokens: int = 1024
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
     tell: Callable[[str], None] = field(default=lambda line: None, repr=False)
 
@@ -71,11 +69,11 @@ class ChatClient:
             "model": self.model,
             "messages": messages,
             "temperature": 0,
-            "max_tokens": self.max_tokens,
+            "max_tokens": _MAX_TOKENS,
         }
         problem = ""
         for attempt in range(self.retries + 1):
-            wait_s = min(_LONGEST_WAIT_S, self.first_wait_s * 2**attempt)
+            wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt)
             try:
                 with urllib.request.urlopen(self._request(body), timeout=self.timeout_s) as answer:
                     return _parse(answer.read(), self.url)

@@ -145,7 +145,7 @@ STEPS: dict[int, dict[str, Any]] = {
     3: {"lr": 0.03, "lr_u": 0.0},
     4: {"lr": 0.03, "inclusion": [0.8, 0.4, 0.6]},
     5: {"lr": 0.02},
-    6: {"lr": 0.02},
+    6: {"lr": 0.02, "alpha": 1.5},
     7: {"lr": 0.02},
     LATE: {"lr": 0.02},
     LATE + 1: {"lr": 0.02},
@@ -275,6 +275,7 @@ def refused() -> None:
     bio.flush, bio._agreed = flush, agreed
     bio.spikes.load_state_dict(calm)
     before = weights_of(bio, "w")[0].clone()
+    train, validation = batches(3)  # of other classes than those that were refused
     loads = torch.cat([batch.y_B for batch in train]).bincount(minlength=CLASSES).float()
     biases = unwrapped(bio, "w").router.expert_bias.clone()
     assert bio.step(train, validation, lr=0.1).skipped is None

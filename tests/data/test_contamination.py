@@ -124,12 +124,14 @@ def test_a_set_of_which_most_would_be_ignored_is_refused() -> None:
     assert [(ids.spelled(p.ids), p.examples) for p in index.phrases] == [(f"{phrase} and", 12)]
 
 
-@pytest.mark.parametrize(("length", "found"), [(26, None), (27, NGRAM)])
-def test_a_passage_is_longer_than_two_ngrams(length: int, found: str | None) -> None:
+@pytest.mark.parametrize(
+    ("ngram", "length", "found"), [(13, 26, None), (13, 27, NGRAM), (5, 10, None), (5, 11, NGRAM)]
+)
+def test_a_passage_is_longer_than_two_ngrams(ngram: int, length: int, found: str | None) -> None:
     passage = question(999, length)
     evaluation = [Text(f"{passage} {question(k)}") for k in range(12)]
     evaluation += [Text(question(k)) for k in range(100, 112)]
-    assert kinds(evaluation, [Text(f"It says: {passage}")]) == [found]
+    assert kinds(evaluation, [Text(f"It says: {passage}")], ngram) == [found]
 
 
 @pytest.mark.parametrize(("holding", "found"), [(4, None), (3, NGRAM)])

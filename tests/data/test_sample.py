@@ -79,6 +79,11 @@ def test_same_inputs_and_seed_give_the_same_bytes(world: World) -> None:
     first = digests(world.root / "a/sample")
     assert {n for n in first if first[n] != same[n]} <= {"source.json"}  # it holds its own path
     assert first["sample.jsonl"] != other["sample.jsonl"]
+    for seed in (1, 2):
+        world.sample(f"whole/{seed}", seed=seed, num_samples=50, max_epochs=1)
+    every = [lines(world.root / f"whole/{seed}") for seed in (1, 2)]
+    by_id = [sorted(map(json.dumps, records)) for records in every]
+    assert by_id[0] == by_id[1] and every[0] != every[1], "the same 50 rows, in another order"
     world.sample("w/sample", seed=1, workers=2)
     assert digests(world.root / "w/sample")["manifest.json"] == first["manifest.json"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,11 @@ def test_prepare_says_what_was_cut_left_out_and_not_used(
     assert f"s: 1 missing field left out, listed in {folder}/left_out.jsonl" in said
     assert "s: 1 prompt_too_long: the prompt alone fills --seq-length 32" in said
     assert "warning: s: 1 of 1 examples lost their end; --seq-length" in said
+    [advised] = map(int, re.findall(r"--seq-length (\d+) would hold the longest", said))
+    for length, cut in ((advised, False), (advised - 1, True)):
+        words = ("--seq-length", str(length), "--bad-records", "skip", "--overwrite")
+        prepared(tmp_path, byte_level, raw, *words)
+        assert ("lost their end" in capsys.readouterr().out) == cut, length
 
 
 class Tomorrow(datetime.date):

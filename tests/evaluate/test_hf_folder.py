@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.evaluate.hf_folder import open_folder
+from megatron_scalebio.evaluate.hf_folder import fingerprint, open_folder
 
 
 def test_the_longest_sequence_of_gpt2_is_its_own(tmp_path: Path, hf_folder: Path) -> None:
@@ -33,6 +33,17 @@ def test_a_model_is_opened_as_it_is_stored_and_without_dropout(
     opened = open_folder(tmp_path)
     assert opened.model.dtype == torch.bfloat16 and not opened.model.training
     assert opened.max_length == 2048
+
+
+def test_models_are_told_apart_by_either_end_of_their_weights(tmp_path: Path) -> None:
+    found = set()
+    for changed in (None, 0, -1):
+        weights = bytearray(3 << 20)
+        if changed is not None:
+            weights[changed] = 1
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        found.add(fingerprint(tmp_path))
+    assert len(found) == 3
 
 
 def test_code_of_a_folder_is_never_run(

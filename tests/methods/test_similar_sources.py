@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,3 +122,28 @@ def test_the_size_of_a_gradient_makes_no_group() -> None:
     names, longer_S1 = list("pqrst"), torch.tensor([[1.0], [1], [50], [1], [1]])
     found = grouped(names, (own_SD + 1.0) * longer_S1, 3)
     assert found == [["p", "r"], ["q", "s"], ["t"]]
+
+
+@pytest.mark.parametrize(("sources", "examples"), [(1, 64), (2, 40), (9, 16)])
+def test_a_tenth_of_the_runs_examples_is_looked_at_within_bounds(
+    monkeypatch: pytest.MonkeyPatch, sources: int, examples: int
+) -> None:
+    """Of 800, dealt among the sources: at most 64 of each and at least 16."""
+    from megatron_scalebio.methods import similar_sources as module
+
+    looked_at: list[list[int]] = []
+
+    def of_mean(source: range, row_N: np.ndarray) -> torch.Tensor:
+        looked_at.append(sorted(row_N.tolist()))
+        return torch.ones(3)
+
+    train = SimpleNamespace(train_iters=100, global_batch_size=8, seed=1)
+    state = SimpleNamespace(data=SimpleNamespace(sources=[range(300)] * sources))
+    features = SimpleNamespace(of_mean=of_mean, close=lambda: None)
+    monkeypatch.setattr(module, "RunState", lambda *given: state)
+    monkeypatch.setattr(module, "load_start", lambda *given: None)
+    monkeypatch.setattr(module, "GradientFeatures", lambda *given: features)
+    monkeypatch.setattr(module.runtime, "is_main", lambda: False)
+    config: Any = SimpleNamespace(train=train)
+    module._features(config, SimpleNamespace(folder=Path("x")))  # type: ignore[arg-type]
+    assert [len(set(rows)) for rows in looked_at] == [examples] * sources

@@ -158,6 +158,18 @@ def test_tied_sources_keep_their_ratios_whatever_else_moves_them(kind: str) -> N
     torch.testing.assert_close(held_S / held_S.sum(), tensor([3, 2, 1]) / 6, rtol=1e-6, atol=0)
 
 
+def test_with_groups_the_pull_goes_by_the_size_of_the_whole_step() -> None:
+    """The first step: g of usual size 0.2, in groups 0.1 and within them √0.03."""
+    p_S, prior_S, g_S = tensor([0.2, 0.3, 0.5]), tensor([0.6, 0.2, 0.2]), tensor([0.4, -0.1, -0.1])
+    kept = Constraints([0.0] * 3, [1.0] * 3, prior=prior_S.tolist(), kl_to_prior=2.0)
+    mixture = Mixture(p_S.tolist(), "eg", kept, Levels([[0, 0, 1]]))
+    mixture.step(g_S, 0.1)
+    step_S = 0.1 * (tensor([0.1, 0.1, -0.1]) / 0.1 + tensor([0.3, -0.2, 0.0]) / 0.03**0.5)
+    pull = 2.0 * 0.1 / 0.2
+    wanted_S = ((p_S.log() - step_S).log_softmax(0) + pull * prior_S.log()) / (1 + pull)
+    torch.testing.assert_close(mixture.probs_S, wanted_S.softmax(0))
+
+
 def test_without_constraints_nothing_changes() -> None:
     plain, kept = (
         Mixture([1.0, 2.0, 3.0], "eg"),

@@ -95,6 +95,14 @@ def test_an_absent_set_goes_on_as_it_did() -> None:
     assert absent.shares_V.isfinite().all()
 
 
+def test_a_swing_is_no_part_of_what_is_learned() -> None:
+    """Each loss counts from their mean by the weights without it, 0.75 · 1.03 + 0.25 · 1.0."""
+    goals = Goals([3.0, 1.0], worst_case=True)
+    goals.swing_V = vector(-0.25, 0.25)
+    goals.step(vector(1.03, 1.0))
+    assert goals.sums_2V[0].tolist() == pytest.approx([0.0075, -0.0225])
+
+
 def test_no_set_without_a_bound_is_no_goal() -> None:
     with pytest.raises(ValueError, match="one has to be the goal"):
         Goals([1.0, 1.0], bounded=[True, True])
