@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from megatron_scalebio.config import Config
-from megatron_scalebio.model import attention as core_attention
 from megatron_scalebio.model.attention import SdpaAttention
 from megatron_scalebio.model.layers import ModelSettings
 from megatron_scalebio.model.settings import fuses_activation, transformer_config
@@ -48,15 +47,15 @@ def settings_for(config: Config, cuda: bool) -> ModelSettings:
 @contextmanager
 def kernels_of(config: Config, cuda: bool) -> Iterator[None]:
     """Meta tensors take the target's kernels within."""
+    from torch.nn.attention import bias  # where a pass looks it up; brings torch's compiler
+
     with ExitStack() as stack:
         if cuda and config.model.transformer_impl != "local":
             for name in ("_fused", "_explicit"):
                 stack.enter_context(replaced(SdpaAttention, name, _transformer_engines))
         attention = _flash_on_cuda if cuda else _flash_on_cpu
         stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
-        stack.enter_context(
-            replaced(core_attention, "causal_lower_right", lambda q, k: _LOWER_RIGHT)
-        )
+        stack.enter_context(replaced(bias, "causal_lower_right", lambda q, k: _LOWER_RIGHT))
         if cuda:
             stack.enter_context(replaced(F, "rms_norm", _fused_rms_norm))
         yield
