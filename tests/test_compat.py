@@ -104,6 +104,10 @@ assert torch.compile(abs) is abs and torch.compile(dynamic=True)(abs) is abs
 heavy = {"torch._dynamo", "torch._inductor", "wandb", "scipy", "transformers"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 assert gc.isenabled() and gc.get_freeze_count() > 100_000
+frozen, more = gc.get_freeze_count(), [[] for _ in range(1000)]
+with light_imports():
+    assert gc.isenabled()
+assert gc.get_freeze_count() == frozen
 import wandb
 """
 

@@ -44,9 +44,12 @@ def light_imports() -> Iterator[None]:
 
     Without Weights & Biases, which its timers import wherever it is installed; where there is no
     GPU, without torch's compiler; and without looks of the garbage collector at what stays for
-    good, then and later.
+    good, then and later. Where Megatron is there already, nothing is done.
     """
     modules: dict[str, Any] = sys.modules
+    if "megatron.core" in modules:
+        yield
+        return
     gc.disable()
     try:
         import torch
