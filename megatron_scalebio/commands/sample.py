@@ -18,7 +18,7 @@ from rich.text import Text
 from megatron_scalebio import launcher
 from megatron_scalebio.commands.prepare import add_record_options, encode_options
 from megatron_scalebio.config.checks import by_name, require_name
-from megatron_scalebio.data.encode_config import TOO_LONG
+from megatron_scalebio.data.encode_config import TOO_LONG, EncodeConfig
 from megatron_scalebio.data.inputs import exists
 from megatron_scalebio.data.prepare import Progress
 from megatron_scalebio.data.source_writer import MANIFEST_FILE
@@ -32,7 +32,12 @@ from megatron_scalebio.data.weights_file import (
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 from megatron_scalebio.formatting import printable, shorten
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
-from megatron_scalebio.sample.inputs import locate, parse_weights, validation_of_run
+from megatron_scalebio.sample.inputs import (
+    locate,
+    parse_weights,
+    prepared_options,
+    validation_of_run,
+)
 from megatron_scalebio.sample.scored import selected_by_score
 from megatron_scalebio.sample.stage import OnProgress, sample
 
@@ -90,13 +95,17 @@ def run(args: argparse.Namespace) -> int:
         UserError: an input or option is at fault; nothing has been written.
     """
     sources, exclude = _sources(args)
+    options = encode_options(args)
+    for name, value in prepared_options(entry.path for entry in sources).items():
+        if options[name] == getattr(EncodeConfig, name):  # not asked for otherwise
+            options[name] = value
     config = SampleConfig(
         out=Path(args.out),
         sources=sources,
         exclude=(*exclude, *map(_named, args.exclude)),
         # What was chosen are prepared examples.
         from_tokens=args.from_tokens or any(s.selected is not None for s in sources),
-        **encode_options(args),
+        **options,
         **by_name(
             args, "num_samples", "per_source", "seed", "max_epochs", "ngram", "tokenizer",
             "workers", "overwrite",

@@ -1,12 +1,19 @@
 """How records are read and encoded: the options that `prepare` and `sample` share."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from megatron_scalebio.config.checks import require_at_least, require_one_of
 from megatron_scalebio.data.record_fields import FORMATS, RecordOptions
 
 TOO_LONG = ("truncate", "drop", "split")
 BAD_RECORDS = ("stop", "skip")
+# What makes other examples of the same records.
+REPEATED = (
+    "format", "text_key", "columns", "ignore_fields", "too_long", "train_on_prompt",
+    "chat_template",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,3 +46,10 @@ class EncodeConfig(RecordOptions):
     @property
     def skips_bad(self) -> bool:
         return self.bad_records == "skip"
+
+    def repeated(self) -> dict[str, Any]:
+        """The options that make the same examples of the same records, for ``source.json``."""
+        options = {name: getattr(self, name) for name in REPEATED}
+        if self.chat_template is not None and Path(self.chat_template).is_file():
+            options["chat_template"] = str(Path(self.chat_template).absolute())
+        return options

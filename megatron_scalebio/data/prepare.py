@@ -183,6 +183,7 @@ class _Source:
                     "seq_length": config.seq_length,
                     "date": self._date_written(pool),
                     "format": ",".join(formats),
+                    "options": config.repeated(),
                     "inputs": [self._describe(file) for file in self.source.files],
                     "tokenizer": tokenizer,
                 }

@@ -6,11 +6,12 @@ files, or by a Megatron `.bin/.idx` prefix, which has token ids and no records.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_scalebio.data.encode_config import REPEATED
 from megatron_scalebio.data.inputs import exists, parse_input
 from megatron_scalebio.data.prepare import describe_file
 from megatron_scalebio.data.source_writer import SOURCE_FILE, TOKENS
@@ -74,9 +75,9 @@ def locate(name: str, path: str) -> Located:
     Raises:
         UserError: nothing is there, or ``source.json`` is damaged.
     """
-    for folder in (Path(path), Path(path).parent if Path(path).name == TOKENS else None):
-        if folder is not None and (folder / SOURCE_FILE).is_file():
-            return _locate_folder(name, folder)
+    folder = _prepared_folder(path)
+    if folder is not None:
+        return _locate_folder(name, folder)
     if Path(path + ".idx").is_file():
         return Located(name, prefix=path)
     if not any(exists(Path(part)) or "*" in part for part in path.split(",")):
@@ -85,6 +86,11 @@ def locate(name: str, path: str) -> Located:
             f"{name}=PATH)"
         )
     return Located(name, files=parse_input(f"{name}={path}").files)
+
+
+def _prepared_folder(path: str) -> Path | None:
+    folder = Path(path).parent if Path(path).name == TOKENS else Path(path)
+    return folder if (folder / SOURCE_FILE).is_file() else None
 
 
 def _locate_folder(name: str, folder: Path) -> Located:
@@ -96,6 +102,24 @@ def _locate_folder(name: str, folder: Path) -> Located:
         )
     files = tuple(Path(entry["path"]) for entry in inputs)
     return Located(name, files, str(folder / TOKENS), folder, description)
+
+
+def prepared_options(paths: Iterable[str]) -> dict[str, Any]:
+    """The options of ``EncodeConfig`` with which the sources were prepared that are there; without
+    those in which they differ. Earlier versions did not write them down."""
+    folders = [folder for folder in map(_prepared_folder, paths) if folder is not None]
+    described = [read_description(folder / SOURCE_FILE) for folder in folders]
+    told = [each["options"] for each in described if "options" in each]
+    shared = {}
+    for name in REPEATED:
+        values = [options.get(name) for options in told]
+        if values and all(value == values[0] for value in values):
+            shared[name] = _tuples(values[0])
+    return shared
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def parse_weights(values: Sequence[str]) -> dict[str, float]:

@@ -234,6 +234,6 @@ def _check_options(rows: RawRows, entry: Located, setup: Setup) -> None:
     if not np.array_equal(row.tokens[first], tokens) or not np.array_equal(row.mask[first], mask):
         raise UserError(
             f"{entry.files[0]}: the first record of {entry.name!r} does not become the example "
-            "that was prepared from it (repeat prepare's --chat-template, --train-on-prompt, "
-            "--too-long, --format and --text-key, or --from-tokens)"
+            "that was prepared from it (repeat prepare's options, of which its source.json tells, "
+            "--chat-template, --train-on-prompt and --too-long above all, or --from-tokens)"
         )
