@@ -97,9 +97,10 @@ def writing(step: int, folder: Path, temporary: Path) -> Iterator[None]:
         # of Megatron's, and get an error of their own when this rank ends.
         if runtime.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
+        before = folders.steps_on_disk(folder)
         raise UserError(
-            f"{folder}: could not save step {step}: {_last_line(error)} (free space; the last "
-            "checkpoint is intact and the run resumes from it)"
+            f"{folder}: could not save step {step}: {_last_line(error)} (free space, then start it "
+            f"again: {f'it goes on from step {before[-1]}' if before else 'no step is saved yet'})"
         ) from None
 
 

@@ -113,6 +113,7 @@ def _run_config(args: argparse.Namespace) -> Config:
 
     Where no seq_length is given, it is the one that the sets were prepared with.
     """
+    _take_model_of_run(args)
     config = config_loader.config_from_args(args, _refuse_wrong_paths)
     sets = [*config.data.validation, *config.data.test]
     if not sets:
@@ -125,6 +126,19 @@ def _run_config(args: argparse.Namespace) -> Config:
         config.data.seq_length = max(filter(None, lengths), default=config.data.seq_length)
     config.validate_layout(launcher.world_size_from_environment())
     return config
+
+
+def _take_model_of_run(args: argparse.Namespace) -> None:
+    """The model section of the run that a checkpoint lies in, where nothing else tells of one."""
+    given = vars(args)
+    load = given.get("checkpoint.load")
+    if args.config or load is None or any(name.startswith("model.") for name in given):
+        return
+    for folder in (Path(load), *Path(load).absolute().parents[:2]):
+        if (folder / "config.yaml").is_file():
+            told = config_loader.read_yaml(str(folder / "config.yaml"), config_loader.SECTIONS)
+            given.update({f"model.{name}": value for name, value in told["model"].items()})
+            return
 
 
 @launcher.refuses_early

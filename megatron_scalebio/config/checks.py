@@ -58,7 +58,8 @@ def require_name(where: str, name: str, grouped: bool = False) -> None:
         raise UserError(
             f"{name!r} cannot name a source or a set",
             where=where,
-            fix="use letters, digits, '.', '_' and '-'",
+            fix="use A-Z, a-z, digits, '.', '_' and '-'"
+            + (", and '/' between groups" if grouped else ""),
         )
 
 

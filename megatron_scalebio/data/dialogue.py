@@ -215,8 +215,8 @@ def _check_fields(dialogue: Dialogue, template: str | None, where: str) -> None:
             f"{whose} has no place for {' and '.join(map(repr, lost))}",
             reason=f"no place for {', '.join(lost)}",
             where=where,
-            fix="use --chat-template with a file that has one, or --ignore-fields "
-            + " ".join(lost),
+            fix="use the tokenizer of a Hugging Face model whose template has one, or that and "
+            "--chat-template with a Jinja file that has; or --ignore-fields " + " ".join(lost),
         )
 
 

@@ -50,7 +50,10 @@ def load_tokenizer(
         tokenizer.chat_template = None
     elif chat_template is not None:
         if not isinstance(tokenizer, HuggingFaceTokenizer):
-            raise UserError("--chat-template: a chat template needs a Hugging Face tokenizer")
+            raise UserError(
+                "--chat-template: a chat template needs a Hugging Face tokenizer (name the folder "
+                "of one by --tokenizer, in place of --train-sentencepiece or a .model file)"
+            )
         if chat_template in tokenizer.chat_templates:
             tokenizer.chat_template = tokenizer.chat_templates[chat_template]
             return _dated(tokenizer, date)

@@ -24,6 +24,10 @@ _READ_CHARS = 1 << 20
 _CUT_MARGIN_CHARS = 9
 
 
+_FIX = "a file is one JSON array of objects, or JSONL: one object a line"
+FIX_UTF8 = "convert it, as by iconv -f latin1 -t utf-8"
+
+
 class Record(NamedTuple):
     """One JSON object of a file, with the line (from 1) on which it starts."""
 
@@ -81,7 +85,7 @@ class RecordReader:
                 raise _NoRecord
             value = json.loads(text)
         except UnicodeDecodeError as error:
-            raise self._error(line, f"not UTF-8 ({error.reason})") from error
+            raise self._error(line, f"not UTF-8 ({error.reason})", FIX_UTF8) from error
         except json.JSONDecodeError as error:
             raise self._error(line, f"malformed JSON ({error.msg})") from error
         except RecursionError as error:
@@ -107,13 +111,8 @@ class RecordReader:
         if buffer.peek():
             raise self._error(buffer.line, "malformed JSON (text after the end of the array)")
 
-    def _error(self, line: int, message: str) -> RecordError:
-        return RecordError(
-            message,
-            reason="malformed",
-            where=f"{self.shown}:{line}",
-            fix="a file is one JSON array of objects, or JSONL: one object a line",
-        )
+    def _error(self, line: int, message: str, fix: str = _FIX) -> RecordError:
+        return RecordError(message, reason="malformed", where=f"{self.shown}:{line}", fix=fix)
 
 
 class _NoRecord(Exception):
@@ -258,5 +257,5 @@ class _ArrayBuffer:
             self._text += self._decoder.decode(raw, final=self._ended)
         except UnicodeDecodeError as error:
             line = self.line + self._text.count("\n") + raw[: error.start].count(b"\n")
-            raise self._reader._error(line, f"not UTF-8 ({error.reason})") from error
+            raise self._reader._error(line, f"not UTF-8 ({error.reason})", FIX_UTF8) from error
         return not self._ended

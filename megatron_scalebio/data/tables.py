@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scalebio.data.examples import RecordError
-from megatron_scalebio.data.records import OnBad, Record, Records, readable
+from megatron_scalebio.data.records import FIX_UTF8, OnBad, Record, Records, readable
 from megatron_scalebio.errors import UserError
 
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
@@ -118,12 +118,10 @@ class DelimitedRows:
             except csv.Error as error:
                 raise self._error(line + 1, f"is not CSV: {error}") from error
             except UnicodeDecodeError as error:
-                raise self._error(line + 1, f"not UTF-8 ({error.reason})") from error
+                raise self._error(line + 1, f"not UTF-8 ({error.reason})", FIX_UTF8) from error
 
-    def _error(self, line: int, message: str) -> RecordError:
-        return RecordError(
-            message, reason="malformed", where=f"{self.shown}:{line}", fix="mend the line"
-        )
+    def _error(self, line: int, message: str, fix: str = "mend the line") -> RecordError:
+        return RecordError(message, reason="malformed", where=f"{self.shown}:{line}", fix=fix)
 
 
 TABLES: dict[str, Callable[[Path, Any, Path | None], Records]] = {

@@ -68,7 +68,9 @@ def _read_config(hf: Path) -> HfConfig:
             raise FileNotFoundError(2, "No such file", str(hf))
     except OSError as error:
         raise UserError(
-            error.strerror or str(error), where=str(where), fix="point to a Hugging Face folder"
+            error.strerror or str(error),
+            where=str(where),
+            fix="point to the Hugging Face folder of a model; a tokenizer's is not enough",
         ) from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error} (fetch it again)") from None

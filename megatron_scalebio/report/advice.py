@@ -136,10 +136,19 @@ def _half(row: SourceRow) -> float:
 def _merging(run: Run, rows: list[SourceRow]) -> Iterator[Advice]:
     """Near-duplicates; and of many sources, those whose weights are not told from their start."""
     weight = {row.name: row.weight for row in rows}
+    too_short = "set train_iters to" in (run.weights.reason if run.weights else "")
     for group in run.weights.alike if run.weights else ():
+        names = f"{', '.join(group[:-1])} and {group[-1]}"
         whole = percent(sum(weight.get(name, 0.0) for name in group))
+        if too_short:
+            yield Advice(
+                f"Do not read {names} apart yet",
+                f"The run is too short for it: of their weights only the sum, {whole}, is known. "
+                "If a longer run can't tell them apart either, they are alike.",
+            )
+            continue
         yield Advice(
-            f"Merge {', '.join(group[:-1])} and {group[-1]}",
+            f"Merge {names}",
             f"They look alike: of their weights only the sum, {whole}, is known. Prepare them as "
             "one source, or deal the sum among them as you like.",
         )

@@ -69,7 +69,7 @@ class Located:
         return [describe_file(Path(self.prefix + suffix)) for suffix in (".bin", ".idx")]
 
 
-def locate(name: str, path: str) -> Located:
+def locate(name: str, path: str, what: str = "source") -> Located:
     """What a path stands for: a prepared folder or its tokens, a Megatron prefix, or raw files.
 
     Raises:
@@ -81,8 +81,9 @@ def locate(name: str, path: str) -> Located:
     if Path(path + ".idx").is_file():
         return Located(name, prefix=path)
     if not any(exists(Path(part)) or "*" in part for part in path.split(",")):
+        option = "--input" if what == "source" else "--exclude"
         raise UserError(
-            f"{path}: source {name!r} is not there (run where its path is valid, or --input "
+            f"{path}: {what} {name!r} is not there (run where its path is valid, or {option} "
             f"{name}=PATH)"
         )
     return Located(name, files=parse_input(f"{name}={path}").files)

@@ -80,7 +80,7 @@ def open_setup(config: SampleConfig, stack: ExitStack) -> Setup:
         UserError: paths, tokenizers or options do not fit together.
     """
     located = [locate(entry.name, entry.path) for entry in config.sources]
-    excluded = [locate(name, path) for name, path in config.exclude]
+    excluded = [locate(name, path, "excluded set") for name, path in config.exclude]
     setup = _set_up(config, located, stack)
     for weighted, entry in zip(config.sources, located, strict=True):
         rows, inputs = _open_rows(config, setup, entry, from_tokens=setup.from_tokens)

@@ -42,3 +42,15 @@ def test_sequences_are_as_long_as_the_sets_were_prepared(words: str, length: int
     evaluate.add_arguments(parser)
     config = evaluate._run_config(parser.parse_args([*words.split(), *MODEL.split()]))
     assert config.data.seq_length == length
+
+
+def test_the_model_is_that_of_the_run_that_the_checkpoint_lies_in() -> None:
+    Path("config.yaml").write_text("model: {num_layers: 3, hidden_size: 48}\ntrain: {seed: 7}")
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    words = "--test a=short --num-attention-heads 4 --vocab-size 32 --load load".split()
+    config = evaluate._run_config(parser.parse_args(words))
+    assert config.model.num_layers != 3, "a model is asked for"
+    config = evaluate._run_config(parser.parse_args([*words[:2], *words[-2:]]))
+    assert (config.model.num_layers, config.model.hidden_size) == (3, 48)
+    assert config.train.seed == 1234, "and nothing else of the run"

@@ -155,6 +155,12 @@ def test_near_duplicates_are_to_be_merged_whatever_the_verdict(make_run: MakeRun
         f"Merge {names[2]}, {names[3]} and {names[4]}",
     ]
     assert "only the sum, 40.0%, is known" in write_report(run).read_text()
+    short = content | {"indistinguishable": [names[:2]], "converged": False}
+    short["reason"] = "only 150 steps are averaged (set train_iters to 800 or more)"
+    path.write_text(json.dumps(short))
+    assert told(run) == [
+        "Run longer: about 800 steps", f"Do not read {names[0]} and {names[1]} apart yet",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("alike", [[], [[0, 1]]])
