@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import sys
 from importlib.util import find_spec
@@ -41,7 +42,7 @@ def run_all(folder_name: str) -> None:
             folder / "noted", name, command("reweight", *words, *output, "--wandb-exp-name", "one")
         )
         if name == "cut off":  # as a kill leaves it: a step was made since the checkpoint
-            (folder / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("4")
+            shutil.rmtree(folder / "run" / "checkpoints" / "iter_0000005")
     output = ["--output", folder / "trained", "--train-iters", 2]
     note(folder / "noted", "train", command("train", *words, *output))
 
