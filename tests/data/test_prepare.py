@@ -213,12 +213,11 @@ def test_bad_options(tmp_path: Path, options: dict[str, Any], words: str) -> Non
 
 
 def test_train_sentencepiece(tmp_path: Path, corpus: list[str]) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in corpus])
+    source = write_jsonl(tmp_path / "a.jsonl", [{"body": text} for text in corpus])
+    given: dict[str, Any] = {"train_sentencepiece": 900, "workers": 1, "text_key": "body"}
     outs = [tmp_path / "one", tmp_path / "two"]
     for out in outs:
-        (report,) = prepare(
-            PrepareConfig(out, (SourceInput("src", (source,)),), train_sentencepiece=900, workers=1)
-        )
+        (report,) = prepare(PrepareConfig(out, (SourceInput("src", (source,)),), **given))
         assert report["tokenizer"]["model"] == str(out / "tokenizer.model")
         assert report["tokenizer"]["vocab_size"] == 900
     models = [(out / "tokenizer.model").read_bytes() for out in outs]
@@ -227,13 +226,15 @@ def test_train_sentencepiece(tmp_path: Path, corpus: list[str]) -> None:
     for text in ("é中😀\n\n\tindent  and  spaces ", *corpus):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(UserError, match=r"tokenizer.model: exists"):
-        prepare(PrepareConfig(outs[0], (SourceInput("b", (source,)),), train_sentencepiece=900))
+        prepare(PrepareConfig(outs[0], (SourceInput("b", (source,)),), **given))
     with pytest.raises(
         UserError, match=r"--train-sentencepiece: the text has no 1000000 pieces .take --train-sent"
     ):
-        prepare(
-            PrepareConfig(tmp_path / "c", (SourceInput("b", (source,)),), train_sentencepiece=10**6)
-        )
+        many = {**given, "train_sentencepiece": 10**6}
+        prepare(PrepareConfig(tmp_path / "c", (SourceInput("b", (source,)),), **many))
+    with pytest.raises(UserError, match="--chat-template: a chat template needs a Hugging Face"):
+        written = {**given, "chat_template": str(source)}
+        prepare(PrepareConfig(tmp_path / "d", (SourceInput("b", (source,)),), **written))
 
 
 def test_a_bad_record_ends_the_training_of_a_tokenizer_or_is_left_out(
