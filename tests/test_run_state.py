@@ -26,12 +26,14 @@ from megatron_scalebio.config import (
 from megatron_scalebio.data.reuse import reused
 from megatron_scalebio.data.sources import shared_vocab_size
 from megatron_scalebio.engine import state as module
+from megatron_scalebio.engine import update
 from megatron_scalebio.engine.state import Data, RunState, TokenCost
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.methods import scalebio
 from megatron_scalebio.methods.bounds import at_bounds, bounds_of, prior_of
 from megatron_scalebio.methods.goals import broken_bound, goals_of, settle
 from megatron_scalebio.methods.scalebio import TrainState
+from tests.core.regression import rows
 from tests.markov import write_problem
 
 # Each of another value than its default.
@@ -159,6 +161,26 @@ def test_a_swing_is_no_part_of_the_weights_that_are_told(u_is_w: bool) -> None:
     assert seen == [[0.125, -0.125]] and told == [[0.75, 0.25]]
     assert goals.swing_V is nothing_V and state.cost.trained == 7
     assert visited == ([] if u_is_w else [3])
+
+
+def test_what_is_in_a_batch_of_few_places_stands_for_its_like(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a step of w alone. The second source is in two batches of five, and weighs 1 / 0.4."""
+    flushed: list[Any] = []
+    one, alone = SimpleNamespace(size=lambda: 1), SimpleNamespace(zero_grad=lambda: None)
+    state: Any = SimpleNamespace(
+        config=config_of(), clock=lambda part: nullcontext(),
+        training=SimpleNamespace(
+            groups=SimpleNamespace(cp=one, dp=one), enter_period=lambda: alone,
+            flush=lambda passes, sources: flushed.extend(passes),
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(update, "step_w", lambda *given: {})
+    picks: Any = SimpleNamespace(inclusion_S=np.array([1.0, 0.4]))
+    update.train_on(state, [rows(0, [0, 0, 1])], picks, torch.tensor([0.75, 0.25]))
+    [only] = flushed
+    assert only.weight_B.tolist() == pytest.approx([0.75 / 2, 0.75 / 2, 0.25 / 0.4])
 
 
 def test_a_bound_is_kept_within_half_a_percent() -> None:
