@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.core.safe_globals import register_safe_globals
 from safetensors.torch import load_file, save_file
 
 from megatron_scalebio.convert.exporter import export_checkpoint
@@ -50,6 +52,10 @@ def test_half_precision_in_shards(tmp_path: Path, name: str, dtype: torch.dtype)
     hf = make(tmp_path / "hf", name, dtype, shards="8KB")
     assert len(list(hf.glob("*.safetensors"))) > 3
     assert there_and_back(hf, tmp_path) == content(hf)
+    register_safe_globals()
+    told = load_common_state_dict(tmp_path / "megatron" / "release")["args"]
+    assert (told.params_dtype, told.bf16) == (dtype, dtype is torch.bfloat16)
+    assert told.fp16 == (dtype is torch.float16)
 
 
 @pytest.mark.parametrize("divisible_by", [1, 8, 128])

@@ -108,14 +108,19 @@ def test_low_bits_are_those_of_all_that_lisa_ever_trains() -> None:
     )
     drawn: list[list[int] | None] = [[0, 1, 2], [1, 2, 3]]
 
+    sizes: list[int] = []  # of the same, where every other rank has the same experts
+
     def size(parallel: dict, lisa: dict, **sections: dict) -> int:
         of_run = config(parallel=parallel, lisa=lisa, **sections)
-        return low_bits_bytes(of_run, Layout.of(of_run, 24, GPU), stage(0), drawn)
+        layout = Layout.of(of_run, 24, GPU)
+        sizes.append(low_bits_bytes(of_run, replace(layout, ep=2), stage(0), drawn))
+        return low_bits_bytes(of_run, layout, stage(0), drawn)
 
     assert size(bf16, lisa) == 200_000_000
     assert size(bf16, lisa, bilevel={"resync_interval": None}) == 400_000_000, "u's own, too"
     assert size(dist, lisa) == 200_000_000 // 6, "DP 2 x CP 3"
     assert size({}, lisa) == size(bf16, {}) == 0
+    assert sizes == [200_000_000, 400_000_000, 200_000_000 // 3, 0, 0]
 
 
 def test_a_stage_keeps_as_many_micro_batches_as_are_under_way() -> None:
@@ -313,6 +318,12 @@ def test_search_tries_every_layout_that_divides_the_devices() -> None:
         assert (p.recompute_method, p.recompute_num_layers) == (
             ("uniform", 1) if full else (None, None)
         )
+    long = config(data={"seq_length": 16384})
+    split = [c.parallel for c in candidates(long, 4, small)]
+    assert {p.context_parallel_size for p in split} == {1, 2, 4}
+    for p in split:  # the ranks of a sequence share the optimizer's state, too
+        ranks = 4 // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
+        assert p.use_distributed_optimizer == (ranks > 1)
 
 
 def test_search_gives_what_it_changed_as_sections() -> None:
