@@ -2,11 +2,12 @@
 
     stage of f frozen and a active layers  =  ends + f · frozen + a · active
 
-This holds for all that is counted, in bytes and FLOPs. The rehearsals give `frozen`, `active`, and
-the `ends`: embedding on the first stage, head and logits on the last, both on the only one. They
-depend on TP, CP and recompute alone, so a search over many layouts needs few. With experts they
-also depend on EP, and on DP: the shards of experts' fp32 masters are dealt among fewer ranks than
-the others'. Where only some layers have experts, each kind of layer has rehearsals of its own.
+This holds for all that a step's memory and time are made of, in bytes and FLOPs; messages between
+stages take none. The rehearsals give `frozen`, `active`, and the `ends`: embedding on the first
+stage, head and logits on the last, both on the only one. They depend on TP, CP and recompute alone,
+so a search over many layouts needs few. With experts they also depend on EP, and on DP: the shards
+of experts' fp32 masters are dealt among fewer ranks than the others'. Where only some layers have
+experts, each kind of layer has rehearsals of its own.
 """
 
 import copy
@@ -174,11 +175,6 @@ def _stage(
     shards = config.parallel.use_distributed_optimizer and not experts  # else in shards already
     shard = layout.dp * layout.cp if shards else 1
     held = {kind: int(sizes[kind] / (shard if kind in (MASTERS, ADAM) else 1)) for kind in KINDS}
-    itemsize = 2 if config.parallel.bf16 else 4
-    boundary = config.train.micro_batch_size * config.data.seq_length * config.model.hidden_size
-    ranks = layout.cp * (layout.tp if config.parallel.sequence_parallel else 1)
-    # Each chunk sends its output on and its gradient back; the model's ends have nobody there.
-    sends = 2 * layout.virtual - (stage == 0) - (stage == layout.pp - 1)
     return StageMemory(
         stage=stage,
         active_layers=tuple(active),
@@ -197,10 +193,7 @@ def _stage(
             max(part.only["communication"] + part.active["communication"] for part in of_here)
         ),
         flops_per_pass=sizes["flops"],
-        sent_per_pass_bytes={
-            **{link: int(sizes[link]) for link in _WITHIN_A_PASS},
-            "PP": sends * boundary * itemsize // ranks,
-        },
+        sent_per_pass_bytes={link: int(sizes[link]) for link in _WITHIN_A_PASS},
         sent_per_step_bytes={
             "DP": int(sizes["DP"])
             if experts
