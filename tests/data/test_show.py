@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_scalebio.cli import main
@@ -40,6 +41,10 @@ def test_show_marks_what_trains_and_says_where_it_is_from(
     assert main(["show", str(folder), "--rows", "2"]) == 0
     said = capsys.readouterr().out
     assert f"{source}:1\n" in said and f"{source}:4\n" in said
+    told = re.findall(r"^([01]) of 2 · (\d+) of (\d+) tokens train ·", said, re.M)
+    mask = np.fromfile(folder / "loss_mask.bin", np.uint8)  # of both examples
+    assert [number for number, _, _ in told] == ["0", "1"]
+    assert [sum(int(each[k]) for each in told) for k in (1, 2)] == [mask.sum(), len(mask)]
     assert "user\nOne [x]?<|im_end|>\n<|im_start|>assistant\n⟦Yes<|im_end|>⟧\n" in said
     assert "left out: 1 no_target" in said and f"  {source}:2: no_target\n" in said
     assert "left out: 1 missing field" in said and f"  {source}:3: missing field 'messages" in said
@@ -47,6 +52,7 @@ def test_show_marks_what_trains_and_says_where_it_is_from(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line.get("line") for line in lines] == [4, None, None]
     assert lines[0]["pieces"][-1] == {"text": "No<|im_end|>", "trains": True}
+    assert (str(lines[0]["targets"]), str(lines[0]["tokens"])) == told[1][1:]
     assert lines[0]["text"] == "".join(piece["text"] for piece in lines[0]["pieces"])
     assert [line["left_out"]["line"] for line in lines[1:]] == [2, 3]
 

@@ -216,6 +216,9 @@ def test_a_stopped_run_goes_on(tmp_path: Path, hf_folder: Path, judge: Any) -> N
     evaluate(hf_folder, whole, *words)
     evaluate(hf_folder, out, "--mt-bench", questions, "--limit", 1)
     answers, judgments = (out / f"mt_bench/{name}.jsonl" for name in ("answers", "judgments"))
+    assert [each["question_id"] for each in RecordsLog(answers).records] == [
+        QUESTIONS[0]["question_id"]
+    ]
     with open(answers, "a") as file:
         file.write('{"question_id": 101, "cho')  # the power went out here
     judge.requests.clear()

@@ -18,6 +18,7 @@ from megatron_scalebio.methods import example_scores
 from megatron_scalebio.methods.example_scores import (
     VISIT,
     ExampleVisits,
+    _told,
     gains,
     scores,
     without_steps,
@@ -176,6 +177,10 @@ def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert told["told"] == (
         "6 examples scored in 5 visits; 3 never visited: each has its source's score; the spread "
         "of their means that is not noise: 100% in a"
+    )
+    assert _told(5, 9, 0, {"a": 0.25, "b": None, "c": 0.75}) == (
+        "5 examples scored in 9 visits; the spread of their means that is not noise: 75% in c, 25% "
+        "in a"
     )
     found = read_example_weights(tmp_path)
     assert found.sources.tolist() == ["a", "b"] and found.offsets.tolist() == [0, 3, 6]
