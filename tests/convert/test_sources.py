@@ -17,7 +17,7 @@ from megatron_scalebio.convert.importer import import_checkpoint
 from megatron_scalebio.convert.layout import OutTensor, fresh_layout
 from megatron_scalebio.convert.safetensors_file import read_header
 from megatron_scalebio.convert.source import open_source
-from tests.convert.models import content, dress, edit_json, make
+from tests.convert.models import content, convert, dress, edit_json, make
 
 
 def there_and_back(hf: Path, folder: Path, **options: Any) -> Path:
@@ -148,7 +148,10 @@ def test_code_and_foreign_weights_stay_behind(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_dtype_that_is_asked_for(tmp_path: Path, asked: str, dtype: torch.dtype) -> None:
     hf = make(tmp_path / "hf", "llama", torch.bfloat16, shards="8KB")
-    back = there_and_back(hf, tmp_path, dtype=asked)
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    assert convert("import", "--hf", hf, "--save", megatron) == 0
+    words = ("--load", megatron, "--hf-reference", hf, "--save", back, "--dtype", asked)
+    assert convert("export", *words) == 0
     want = {name: tensor.to(dtype) for name, tensor in tensors_in(hf).items()}
     assert_same_tensors(tensors_in(back), want)
     assert json.loads((back / "config.json").read_text())["dtype"] == str(dtype)[6:]
