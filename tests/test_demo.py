@@ -71,7 +71,7 @@ def test_demo_finds_the_known_mixture(demo: tuple[Path, str]) -> None:
     for name in ("weights.json", "blend.txt", "report.html", "tensorboard"):
         assert (run / name).exists()
         assert name in said
-    [told] = re.findall(r"L1 distance from the known mixture: ([\d.]+)", said)
+    [told] = re.findall(r"distance from the known mixture: ([\d.]+)", said)
     assert float(told) == pytest.approx(away, abs=0.00051)
     for name, weight in learned.items():
         [row] = [line.split() for line in said.splitlines() if line.split()[:1] == [name]][-1:]

@@ -274,7 +274,7 @@ def test_the_console_shows_the_run_in_the_numbers_of_its_files(folder: Path) -> 
         assert [*row, shown_percent(KNOWN[name])] in lines
     assert ["source", "weight", "80%", "interval", "initial", "natural", "known"] in lines
     away = sum(abs(e["weight"] - KNOWN[e["name"]]) for e in content["sources"])
-    assert f"L1 distance from the known mixture: {away:.3f}" in said
+    assert f"distance from the known mixture: {away:.3f}" in said
     assert "12 of 10 training and 6 validation sequences" in said
     assert "eg lr 0.3, alpha 7" in said
     assert "without loss masks, so that prompts train too" in said

@@ -166,7 +166,9 @@ class RunConsole:
             self._sets(weights["validation"])
         if known:
             distance = sum(abs(e["weight"] - known.get(e["name"], 0.0)) for e in ranked)
-            self._print(f"L1 distance from the known mixture: {distance:.3f}")
+            self._print(
+                f"distance from the known mixture: {distance:.3f} (sum of absolute differences)"
+            )
         if weights.get("groups"):
             self._groups(weights, confidence)
         if "confidence" in weights:  # of methods that can tell

@@ -42,7 +42,7 @@ def test_plain_lines_every_interval(make_run: Callable[..., Path]) -> None:
     assert [line.split()[1] for line in steps] == ["1/20", "10/20", "20/20"]
     assert "validation " in steps[0] and "ETA " in steps[0] and "gpt4_alpaca" in steps[0]
     assert any("known" in line and "95% interval" in line for line in lines)
-    assert any(line.startswith("L1 distance from the known mixture") for line in lines)
+    assert any(line.startswith("distance from the known mixture") for line in lines)
     assert any(line.split() == ["report", str(run / "report.html")] for line in lines)
     assert "\x1b" not in out.getvalue()
 
@@ -127,7 +127,8 @@ def test_the_largest_sources_are_shown_and_all_are_counted() -> None:
     assert [line.split()[0] for line in shown[:15]] == [f"s{i}" for i in range(19, 4, -1)]
     distance = sum(abs(weight - 0.05) for weight in learned)
     assert shown[15:] == [
-        "... and 5 more sources", f"L1 distance from the known mixture: {distance:.3f}",
+        "... and 5 more sources",
+        f"distance from the known mixture: {distance:.3f} (sum of absolute differences)",
     ]  # fmt: skip
 
 
