@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 import yaml
 from rich.console import Console
 
+from megatron_scalebio.commands.compare import _joined_with_earlier
 from megatron_scalebio.compare import plot
-from megatron_scalebio.compare.config import CompareConfig, load
+from megatron_scalebio.compare.config import CompareConfig, load, resolved_text
 from megatron_scalebio.compare.page import advice, headline, write_page
 from megatron_scalebio.compare.results import collect, progress, spread, write
 from megatron_scalebio.compare.stages import Plan, seconds_left
@@ -158,6 +160,14 @@ def test_every_option_reaches_its_stage(plan: Plan, tmp_path: Path) -> None:
         assert option(export, "--load") == str(run.folder / "train" / "checkpoints")
         assert option(benchmarks, "--hf") == option(export, "--save")
         assert option(benchmarks, "--tasks") == "gsm8k"
+
+
+def test_variants_and_methods_of_before_stay(plan: Plan) -> None:
+    own = {"slow": {"baseline": {"method": "doge"}}}
+    config = replace(plan.config, methods=["slow"], variants=own)
+    leave(plan.output / "compare.yaml", yaml.safe_load(resolved_text(config)))
+    joined = _joined_with_earlier(plan.config, plan)
+    assert (joined.methods, joined.variants) == (["slow", *plan.config.methods], own)
 
 
 def mean_and_sd(values: list[float]) -> dict[str, float]:

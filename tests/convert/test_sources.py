@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_scalebio.convert.exporter import export_checkpoint
 from megatron_scalebio.convert.importer import import_checkpoint
 from megatron_scalebio.convert.layout import OutTensor, fresh_layout
+from megatron_scalebio.convert.megatron_reader import padding_multiple
 from megatron_scalebio.convert.safetensors_file import read_header
 from megatron_scalebio.convert.source import open_source
 from tests.convert.models import content, convert, dress, edit_json, make
@@ -149,7 +150,9 @@ def test_code_and_foreign_weights_stay_behind(tmp_path: Path) -> None:
 def test_dtype_that_is_asked_for(tmp_path: Path, asked: str, dtype: torch.dtype) -> None:
     hf = make(tmp_path / "hf", "llama", torch.bfloat16, shards="8KB")
     megatron, back = tmp_path / "megatron", tmp_path / "back"
-    assert convert("import", "--hf", hf, "--save", megatron) == 0
+    padded = ("--make-vocab-size-divisible-by", 8, "--tensor-model-parallel-size", 2)
+    assert convert("import", "--hf", hf, "--save", megatron, *padded) == 0
+    assert padding_multiple(megatron / "release") == 16
     words = ("--load", megatron, "--hf-reference", hf, "--save", back, "--dtype", asked)
     assert convert("export", *words) == 0
     want = {name: tensor.to(dtype) for name, tensor in tensors_in(hf).items()}

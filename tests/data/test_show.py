@@ -64,6 +64,11 @@ def test_examples_beyond_the_last_are_not_nothing(
     assert main(["show", str(folder), "--from", "1"]) == 2
     assert "--from: 1 is beyond the last example (give 0 or less)" in capsys.readouterr().err
     assert main(["show", str(folder), "--from", "0"]) == 0
+    told = json.loads((folder / "source.json").read_text())
+    told["tokenizer"]["model"] = str(tmp_path / "moved away")
+    (folder / "source.json").write_text(json.dumps(told))
+    assert main(["show", str(folder)]) == 2
+    assert main(["show", str(folder), "--tokenizer", str(byte_level)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def search_and_compare(folder: str) -> None:
 def plan_without_data(folder: str) -> None:
     """bf16, fp32 and a device that is nearly full; no source is named."""
     path = small_config(Path(folder), data={"sources": [], "validation": []})
-    for name, words in (("bf16", []), ("fp32", ["--no-bf16"])):
+    for name, words in (("bf16", ["--mfu", 0.3]), ("fp32", ["--no-bf16"])):
         out = Path(folder) / f"{name}.json"
         note(Path(folder), name, command("plan", "--config", path, *words, "--json", out))
 
@@ -178,7 +178,7 @@ def test_a_plan_needs_no_data_and_knows_fp32(tmp_path: Path) -> None:
         assert noted(tmp_path, name) == (0, "")
         costs[name] = json.loads((tmp_path / f"{name}.json").read_text())["cost"]
     slower = costs["fp32"]["compute_s"] / costs["bf16"]["compute_s"]
-    assert slower == pytest.approx(989 / 67, rel=1e-6)
+    assert slower == pytest.approx(989 / 67 * 0.3 / 0.4, rel=1e-6), "0.4 where none is stated"
     assert costs["bf16"]["run_s"] == pytest.approx(20 * costs["bf16"]["step_s"])
 
 

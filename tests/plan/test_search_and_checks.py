@@ -7,7 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from megatron_scalebio.commands import plan as command
+from megatron_scalebio.errors import UserError
 from megatron_scalebio.plan import checks, search
 from megatron_scalebio.plan.checks import Built, problems
 from megatron_scalebio.plan.planner import MIN_HEADROOM
@@ -34,6 +37,19 @@ def test_a_search_proposes_the_first_that_has_the_headroom_when_rehearsed(
     found = search.search(config(), 8, GPU, 0.4, lambda layout: None)
     assert found.best is not None and found.best.name == "c"  # type: ignore[attr-defined]
     assert found.best_config is estimates[2].config and found.fewest == 3
+
+
+def test_a_search_is_for_the_devices_and_the_mfu_that_are_stated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def look(of_run: Any, gpus: int, gpu: Any, mfu: float, on_layout: Any) -> None:
+        raise UserError(f"{gpus} x {gpu.name} at {mfu}")
+
+    monkeypatch.setattr(search, "search", look)
+    for gpus, count in ((None, 8), (3, 3)):
+        args: Any = SimpleNamespace(gpu="h200", gpus=gpus, mfu=0.3)
+        with pytest.raises(UserError, match=f"^{count} x h200 at 0.3$"):
+            command._search(args, config(), Console(quiet=True))
 
 
 @pytest.mark.parametrize(("estimated", "rehearsed"), [(0.51, ["a", "b"]), (0.49, ["a"])])
