@@ -7,6 +7,7 @@ import difflib
 import importlib
 import logging
 import os
+import re
 import select
 import sys
 import warnings
@@ -63,6 +64,10 @@ class _Parser(argparse.ArgumentParser):
     usual: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
+        choice = re.fullmatch(r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", message)
+        if choice:
+            flag, value, known = choice.groups()
+            raise UserError(f"{flag}: {value} is not a choice (choose from {known})")
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def format_help(self) -> str:
@@ -148,12 +153,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             sub.usual = getattr(stage, "USUAL", ())
             if sub.usual:
                 sub.add_argument("--help-all", action=_HelpAll, nargs=0, help="every option")
+    known = ["--"]
+    if asked:
+        known += [f for action in commands.choices[asked]._actions for f in action.option_strings]
+        # Before argparse misses the flag that one of these was meant to be.
+        flags = [word for word in argv[argv.index(asked) + 1 :] if word.startswith("--")]
+        _refuse([flag for flag in flags if flag.partition("=")[0] not in known], known)
     args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        actions = commands.choices[args.command]._actions
-        known = [flag for action in actions for flag in action.option_strings]
-        raise UserError(f"unknown argument {unknown[0]!r} ({_nearest(unknown[0], known)})")
+    _refuse(unknown, known)
     return args
+
+
+def _refuse(unknown: list[str], known: list[str]) -> None:
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r} ({_nearest(unknown[0], known)})")
 
 
 @contextmanager

@@ -36,8 +36,12 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     (["--lr", "-1"], "--lr: -1.0 must be above 0"),
     (["--lrr", "1"], "unknown argument '--lrr' (did you mean --lr?)"),
+    (["--lrr=1"], "unknown argument '--lrr=1' (did you mean --lr?)"),
     (["--global-batchsize=8"], "did you mean --global-batch-size?"),
-    (["--mixture-optimizer", "sgd"], "invalid choice: 'sgd'"),
+    (
+        ["--mixture-optimizer", "sgd"],
+        "--mixture-optimizer: 'sgd' is not a choice (choose from 'eg', ",
+    ),
     (["--sources", "a"], "'a' is not NAME=PATH"),
     (["--known-weights", "a=much"], "'a=much' is not NAME=WEIGHT"),
     (["--train-iters"], "argument --train-iters: expected one argument"),
