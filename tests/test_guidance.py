@@ -157,7 +157,7 @@ def test_init_tells_languages_apart(here: Path) -> None:
         (["raw/math"], "raw/math: one source alone beside the validation and test sets (found: "),
         (["none"], "none: no source beside the validation and test sets (found: nothing"),
         (["raw", "--hf", "raw"], "raw/config.json: No such file"),
-        (["odd"], "odd/数学.json: '' cannot name a source or a set (use letters"),
+        (["odd"], "odd/数学.json: '' cannot name a source or a set (use A-Z"),
     ],
 )
 def test_init_refuses(here: Path, capsys: Capture, words: list[str], answer: str) -> None:
