@@ -50,6 +50,8 @@ class EncodeConfig(RecordOptions):
     def repeated(self) -> dict[str, Any]:
         """The options that make the same examples of the same records, for ``source.json``."""
         options = {name: getattr(self, name) for name in REPEATED}
+        options["columns"] = [list(pair) for pair in self.columns]
+        options["ignore_fields"] = list(self.ignore_fields)
         if self.chat_template is not None and Path(self.chat_template).is_file():
             options["chat_template"] = str(Path(self.chat_template).absolute())
         return options
