@@ -155,13 +155,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 sub.add_argument("--help-all", action=_HelpAll, nargs=0, help="every option")
     known = ["--"]
     if asked:
-        known += [f for action in commands.choices[asked]._actions for f in action.option_strings]
+        known += _flags(commands.choices[asked])
         # Before argparse misses the flag that one of these was meant to be.
         flags = [word for word in argv[argv.index(asked) + 1 :] if word.startswith("--")]
         _refuse([flag for flag in flags if flag.partition("=")[0] not in known], known)
     args, unknown = parser.parse_known_args(argv)
     _refuse(unknown, known)
     return args
+
+
+def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Those of a command, and of what it does by another word, as `convert import`."""
+    for action in parser._actions:
+        yield from action.option_strings
+        if isinstance(action.choices, dict):  # parsers, by the other word
+            for each in action.choices.values():
+                yield from _flags(each)
 
 
 def _refuse(unknown: list[str], known: list[str]) -> None:
