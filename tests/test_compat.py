@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import subprocess
@@ -157,10 +158,20 @@ def products_of_bf16() -> dict[str, list[float]]:
         assert result.dtype is dtype
         return [result.detach().double(), *(part.grad.double() for part in parts)]
 
-    before = {name: product(name, torch.float32) for name in made}
+    made_in_fp32, calls = cpu._in_fp32, []
+
+    def counted(kernel: Any) -> Any:
+        multiply = made_in_fp32(kernel)
+        return lambda *given, **named: calls.append(kernel) or multiply(*given, **named)
+
+    cpu._in_fp32 = counted
     torch.backends.cpu.get_cpu_capability = lambda: "AVX2"
-    assert cpu.multiply_bf16_in_fp32() is not None
-    return {
+    runtime.start(load_config(None, {}))
+    before = {name: product(name, torch.float32) for name in made}
+    assert not calls, "a model in fp32 is left alone"
+    runtime.start(load_config(None, {"parallel": {"bf16": True}}))
+    gc.collect()
+    found = {
         name: [
             max(float((a - b).norm() / b.norm()) for a, b in zip(*both, strict=True))
             for both in (
@@ -170,6 +181,8 @@ def products_of_bf16() -> dict[str, list[float]]:
         ]
         for name in made
     }
+    assert len(set(calls)) == len(PRODUCTS), "each goes by its own kernel"
+    return found
 
 
 @pytest.mark.distributed

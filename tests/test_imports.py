@@ -186,6 +186,21 @@ def test_the_mathematics_of_the_mixture_needs_no_ranks(path: Path) -> None:
     assert "torch.distributed" not in path.read_text()
 
 
+def test_commands_import_megatron_lightly() -> None:
+    """Their late imports are those that load it."""
+    found = 0
+    for path in (PACKAGE / "commands").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+        blocks = [node for node in nodes if isinstance(node, ast.With)]
+        blocks = [node for node in blocks if "light_imports" in ast.unparse(node.items[0])]
+        late = {n for each in functions for n in ast.walk(each) if isinstance(n, ast.ImportFrom)}
+        light = {n for block in blocks for n in block.body}
+        assert late <= light, path
+        found += len(late)
+    assert found >= 10
+
+
 @pytest.mark.parametrize("stage", ["reweight", "train"])
 def test_a_wrong_option_does_not_wait_for_megatron(stage: str) -> None:
     code = (
