@@ -47,6 +47,13 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE") or tasks or 1)
 
 
+def cores() -> int:
+    """The cores that this process may use, its share of those that torchrun's ranks share."""
+    open_to_it = hasattr(os, "sched_getaffinity")
+    found = len(os.sched_getaffinity(0)) if open_to_it else os.cpu_count() or 1
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
 def adopt_slurm_variables() -> None:
     """Gives torch the rendezvous that SLURM's own variables describe."""
     for ours, slurms in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS")):

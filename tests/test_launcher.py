@@ -49,6 +49,13 @@ def test_ranks_are_those_that_a_launcher_started(
             assert here.size == 1
 
 
+def test_ranks_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
+    for ranks, share in (("", 6), ("2", 3), ("4", 1), ("8", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert launcher.cores() == share
+
+
 @pytest.mark.parametrize(
     ("environment", "waits"),
     [

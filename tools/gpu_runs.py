@@ -21,6 +21,8 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "packing-lisa": ("reweight", ["--packing", "--lisa-layers", "1", "--lisa-interval", "5"]),
     "experts": ("reweight", EXPERTS),
     "experts-lisa": ("reweight", [*EXPERTS, "--lisa-layers", "1", "--lisa-interval", "5"]),
+    "routing-replay": ("reweight", [*EXPERTS, "--moe-enable-routing-replay"]),
+    "group-sources": ("reweight", ["--group-sources", "2"]),
     "sharded": ("reweight", SHARDED),
     "async-save": ("reweight", ["--async-save"]),
     "train": ("train", []),
@@ -31,12 +33,16 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 }
 KINDS = {"local": ["--transformer-impl", "local"], "te": [], "te-bf16": ["--bf16"]}
 FAMILY_KINDS = {"local": ("local", False), "te": ("auto", False), "te-bf16": ("auto", True)}
-# Megatron's groups have the backend that is asked for here; NCCL wants a card for each rank.
+# Megatron's groups have the backend that is asked for here; NCCL wants a card for each rank. Of
+# tensors on a card gloo can't reduce several at a time, nor send one to a pipeline's next stage.
 ON_ONE_CARD = """
+import contextlib
 import sys
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
 joined = dist.init_process_group
 dist.init_process_group = lambda backend, **more: joined(backend.replace("nccl", "gloo"), **more)
+param_and_grad_buffer._coalescing_manager = lambda group, async_ops: contextlib.nullcontext()
 if __name__ == "__main__":  # the processes that write checkpoints import this file
     from megatron_scalebio.cli import main
     sys.exit(main(sys.argv[1:]))
@@ -44,7 +50,6 @@ if __name__ == "__main__":  # the processes that write checkpoints import this f
 LAYOUTS = {
     "dp2": [], "dp2-lisa": ["--lisa-layers", "1", "--lisa-interval", "5"],
     "tp2": ["--tensor-model-parallel-size", "2"],
-    "pp2": ["--pipeline-model-parallel-size", "2"],
 }  # fmt: skip
 
 

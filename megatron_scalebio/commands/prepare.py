@@ -24,10 +24,11 @@ from megatron_scalebio import launcher
 from megatron_scalebio.config.checks import by_name
 from megatron_scalebio.data.encode_config import BAD_RECORDS, TOO_LONG
 from megatron_scalebio.data.inputs import parse_inputs
-from megatron_scalebio.data.prepare import PrepareConfig, Progress, cores, prepare
+from megatron_scalebio.data.prepare import PrepareConfig, Progress, prepare
 from megatron_scalebio.data.record_fields import ALL_FIELDS, FORMATS, parse_columns
 from megatron_scalebio.data.source_writer import LEFT_OUT_FILE
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, sigterm_interrupts
+from megatron_scalebio.launcher import cores
 
 USUAL = (
     "--input", "--out", "--tokenizer", "--train-sentencepiece", "--seq-length", "--chat-template",

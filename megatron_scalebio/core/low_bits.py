@@ -26,6 +26,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_scalebio.core.collectives import device
 
 _KEPT = "_low_bits"
+# Random numbers are drawn one after another on the host, and repeated from here on: of billions of
+# weights that would take minutes. Odd, so that columns of a matrix do not repeat from row to row.
+_DRAWN = 2**20 + 7
 # Of a parameter: the ranks that share its masters.
 SharingGroup = Callable[[torch.nn.Parameter], dist.ProcessGroup | None]
 
@@ -95,7 +98,7 @@ def keep_part(
     rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
     size = bits.numel()
     start, stop = size * rank // ranks, size * (rank + 1) // ranks
-    setattr(parameter, _KEPT, LowBits(start, bits.flatten()[start:stop].cpu().clone()))
+    setattr(parameter, _KEPT, LowBits(start, bits.flatten()[start:stop].clone().cpu()))
 
 
 def dither(parameter: torch.nn.Parameter, seed: int, group: dist.ProcessGroup | None) -> None:
@@ -103,14 +106,15 @@ def dither(parameter: torch.nn.Parameter, seed: int, group: dist.ProcessGroup | 
 
     From bits of zero, w and u would move for hundreds of steps at a learning rate of 1e-6 before
     bf16 passes see a difference. From random ones some weights change with every step, and passes
-    see on average what the masters do. A function of seed and place alone, so that w and u, and
-    tied weights on two pipeline stages, start alike.
+    see on average what the masters do. A function of seed and place alone, on any device, so that w
+    and u, and tied weights on two pipeline stages, start alike.
     """
     if kept(parameter) is None:
-        generator = torch.Generator().manual_seed(seed)
-        bits = torch.empty(parameter.shape, dtype=torch.int16)
-        bits.random_(-(2**15), 2**15, generator=generator)
-        bits[parameter.detach().cpu() == 0] = 0  # and stays zero: its lower half step is beyond it
+        size = parameter.numel()
+        drawn = torch.empty(min(size, _DRAWN), dtype=torch.int16)
+        drawn.random_(-(2**15), 2**15, generator=torch.Generator().manual_seed(seed))
+        bits = drawn.to(parameter.device).repeat(-(-size // _DRAWN))[:size].view_as(parameter)
+        bits[parameter == 0] = 0  # and stays zero: its lower half step is beyond it
         keep_part(parameter, bits, group)
 
 

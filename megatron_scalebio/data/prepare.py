@@ -41,6 +41,7 @@ from megatron_scalebio.data.source_writer import (
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.data.train_tokenizer import train_sentencepiece
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.launcher import cores
 
 DROPPED = ("no_target", "empty", "too_long", "prompt_too_long")
 _BATCH_BYTES = 1 << 18
@@ -310,13 +311,6 @@ def _workers(config: PrepareConfig, input_bytes: int) -> int:
     if config.workers:
         return min(config.workers, cores())
     return max(1, min(cores(), input_bytes // _BYTES_A_WORKER))
-
-
-def cores() -> int:
-    """The cores that this process may use: more processes than that slow each other down."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _file_size(path: Path) -> int:

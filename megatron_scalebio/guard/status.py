@@ -120,18 +120,21 @@ class Status:
 
 
 class Stillness:
-    """How long this rank stands still, counted by looks: one that is late counts for one."""
+    """How long this rank stands still, seen by one look after another."""
 
-    def __init__(self, interval_s: float) -> None:
-        self._interval_s = interval_s
+    def __init__(self) -> None:
         self._marks, self._collective = -1, ""
         self.still_s = self.waiting_s = 0.0
 
-    def look(self, place: Place) -> None:
+    def look(self, place: Place, since_s: float) -> None:
+        """Args:
+        since_s: the last look. One that comes late, of a process that was stopped, say, tells of
+            no more than the usual time.
+        """
         moved = PROGRESS.marks != self._marks
-        self.still_s = 0.0 if moved else self.still_s + self._interval_s
+        self.still_s = 0.0 if moved else self.still_s + since_s
         waits = place.collective != "" and place.collective == self._collective and not moved
-        self.waiting_s = self.waiting_s + self._interval_s if waits else 0.0
+        self.waiting_s = self.waiting_s + since_s if waits else 0.0
         self._marks, self._collective = PROGRESS.marks, place.collective
 
 

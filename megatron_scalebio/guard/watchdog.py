@@ -74,8 +74,9 @@ class Watchdog:
         self._store = dist.PrefixStore(f"watchdog/{_generation}", store)
         self._store.set_timeout(datetime.timedelta(seconds=max(10.0, 5 * beat_s)))
         self._own = Status(self._rank, Process.this())
-        self._stillness = Stillness(beat_s)
-        self._seen: dict[int, tuple[Status, int]] = {}  # and for how many looks it is the same
+        self._stillness = Stillness()
+        self._since_s = 0.0  # the last look, at most a beat
+        self._seen: dict[int, tuple[Status, float]] = {}  # and for how long it is the same
         self._neighbour: int | None = None
         self._keeper = self._own  # rank 0's status, which is gone with its store
         self._wake, self._stopped, self._told = (threading.Event() for _ in range(3))
@@ -139,12 +140,19 @@ class Watchdog:
                 self._tell()
             if self._told.is_set():
                 return
-            self._wake.wait(self._beat_s / 4 if self._pending else self._beat_s)
-            self._wake.clear()
+            self._since_s = self._rest()
+
+    def _rest(self) -> float:
+        """Until the next look is due, or asked for. For how long; a late one counts as due."""
+        due_s = self._beat_s / 4 if self._pending else self._beat_s
+        start = time.monotonic()
+        self._wake.wait(due_s)
+        self._wake.clear()
+        return min(time.monotonic() - start, due_s)
 
     def _publish(self, state: str, error: str = "") -> None:
         place = Place.now()
-        self._stillness.look(place)
+        self._stillness.look(place, self._since_s)
         self._own = Status(
             self._rank, self._own.process, self._own.beat + 1, state, PROGRESS.step, PROGRESS.phase,
             str(place), PROGRESS.marks, self._stillness.still_s, self._stillness.waiting_s,
@@ -180,17 +188,17 @@ class Watchdog:
         if self._board and self._rank == 0:
             self._board.tell(ranks)
         for status in ranks:
-            before, looks = self._seen.get(status.rank, (None, 0))
-            self._seen[status.rank] = (status, looks + 1 if status == before else 0)
+            before, silent_s = self._seen.get(status.rank, (None, 0.0))
+            self._seen[status.rank] = (status, silent_s + self._since_s if status == before else 0)
         over = stalled(ranks, self._timeout_s)
-        for status, looks in self._seen.values():
-            silent_s = looks * self._beat_s
+        grace_s = _GRACE_BEATS * self._beat_s
+        for status, silent_s in self._seen.values():
             bound_s = min(_SILENT_S, self._timeout_s)
             if status.phase not in STEP_PHASES:
                 bound_s = self._timeout_s
-            if over and looks >= _GRACE_BEATS:
+            if over and silent_s >= grace_s:
                 bound_s = 0.0
-            if status.state == FAILED and (looks >= _GRACE_BEATS or self._pending):
+            if status.state == FAILED and (silent_s >= grace_s or self._pending):
                 return self._judge_failed(status, ranks)
             if status.state == RUNNING and silent_s >= bound_s and status.rank != self._rank:
                 return self._judge_gone(status, f"gives no sign of life for {silent_s:.0f} s")

@@ -15,6 +15,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_scalebio.launcher import cores
+
 # Projections back into the residual stream start smaller, by 1/√(2 · layers) (GPT-2).
 _RESIDUAL_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 # Each is held whole, in fp32, while it is drawn.
@@ -31,8 +33,8 @@ def initialize_weights(
     chunks: Iterable[torch.nn.Module], seed: int, std: float, num_layers: int
 ) -> None:
     """Draws every matrix from N(0, std²); norms and biases stay at one and zero."""
-    # As many tensors at a time as torch may use threads: a generator is served by one.
-    with ThreadPoolExecutor(min(torch.get_num_threads(), _MOST_AT_A_TIME)) as pool:
+    # A generator is served by one thread: a billion weights would take it a quarter of a minute.
+    with ThreadPoolExecutor(min(cores(), _MOST_AT_A_TIME)) as pool:
         draws = []
         for chunk in chunks:
             state = chunk.sharded_state_dict()  # type: ignore[operator]

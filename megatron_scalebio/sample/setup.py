@@ -11,10 +11,10 @@ import numpy as np
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_pool import EncodePool, EncodeSettings
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
-from megatron_scalebio.data.prepare import cores
 from megatron_scalebio.data.sources import ExampleSource
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.launcher import cores
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.contamination import EvaluationIndex, WordIds
 from megatron_scalebio.sample.documents import TokenRows

@@ -69,6 +69,17 @@ def test_a_dithered_master_rounds_to_its_weight_and_lies_anywhere_about_it() -> 
     assert low_bits.kept(parameter) is held, "what has trained has a master"
 
 
+def test_drawn_bits_repeat_aslant_to_the_rows_of_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_bits, "_DRAWN", 807)
+    parameter = torch.nn.Parameter(torch.ones(60, 100, dtype=torch.bfloat16))
+    low_bits.dither(parameter, 5, None)
+    held = low_bits.kept(parameter)
+    assert held
+    assert torch.equal(held.bits[807:1614], held.bits[:807]) and len(held.bits) == 6000
+    assert len(held.bits.view(60, 100).unique(dim=0)) == 60
+    assert held.bits[:807].unique().numel() > 790
+
+
 class Group:
     """Ranks that hold a parameter's masters in stretches, one process for all of them."""
 

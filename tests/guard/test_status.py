@@ -40,15 +40,17 @@ def rank(number: int = 0, **values: Any) -> Status:
     )  # fmt: skip
 
 
-def test_standing_still_and_waiting_are_counted_in_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standing_still_and_waiting_are_summed_from_look_to_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(PROGRESS, "marks", 5)
-    seen, times = Stillness(2.0), []
+    seen, times = Stillness(), []
     for place, moves in (
         (REDUCE, 0), (REDUCE, 0), (REDUCE, 0), (GATHER, 0), (GATHER, 0), (OUTSIDE, 0), (OUTSIDE, 0),
         (REDUCE, 0), (REDUCE, 0), (REDUCE, 1), (REDUCE, 0),
     ):  # fmt: skip
         PROGRESS.marks += moves
-        seen.look(place)
+        seen.look(place, 2.0)
         times.append((seen.still_s, seen.waiting_s))
     assert times == [
         (0, 0), (2, 2), (4, 4), (6, 0), (8, 2), (10, 0), (12, 0), (14, 0), (16, 2), (0, 0), (2, 2),
@@ -130,6 +132,7 @@ class Judge(Watchdog):
 
     def __init__(self, timeout_s: float, pending: BaseException | None = None) -> None:
         self._timeout_s, self._beat_s, self._rank, self._size = timeout_s, 2.0, 0, 3
+        self._since_s = 2.0
         self._seen, self._pending, self._verdict = {}, pending, ""
         self._told, self._board = watchdog.threading.Event(), None
         self.ranks: list[Status] = []

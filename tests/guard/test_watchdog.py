@@ -29,6 +29,7 @@ from megatron_scalebio.guard.watchdog import Watchdog
 from megatron_scalebio.launcher import end_lost
 from megatron_scalebio.progress import PROGRESS
 bad, fault = int(sys.argv[1]), sys.argv[2]
+RANKS = 3  # `bad`: all of them
 dist.init_process_group("gloo")
 def hang():
     time.sleep(3600)
@@ -36,7 +37,9 @@ def fail():
     raise ValueError("of its own")
 def refuse():
     raise UserError("the disk is full")
-faults = {"hang": hang, "fail": fail, "refuse": refuse,
+def misuse():
+    dist.all_reduce(torch.ones(1, dtype=torch.complex64), op=dist.ReduceOp.MAX)
+faults = {"hang": hang, "fail": fail, "refuse": refuse, "misuse": misuse,
           "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
           "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP)}
 try:
@@ -45,7 +48,7 @@ try:
         for step in range(1, 10):
             PROGRESS.step = step
             with PROGRESS.at("data"):
-                if step == 5 and dist.get_rank() == bad:
+                if step == 5 and bad in (dist.get_rank(), RANKS):
                     time.sleep(0.6)  # so that its place is known
                     faults[fault]()
             with PROGRESS.at("flush"):
@@ -126,6 +129,15 @@ def test_the_rank_is_named_and_all_end(bad: int, fault: str, words: str, tmp_pat
     if fault == "hang":
         assert "(all_reduce)" in line, "the collective that they wait in"
     assert ("ValueError" in said[bad]) == (fault == "fail"), "a bug has its traceback"
+
+
+@pytest.mark.distributed
+def test_an_error_of_all_ranks_in_a_collective_is_told_as_it_is(tmp_path: Path) -> None:
+    """Not as a stall: ranks look more often while they ask whose fault it is."""
+    ranks, said, _ = run(RANKS, "misuse", tmp_path)
+    assert [rank.returncode for rank in ranks] == [1] * RANKS, said
+    assert all("complex tensors" in text for text in said), said
+    assert "nothing has moved" not in "".join(said)
 
 
 # ---- who is behind, without processes ---------------------------------------------------------
