@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
 import shlex
@@ -181,6 +182,10 @@ def test_other_settings_are_told_and_not_written_over_an_ended_run(runs: Path) -
     assert code == 2 and f"is the end of a run of other settings: {change} (" in line
     said = ended_well(runs, "longer")
     assert f"warning: continues with other settings: {change}\n" in said
+    [kept] = json.loads((runs / "ended" / "weights.json").read_text())["settings_changed"]
+    assert kept.endswith(f" on: {change}") and kept.startswith("from step ")
+    assert f"warning: learned with other settings {kept}\n" in said
+    assert html.escape(kept) in (runs / "ended" / "report.html").read_text()
 
 
 def test_last_checkpoints_are_kept(runs: Path) -> None:

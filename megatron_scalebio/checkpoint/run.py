@@ -18,10 +18,12 @@ class Run(Protocol):
     Attributes:
         stage: the command; a checkpoint resumes under the same alone.
         step: steps made.
+        changes: from which step on which settings were others than before; a resume adds to them.
     """
 
     config: Config
     stage: str
+    changes: list[str]
 
     @property
     def training(self) -> Training: ...

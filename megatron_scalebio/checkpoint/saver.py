@@ -226,6 +226,8 @@ def _load_whole(state: Run, source: Path) -> list[str]:
     training.leave_period()  # left later, it would write into what is loaded
     _check_shapes(model_state(training.w), source, state.data.vocab_size)
     state.load_common_state(common["run"])
+    if changed:
+        state.changes.append(f"from step {state.step + 1} on: {', '.join(changed)}")
     load_models(training.w, _loaded(training.w, source))
     if training.u is not None:
         wanted = state_of_u_to_load(training.u, _keys(source / BILEVEL))

@@ -157,6 +157,7 @@ class RunState:
     def __init__(self, config: Config, stage: str, cache: Path) -> None:
         self.config, self.stage = config, stage
         self.cost = TokenCost()
+        self.changes: list[str] = []
         self.clock = StepClock()
         self.data = Data(config, cache)
         config.train.resolve_epochs(sum(len(source) for source in self.data.sources))
@@ -227,6 +228,7 @@ class RunState:
             **self.training.common_state(),
             "stage": self.stage,
             "settings": self.settings(),
+            "changes": self.changes,
             "cost": asdict(self.cost),
             "sampler": self.data.sampler.state_dict(),
             "validation_sampler": self.data.validation_sampler.state_dict(),
@@ -242,5 +244,6 @@ class RunState:
     def load_common_state(self, state: dict[str, Any]) -> None:
         self.training.load_common_state(state)
         self.cost = TokenCost(**state["cost"])
+        self.changes = list(state.get("changes", []))  # earlier versions did not keep them
         self.data.sampler.load_state_dict(state["sampler"])
         self.data.validation_sampler.load_state_dict(state["validation_sampler"])

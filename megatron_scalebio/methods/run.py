@@ -84,6 +84,8 @@ def _finish(config: Config, found: Found, job: Job) -> None:
         places["examples"] = folder / EXAMPLE_WEIGHTS_FILE
         console.note(content["example_scores"]["told"])
     console.result(content, places, config.data.known_weights)
+    for change in content.get("settings_changed", []):
+        console.warn(f"learned with other settings {change}")
     if still and found.complete:
         console.warn(still)
     if any(map(has_prompts, found.sources)):

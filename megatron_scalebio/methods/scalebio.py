@@ -125,6 +125,7 @@ def find(config: Config, job: Job) -> Found:
             **({"final_check": state.check.told(state.training.sources)} if state.check else {}),
             **sets,
             **scored,
+            "settings_changed": state.changes,
         },
         at_bound_S=at_bounds(state.training.mixture.constraints, intervals.weight_S.tolist()),
         interaction=interaction,

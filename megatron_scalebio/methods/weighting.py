@@ -82,7 +82,7 @@ def learn(state: WeightingState, job: Job, cost_before: TokenCost | None = None)
         initial_S=initial_S,
         cost=(cost_before or TokenCost()) + state.cost,
         step=state.step,
-        details={"last_weights": state.weight_S.tolist()},
+        details={"last_weights": state.weight_S.tolist(), "settings_changed": state.changes},
     )
 
 

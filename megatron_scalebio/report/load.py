@@ -164,6 +164,10 @@ def _read_weights(path: Path, notices: list[str]) -> Weights | None:
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: has no list 'sources' (restore it from the run)")
     scores = tree.get("example_scores")
+    notices += [
+        f"The weights were learned with other settings {change}."
+        for change in _list(tree, "settings_changed")
+    ]
     return Weights(
         step=int(number_or_none(tree.get("step")) or 0),
         converged=tree.get("converged") is True,
