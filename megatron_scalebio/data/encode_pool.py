@@ -115,11 +115,15 @@ class EncodePool:
             with contextlib.suppress(RuntimeError):
                 self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def encode(self, batch: Batch) -> EncodedBatch:
+        """A batch by itself, in this process."""
+        return encode_batch(batch, self._encoder, self.settings)
+
     def map(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, EncodedBatch]]:
         """Each batch with its encoding, in order."""
         if self._pool is None:
             for batch in batches:
-                yield batch, encode_batch(batch, self._encoder, self.settings)
+                yield batch, self.encode(batch)
             return
         under_way: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
         try:

@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,6 +128,9 @@ def prepare(
             )
             workers = _workers(config, sum(sizes.values()))
             with EncodePool(settings, tokenizer, workers) as pool:
+                if not config.skips_bad:
+                    for source in config.sources:
+                        _Source(source, replace(config, max_examples=1), copies, sizes).look(pool)
                 reports = [
                     _Source(source, config, copies, sizes).prepare(
                         described, pool, staging, on_progress
@@ -193,6 +196,11 @@ class _Source:
             writer.abandon()
         on_progress(Progress(name, total, total, writer.examples, finished=True))
         return report
+
+    def look(self, pool: EncodePool) -> None:
+        """Raises what the first record would: the sources before this one may take hours."""
+        for batch in islice(self._batches(), 1):
+            pool.encode(batch)
 
     def _add(self, writer: SourceWriter, batch: Batch, encoded: EncodedBatch) -> None:
         number = self.source.files.index(Path(batch.path))

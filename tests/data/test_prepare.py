@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,20 @@ def test_errors_of_workers_name_file_and_line(tmp_path: Path, sentence_piece: Pa
             prepare(config(tmp_path / "out", sentence_piece, source, workers=workers))
         assert str(error.value).startswith(f"{source}:4001: missing field 'output'")
         assert not (tmp_path / "out").exists()
+
+
+def test_a_first_record_at_fault_is_found_before_any_source_is_tokenized(
+    tmp_path: Path, sentence_piece: Path
+) -> None:
+    good = write_jsonl(tmp_path / "a.jsonl", DIALOGUES)
+    bad = write_jsonl(tmp_path / "b.jsonl", [{**DIALOGUES[0], "output": 5}, *DIALOGUES])
+    seen: list[Progress] = []
+    sources = (SourceInput("good", (good,)), SourceInput("bad", (bad,)))
+    two = replace(config(tmp_path / "out", sentence_piece, good), sources=sources)
+    with pytest.raises(UserError, match=r"b\.jsonl:1: .*'output'"):
+        prepare(two, seen.append)
+    assert not seen
+    assert [report["examples"] for report in prepare(replace(two, bad_records="skip"))] == [3, 3]
 
 
 def test_directory_and_several_files_in_sorted_order(tmp_path: Path, sentence_piece: Path) -> None:
