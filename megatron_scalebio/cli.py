@@ -226,5 +226,7 @@ _ELSEWHERE = {
 def _nearest(flag: str, known: list[str]) -> str:
     if (ours := _ELSEWHERE.get(flag.partition("=")[0])) in known:
         return f"did you mean {ours}?"
+    if flag.endswith((".yaml", ".yml")) and "--config" in known:
+        return f"did you mean --config {flag}?"
     near = difflib.get_close_matches(flag.partition("=")[0], known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else "see --help"

@@ -37,6 +37,7 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--lr", "-1"], "--lr: -1.0 must be above 0"),
     (["--lrr", "1"], "unknown argument '--lrr' (did you mean --lr?)"),
     (["--lrr=1"], "unknown argument '--lrr=1' (did you mean --lr?)"),
+    (["run.yaml"], "unknown argument 'run.yaml' (did you mean --config run.yaml?)"),
     (["--global-batchsize=8"], "did you mean --global-batch-size?"),
     (
         ["--mixture-optimizer", "sgd"],
