@@ -7,6 +7,8 @@
     thirds    bilevel in units of a plain step of m micro-batches: an ordinary step on the batch
     host      sampling, reduction of losses, λ, log lines: what is not Megatron
     sources   1,000 sources against 5, same tokens, logging included
+    head      half of the labels count: bilevel with all logits, and with Megatron's or Transformer
+              Engine's fused cross-entropy, in units of bilevel as it is (`--vocab-size`)
     examples  bilevel with scores of single examples in units of the same without
     pipeline  one flush against three flushes on two pipeline stages (starts two ranks)
 
@@ -23,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,8 +33,10 @@ from typing import Any
 import numpy as np
 import torch
 from common import add_precision_arguments, build, precision, table, write_json
+from megatron.core.utils import unwrap_model
 from plain import PlainTraining
 
+from megatron_scalebio.core import batch as core_batch
 from megatron_scalebio.core import training
 from megatron_scalebio.core.flush import flush
 from megatron_scalebio.core.twin import forget_weight_copies
@@ -55,14 +60,17 @@ BARS = {
 Seconds = tuple[float, float]  # wall, CPU
 
 
-def write_data(folder: Path, sources: int, seq_length: int) -> dict[str, Any]:
-    """Random tokens: the cost does not depend on what they say."""
+def write_data(
+    folder: Path, sources: int, seq_length: int, labelled: float = 1.0
+) -> dict[str, Any]:
+    """Random tokens, of which the last, by this share, count: the cost does not depend on more."""
     draw = np.random.default_rng(1).integers
     each = max(4, 400 // sources)
 
     def entry(name: str, examples: int) -> dict[str, str]:
         rows = list(draw(VOCAB, size=(examples, seq_length + 1)))
-        return {"name": name, "path": write_source(folder, name, rows)}
+        mask = np.arange(seq_length + 1) >= (1 - labelled) * seq_length
+        return {"name": name, "path": write_source(folder, name, rows, [mask] * examples)}
 
     return {
         "seq_length": seq_length,
@@ -82,6 +90,7 @@ def settings(data: dict, args: Any, **sections: dict) -> dict[str, dict]:
             **({"ffn_hidden_size": args.ffn} if args.ffn else {}),
             **(_experts(args.experts, args.hidden) if args.experts else {}),
             "transformer_impl": args.transformer_impl,
+            **({"make_vocab_size_divisible_by": args.vocab_size} if args.vocab_size else {}),
         },
         "parallel": precision(args),
         "logging": {"log_interval": 10**6},
@@ -275,6 +284,26 @@ def single_examples(folder: Path, args: Any) -> dict[str, dict[str, float]]:
     return {"examples": ratio(times, "with", "without")}
 
 
+def head(folder: Path, args: Any) -> dict[str, dict[str, float]]:
+    """Other ways from the last layer to the losses, where half of the labels count."""
+    data = write_data(folder / "head", 5, args.seq_length, labelled=0.5)
+    state = build(settings(data, args), folder)
+    models = [chunk for chunks in state.training.models.values() for chunk in chunks]
+    configs = [unwrap_model(chunk).config for chunk in models]
+    labelled = core_batch.labelled_positions
+
+    def step(kind: str) -> None:
+        core_batch.labelled_positions = (lambda mask: None) if kind == "all" else labelled
+        for config in configs:
+            config.cross_entropy_loss_fusion = kind in ("native", "te")
+            config.cross_entropy_fusion_impl = kind
+        train_step(state)
+
+    kinds = ["as it is", "all", "native", *(["te"] if torch.cuda.is_available() else [])]
+    times = interleave({kind: partial(step, kind) for kind in kinds}, args.rounds)
+    return {f"head, {kind}": ratio(times, kind, "as it is") for kind in kinds[1:]}
+
+
 def pipeline_rank(folder: str, data: dict, args: Any) -> None:
     """One of two pipeline stages: one flush and three flushes of the same passes in turns."""
     parallel = {"pipeline_model_parallel_size": 2, "bf16": args.bf16}
@@ -314,6 +343,7 @@ PARTS = {
     "lisa": lisa,
     "host": host_share,
     "sources": many_sources,
+    "head": head,
     "examples": single_examples,
     "pipeline": pipeline,
 }
@@ -327,6 +357,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--ffn", type=int, help="width of the MLP [4 times hidden]")
+    parser.add_argument("--vocab-size", type=int, help="padded to a multiple of this")
     parser.add_argument("--experts", type=int, help="so many in the place of each dense MLP")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--lisa-layers", type=int, default=2)
@@ -344,7 +375,7 @@ def main() -> None:
         write_json(args.json, found)
     rows = [
         [name, f"{figures['wall']:.3f}", f"{figures['cpu']:.3f}" if "cpu" in figures else "",
-         BARS[name], ", ".join(f"{k} {v:.4g}" for k, v in figures.items()
+         BARS.get(name, ""), ", ".join(f"{k} {v:.4g}" for k, v in figures.items()
                                if k not in ("wall", "cpu"))]
         for name, figures in found.items()
     ]  # fmt: skip

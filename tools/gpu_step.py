@@ -114,6 +114,7 @@ class _Arguments:
         self.micro_batches, self.micro_batch_size = 4, 1
         self.transformer_impl, self.bf16, self.fp8_recipe = kind, True, recipe
         self.experts: int | None = None
+        self.vocab_size: int | None = None
 
 
 def _waiting_lines(step: Any) -> dict[str, int]:
