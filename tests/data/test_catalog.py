@@ -123,6 +123,16 @@ def test_a_prefix_gives_what_megatrons_own_dataset_does(tmp_path: Path) -> None:
         assert targets.tolist() == [0] + [1] * 8
 
 
+def test_a_source_that_is_read_outside_a_run_may_have_a_large_vocabulary(tmp_path: Path) -> None:
+    """As `sample` reads one: no model says where the vocabulary ends."""
+    folder = Path(write_source(tmp_path, "large", ROWS[:1], vocab_size=200_000))
+    builder = indexed_dataset.IndexedDatasetBuilder(f"{folder}/tokens.bin", dtype=np.int32)
+    ids = np.array([5, 199_999, *ROWS[0][2:]])
+    builder.add_document(ids, [len(ids)])
+    builder.finalize(f"{folder}/tokens.idx")
+    assert ExampleSource("large", folder, 99).example(0)[0].tolist() == ids.tolist()
+
+
 def test_sources_without_prompts_are_told(tmp_path: Path) -> None:
     """Text trains on every token but the first of an example."""
     text = write_source(tmp_path, "text", ROWS)

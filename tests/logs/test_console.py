@@ -7,10 +7,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from megatron_scalebio.engine import loop
 from megatron_scalebio.logs.console import RunConsole, SourceLine, plain
 
 
@@ -81,6 +84,21 @@ def test_progress_bar_on_a_terminal(make_run: Callable[..., Path]) -> None:
     show_run(console, run)
     assert "20/20" in out.getvalue()
     assert "step 10/20" not in out.getvalue()
+
+
+def test_an_error_in_a_run_leaves_the_terminal_in_order_and_the_run_without_an_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    log: Any = SimpleNamespace(close=lambda: told.append("close"), end=lambda: told.append("end"))
+    state: Any = None
+    monkeypatch.setattr(loop, "run_steps", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.logged_steps(state, state, log, None)
+    assert told == ["close"]
+    monkeypatch.setattr(loop, "run_steps", lambda *_: True)
+    assert loop.logged_steps(state, state, log, None)
+    assert told == ["close", "close", "end"]
 
 
 def test_skipped_step_is_a_warning(make_run: Callable[..., Path]) -> None:

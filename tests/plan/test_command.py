@@ -182,6 +182,20 @@ def test_a_plan_needs_no_data_and_knows_fp32(tmp_path: Path) -> None:
     assert costs["bf16"]["run_s"] == pytest.approx(20 * costs["bf16"]["step_s"])
 
 
+def test_a_narrow_terminal_does_not_narrow_a_plan_and_a_wide_one_widens_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_scalebio.commands import plan
+
+    widths: list[int] = []
+    monkeypatch.setattr(plan, "_plan", lambda _, __, console: widths.append(console.width))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as a plan sets it: put back afterwards
+    for columns in ("40", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert command("plan", "--config", small_config(tmp_path)) == (0, "")
+    assert widths == [80, 200]
+
+
 def test_of_equally_fast_layouts_the_simplest_is_first_and_none_that_does_not_fit() -> None:
     from types import SimpleNamespace
 
