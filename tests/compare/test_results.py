@@ -22,6 +22,7 @@ from megatron_scalebio.compare.page import advice, headline, write_page
 from megatron_scalebio.compare.results import collect, progress, spread, write
 from megatron_scalebio.compare.stages import Plan, seconds_left
 from megatron_scalebio.compare.tables import latex
+from megatron_scalebio.errors import UserError
 from megatron_scalebio.formatting import duration, percent
 from megatron_scalebio.report.advice import Advice
 
@@ -107,6 +108,16 @@ def plan(request: pytest.FixtureRequest, tmp_path: Path) -> Plan:
         leave_run(run.folder, run.method, run.seed, (0.1, 0.1))
         (run.folder / "benchmarks" / "evaluation.json").unlink()
     return plan
+
+
+@pytest.mark.parametrize("section", ["sources", "validation", "test", "tasks"])
+def test_a_file_that_is_not_there_is_named(plan: Plan, tmp_path: Path, section: str) -> None:
+    content = yaml.safe_load((tmp_path / "compare.yaml").read_text())
+    name = next(iter(content[section]))
+    content[section][name] = "nowhere"
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match=f"{section}.{name}: nowhere: no such file or folder"):
+        load(tmp_path / "compare.yaml", {})
 
 
 def option(words: list[str], name: str) -> str:

@@ -6,6 +6,7 @@ import argparse
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,19 @@ def test_the_table_shows_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert ["web", "1,234", "1,000,001", "98,765", "810.4", "1,111", "empty", "4,321"] in rows
     assert ["22", "too_long"] in rows
     assert ["math", "3", "40", "9", "13.3", "none", "0"] in rows
+
+
+@pytest.mark.parametrize(
+    ("unread", "names"),
+    [(1, "0.md"), (3, "0.md, 1.md, 2.md"), (5, "0.md, 1.md, 2.md and 2 more")],
+)
+def test_of_the_files_that_are_not_read_three_are_named(unread: int, names: str) -> None:
+    source = SourceInput("web", (), tuple(Path(f"{n}.md") for n in range(unread)))
+    config: Any = SimpleNamespace(workers=1, sources=(source,))
+    report = {"name": "web", "examples": 1, "truncated": 0, "dropped": {"prompt_too_long": 0},
+              "ignored_fields": {}, "skipped": {}}  # fmt: skip
+    [line] = prepare_cli.remarks([report], config)
+    assert line == f"web: not read, being of no known kind: {names}"
 
 
 def test_progress_lines_tell_the_share_of_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:
