@@ -12,6 +12,7 @@ from megatron_scalebio.sample.contamination import (
     PROMPT,
     EvaluationIndex,
     WordIds,
+    any_texts,
     prompt_text,
     whole_text,
     words,
@@ -39,6 +40,13 @@ def test_words_and_prompts() -> None:
     assert words("日本語 is かな") == ["日", "本", "語", "is", "か", "な"]
     assert prompt_text(dialogue("Hi", "you")) == "Hi" and prompt_text(Text("Hi")) == ""
     assert prompt_text(Dialogue((("user", "alone"),))) == ""
+
+
+def test_a_benchmarks_own_record_has_the_text_of_all_fields_and_a_questions_as_its_prompt() -> None:
+    record = {"prompt": "Think.", "id": 7, "question": "2 + 2?", "choices": {"text": ["4", "5"]}}
+    assert any_texts(record) == ("Think.\n2 + 2?\n4\n5", "2 + 2?")
+    assert any_texts({"turns": ["Who?", "Why?"]}) == ("Who?\nWhy?", "Who?")
+    assert any_texts({"text": "Once."}) == ("Once.", "")
 
 
 def test_kinds_of_contamination() -> None:

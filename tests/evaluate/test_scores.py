@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from lm_eval.api.model import LM
 from rich.console import Console
 
 from megatron_scalebio.commands import evaluate as cli
+from megatron_scalebio.errors import UserError
 from megatron_scalebio.evaluate import benchmarks
 from megatron_scalebio.evaluate.benchmarks import BenchmarkConfig, run_benchmarks
 from megatron_scalebio.evaluate.hf_folder import HfModel, open_folder
@@ -128,6 +130,17 @@ def test_math_counts_right_boxes_and_options_reach_lm_eval(
     assert results["math"]["first_prompt"] == asked[0][0]
 
 
+def test_an_answer_leaves_room_for_the_problem(
+    data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    responses = [response for _, response, *_ in GSM8K]
+    for length in (2048, 2047):  # of the model's 2048
+        config = BenchmarkConfig(("gsm8k",), data, max_new_tokens=length)
+        refused = length == 2048
+        with pytest.raises(UserError, match="leave no room") if refused else nullcontext():
+            scored(config, responses, monkeypatch)
+
+
 def test_the_language_model_is_the_folder_s(hf_folder: Path) -> None:
     opened = open_folder(hf_folder)._replace(max_length=321)
     lm = benchmarks._language_model(BenchmarkConfig((), batch_size=3), opened)
@@ -149,8 +162,11 @@ def test_options_of_the_command_line_reach_the_benchmarks_and_the_judge(
         chat=False, max_new_tokens=33, batch_size=5, allow_download=True,
     )  # fmt: skip
     monkeypatch.setenv("A_KEY", "x")
-    client = cli._client(args, Console(file=io.StringIO()))
+    said = io.StringIO()
+    client = cli._client(args, Console(file=said))
     assert client is not None
+    client.tell("host says [busy]")
+    assert said.getvalue() == "warning: host says [busy]\n"
     assert (client.url, client.model, client.key_variable) == ("http://host/v1", "grader", "A_KEY")
 
 
