@@ -69,6 +69,14 @@ def test_a_window_is_given_as_megatron_takes_it(tmp_path: Path, word: str) -> No
         from_flags("--window-size", "9")
 
 
+@pytest.mark.parametrize("every", [1, 0, -2])
+def test_full_attention_in_every_layer_is_no_window(every: int) -> None:
+    model = {"window_size": [7, 0], "window_attn_skip_freq": every}
+    with pytest.raises(UserError, match=rf"window_attn_skip_freq: {every} needs .* two or more"):
+        load_config(None, {"model": model})
+    load_config(None, {"model": {**model, "window_attn_skip_freq": 2}})
+
+
 def test_resolved_configuration_reads_back_unchanged(tmp_path: Path) -> None:
     config = load_config(written(tmp_path, {"data": DATA, "lisa": {"lisa_layers": 2}}))
     again = load_config(written(tmp_path, config_text(config)))

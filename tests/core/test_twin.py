@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from megatron.core.utils import unwrap_model
 
+from megatron_scalebio.compat.routing_replay import follow
 from megatron_scalebio.core import twin
 from megatron_scalebio.core.twin import (
     TwinModel,
@@ -235,6 +236,16 @@ def test_losses_of_routers_are_scaled_by_the_pass_that_is_under_way() -> None:
     assert (w.router.enable_expert_bias, u.router.enable_expert_bias) == (False, True)
     with torch.no_grad():
         both(True, 0.5, router_scale=0.5)
+
+
+def test_each_router_follows_what_its_like_has_chosen() -> None:
+    routers = [SimpleNamespace(router_replay=RouterReplay()) for _ in range(3)]
+    chosen = [torch.full((2, 1), number) for number in range(3)]
+    follow(routers, chosen)
+    found = [router.router_replay.target_topk_idx for router in routers]
+    assert all(ours is theirs for ours, theirs in zip(found, chosen, strict=True))
+    follow(routers, None)
+    assert [router.router_replay.target_topk_idx for router in routers] == [None] * 3
 
 
 def test_us_tokens_go_where_ws_went_on_the_same_batch() -> None:

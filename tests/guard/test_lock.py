@@ -239,6 +239,25 @@ def test_a_holder_counts_as_dead_after_a_minute_of_twelve_missed_renewals(
     assert said.endswith("waiting 60 s for a sign of life of node9, pid 12")
 
 
+@pytest.mark.parametrize("overwritten", [True, False])
+def test_of_two_that_take_over_at_once_the_later_one_to_write_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwritten: bool
+) -> None:
+    slept: list[float] = []
+    path = tmp_path / LOCK_FILE
+    later = replace(Holder.this(), token="later").line(1)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if overwritten:
+            path.write_bytes(later)
+
+    monkeypatch.setattr(lock_module.time, "sleep", sleep)
+    path.write_bytes(Holder.this().line(9))  # of an earlier run of this process
+    assert FolderLock(path)._take_over(60.0) is not overwritten
+    assert slept == [0.5], "time enough for the other one's line to arrive from a server"
+
+
 def test_a_line_that_comes_to_be_read_starts_the_wait_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
