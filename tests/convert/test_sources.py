@@ -65,6 +65,14 @@ def test_computed_buffers_are_carried(tmp_path: Path) -> None:
     assert content(there_and_back(hf, tmp_path)) == content(hf)
 
 
+def test_what_was_stored_as_a_view_is_read_row_by_row(tmp_path: Path) -> None:
+    """As torch stores a transposed matrix; what writes bytes takes them as they lie."""
+    turned = torch.arange(6.0).view(2, 3).t()
+    torch.save({"a": turned}, tmp_path / "pytorch_model.bin")
+    read = open_source(tmp_path).read("a")
+    assert read.is_contiguous() and torch.equal(read, turned)
+
+
 @pytest.mark.parametrize(("name", "head", "embedding"), [
     ("qwen2-tied", "lm_head.weight", "model.embed_tokens.weight"),
     ("gpt2", "lm_head.weight", "transformer.wte.weight"),
