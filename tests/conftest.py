@@ -1,10 +1,12 @@
-"""The order of files: two workers that share them end at about the same time."""
+"""The order of files: two workers that share them end at about the same time. And no example of
+hypothesis has a time limit: the first imports, and a busy machine is slow."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 TESTS = Path(__file__).parent
 # What takes a minute or more, the longest first; `pytest --durations=25` tells.
@@ -17,6 +19,9 @@ LONGEST = [
     "checkpoint/test_background.py", "methods/test_weighting.py",
 ]  # fmt: skip
 PLACES = {TESTS / name: place for place, name in enumerate(LONGEST)}
+
+settings.register_profile("any time", deadline=None)
+settings.load_profile("any time")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
