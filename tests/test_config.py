@@ -245,8 +245,8 @@ def test_help_tells_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in parser.format_help().splitlines() if line.startswith("  --")]
     for flag, end in (
         ("--lr", "rate of w [0.0003]"), ("--seed", "random [1234]"), ("--bf16,", "[off]"),
-        ("--swiglu,", "[on]"), ("--lr-u", "rate of u [lr]"), ("--load", "holds none"),
-        ("--output", "[run]"), ("--method", "are found [scalebio]"),
+        ("--swiglu,", "[on]"), ("--lr-u", "rate of u [lr]"), ("--load", "no checkpoint yet"),
+        ("--output", "[run]"), ("--method", "finds the weights [scalebio]"),
     ):  # fmt: skip
         [line] = [line for line in lines if line.split()[0] == flag]
         assert line.endswith(end), line

@@ -16,7 +16,7 @@ Method = Literal[
 class BaselineConfig:
     """The method of `reweight`. Every rival ends in the same weights.json."""
 
-    method: Method = option("scalebio", "how the weights are found")
+    method: Method = option("scalebio", "method that finds the weights")
     reference_iters: int | None = option(
         None,
         "doremi, rho_loss: steps that train the reference model [train_iters; rho_loss: at most "
@@ -24,12 +24,14 @@ class BaselineConfig:
     )
     proxies: int | None = option(
         None,
-        "regmix, olmix, climb: small trainings [as many as cost what ScaleBiO does in train_iters "
-        "steps]",
+        "regmix, olmix, climb: number of small trainings [as many as cost the same as ScaleBiO in "
+        "train_iters steps]",
     )
     proxy_iters: int | None = option(None, "regmix, olmix, climb: steps of each [train_iters / 5]")
     swarm: str | None = option(
-        None, "regmix, olmix: folder of a finished swarm, ratios.csv and metrics.csv [trains one]"
+        None,
+        "regmix, olmix: folder with ratios.csv and metrics.csv of finished trainings, in place of "
+        "new ones",
     )
     domain_lr: float | None = option(
         None,
@@ -37,10 +39,13 @@ class BaselineConfig:
         "16 / train_iters up to 0.1]",
     )
     select_fraction: float = option(0.05, "less, rho_loss offline: share of the examples kept")
-    less_checkpoints: int = option(4, "less: epochs of the warm-up, gradients after each")
+    less_checkpoints: int = option(4, "less: epochs of the warm-up; gradients are taken after each")
     less_warmup_fraction: float = option(0.05, "less: share of the examples it warms up on")
-    less_dimensions: int = option(8192, "less: numbers a gradient is projected to")
-    rho_online: bool = option(True, "rho_loss: select within each batch while training, or once")
+    less_dimensions: int = option(8192, "less: dimension that gradients are projected to")
+    rho_online: bool = option(
+        True,
+        "rho_loss: select within each batch while training (false: once, at the end)",
+    )
     rho_batch_share: float = option(0.1, "rho_loss online: share of each large batch trained on")
 
     def __post_init__(self) -> None:

@@ -90,37 +90,42 @@ class ValidationConfig:
 class DataConfig:
     sources: list[SourceConfig] = option(list, "training sources, NAME=PATH ...")
     data_args_path: str | None = option(
-        None, "file of sources in place of these, as Megatron-LM takes it, such as a blend.txt"
+        None, "file that lists the sources instead, in Megatron-LM's format, such as a blend.txt"
     )
     validation: list[ValidationConfig] = option(list, "validation sets, NAME=PATH ...")
     test: list[ValidationConfig] = option(
-        list, "test sets, NAME=PATH ...: `train` and `evaluate` report their loss, nothing else"
+        list, "test sets, NAME=PATH ...: only for the losses that `train` and `evaluate` report"
     )
     weights: str | None = option(
         None,
-        "weights.json of a `reweight` run: the initial weights of the sources, by name (it may "
-        "name more)",
+        "a `reweight` run's weights.json: initial weights by source name (it may contain other "
+        "sources, too)",
     )
     blend_schedule: str | None = option(
-        None, "`train`: blend_schedule.json, or the run that wrote it: mixtures, stage by stage"
+        None,
+        "`train`: blend_schedule.json, or the folder of the run that wrote it: a mixture per stage",
     )
     new_share: float | None = option(
-        None, "share that the sources which `weights` lacks begin with, all together"
+        None, "initial share, in total, of the sources that are not in `weights`"
     )
     keep_ratios: bool = option(
-        False, "the ratios of `weights` stay: what is learned is the share of each new source"
+        False, "keep the ratios in `weights`; only the share of each new source is learned"
     )
     target_tokens: Quantity | None = option(
-        None, "tokens that the final training will draw, such as 20B: bounds how often each repeats"
+        None, "tokens of the final training, such as 20B: limits how often each source is repeated"
     )
-    target_examples: Quantity | None = option(None, "the same in examples")
-    max_epochs: float = option(4.0, "most passes of the final training over a source")
+    target_examples: Quantity | None = option(None, "as target_tokens, in examples")
+    max_epochs: float = option(
+        4.0,
+        "most passes of the final training over a source; needs target_tokens or target_examples",
+    )
     seq_length: int = option(1024, "tokens of model input per sequence")
     loss_mean: Literal["sample", "token"] = option(
-        "sample", "mean over examples of their token means, or over all target tokens"
+        "sample",
+        "a source's loss: mean over examples of their token means, or mean over all target tokens",
     )
     known_weights: dict[str, float] | None = option(
-        None, "true mixture where it is known, NAME=WEIGHT ...: shown beside the learned one"
+        None, "true mixture, if it is known, NAME=WEIGHT ...: shown beside the learned one"
     )
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ class ModelConfig:
     """A GPT model by Megatron-LM's flag names; the defaults are Llama-shaped."""
 
     hf: str | None = option(
-        None, "Hugging Face folder: its config.json gives the architecture, w starts from it"
+        None, "Hugging Face folder: gives the architecture, and the weights that w starts from"
     )
     num_layers: int = option(4, "transformer layers")
     hidden_size: int = option(128, "width of the residual stream")
@@ -29,44 +29,50 @@ class ModelConfig:
     kv_channels: int | None = option(None, "size of one head [hidden_size / heads]")
     ffn_hidden_size: int | None = option(None, "width of the MLP [8/3 or 4 x hidden_size]")
     max_position_embeddings: int | None = option(None, "longest sequence [seq_length]")
-    position_embedding_type: Literal["rope", "learned_absolute"] = option("rope", "position code")
+    position_embedding_type: Literal["rope", "learned_absolute"] = option(
+        "rope", "position embedding"
+    )
     rotary_base: int = option(10000, "base period of rope")
     window_rotary_base: int | None = option(
-        None, "base of rope in layers with a window, where rope_scaling is not (Gemma 3) [the same]"
+        None,
+        "base of rope in sliding-window layers, to which rope_scaling does not apply (Gemma 3) "
+        "[rotary_base]",
     )
-    rotary_percent: float = option(1.0, "share of a head that rope turns")
+    rotary_percent: float = option(1.0, "share of a head's channels that rope rotates")
     rotary_interleaved: bool = option(
-        False, "rope turns channels in pairs of neighbours, not of a head's two halves (Llama 4)"
+        False, "rope rotates pairs of neighbouring channels, not of a head's two halves (Llama 4)"
     )
     rope_scaling: RopeScaling | None = option(None, "long-context scaling of rope")
     no_rope_freq: list[int] | None = option(
-        None, "layers without rope, a 1 or 0 for each; or N: every N-th (SmolLM3) [none]"
+        None,
+        "layers without rope: 1 (without) or 0 for each layer; or N: every N-th (SmolLM3) [none]",
     )
     normalization: Literal["RMSNorm", "LayerNorm"] = option("RMSNorm", "normalization")
     norm_epsilon: float = option(1e-5, "added to the variance in normalization")
     apply_layernorm_1p: bool = option(False, "norms multiply by 1 + weight")
-    pre_norms: bool = option(True, "normalize what attention and MLP read (not OLMo 2)")
-    post_norms: bool = option(False, "normalize what attention and MLP give, too (Gemma 2)")
+    pre_norms: bool = option(True, "normalize the inputs of attention and MLP (not OLMo 2)")
+    post_norms: bool = option(False, "normalize the outputs of attention and MLP (Gemma 2)")
     qk_layernorm: bool = option(False, "normalize the queries and keys of each head (Qwen 3)")
     qk_layernorm_whole: bool = option(
-        False, "normalize them over all heads together (OLMo 2), with qk_layernorm"
+        False, "normalize queries and keys over all heads together (OLMo 2); needs qk_layernorm"
     )
     qk_l2_norm: bool = option(
-        False, "normalize them without weights, not in layers without rope (Llama 4)"
+        False, "L2-normalize queries and keys, without weights, in layers with rope (Llama 4)"
     )
     parallel_residual: bool = option(False, "attention and MLP read the same input (GPT-NeoX)")
     swiglu: bool = option(True, "gated SiLU in the MLP, else `activation`")
     activation: Literal["gelu", "gelu_tanh", "geglu_tanh", "quick_geglu"] = option(
         "gelu",
-        "MLP without swiglu: GELU, its tanh approximation, or gated by that or by the sigmoid one",
+        "MLP without swiglu: GELU, its tanh approximation, or gated by the tanh (geglu_tanh) or "
+        "sigmoid (quick_geglu) approximation",
     )
     activation_func_clamp_value: float | None = option(
-        None, "a gated MLP cuts its gate above this, what it gates above and below (gpt-oss)"
+        None, "clamp a gated MLP: its gate from above, its linear part to +- this value (gpt-oss)"
     )
-    glu_linear_offset: float = option(0.0, "a gated MLP adds this to what it gates (gpt-oss)")
-    num_experts: int | None = option(None, "experts in the MLP's place (MoE) [none]")
+    glu_linear_offset: float = option(0.0, "added to the linear part of a gated MLP (gpt-oss)")
+    num_experts: int | None = option(None, "experts of a layer, in place of its MLP (MoE) [none]")
     moe_layer_freq: list[int] | None = option(
-        None, "which layers have experts, a 1 or 0 for each layer; or N: every N-th [all]"
+        None, "layers with experts: 1 (with) or 0 for each layer; or N: every N-th [all]"
     )
     moe_ffn_hidden_size: int | None = option(None, "width of an expert [ffn_hidden_size]")
     moe_shared_expert_intermediate_size: int | None = option(
@@ -75,24 +81,29 @@ class ModelConfig:
     moe_shared_expert_gate: bool = option(False, "weigh the shared expert by a gate (Qwen 2 MoE)")
     moe_router_topk: int = option(2, "experts that a token goes through")
     moe_router_score_function: Literal["softmax", "sigmoid"] = option(
-        "softmax", "a router's scores of its logits"
+        "softmax", "how a router turns its logits into scores"
     )
-    moe_router_pre_softmax: bool = option(False, "softmax over all experts, not the chosen ones")
+    moe_router_pre_softmax: bool = option(
+        False, "softmax over all experts, not only the chosen ones"
+    )
     moe_router_num_groups: int | None = option(
-        None, "groups of experts, of which the best come into question (DeepSeek) [no groups]"
+        None, "groups of experts; a token chooses only from the best groups (DeepSeek) [no groups]"
     )
-    moe_router_group_topk: int | None = option(None, "groups that come into question")
-    moe_router_topk_scaling_factor: float | None = option(None, "factor of the routers' weights")
+    moe_router_group_topk: int | None = option(None, "number of groups that a token chooses from")
+    moe_router_topk_scaling_factor: float | None = option(
+        None, "factor that the routers' weights are multiplied by"
+    )
     moe_router_dtype: Literal["fp32", "fp64"] | None = option(
-        None, "in which routers compute [the model's]"
+        None, "data type in which routers compute [the model's]"
     )
     moe_router_enable_expert_bias: bool = option(
-        False, "balance the experts by a bias on their scores (DeepSeek-V3); needs sigmoid"
+        False,
+        "balance the experts by a bias on their scores (DeepSeek-V3); needs score function sigmoid",
     )
     moe_apply_probs_on_input: bool = option(
-        False, "a router's weights multiply what experts read, not what they give (Llama 4)"
+        False, "the router's weights multiply the experts' inputs, not their outputs (Llama 4)"
     )
-    moe_router_bias_update_rate: float = option(1e-3, "by how much that bias moves in a step")
+    moe_router_bias_update_rate: float = option(1e-3, "step size of moe_router_enable_expert_bias")
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = option(
         "aux_loss", "balance over a micro-batch or over each sequence"
     )
@@ -105,42 +116,51 @@ class ModelConfig:
         "alltoall", "how tokens get to their experts; flex: DeepEP"
     )
     multi_latent_attention: bool = option(
-        False, "queries, keys and values from narrow vectors (DeepSeek); needs qk_layernorm"
+        False,
+        "latent attention: queries, keys and values from low-rank vectors (DeepSeek); needs "
+        "qk_layernorm",
     )
-    q_lora_rank: int | None = option(None, "width of what queries are made from [hidden_size]")
-    kv_lora_rank: int = option(512, "width of what keys and values are made from")
+    q_lora_rank: int | None = option(
+        None, "width of the low-rank vector of queries [none: directly from the hidden state]"
+    )
+    kv_lora_rank: int = option(512, "width of the low-rank vector of keys and values")
     qk_head_dim: int = option(128, "channels of a query or key without rope")
-    qk_pos_emb_head_dim: int = option(64, "channels of a query or key that rope turns")
+    qk_pos_emb_head_dim: int = option(64, "channels of a query or key with rope")
     v_head_dim: int = option(128, "channels of a value")
     add_bias_linear: bool = option(False, "biases in linear layers")
     add_qkv_bias: bool = option(False, "biases in the QKV projection (Qwen 2)")
     window_size: list[int] | None = option(
-        None, "sliding window: positions seen before and after one, beside itself (4095,0)"
+        None,
+        "sliding window: positions that a token sees before and after it, not counting it (4095,0)",
     )
     window_attn_skip_freq: int | None = option(
         None, "every N-th layer sees all tokens in spite of window_size"
     )
     full_attention_length: int | None = option(
-        None, "longest sequence whose tokens all see all before them, at one scale (Llama 4)"
+        None,
+        "longest sequence with full causal attention; longer ones are refused (Llama 4)",
     )
     softmax_scale: float | None = option(None, "factor of attention scores [1/sqrt(kv_channels)]")
     softmax_type: Literal["vanilla", "learnable"] = option(
-        "vanilla", "learnable: each head has a score of attending to nothing (gpt-oss)"
+        "vanilla",
+        "learnable: each head has a learned score for attending to nothing, a sink (gpt-oss)",
     )
     attn_logit_softcapping: float | None = option(None, "attention scores s become c tanh(s/c)")
     final_logit_softcapping: float | None = option(None, "output logits z become c tanh(z/c)")
     scale_embedding: bool = option(False, "multiply embeddings by sqrt(hidden_size) (Gemma)")
     untie_embeddings_and_output_weights: bool = option(False, "separate output head")
     vocab_size: int | None = option(None, "vocabulary [from the prepared sources]")
-    make_vocab_size_divisible_by: int = option(128, "pad the vocabulary, times the TP size")
+    make_vocab_size_divisible_by: int = option(
+        128, "pad the vocabulary to a multiple of this times the TP size"
+    )
     init_method_std: float = option(0.02, "standard deviation of the initial weights")
     hidden_dropout: float = option(0.0, "dropout on the residual stream")
     attention_dropout: float = option(0.0, "dropout on attention probabilities")
     transformer_impl: Literal["auto", "local", "transformer_engine"] = option(
-        "auto", "layer implementation [transformer_engine where CUDA has it]"
+        "auto", "layer implementation [transformer_engine, if it is installed and there is a GPU]"
     )
     pretrained_checkpoint: str | None = option(
-        None, "Megatron checkpoint that w starts from; beside hf, which then gives the architecture"
+        None, "Megatron checkpoint that w starts from; with hf, hf gives only the architecture"
     )
 
     def __post_init__(self) -> None:

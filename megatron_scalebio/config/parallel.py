@@ -21,7 +21,9 @@ class ParallelConfig:
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "layers per virtual chunk: interleaved pipeline (VPP)"
     )
-    sequence_parallel: bool = option(False, "split norms along the sequence over TP")
+    sequence_parallel: bool = option(
+        False, "split the activations of norms and dropout along the sequence over TP ranks"
+    )
     use_distributed_optimizer: bool = option(False, "shard optimizer state over DP (ZeRO-1)")
     overlap_grad_reduce: bool = option(
         False, "reduce gradients over DP while the backward pass still runs"
@@ -29,7 +31,7 @@ class ParallelConfig:
     overlap_param_gather: bool = option(
         False, "`train`: gather updated weights over DP while the next forward pass runs"
     )
-    bf16: bool = option(False, "bfloat16 weights with fp32 masters and gradient sums")
+    bf16: bool = option(False, "bfloat16 weights, fp32 master weights and fp32 gradient sums")
     fp8_format: Literal["hybrid", "e4m3"] | None = option(
         None, "FP8 matrix products by Transformer Engine; hybrid: e4m3 forward, e5m2 backward"
     )
@@ -39,13 +41,17 @@ class ParallelConfig:
     fp4_format: Literal["e2m1"] | None = option(
         None, "FP4 matrix products (recipe NVFP4) by Transformer Engine: Blackwell only"
     )
-    fp8_param_gather: bool = option(False, "Megatron-LM's, refused: weights stay in bf16")
+    fp8_param_gather: bool = option(False, "Megatron-LM's flag, refused here: weights stay in bf16")
     recompute_granularity: Literal["full", "selective"] | None = option(
         None, "recompute activations in the backward pass"
     )
-    recompute_method: Literal["uniform", "block"] | None = option(None, "with full recompute")
-    recompute_num_layers: int | None = option(None, "with full recompute")
-    distributed_timeout_minutes: int = option(10, "how long a collective may wait")
+    recompute_method: Literal["uniform", "block"] | None = option(
+        None, "with full recompute: uniform chunks of layers, or the first layers of each stage"
+    )
+    recompute_num_layers: int | None = option(
+        None, "with full recompute: layers per chunk, or layers to recompute"
+    )
+    distributed_timeout_minutes: int = option(10, "minutes that a collective may wait")
 
     def __post_init__(self) -> None:
         require_positive(

@@ -15,13 +15,15 @@ class OptimizerConfig:
 
     lr: float = option(3e-4, "peak learning rate of w")
     lr_u: float | None = option(None, "peak learning rate of u [lr]")
-    min_lr: float | None = option(None, "floor of lr [lr / 10]; lr_u has one in proportion")
+    min_lr: float | None = option(
+        None, "lowest lr of the decay [lr / 10]; that of lr_u is in proportion"
+    )
     lr_decay_style: Literal["cosine", "linear", "constant"] = option("cosine", "decay of lr, lr_u")
     lr_warmup_fraction: float = option(0.03, "share of the steps spent warming up")
     weight_decay: float = option(0.0, "decoupled weight decay of w and u")
-    adam_beta1: float = option(0.9, "first moment")
-    adam_beta2: float = option(0.95, "second moment")
-    adam_eps: float = option(1e-8, "added to the root of the second moment")
+    adam_beta1: float = option(0.9, "decay rate of Adam's first moment")
+    adam_beta2: float = option(0.95, "decay rate of Adam's second moment")
+    adam_eps: float = option(1e-8, "added to the square root of Adam's second moment")
     clip_grad: float = option(1.0, "clip the gradient norms of w and of u (0: off)")
 
     def __post_init__(self) -> None:
@@ -39,27 +41,31 @@ class BilevelConfig:
     """The bilevel problem and how its mixture is stepped (`mixture/objective.py`)."""
 
     preset: Literal["paper"] | None = option(
-        None, "a named set of options, below the ones you give: paper, the method as published"
+        None, "a named set of options, which your own override; paper: the method as published"
     )
     objective: Literal["mean", "worst_case"] = option(
         "mean",
-        "what several validation sets come to: the mean of their losses by weight, or the one that "
-        "is worst off against its reference_loss",
+        "what is minimized with several validation sets: the weighted mean of their losses, or the "
+        "loss of the set that is worst off relative to its reference_loss",
     )
     level: Literal["source", "example"] = option(
-        "source", "example: score every single example besides, into example_weights.npz"
+        "source", "example: also score every single example, into example_weights.npz"
     )
     group_sources: int | None = option(
-        None, "groups to put sources into by their gradients at the start, where names make none"
+        None,
+        "number of groups to put sources into, by their gradients at the start; for sources whose "
+        "names define no groups",
     )
     interactions: bool = option(
-        False, "fit which source serves which validation set, by looking at the sets in turn"
+        False, "estimate which source helps which validation set, by weighting the sets in turn"
     )
     alpha: float = option(
         BilevelOptions.alpha, "penalty on the lower level's suboptimality; grows with u's memory"
     )
-    alpha_growth: float = option(1.0, "alpha times this each outer round; rates divided by it")
-    outer_rounds: int = option(1, "rounds of the alpha schedule")
+    alpha_growth: float = option(
+        1.0, "each outer round multiplies alpha by this, and divides the learning rates by it"
+    )
+    outer_rounds: int = option(1, "number of rounds of the alpha schedule")
     mixture_optimizer: Literal["eg", "adamw"] = option(
         "eg", "exponentiated gradient, or AdamW on the logits as published"
     )
@@ -75,10 +81,12 @@ class BilevelConfig:
     )
     memory_growth: float = option(
         BilevelOptions.memory_growth,
-        "growth of the memory of u's departure from w, a share of the steps (0: resets are whole)",
+        "after 40 complete resets, share of the steps since then that u's difference from w is "
+        "remembered for (0: all resets are complete)",
     )
     floor_share: float = option(
-        0.25, "share of each batch dealt equally to all sources; the rest follows the mixture"
+        0.25,
+        "share of each batch that is split equally among the sources; the rest follows the mixture",
     )
     average_fraction: float = option(
         BilevelOptions.average_fraction, "last share of the steps that the weights average over"
@@ -87,21 +95,23 @@ class BilevelConfig:
         BilevelOptions.confidence, "level of the intervals: 0.80, 0.90, 0.95 or 0.98"
     )
     tolerance: float = option(
-        BilevelOptions.tolerance, "widest half-interval that counts as converged"
+        BilevelOptions.tolerance, "largest half-width of an interval that counts as converged"
     )
     kl_to_prior: float = option(
-        0.0, "pull of the mixture to `prior`: weight of their KL divergence in the objective"
+        0.0, "weight of the KL divergence of the mixture from `prior` in the objective"
     )
     prior: str = option(
         "natural", "what kl_to_prior pulls to: natural, initial, or a former run's weights.json"
     )
     final_train_iters: int | None = option(
-        None, "steps of the training that the weights are for [as many as the search has]"
+        None, "steps of the final training that the weights are meant for [train_iters]"
     )
     final_check: bool = option(
-        True, "after the last step, measure how far the weights could move, at 5% of the steps"
+        True,
+        "after the last step, measure how far another sample of the validation set would move the "
+        "weights; takes at most 5% of the steps",
     )
-    early_stop: bool = option(False, "stop once converged")
+    early_stop: bool = option(False, "end the run once the weights have converged")
     blend_floor: float = option(1e-3, "weights below this are left out of the blend files")
 
     def __post_init__(self) -> None:
@@ -133,7 +143,7 @@ class LisaConfig:
     """Layerwise importance sampled AdamW: few layers train at a time, redrawn each interval."""
 
     lisa_layers: int | None = option(None, "active layers over the whole model [all: LISA off]")
-    lisa_interval: int = option(LisaOptions.interval, "steps between draws")
+    lisa_interval: int = option(LisaOptions.interval, "steps between draws of layers")
     lisa_train_embedding: bool = option(True, "train the embedding and the output head")
     lisa_train_norm: bool = option(True, "train the final norm")
     lisa_train_routers: bool = option(False, "train the routers of experts in all layers")
@@ -154,7 +164,7 @@ class LisaConfig:
 @dataclass
 class TrainConfig:
     output: str = option("run", "folder that receives everything")
-    train_iters: int = option(800, "steps")
+    train_iters: int = option(800, "training steps")
     train_epochs: float | None = option(
         None, "passes over the sources' examples, in place of train_iters"
     )
@@ -169,9 +179,11 @@ class TrainConfig:
         None, "validation sequences per step [global_batch_size]"
     )
     eval_interval: int = option(
-        100, "`train`: steps between losses on the validation sets (0: only at the end)"
+        100, "`train`: steps between evaluations on the validation sets (0: only at the end)"
     )
-    eval_examples: int | None = option(None, "`train`: examples of a set at such a time [all]")
+    eval_examples: int | None = option(
+        None, "`train`: examples of a validation set per evaluation [all]"
+    )
     seed: int = option(1234, "seed of everything random")
     skip_limit: int = option(5, "stop after this many steps in a row with NaN, Inf or a spike")
 
@@ -195,7 +207,9 @@ class TrainConfig:
 @dataclass
 class CheckpointConfig:
     save: str | None = option(None, "checkpoint folder [OUTPUT/checkpoints]")
-    load: str | None = option(None, "checkpoint folder to resume from, while `save` holds none")
+    load: str | None = option(
+        None, "checkpoint folder to resume from if `save` holds no checkpoint yet"
+    )
     save_interval: int = option(100, "steps between checkpoints (0: only at the end)")
     keep_last: int = option(2, "checkpoints kept")
     async_save: bool = option(False, "write checkpoints in the background while the run goes on")
@@ -211,11 +225,11 @@ class LoggingConfig:
     tensorboard_dir: str | None = option(None, "TensorBoard folder [OUTPUT/tensorboard]")
     tensorboard_log_interval: int = option(1, "steps between TensorBoard points")
     wandb_project: str | None = option(
-        None, "project of Weights & Biases to log to, too; WANDB_MODE=offline: to OUTPUT/wandb"
+        None, "Weights & Biases project to log to as well; WANDB_MODE=offline: into OUTPUT/wandb"
     )
-    wandb_exp_name: str | None = option(None, "name of the run there [OUTPUT]")
+    wandb_exp_name: str | None = option(None, "name of the run in Weights & Biases [OUTPUT]")
     mlflow_experiment: str | None = option(
-        None, "experiment of MLflow to log to, at MLFLOW_TRACKING_URI [in OUTPUT/mlruns]"
+        None, "MLflow experiment to log to as well, at MLFLOW_TRACKING_URI [into OUTPUT/mlruns]"
     )
 
     def __post_init__(self) -> None:
