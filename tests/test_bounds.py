@@ -139,9 +139,12 @@ def test_groups_are_sums_of_their_sources(folder: Path) -> None:
     [
         ("bad target", "data.target_examples: 7 is less than a batch of 8 sequences"),
         ("bad epochs", "data.max_epochs: 4 passes over all sources are 2.56 k examples, the final"),
-        ("bad cap", "data.max_epochs: 4 passes over 's1' are a weight of 0.16, below its least, 0"),
+        (
+            "bad cap",
+            "data.max_epochs: 4 passes over 's1' limit its weight to 0.16, below its least weight",
+        ),
         ("bad sum", "the sources' max_weight leave weights that add up to 0.76"),
-        ("bad method", "data.sources: the bounds of 's1': the method 'doge' can't keep to it"),
+        ("bad method", "data.sources: the bounds of 's1': the method 'doge' does not support"),
         ("bad reuse", "has no weight of s1 (give new_share"),
         ("bad ratios", "data.keep_ratios: "),
     ],

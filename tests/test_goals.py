@@ -94,7 +94,7 @@ def test_a_set_with_a_bound_is_no_goal(folder: Path) -> None:
     assert f"at most {held['max_loss']:.4f}" in said
     assert "goal     mean of first; second at most 0 above its start" in said
     page = (folder / "bound" / "report.html").read_text()
-    assert "A set with a bound is no goal" in page
+    assert "A set with a bound is not a goal" in page
 
 
 @pytest.mark.parametrize(("name", "known"), [("bound", False), ("turns", True)])
@@ -142,8 +142,11 @@ def test_too_few_steps_to_tell_are_said(folder: Path) -> None:
         ("bad reference", "data.validation: 'second' has a reference_loss, which worst_case alone"),
         ("bad worst", "bilevel.objective: 'worst_case' of 1 validation set without a bound"),
         ("bad turns", "bilevel.interactions: True needs steps at which u is reset"),
-        ("bad method", "bilevel.objective: the method 'doge' can't keep to it"),
-        ("bad held", "data.validation: the bound of 'second': the method 'doge' can't keep to it"),
+        ("bad method", "bilevel.objective: the method 'doge' does not support it"),
+        (
+            "bad held",
+            "data.validation: the bound of 'second': the method 'doge' does not support it",
+        ),
     ],
 )
 def test_what_can_not_be_asked_is_one_line(folder: Path, name: str, words: str) -> None:

@@ -117,7 +117,7 @@ def _refuse_difference(where: str, earlier: Any, now: Any) -> None:
             _refuse_difference(f"{where}.{name}", earlier.get(name), now.get(name))
     elif earlier != now:
         raise UserError(
-            f"{where}: is {now!r} now, and this comparison began with {earlier!r} (set it back, or "
+            f"{where}: is {now!r}, but this comparison began with {earlier!r} (set it back, or "
             "choose a new output)"
         )
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "import", help="Hugging Face to Megatron", allow_abbrev=False
     ).add_argument
     add("--hf", required=True, metavar="DIR", help="Hugging Face folder (safetensors or .bin), or "
-        "a GGUF file, which is held in memory as a whole")  # fmt: skip
+        "a GGUF file, which is loaded into memory as a whole")  # fmt: skip
     add("--save", required=True, metavar="CKPT", help="new folder for the checkpoint")
     add("--make-vocab-size-divisible-by", type=int, default=128, metavar="N",
         help="pad the vocabulary to a multiple of this, times the TP size")  # fmt: skip
@@ -52,11 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--load", required=True, metavar="CKPT",
         help="checkpoint folder, or a run's `checkpoints`")  # fmt: skip
     add("--hf-reference", required=True, metavar="DIR", help="Hugging Face folder of the model: "
-        "its config, tokenizer and scheme of files are carried")  # fmt: skip
+        "its config, tokenizer and division into files are kept")  # fmt: skip
     add("--save", required=True, metavar="DIR", help="new folder for the Hugging Face model")
     add("--which", choices=("w", "u"), default="w", help="model of a bilevel run")
     add("--dtype", choices=("checkpoint", "float32", "bfloat16"),
-        help="of the weights [as in the reference]")  # fmt: skip
+        help="data type of the weights [as in the reference]")  # fmt: skip
     add("--verify", action="store_true", help="compare the models' outputs layer by layer")
 
 

@@ -58,14 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``evaluate`` to those of a run's configuration."""
     config_loader.add_arguments(parser)
     add = parser.add_argument
-    add("--limit", type=int, metavar="N", help="the first N problems or questions")
-    add("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 512 for gsm8k, 1024"
-        " for math and MT-Bench)")  # fmt: skip
+    add("--limit", type=int, metavar="N", help="only the first N problems or questions")
+    add("--max-new-tokens", type=int, metavar="N", help="length of an answer at most (default: "
+        "512 for gsm8k, 1024 for math and MT-Bench)")  # fmt: skip
     tasks = parser.add_argument_group("benchmarks, by lm-eval")
     tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=", ".join(TASKS))
     tasks.add_argument("--data", nargs="+", default=[], metavar="TASK=FILE", help="JSON or JSONL "
         "with question and answer (gsm8k), problem and solution (math)")  # fmt: skip
-    tasks.add_argument("--num-fewshot", type=int, default=4, metavar="0-4", help="worked examples")
+    tasks.add_argument(
+        "--num-fewshot", type=int, default=4, metavar="0-4", help="solved examples in the prompt"
+    )
     tasks.add_argument("--chat", action=argparse.BooleanOptionalAction, help="prompt in the chat "
         "template (default: where the tokenizer has one)")  # fmt: skip
     tasks.add_argument("--batch-size", type=int, default=1, metavar="N")
@@ -77,8 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench.add_argument("--judge-model", metavar="NAME")
     bench.add_argument("--judge-key-env", default="", metavar="VARIABLE", help="environment "
         "variable that holds the API key")  # fmt: skip
-    bench.add_argument("--judge-price", nargs=2, type=float, metavar=("IN", "OUT"), help="of a "
-        "million tokens in and out, to print the cost")  # fmt: skip
+    bench.add_argument("--judge-price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of "
+        "a million input and output tokens, to print the cost")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

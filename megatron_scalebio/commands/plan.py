@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu", default="h100-80g", metavar="KIND",
         help="h100-80g, h200, a100-80g, a100-40g or cpu [h100-80g]")  # fmt: skip
     group.add_argument("--mfu", type=float, default=0.4, metavar="X",
-        help="share of the peak that a micro-batch's arithmetic reaches [0.4]")  # fmt: skip
+        help="share of peak FLOP/s that a micro-batch's arithmetic reaches [0.4]")  # fmt: skip
     group.add_argument("--json", metavar="FILE", help="write the plan, in bytes and seconds")
     group.add_argument("--dry-run", action="store_true",
-        help="build every rank and check layers, shards, LISA draws and messages")  # fmt: skip
+        help="build every rank; check layers, shards, LISA draws, messages")  # fmt: skip
     group.add_argument("--search", action="store_true",
         help="propose the best layout, and the fewest GPUs that hold the model")  # fmt: skip
     config_loader.add_arguments(parser)
@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
     config = config_loader.config_from_args(args)
     if config.baseline.method != "scalebio":
         raise UserError(
-            f"baseline.method: {config.baseline.method!r} can't be planned, only the step of "
-            "scalebio is rehearsed (drop it)"
+            f"baseline.method: {config.baseline.method!r} can't be planned, only scalebio (drop it)"
         )
     if args.json and not Path(args.json).parent.is_dir():
         raise UserError(f"--json: {args.json}: no such folder (make it first)")

@@ -49,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="[NAME=]PATH[,PATH...]",
         help="a source: files (JSON, JSONL, Parquet, Arrow, CSV, TSV; also .gz, .zst, .xz, .bz2), "
-        "folders of them, globs, @FILE with a path a line, or - for standard input; repeat for "
+        "folders of them, globs, @FILE with one path per line, or - for standard input; repeat for "
         "more sources; the name defaults to the file's stem; a NAME of {stem}, {parent} or "
         "{grandparent} makes every file a source of its own",
     )
-    add("--out", required=True, metavar="DIR", help="receives one directory a source")
+    add("--out", required=True, metavar="DIR", help="receives one directory per source")
     add("--tokenizer", default="", metavar="PATH", help="Hugging Face directory or tokenizer.json,"
         " or a SentencePiece .model file")  # fmt: skip
     add("--train-sentencepiece", type=int, metavar="VOCAB_SIZE", help="train a SentencePiece BPE "
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seq-length", type=int, default=2048, metavar="TOKENS")
     add("--too-long", metavar="HOW", help=f"{', '.join(TOO_LONG)} (default: split for text, "
         "truncate for dialogues)")  # fmt: skip
-    add("--train-on-prompt", action="store_true", help="prompts are targets too")
+    add("--train-on-prompt", action="store_true", help="prompts train, too")
     add("--max-examples", type=int, metavar="N", help="read the first N records of each source")
     add("--workers", type=int, default=0, metavar="N", help="default: by the size of the input")
     add("--overwrite", action="store_true", help="replace prepared sources of the same name")
@@ -79,9 +79,9 @@ def add_record_options(parser: argparse.ArgumentParser) -> None:
     add("--map", action="append", default=[], metavar="FIELD=COLUMN[,...]", help="what a field is "
         "called in the files, as in prompt=question,answer=output")  # fmt: skip
     add("--ignore-fields", nargs="*", metavar="FIELD", help="leave these fields out, and count "
-        "them; without a name, all that are not known (they are refused else)")  # fmt: skip
+        "them; without a name: all unknown fields (otherwise they are refused)")  # fmt: skip
     add("--bad-records", default="stop", metavar="HOW", help=f"{', '.join(BAD_RECORDS)}: end at "
-        "the first record at fault, or leave such out, count and list them")  # fmt: skip
+        "the first faulty record, or leave faulty records out, count and list them")  # fmt: skip
 
 
 def encode_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exclude", action="append", default=[], metavar="[NAME=]PATH", help="validation or test "
         "set whose examples must not be drawn; repeat (the run's own validation sets always "
         "are)")  # fmt: skip
-    add("--ngram", type=int, default=13, metavar="N", help="words in a row shared with an excluded "
-        "example that make a row a repetition")  # fmt: skip
+    add("--ngram", type=int, default=13, metavar="N", help="consecutive words that a row must "
+        "share with an excluded example to count as a repetition")  # fmt: skip
     add("--max-epochs", type=int, default=4, metavar="N", help="the most times that a row is taken;"
         " what is left goes to the other sources in proportion")  # fmt: skip
     add("--seed", type=int, default=1234)
@@ -157,7 +157,9 @@ def _sources(
     for name in [*paths, *weights]:
         if name not in weights or name not in paths:
             lacks = "--weights" if name not in weights else "--input"
-            raise UserError(f"{lacks}: says nothing of source {name!r} (name it in both)")
+            raise UserError(
+                f"{lacks}: has no source {name!r} (name it in both --weights and --input)"
+            )
         require_name("--input", name, grouped=args.per_source is None)  # else a folder's name
     if not weights:
         raise UserError("--input: no source is given (--input name=file.jsonl)")
@@ -165,12 +167,14 @@ def _sources(
         if args.min_score is not None and args.top is not None:
             raise UserError("--top: does not go with --min-score (drop one of them)")
         if run is None:
-            raise UserError("--min-score and --top: need the run that scored (--weights RUN)")
+            raise UserError(
+                "--min-score and --top: need a run with scores of examples (--weights RUN)"
+            )
         selected, unseen = selected_by_score(run, paths, args.min_score, args.top)
         if unseen:
             print(
-                f"warning: {run}: {unseen:,} of its examples never visited: taken or left by "
-                "their source's score, and taken where it has none",
+                f"warning: {run}: {unseen:,} of its examples were never visited: they count with "
+                "their source's score, and are taken if it has none",
                 file=sys.stderr,
             )
     sources = (WeightedSource(n, paths[n], w, selected.get(n)) for n, w in weights.items())
@@ -228,14 +232,14 @@ def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[s
     capped = [entry["name"] for entry in entries if entry["surplus"]]
     if moved and len(capped) < len(entries):
         lines.append(
-            f"{moved:,} rows above {config.max_epochs} epochs of {', '.join(capped)} were asked of "
-            "the other sources instead"
+            f"{moved:,} rows beyond {config.max_epochs} epochs of {', '.join(capped)} were taken "
+            "from the other sources instead"
         )
     unseen = sum(entry.get("unencoded", 0) for entry in entries)
     if unseen:
         lines.append(
-            f"usable: {unseen:,} of those rows were not encoded, as they were not drawn; some may "
-            "be too long, empty or bad"
+            f"usable: {unseen:,} of these rows were not drawn and not tokenized; some may be too "
+            "long, empty or bad"
         )
     short = [m["asked"] - m["given"] for m in manifests if m["given"] < m["asked"]]
     if short:
@@ -246,7 +250,8 @@ def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[s
         folder = locate(source.name, source.path).folder
         if folder is not None and (folder / MANIFEST_FILE).is_file():
             lines.append(
-                f"{source.name} is itself a sample: --input {source.name}=PATH draws from the whole"
+                f"{source.name} is itself a sample: to draw from its full source, give --input "
+                f"{source.name}=PATH"
             )
     if manifests[0]["sample_sha256"] is None:
         lines.append("drawn from token ids, so there is no sample.jsonl")
@@ -256,9 +261,9 @@ def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[s
 
 
 _MEANING = {
-    "exact": "is an example of an excluded set",
-    "prompt": "asks what one asks",
-    "ngram": "shares {ngram} {ngram_of} in a row with one",
+    "exact": "equals an example of an excluded set",
+    "prompt": "has the same prompt as an example of an excluded set",
+    "ngram": "shares {ngram} consecutive {ngram_of} with an example of an excluded set",
     "prompt_too_long": "its prompt alone fills --seq-length",
     "bad_record": "could not be read as an example",
 }

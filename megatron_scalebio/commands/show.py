@@ -21,10 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``show``."""
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="written by prepare or sample")
-    add("--rows", type=int, default=3, metavar="N", help="examples to show, and records left out")
+    add(
+        "--rows",
+        type=int,
+        default=3,
+        metavar="N",
+        help="number of examples, and of left-out records, to show",
+    )
     add("--from", type=int, default=0, dest="first", metavar="N", help="the first example, from 0")
     add("--tokenizer", metavar="PATH", help="default: the one it was prepared with")
-    add("--json", action="store_true", help="one JSON object a line")
+    add("--json", action="store_true", help="one JSON object per line")
 
 
 def run(args: argparse.Namespace) -> int:

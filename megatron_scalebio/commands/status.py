@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             ("converged: " if weights["converged"] else "not converged: ") + weights["reason"]
         )
     if state not in ("ended", "runs"):
-        console.print(f"to go on, start it again: {_command(folder, info)}")
+        console.print(f"to resume, start it again: {_command(folder, info)}")
     return EXIT_OK
 
 

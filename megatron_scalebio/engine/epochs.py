@@ -36,7 +36,7 @@ def target_examples(config: Config, sources: Sequence[Source]) -> float | None:
         name = "target_tokens" if data.target_examples is None else "target_examples"
         raise UserError(
             f"data.{name}: {getattr(data, name):g} is less than a batch of {batch} sequences (give "
-            "what the final training will draw)"
+            "the size of the final training)"
         )
     return given
 
@@ -65,7 +65,7 @@ def caps(config: Config, sources: Sequence[Source]) -> list[float] | None:
     if most * sum(counts) < target:
         raise UserError(
             f"data.max_epochs: {most:g} passes over all sources are {quantity(most * sum(counts))} "
-            f"examples, the final training draws {quantity(target)} (raise max_epochs, lower the "
-            "target, or add sources)"
+            f"examples, but the final training needs {quantity(target)} (raise max_epochs, lower "
+            "the target, or add sources)"
         )
     return [min(1.0, most * count / target) for count in counts]

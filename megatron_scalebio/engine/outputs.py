@@ -58,7 +58,7 @@ def prepare_folders(
     except (OSError, ValueError, KeyError, TypeError):
         return
     is_train = run.get("stage") == "train"
-    more = f"; --weights {folder} there starts from the weights learned here"
+    more = f"; with --weights {folder} it starts from the weights learned here"
     if is_train:
         more = ", or name new sources after those that it had"
     for kind, names in (("sources", sources), ("validation", validation)):

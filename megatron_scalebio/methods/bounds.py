@@ -28,7 +28,7 @@ def constraints_of(config: Config, data: Data, kappa: float) -> Constraints | No
         tied_S = data.former.known
         if all(tied_S):
             raise UserError(
-                f"data.keep_ratios: {config.data.weights} has all sources, and nothing is left to "
+                f"data.keep_ratios: {config.data.weights} has all sources, so nothing is left to "
                 "learn (add sources, or drop keep_ratios)"
             )
         if any(source.low > 0 or source.high < 1 for source in config.data.sources):
@@ -58,9 +58,9 @@ def bounds_of(
     for source, cap in zip(config.data.sources, caps_S, strict=True):
         if source.low > cap:
             raise UserError(
-                f"data.max_epochs: {config.data.max_epochs:g} passes over {source.name!r} are a "
-                f"weight of {cap:.3g}, below its least, {source.low:g} (raise max_epochs, or lower "
-                "that)"
+                f"data.max_epochs: {config.data.max_epochs:g} passes over {source.name!r} limit "
+                f"its weight to {cap:.3g}, below its least weight {source.low:g} (raise "
+                "max_epochs, or lower min_weight or fixed_weight)"
             )
     high_S = [min(pair) for pair in zip(high_S, caps_S, strict=True)]
     if tied_S is not None:
@@ -111,7 +111,7 @@ def refuse_bounds(config: Config) -> None:
     for what, is_asked in asked.items():
         if is_asked:
             raise UserError(
-                f"{what}: the method {method!r} can't keep to it (drop it, or baseline.method)"
+                f"{what}: the method {method!r} does not support it (drop it, or baseline.method)"
             )
 
 

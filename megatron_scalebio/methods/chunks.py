@@ -89,7 +89,7 @@ class Chunks:
             [stopped] = runtime.any_rank(signals.received)
             if stopped and number != missing[-1]:
                 if runtime.is_main():
-                    console.warn("stopped by a signal; the same command continues from there")
+                    console.warn("stopped by a signal; the same command resumes")
                 return False
         return True
 
@@ -126,5 +126,5 @@ def read_array(path: Path, rows: int) -> Array:
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: unreadable: {error} (remove it)") from None
     if not isinstance(values, np.ndarray) or len(values) != rows:
-        raise UserError(f"{path}: is not what was written here (remove it)")
+        raise UserError(f"{path}: is not a file that this run wrote (remove it)")
     return values

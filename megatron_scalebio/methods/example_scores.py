@@ -149,7 +149,7 @@ class ExampleVisits:
                 shutil.copyfile(theirs, self.path)
         elif not self.path.is_file() or self.path.stat().st_size < size:
             raise UserError(
-                f"{self.path}: lacks visits that the checkpoint counts (restore it, or go on "
+                f"{self.path}: lacks visits that the checkpoint has counted (restore it, or resume "
                 "without scores: --level source)"
             )
 
@@ -255,7 +255,7 @@ def _told(examples: int, visits: int, never: int, reliability: dict[str, float |
         line += f"; {never:,} never visited: each has its source's score"
     known = {name: share for name, share in reliability.items() if share is not None}
     if not known:
-        return f"{line}; none was visited twice, which would tell how far noise moves a score"
+        return f"{line}; none was visited twice, so the noise of scores is unknown"
     most = sorted(known, key=lambda name: -known[name])
     shares = few([f"{known[name]:.0%} in {name}" for name in most])
-    return f"{line}; the spread of their means that is not noise: {shares}"
+    return f"{line}; share of the spread of scores that is not noise: {shares}"

@@ -136,6 +136,6 @@ def broken_bound(sets: list[dict[str, Any]]) -> str:
         if most is not None and loss is not None and loss > most * (1 + MARGIN):
             return (
                 f"the loss of {entry['name']} is {loss:.4f}, above its bound of {most:.4f} (run "
-                "longer, or give the bound room: no mixture may keep to it)"
+                "longer, or relax the bound: perhaps no mixture keeps it)"
             )
     return ""

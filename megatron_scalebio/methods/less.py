@@ -62,13 +62,13 @@ def find(config: Config, job: Job) -> Found | None:
         raise UserError("lisa.lisa_layers: less needs the Adam state of all layers (drop it)")
     if config.model.num_experts is not None:
         raise UserError(
-            "model.num_experts: less needs an example's whole gradient on one rank, and experts "
-            "get tokens of others, too (choose another method)"
+            "model.num_experts: less needs an example's whole gradient on one rank, but experts "
+            "get tokens of several examples (choose another method)"
         )
     if config.parallel.context_parallel_size > 1:
         raise UserError(
             "parallel.context_parallel_size: less needs an example's whole gradient on one rank, "
-            "for Adam's update is not linear (set it to 1)"
+            "because Adam's update is not linear (set it to 1)"
         )
     data = Data(config, job.folder / "cache")
     pool = Pool(data.sources)

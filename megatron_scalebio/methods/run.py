@@ -46,7 +46,7 @@ def find_mixture(config: Config) -> int:
                 "it, or use --method scalebio)"
             )
         if config.bilevel.group_sources is not None:
-            raise UserError(f"bilevel.group_sources: {method} has no groups (drop it)")
+            raise UserError(f"bilevel.group_sources: {method} does not use groups (drop it)")
     name = "fixed" if method in FIXED else method
     module = importlib.import_module(f"megatron_scalebio.methods.{name}")
     with start_job(config) as job:
@@ -79,7 +79,9 @@ def _finish(config: Config, found: Found, job: Job) -> None:
         places["interaction"] = folder / INTERACTION_FILE
         console.interaction(found.interaction, found.weight_S)
     elif config.bilevel.interactions:
-        console.warn(f"interactions: too few steps to fit them ({FEWEST_WINDOWS} resets or more)")
+        console.warn(
+            f"interactions: too few steps to estimate them ({FEWEST_WINDOWS} resets or more)"
+        )
     if "example_scores" in content:
         places["examples"] = folder / EXAMPLE_WEIGHTS_FILE
         console.note(content["example_scores"]["told"])
@@ -98,6 +100,6 @@ def _finish(config: Config, found: Found, job: Job) -> None:
     if left_out:
         floor = outputs.blend_floor(config)
         console.warn(
-            f"below {floor:g}, left out of blend.txt and blend.json, where Megatron-LM may fail on "
-            f"it: {few(left_out)}; `sample` and `train` still draw it by its weight"
+            f"weight below {floor:g}, on which Megatron-LM may fail; left out of blend.txt and "
+            f"blend.json: {few(left_out)}; `sample` and `train` still draw by their weights"
         )

@@ -55,11 +55,11 @@ def similar_sources(config: Config, job: Job) -> Level | None:
         )
     if asked >= len(names):
         raise UserError(
-            f"bilevel.group_sources: {asked} groups of {len(names)} sources (ask for fewer)"
+            f"bilevel.group_sources: {asked} groups for only {len(names)} sources (ask for fewer)"
         )
     if config.model.num_experts is not None:
         raise UserError(
-            "bilevel.group_sources: gradients of experts are not looked at (name the groups, as in "
+            "bilevel.group_sources: does not work with experts (name the groups instead, as in "
             "math/web)"
         )
     made_for = {
@@ -86,7 +86,7 @@ def _read(path: Path, made_for: dict[str, Any]) -> list[list[str]] | None:
         raise UserError(f"{path}: is damaged (remove it)") from None
     if not same or told != sorted(made_for["sources"]):
         raise UserError(
-            f"{path}: has groups of other sources, or in another model (choose a new train.output, "
+            f"{path}: has groups of other sources, or of another model (choose a new train.output, "
             "or remove it)"
         )
     return groups

@@ -266,7 +266,7 @@ class ProxyState(FinetuneState):
         if not math.isfinite(loss):
             raise UserError(
                 f"data.validation: the loss of the proxy trained on {self.probs_S.tolist()} is "
-                f"{loss} (lower optimizer.lr, or look at that set)"
+                f"{loss} (lower optimizer.lr, or check that set)"
             )
 
 

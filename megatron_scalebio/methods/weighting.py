@@ -108,7 +108,7 @@ def refuse_run_of_another(folder: Path, method: str) -> None:
             return
         if stage != method:
             raise UserError(
-                f"{folder}: holds a run of `{stage}`, which {method} can't continue with (choose a "
+                f"{folder}: holds a run of `{stage}`, which {method} can't continue (choose a "
                 "new train.output)"
             )
 

@@ -46,7 +46,7 @@ def advice(run: Run, rows: list[SourceRow]) -> list[Advice]:
     if steps and skipped > SKIPPED_SHARE * steps:
         found.append(
             Advice(
-                "Lower the learning rate, or look at the source that is named below",
+                "Lower the learning rate, or check the source that is named below",
                 f"{skipped:,} of {steps:,} steps were not applied.",
             )
         )
@@ -71,26 +71,28 @@ def _of_verdict(run: Run, rows: list[SourceRow]) -> Iterator[Advice]:
         size = f"{wanted[1]} examples" if wanted else "more examples"
         yield Advice(
             f"Enlarge the validation set: {size}",
-            "What it wants is not known any better from its few examples, however long the run.",
+            "With so few examples, a longer run does not make the weights more certain.",
         )
     elif "has been gone through" in reason:
-        yield Advice("Add data, or make fewer steps", "What is seen too often is learned by heart.")
+        yield Advice(
+            "Add data, or make fewer steps", "Models memorize data that they see too often."
+        )
     elif "set a larger tolerance" in reason:
-        yield Advice("Set a larger tolerance", "More steps would not tell weights apart so finely.")
+        yield Advice("Set a larger tolerance", "More steps can't reach so small a tolerance.")
     elif "decays" in reason:
         yield Advice(
             "Keep the rate of the mixture constant",
-            "With lr_lambda_decay_style constant, weights that stand still have settled.",
+            "Only with lr_lambda_decay_style constant are weights that stand still settled.",
         )
     elif "no weight has moved" in reason:
         yield Advice(
             "Check that the sources differ",
-            "Equal sources keep equal weights; else raise lr_lambda, or lower alpha.",
+            "Equal sources keep equal weights. If they differ, raise lr_lambda, or lower alpha.",
         )
     elif "gives no intervals" in reason:
         yield Advice(
             "Use the weights, with another seed beside them",
-            "This method says nothing of how sure it is; a second seed does.",
+            "This method gives no uncertainty; a second seed shows it.",
             sample,
         )
     else:
@@ -106,7 +108,7 @@ def _longer(run: Run, rows: list[SourceRow], reason: str) -> Iterator[Advice]:
     wanted = int(told[1]) if told else 100 * math.ceil(steps * factor / 100)
     if told or factor <= LONGEST:
         yield Advice(
-            f"Run longer: about {wanted:,} steps", "A new run, with train_iters set to it."
+            f"Run longer: about {wanted:,} steps", "Start a new run with this train_iters."
         )
     else:
         yield Advice(
@@ -142,15 +144,15 @@ def _merging(run: Run, rows: list[SourceRow]) -> Iterator[Advice]:
         whole = percent(sum(weight.get(name, 0.0) for name in group))
         if too_short:
             yield Advice(
-                f"Do not read {names} apart yet",
-                f"The run is too short for it: of their weights only the sum, {whole}, is known. "
-                "If a longer run can't tell them apart either, they are alike.",
+                f"Do not compare the weights of {names} yet",
+                f"The run is too short to tell them apart: only the sum of their weights, {whole}, "
+                "is known. If a longer run can't tell them apart either, they are alike.",
             )
             continue
         yield Advice(
             f"Merge {names}",
-            f"They look alike: of their weights only the sum, {whole}, is known. Prepare them as "
-            "one source, or deal the sum among them as you like.",
+            f"They look alike: only the sum of their weights, {whole}, is known. Prepare them as "
+            "one source, or split the sum among them as you like.",
         )
     if len(rows) <= MANY_SOURCES or (run.weights and run.weights.converged):
         return
@@ -165,6 +167,6 @@ def _merging(run: Run, rows: list[SourceRow]) -> Iterator[Advice]:
         more = f" and {len(unsure) - NAMED:,} more" if len(unsure) > NAMED else ""
         yield Advice(
             f"Merge sources that are alike, among {len(unsure):,} that can't be told apart",
-            f"{names}{more}: each alone is too small a part of a batch. Sources of one kind, "
-            "prepared as one, are known sooner.",
+            f"{names}{more}: each alone is too small a part of a batch. If sources of one kind are "
+            "prepared as one source, its weight is known sooner.",
         )

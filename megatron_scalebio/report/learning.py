@@ -27,5 +27,5 @@ def stood_still(history: History) -> str:
     return (
         f"the validation loss did not fall by more than its noise: {first:.4g} in the first fifth "
         f"of the steps, {last:.4g} in the last, ± {_SURE * noise:.2g}. Models that learn nothing "
-        "say little of the sources: raise lr, or make more steps"
+        "say little about the sources: raise lr, or make more steps"
     )

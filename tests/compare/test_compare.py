@@ -179,10 +179,10 @@ def test_mistakes_are_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"per_source": 40}, "per_source: is 40 now, and this comparison began with 50"),
+        ({"per_source": 40}, "per_source: is 40, but this comparison began with 50"),
         (
             {"run": {**content(Path())["run"], "data": {"seq_length": 64}}},
-            "run.data.seq_length: is 64 now, and this comparison began with 32",
+            "run.data.seq_length: is 64, but this comparison began with 32",
         ),
     ],
 )

@@ -278,12 +278,12 @@ def test_command_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(world, "--weights", str(run), "--num-samples", "20", "--max-epochs", "1") == 0
     printed = capsys.readouterr().out
     assert "3 exact" in printed and "compared with goal" in printed
-    assert "6 rows above 1 epochs of small were asked of the other sources" in printed
+    assert "6 rows beyond 1 epochs of small were taken from the other sources" in printed
     for message, words in (
         (r"--weights: is missing", ("--input", f"a={world.big}", "--num-samples", "3")),
         (r"'a' gives no weight", ("--weights", "a", "b=1", "--num-samples", "3")),
         (r"the weight of 'a' is -1.0", ("--weights", "a=-1", "--num-samples", "3")),
-        (r"says nothing of source 'a'", ("--weights", "a=1", "--num-samples", "3")),
+        (r"has no source 'a'", ("--weights", "a=1", "--num-samples", "3")),
         (r"cannot read the weights", ("--weights", "none", "--num-samples", "3")),
         (r"holds no weights", ("--weights", str(run / "blend.json"), "--num-samples", "3")),
     ):

@@ -233,7 +233,9 @@ def test_remarks_tell_what_was_moved_and_what_is_missing(folders: dict[str, str]
         "warning: not in the proportions asked for: web 77.8% for 75.0%, math 22.2% for 25.0%; "
         "about --num-samples 6,000 keeps them, or more --max-epochs"
     )  # 3 epochs of 500 rows are a quarter of 6,000
-    assert lines[1].startswith("1,000 rows above 3 epochs of math were asked of the other sources")
+    assert lines[1].startswith(
+        "1,000 rows beyond 3 epochs of math were taken from the other sources"
+    )
     assert lines[2] == "compared with goal, test" and len(lines) == 5
     gone = [entry("web", 3.0, 8000, 6000, 8000), entry("math", 1.0, 0, 3000, 0)]
     [line, *_] = command.remarks(*shown(folders, gone, num_samples=9000))

@@ -67,7 +67,7 @@ def test_rows_never_visited_are_told_and_a_source_without_any_is_kept(
     run = str(searched(world, score=score, visits=visits))
     big, small = drawn(world, "--weights", run, "--min-score", "0")
     assert (big["not_selected"], small["not_selected"], small["given"]) == (40, 0, 20)
-    assert "12 of its examples never visited" in capsys.readouterr().err
+    assert "12 of its examples were never visited" in capsys.readouterr().err
     big, small = drawn(world, "--weights", run, "--top", "0.5")
     assert (big["not_selected"], small["not_selected"]) == (20, 0)
 
@@ -98,5 +98,5 @@ def test_a_run_without_scores_is_refused(world: World) -> None:
     with pytest.raises(UserError, match="has no scores of single examples"):
         drawn(world, "--weights", str(run), "--top", "0.5")
     names = [f"--input={name}={world.root / 'data' / name}" for name in SIZES]
-    with pytest.raises(UserError, match=r"--min-score and --top: need the run that scored"):
+    with pytest.raises(UserError, match=r"--min-score and --top: need a run with scores"):
         drawn(world, "--weights", "big=1", "small=1", *names, "--top", "0.5")

@@ -44,7 +44,7 @@ def test_status_of_a_run_that_a_signal_stopped(
     (run / "weights.json").write_text(json.dumps(weights | {"complete": False}))
     lines = told(capsys, run)
     assert lines[0] == f"{run}: stopped" and lines[1].endswith("more to go")
-    assert lines[-1].startswith("to go on, start it again: ")
+    assert lines[-1].startswith("to resume, start it again: ")
 
 
 def test_status_of_a_run_in_progress(

@@ -175,12 +175,12 @@ def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
     visits._waiting = [visited([(0, 1.0), (0, 1.1), (1, 3.0), (1, 2.9), (4, 7.0)])]
     told = visits.write_scores(tmp_path)
     assert told["told"] == (
-        "6 examples scored in 5 visits; 3 never visited: each has its source's score; the spread "
-        "of their means that is not noise: 100% in a"
+        "6 examples scored in 5 visits; 3 never visited: each has its source's score; share of "
+        "the spread of scores that is not noise: 100% in a"
     )
     assert _told(5, 9, 0, {"a": 0.25, "b": None, "c": 0.75}) == (
-        "5 examples scored in 9 visits; the spread of their means that is not noise: 75% in c, 25% "
-        "in a"
+        "5 examples scored in 9 visits; share of the spread of scores that is not noise: 75% in c, "
+        "25% in a"
     )
     found = read_example_weights(tmp_path)
     assert found.sources.tolist() == ["a", "b"] and found.offsets.tolist() == [0, 3, 6]

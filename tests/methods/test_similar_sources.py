@@ -109,10 +109,10 @@ def test_what_makes_no_groups_is_refused(folder: Path) -> None:
     refused(folder, "one again changed", other)
     code, said = noted(folder / "noted", "plain again in groups")  # it looked for them first
     assert code == 2 and other in said.splitlines()[-1], said
-    refused(folder, "as many", "bilevel.group_sources: 7 groups of 7 sources (ask for fewer)")
+    refused(folder, "as many", "bilevel.group_sources: 7 groups for only 7 sources (ask for fewer)")
     refused(folder, "named", "the sources have groups already, by names such as x/a")
-    refused(folder, "experts", "bilevel.group_sources: gradients of experts are not looked at")
-    refused(folder, "rival", "bilevel.group_sources: doge has no groups")
+    refused(folder, "experts", "bilevel.group_sources: does not work with experts")
+    refused(folder, "rival", "bilevel.group_sources: doge does not use groups")
 
 
 def test_the_size_of_a_gradient_makes_no_group() -> None:

@@ -208,7 +208,7 @@ def test_mistakes_cost_one_line(runs: Path) -> None:
         "regmix-few": "baseline.proxies: 3 can't tell 3 sources apart",
         "regmix-longer": "holds proxies of other sources, steps, seed",
         "regmix-seed": "holds proxies of other sources, steps, seed",
-        "olmix-caps": "4 passes over all sources are 2.4 k examples, the final training draws",
+        "olmix-caps": "4 passes over all sources are 2.4 k examples, but the final training needs",
     }.items():
         code, said = noted(runs / "noted", f"mistake-{name}")
         assert code == 2 and words in the_only_line(said), said

@@ -243,7 +243,7 @@ def test_a_source_out_of_the_batch_keeps_its_score(runs: Path) -> None:
 
 def test_mistakes_cost_one_line(runs: Path) -> None:
     for name, words in {
-        "doge-one": "holds a run of `doge`, which doremi can't continue with",
+        "doge-one": "holds a run of `doge`, which doremi can't continue",
         "manual-none": "baseline.method: manual needs weights",
         "fastmix-odd": "train.global_batch_size: 11 gives a number of micro-batches that the "
         "interleaved pipeline needs divisible by its stages (use a multiple of 2)",

@@ -139,7 +139,7 @@ def test_many_unsure_sources_are_to_be_merged_and_spikes_looked_at(make_run: Mak
     (run / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     assert told(run)[1:] == [
         "Merge sources that are alike, among 2 that can't be told apart",
-        "Lower the learning rate, or look at the source that is named below",
+        "Lower the learning rate, or check the source that is named below",
     ]
 
 
@@ -154,13 +154,14 @@ def test_near_duplicates_are_to_be_merged_whatever_the_verdict(make_run: MakeRun
         f"Merge {names[0]} and {names[1]}",
         f"Merge {names[2]}, {names[3]} and {names[4]}",
     ]
-    assert "only the sum, 40.0%, is known" in write_report(run).read_text()
+    assert "only the sum of their weights, 40.0%, is known" in write_report(run).read_text()
     short = content | {"indistinguishable": [names[:2]], "converged": False}
     short["reason"] = "only 150 steps are averaged (set train_iters to 800 or more)"
     path.write_text(json.dumps(short))
     assert told(run) == [
-        "Run longer: about 800 steps", f"Do not read {names[0]} and {names[1]} apart yet",
-    ]  # fmt: skip
+        "Run longer: about 800 steps",
+        f"Do not compare the weights of {names[0]} and {names[1]} yet",
+    ]
 
 
 @pytest.mark.parametrize("alike", [[], [[0, 1]]])
@@ -201,4 +202,4 @@ def test_shares_say_what_they_count(make_run: MakeRun, counted: str | None, said
     info = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(info | {"counted_in": counted}))
     assert counted_in(load_run(run)) == said
-    assert f"as it lies ({said})" in write_report(run).read_text()
+    assert f"in all data ({said})" in write_report(run).read_text()

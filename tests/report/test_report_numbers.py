@@ -180,7 +180,7 @@ def test_head_and_tiles(page: Page) -> None:
     assert "with 80% confidence" in page.text and "over the last 30.0% of the steps" in page.text
     assert f"Smoothed over {SPAN} steps" in page.text
     assert "2 of 300 steps" in page.text and "41 w: gradient norm is nan" in page.text
-    assert "the share it has in the data as it lies (by examples)" in page.text
+    assert "the share it has in all data (by examples)" in page.text
     seconds = page.series("step_time_s").sum()
     assert cost(load_run(page.run)).step_seconds == pytest.approx(seconds)
     assert f"Time in steps {round(seconds / 60)} min" in page.text and seconds > 120
