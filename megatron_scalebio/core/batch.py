@@ -23,7 +23,7 @@ from megatron_scalebio.core.collectives import device, summed
 
 
 class Batch(Protocol):
-    """What a step needs of a micro-batch, the same on all ranks of a model-parallel group.
+    """What a step needs of a micro-batch; equal on all ranks of a model-parallel group.
 
     Attributes:
         group_B: source, or validation set, of each sequence, int64 on the CPU.
@@ -31,7 +31,7 @@ class Batch(Protocol):
             rank's part of each sequence.
         tokens: input tokens without padding, for reports.
 
-    One whose sequences follow each other in one row has `lengths_B`, too (see `MicroBatch`).
+    A packed micro-batch also has `lengths_B` (see `MicroBatch`).
     """
 
     @property
@@ -50,15 +50,15 @@ class MicroBatch:
     in one row (1 × S), none attends to another, and the padding is at the row's end.
 
     Attributes:
-        tokens_BS, labels_BS: ids, int64.
+        tokens_BS, labels_BS: token ids, int64.
         mask_BS: 1 where the label is a target, float32.
         positions_BS: position ids, int64.
         group_B: source or validation set of each sequence, int64.
-        tokens: input tokens here, padding left out.
-        padding_BS: true where a sequence has ended, for the routers of a mixture of experts; None:
-            nowhere.
-        member_B: its place in the global batch, int64, for whoever wants to know; a step does not.
-        lengths_B: packed: tokens of each sequence, int64.
+        tokens: number of input tokens, without padding; for reports.
+        padding_BS: true at padding positions, for the routers of a mixture of experts; None: there
+            are none.
+        member_B: place of each sequence in the global batch, int64; a step does not use it.
+        lengths_B: of a packed micro-batch, the number of tokens of each sequence, int64.
     """
 
     tokens_BS: torch.Tensor

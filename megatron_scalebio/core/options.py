@@ -10,22 +10,23 @@ WHOLE_RESETS = 40  # before memory grows
 
 @dataclass(frozen=True)
 class BilevelOptions:
-    """The bilevel problem, how its mixture is stepped, and what is reported of it.
+    """The bilevel problem, how its mixture is updated, and what is reported about it.
 
     Attributes:
-        alpha: penalty α on the lower level's suboptimality, times the root of u's memory.
+        alpha: penalty α on the lower level's suboptimality; a step multiplies it by the square root
+            of u's memory.
         mixture_optimizer: "eg", exponentiated gradient, or "adamw" on the logits, as published.
         lr_lambda: learning rate of the mixture [0.1 for eg, 0.01 for adamw].
         resync_interval: steps between resets of u to w, at least 2; under LISA every new draw of
             layers resets u instead. None: never.
-        memory_growth: after WHOLE_RESETS a reset takes u only part of the way, so that its
-            departure from w is remembered for resync_interval steps and this share of those since.
-            0: every reset is whole.
+        memory_growth: after WHOLE_RESETS resets, each one moves u only a part of the way to w, so
+            that u's difference from w is remembered for resync_interval steps plus this share of
+            the steps since then. 0: every reset is complete.
         loss_mean: a source's loss is the mean over its examples of their means over target tokens
             ("sample"), or the mean over all its target tokens ("token").
         average_fraction: last share of the steps that the reported weights average over.
         confidence: level of their intervals, one of CONFIDENCE_LEVELS.
-        tolerance: widest half-interval that counts as converged, a share of 1.
+        tolerance: largest half-width of an interval that counts as converged, a fraction of 1.
 
     Raises:
         ValueError: if one is out of its range.

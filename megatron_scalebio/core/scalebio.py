@@ -46,7 +46,7 @@ class StepReport:
     """What one step measured, equal on all ranks.
 
     Attributes:
-        step: steps made, this one included.
+        step: number of this step, from 1.
         weights_S: p before the step, float64.
         shares_V: weights of the validation sets in L1, float64.
         losses: ℓ_i(u), ℓ_i(w) and the losses of the validation sets, before the step.
@@ -54,8 +54,8 @@ class StepReport:
         validation_loss: L1(w).
         grad_norms: of "w" and "u", before clipping.
         grad_norm_lambda: norm of Jᵀ g; NaN where the step was not applied.
-        alpha, lr_w, lr_u, lr_lambda: what the step was made with.
-        skipped: why nothing was applied; None where it was.
+        alpha, lr_w, lr_u, lr_lambda: the values that the step used.
+        skipped: why the step was not applied; None if it was.
     """
 
     step: int
@@ -79,12 +79,12 @@ class ScaleBiO(Training):
 
     Args:
         sources: names of the S data sources, in the order of their numbers in the batches.
-        model_provider, ddp, optimizer, **training: as of `Training`.
+        model_provider, ddp, optimizer, **training: as in `Training`.
         validation: weight of each validation set in L1, by name, in the order of their numbers.
-        goals: what the sets come to [the mean of their losses by these weights].
+        goals: how the sets' losses are combined [their mean by the weights in `validation`].
         initial_weights: of the sources, normalised here [equal ones].
-        constraints: what the weights have to keep to [nothing].
-        levels: groups of the sources, which step as groups, too [none].
+        constraints: bounds, prior and ratios of the weights [none].
+        levels: groups of sources that also learn weights as groups [none].
 
     Attributes:
         mixture: λ and its trajectory.
@@ -146,7 +146,7 @@ class ScaleBiO(Training):
         Args:
             train, validation: this data-parallel rank's micro-batches, as many on every rank.
             lr, lr_u: learning rates of w and u [of u: lr].
-            lr_lambda, alpha: [that of the options; `grown_alpha`].
+            lr_lambda, alpha: learning rate of the mixture [of the options], and α [`grown_alpha`].
             inclusion, validation_inclusion: probability that each source, or validation set, is in
                 a batch at all, from `Picks` [1: all are].
 
@@ -246,10 +246,11 @@ class ScaleBiO(Training):
         """The learned weights, averaged over the last steps, and how sure they are.
 
         Args:
-            validation_examples: in the validation set, whose own draw then counts.
-            draw_SS: what that does to the weights, where measured, as of `weight_intervals`.
-            lookalikes: sources of which only the sum is known [those that the steps could not tell
-                apart, which near the answer may be sources that differ].
+            validation_examples: size of the validation set, whose sampling error is then included.
+            draw_SS: covariance of the weights from that sampling, if it was measured, as in
+                `weight_intervals`.
+            lookalikes: groups of sources of which only the sum of weights is known [those that the
+                steps could not tell apart; near the answer they may include sources that differ].
         """
         tail, level = self._tail(), self.options.confidence
         alike = self.mixture.lookalike_groups(tail) if lookalikes is None else lookalikes
@@ -264,7 +265,7 @@ class ScaleBiO(Training):
         draw_SS: torch.Tensor | None = None,
         lookalikes: list[list[int]] | None = None,
     ) -> Verdict:
-        """Whether the weights have converged by now, and why.
+        """Whether the weights have converged by now, and why or why not.
 
         Args:
             constant_rate: lr_lambda was the same over the averaged steps.

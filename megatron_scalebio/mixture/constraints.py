@@ -21,16 +21,16 @@ from megatron_scalebio.mixture.confidence import WeightIntervals
 
 
 class Constraints:
-    """Of S sources.
+    """Bounds, a prior and fixed ratios for the weights of S sources.
 
     Args:
-        low, high: bounds of each weight; a weight of equal ones is fixed [0 and 1].
+        low, high: bounds of each weight; if they are equal, the weight is fixed [0 and 1].
         prior: mixture that the weights are pulled to, normalised here.
-        kl_to_prior: how strongly (κ), in units of the hypergradient.
-        tied: sources that keep the ratios they begin with.
+        kl_to_prior: κ, the strength of that pull, in units of the hypergradient.
+        tied: sources whose weights keep their initial ratios.
 
     Raises:
-        ValueError: if no mixture is within the bounds, or the prior is none.
+        ValueError: if no mixture is within the bounds, or the prior is not a mixture.
     """
 
     def __init__(

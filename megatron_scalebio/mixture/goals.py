@@ -25,13 +25,14 @@ LEAST = 1e-3  # of q before it is made whole: a set comes back
 
 
 class Goals:
-    """The weights of V validation sets. Same on every rank, float64 on the CPU.
+    """The weights of V validation sets; the same on every rank, float64 on the CPU.
 
     Args:
-        weights: of the sets in L1, q⁰, normalised here; of one with a bound no matter.
-        worst_case: what counts is the set that is worst off against its reference.
+        weights: q⁰, initial weights of the sets in L1, normalised here; ignored for bounded sets.
+        worst_case: optimize the set whose loss is highest above its reference.
         bounded: the sets whose losses have to stay below their reference [none].
-        reference: loss of each set that its loss is compared with [0].
+        reference: loss that each set's loss is compared with, in nats; the bound of a bounded set
+            [0].
     """
 
     def __init__(

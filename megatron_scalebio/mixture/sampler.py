@@ -65,8 +65,8 @@ class BlendSampler:
     Args:
         sizes_S: examples in each source.
         batch_size: examples per global batch (B).
-        seed: of the order of examples and of the rounding of counts.
-        floor_share: f above, in (0, 1]; 1 deals every source the same number.
+        seed: decides the order of examples and the rounding of counts.
+        floor_share: f, the share of a batch that is split equally among the sources, in (0, 1].
 
     Raises:
         ValueError: if a number is out of its range.
@@ -90,7 +90,7 @@ class BlendSampler:
         """The next global batch under mixture p, one weight for each source.
 
         Raises:
-            ValueError: if p has another length, or something that is no share.
+            ValueError: if p has another length, a negative weight, or only zeros.
         """
         probs_S = np.asarray(probs_S, dtype=np.float64)
         if probs_S.shape != self.sizes_S.shape or not ((probs_S >= 0).all() and probs_S.any()):
