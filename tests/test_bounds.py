@@ -138,7 +138,7 @@ def test_groups_are_sums_of_their_sources(folder: Path) -> None:
     ("name", "words"),
     [
         ("bad target", "data.target_examples: 7 is less than a batch of 8 sequences"),
-        ("bad epochs", "data.max_epochs: 4 passes over all sources are 2.56 k examples, the final"),
+        ("bad epochs", "data.max_epochs: 4 passes over all sources are 2.56 k examples, but the"),
         (
             "bad cap",
             "data.max_epochs: 4 passes over 's1' limit its weight to 0.16, below its least weight",
