@@ -183,6 +183,30 @@ def test_what_is_in_a_batch_of_few_places_stands_for_its_like(
     assert only.weight_B.tolist() == pytest.approx([0.75 / 2, 0.75 / 2, 0.25 / 0.4])
 
 
+@pytest.mark.parametrize(
+    ("skipped", "told"),
+    [(None, None), ("w: loss of source 1 is nan", "w: loss of source 'web' is nan")],
+)
+def test_a_step_of_w_alone_is_told_with_the_name_of_the_source_that_spoiled_it(
+    skipped: str | None, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = SimpleNamespace(norms={"w": 3.0}, skipped=skipped)
+    sources = [SimpleNamespace(name=name) for name in ("math", "web")]
+    state: Any = SimpleNamespace(
+        step=4, cost=TokenCost(), clock=lambda part: nullcontext(),
+        schedule=SimpleNamespace(at=lambda step: SimpleNamespace(lr_w=0.1)),
+        data=SimpleNamespace(sources=sources, validation=[]),
+        training=SimpleNamespace(update=lambda *given: done, active_layers=None),
+    )  # fmt: skip
+    monkeypatch.setattr(update.runtime, "allocated_bytes", lambda: 5)
+    losses: Any = SimpleNamespace(w_S=torch.tensor([1.0, 2.0], dtype=torch.float64), tokens=7)
+    picks: Any = SimpleNamespace(inclusion_S=np.ones(2))
+    half_S = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    record = update.step_w(state, losses, picks, half_S)
+    assert record["skipped"] == told and record["train_loss_w"] == 1.5
+    assert state.cost.trained == record["tokens"] == 7
+
+
 def test_a_bound_is_kept_within_half_a_percent() -> None:
     sets: list[dict] = [{"name": "a", "loss": 9.0}, {"name": "b", "loss": None, "max_loss": 1.0}]
     assert broken_bound([*sets, {"name": "c", "loss": 2.0099, "max_loss": 2.0}]) == ""

@@ -116,16 +116,17 @@ def test_tool_calls_and_tools_are_rendered_and_train(
 def test_arguments_as_json_text_are_what_the_template_is_written_for(
     tokenizer: Tokenizer, written: str, text: str, found: str, flat: bool
 ) -> None:
-    """OpenAI's logs have text where most templates want the object."""
+    """OpenAI's logs have text where most templates want the object. Other fields stay."""
     template = "{%- for m in messages %}<|im_start|>{{ m.role }} {{ m.content or '' }}"
+    template += "{{ m.reasoning_content or '' }}"
     template += "{% for c in m.tool_calls or [] %}{% set a = c.function.arguments %}"
     template += f"{written}{{% endfor %}}<|im_end|>{{%- endfor %}}"
     template += "{%- if add_generation_prompt %}<|im_start|>assistant {% endif %}"
     call = {"function": {"name": "w", "arguments": text}}
     if flat:
         template, call = template.replace("c.function", "c"), call["function"]
-    record = chat(USER, answer("", tool_calls=[call]))
-    assert marked(tokenizer, template, record) == f"<user Rome?><assistant ⟦{found}>⟧"
+    record = chat(USER, answer("", reasoning_content="So: ", tool_calls=[call]))
+    assert marked(tokenizer, template, record) == f"<user Rome?><assistant ⟦So: {found}>⟧"
 
 
 @pytest.mark.parametrize("text", ["Rome", "[1]", '"Rome"', "{"])

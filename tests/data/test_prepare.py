@@ -51,7 +51,7 @@ def test_what_is_written_and_counted(tmp_path: Path, sentence_piece: Path) -> No
     assert report["dropped"] == {
         "no_target": 1, "empty": 1, "too_long": 0, "prompt_too_long": 1,
     }  # fmt: skip
-    assert report["truncated"] == 1
+    assert report["truncated"] == 1 and report["skipped"] == {}
     assert report["tokens"] == sum(len(ids) for ids, _ in found)
     assert report["target_tokens"] == sum(int(mask.sum()) for _, mask in found)
     assert report["format_version"] == 1 and report["format"] == "alpaca"

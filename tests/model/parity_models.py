@@ -121,7 +121,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "num_experts_per_tok": 3, "sliding_window": 7, "swiglu_limit": 0.4,
          "rope_parameters": {**YARN, "truncate": False}},
     ),
-    "olmo2": ("Olmo2", {**SHAPE, **UNTIED, "pad_token_id": None}),
+    "olmo2": ("Olmo2", {**SHAPE, **UNTIED, "pad_token_id": None, "rms_norm_eps": 1e-2}),
     "olmo3-yarn": (
         "Olmo3",
         {
