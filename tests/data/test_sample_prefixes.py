@@ -28,6 +28,15 @@ def megatron_prefix(
     return str(path)
 
 
+def test_a_fingerprint_is_of_what_is_written_whatever_the_tokens_came_as(tmp_path: Path) -> None:
+    found = set()
+    for dtype in (np.int64, np.uint16):
+        writer = PrefixWriter(tmp_path / dtype.__name__, np.uint16)
+        writer.add(np.arange(5, dtype=dtype), np.ones(5), [2, 3], [(0, 1), (0, 2)])
+        found.add(writer.finish({})["fingerprint"])
+    assert len(found) == 1
+
+
 def test_megatron_prefixes(world: World) -> None:
     long = WeightedSource("long", megatron_prefix(world.root / "long", [30] * 40), 0.5)
     short = WeightedSource("short", megatron_prefix(world.root / "short", [10, 0] * 30), 0.5)
