@@ -27,7 +27,7 @@ from megatron_scalebio.core.collectives import device
 
 _KEPT = "_low_bits"
 # Random numbers are drawn one after another on the host, and repeated from here on: of billions of
-# weights that would take minutes. Odd, so that columns of a matrix do not repeat from row to row.
+# weights that would take minutes. Prime, so that columns of a matrix do not repeat from row to row.
 _DRAWN = 2**20 + 7
 # Of a parameter: the ranks that share its masters.
 SharingGroup = Callable[[torch.nn.Parameter], dist.ProcessGroup | None]

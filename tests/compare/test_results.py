@@ -110,13 +110,13 @@ def plan(request: pytest.FixtureRequest, tmp_path: Path) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("section", ["sources", "validation", "test", "tasks"])
-def test_a_file_that_is_not_there_is_named(plan: Plan, tmp_path: Path, section: str) -> None:
+def test_a_benchmark_file_that_is_not_there_is_named(plan: Plan, tmp_path: Path) -> None:
+    """It needs a model; the other sections' files are among the mistakes in test_compare."""
     content = yaml.safe_load((tmp_path / "compare.yaml").read_text())
-    name = next(iter(content[section]))
-    content[section][name] = "nowhere"
+    name = next(iter(content["tasks"]))
+    content["tasks"][name] = "nowhere"
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    with pytest.raises(UserError, match=f"{section}.{name}: nowhere: no such file or folder"):
+    with pytest.raises(UserError, match=f"tasks.{name}: nowhere: no such file or folder"):
         load(tmp_path / "compare.yaml", {})
 
 
