@@ -85,9 +85,9 @@ def test_a_living_holder_is_refused_in_one_line(start: Start, tmp_path: Path, pl
     host = "node9" if place == "far" else Process.this().host
     words = f"another run writes here (SLURM job 71 on {host}, pid {holder.pid}) (wait until"
     assert words in str(refusal.value)
-    holder.communicate("", timeout=10)
+    holder.communicate("", timeout=60)
     assert not (tmp_path / LOCK_FILE).exists(), "released"
-    assert take(tmp_path, patience_s=60) < 5
+    assert take(tmp_path, patience_s=60) < 30
 
 
 def test_what_a_killed_holder_left_is_taken_over_at_once(start: Start, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_what_a_killed_holder_left_is_taken_over_at_once(start: Start, tmp_path:
     wait_until_held(holder)
     holder.kill()
     os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
-    assert take(tmp_path, patience_s=60) < 5
+    assert take(tmp_path, patience_s=60) < 30
     assert not (tmp_path / LOCK_FILE).exists()
 
 
@@ -106,7 +106,7 @@ def test_a_dead_holder_on_another_node_is_waited_out(start: Start, tmp_path: Pat
     holder.wait()
     tomorrow = time.time() + 86_400
     os.utime(tmp_path / LOCK_FILE, (tomorrow, tomorrow))
-    assert 1.0 <= take(tmp_path, patience_s=1.0) < 5
+    assert 1.0 <= take(tmp_path, patience_s=1.0) < 30
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ def test_a_number_that_another_process_has_by_now_is_no_holder(tmp_path: Path) -
     ours = Holder.this()
     earlier = replace(ours.process, started=ours.process.started - 1)
     (tmp_path / LOCK_FILE).write_bytes(replace(ours, process=earlier).line(9))
-    assert take(tmp_path, patience_s=60) < 5
+    assert take(tmp_path, patience_s=60) < 30
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff" * 80, Holder.this().line(3)[:100]])
 def test_a_lock_that_cannot_be_read_is_waited_out(tmp_path: Path, content: bytes) -> None:
     (tmp_path / LOCK_FILE).write_bytes(content)
-    assert 1.0 <= take(tmp_path, patience_s=1.0) < 5
+    assert 1.0 <= take(tmp_path, patience_s=1.0) < 30
 
 
 def test_of_many_newcomers_one_follows_a_dead_holder(start: Start, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_of_many_newcomers_one_follows_a_dead_holder(start: Start, tmp_path: Pat
         time.sleep(0.05)
     [winner] = [rival for rival, code in zip(rivals, codes, strict=True) if code is None]
     wait_until_held(winner)
-    winner.communicate("", timeout=10)
+    winner.communicate("", timeout=60)
     assert winner.returncode == 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs.metrics import MetricsLog
@@ -244,13 +245,18 @@ def test_a_full_disk_is_a_user_error(tmp_path: Path, which: str, words: str) -> 
         log.log(records(1)[0])
 
 
-def test_logging_a_step_of_five_sources_costs_well_under_a_millisecond(tmp_path: Path) -> None:
+def test_logging_a_step_costs_what_tensorboard_takes_for_twenty_numbers(tmp_path: Path) -> None:
     names = [f"source {i}" for i in range(5)]
     log = MetricsLog(tmp_path, names, VALIDATION, global_batch_size=32)
-    times = []
+    theirs = SummaryWriter(tmp_path / "theirs")
+    ratios = []
     for record in records(200, 5):
         began = time.thread_time()
         log.log(record)
-        times.append(time.thread_time() - began)
+        between = time.thread_time()
+        for tag in range(20):
+            theirs.add_scalar(str(tag), 0.5, record["step"])
+        ratios.append((between - began) / (time.thread_time() - between))
     log.close()
-    assert statistics.median(times) < 1e-3
+    theirs.close()
+    assert statistics.median(ratios) < 2  # 0.7 to 1.0 were measured
