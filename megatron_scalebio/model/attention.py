@@ -1,7 +1,8 @@
 """Causal core attention by torch's scaled_dot_product_attention.
 
 Megatron-Core's local DotProductAttention builds the sequence² score matrix; this one does not,
-except where scores are soft-capped (Gemma 2) or a head may attend to nothing (gpt-oss). It serves
+except where scores are soft-capped (Gemma 2) or a head may attend to nothing (gpt-oss). Over a
+sliding window it goes in blocks, which see no more than the window before them. It serves
 the CPU, and CUDA without Transformer Engine, alone or under context parallelism. Sequences are
 padded on the right, so the causal mask alone keeps padding out of every real position. In a packed
 row each sequence attends by itself.
@@ -82,7 +83,7 @@ class SdpaAttention(MegatronModule):
         if group.size() == 1:
             return self._attend(query_SBND, key_SBGD, value_SBGD)
         key_SBGD, value_SBGD = whole_sequences(key_SBGD, value_SBGD, group)
-        spans = chunk_spans(len(query_SBND), self.window, group)
+        spans = chunk_spans(len(query_SBND), group)
         return torch.cat(
             [self._attend(query_SBND[q], key_SBGD[k], value_SBGD[k]) for q, k in spans]
         )
@@ -107,8 +108,12 @@ class SdpaAttention(MegatronModule):
         drops = self.training and self.dropout > 0
         fork = tensor_parallel.get_cuda_rng_tracker().fork
         with fork() if drops else contextlib.nullcontext():
-            context_BNSD = attend(query, key, value, self.dropout if drops else 0.0)
-        return context_BNSD.permute(2, 0, 1, 3).flatten(2)
+            contexts_BNSD = [
+                attend(query[:, :, q], key[:, :, k], value[:, :, k], self.dropout if drops else 0.0)
+                for q, k in blocks(query.size(2), key.size(2), self.window)
+            ]
+        whole = contexts_BNSD[0] if len(contexts_BNSD) == 1 else torch.cat(contexts_BNSD, dim=2)
+        return whole.permute(2, 0, 1, 3).flatten(2)
 
     def _fused(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float
@@ -152,13 +157,27 @@ class SdpaAttention(MegatronModule):
         return F.dropout(weights, dropout) @ value
 
 
+_LEAST_BLOCK = 256  # positions: smaller ones are many calls
+
+
+def blocks(queries: int, keys: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """The last positions of a sequence in blocks, and for each the keys that it sees."""
+    if window is None or window >= keys:
+        yield slice(0, queries), slice(0, keys)
+        return
+    before, size = keys - queries, max(window, _LEAST_BLOCK)
+    for start in range(0, queries, size):
+        end = min(start + size, queries)
+        yield slice(start, end), slice(max(0, before + start + 1 - window), before + end)
+
+
 def _for_each_query(query: torch.Tensor, *of_groups: torch.Tensor) -> Iterator[torch.Tensor]:
     """Keys or values repeated for every query head of their group, B × N × S × D."""
     repeats = query.size(1) // of_groups[0].size(1)
     return (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in of_groups)
 
 
-_MOST_KEPT = 2**28  # bytes: of sequences of 16,384
+_MOST_KEPT = 2**28  # bytes: of 16,384 positions that all see each other
 # The largest mask so far of each window and device: that of a shorter sequence is its lower right.
 _largest_SS: dict[tuple[int | None, torch.device], torch.Tensor] = {}
 

@@ -29,17 +29,8 @@ def whole_sequences(
     return key, value
 
 
-def chunk_spans(
-    length: int, window: int | None, group: ProcessGroup
-) -> Iterator[tuple[slice, slice]]:
-    """For each of this rank's two chunks: its positions here, and those that it sees of the whole.
-
-    Args:
-        length: positions on this rank.
-        window: how many positions one sees, itself included; None: all before it.
-    """
+def chunk_spans(length: int, group: ProcessGroup) -> Iterator[tuple[slice, slice]]:
+    """For each of this rank's two chunks: its positions here (`length`), the whole up to its end."""
     size, rank, chunk = group.size(), group.rank(), length // 2
     for here, place in enumerate((rank, 2 * size - 1 - rank)):
-        start = place * chunk
-        first_seen = 0 if window is None else max(0, start + 1 - window)
-        yield slice(here * chunk, (here + 1) * chunk), slice(first_seen, start + chunk)
+        yield slice(here * chunk, (here + 1) * chunk), slice((place + 1) * chunk)

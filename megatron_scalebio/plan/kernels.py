@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_scalebio.config import Config
+from megatron_scalebio.model import attention
 from megatron_scalebio.model.attention import SdpaAttention
 from megatron_scalebio.model.layers import ModelSettings
 from megatron_scalebio.model.settings import fuses_activation, transformer_config
@@ -53,8 +54,9 @@ def kernels_of(config: Config, cuda: bool) -> Iterator[None]:
         if cuda and config.model.transformer_impl != "local":
             for name in ("_fused", "_explicit"):
                 stack.enter_context(replaced(SdpaAttention, name, _transformer_engines))
-        attention = _flash_on_cuda if cuda else _flash_on_cpu
-        stack.enter_context(replaced(F, "scaled_dot_product_attention", attention))
+            stack.enter_context(replaced(attention, "blocks", _one_block))
+        flash = _flash_on_cuda if cuda else _flash_on_cpu
+        stack.enter_context(replaced(F, "scaled_dot_product_attention", flash))
         stack.enter_context(replaced(bias, "causal_lower_right", lambda q, k: _LOWER_RIGHT))
         if cuda:
             stack.enter_context(replaced(F, "rms_norm", _fused_rms_norm))
@@ -62,6 +64,10 @@ def kernels_of(config: Config, cuda: bool) -> Iterator[None]:
 
 
 _reference, _explicit = F.scaled_dot_product_attention, SdpaAttention._explicit
+
+
+def _one_block(queries: int, keys: int, window: int | None) -> list[tuple[slice, slice]]:
+    return [(slice(queries), slice(keys))]
 
 
 def _transformer_engines(

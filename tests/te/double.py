@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import importlib
 import importlib.util
+import json
 import os
 import sys
 import types
@@ -26,6 +28,7 @@ import torch
 from megatron_scalebio import compat
 from megatron_scalebio.compat import cpu, light_imports
 from tests.te.kernels import KERNELS
+from tests.te.read_extension import EXTENSION
 
 WHEEL = Path(sys.prefix) / "te"  # apart: on the usual path Megatron would find it in every test
 needs_transformer_engine = pytest.mark.skipif(
@@ -33,10 +36,6 @@ needs_transformer_engine = pytest.mark.skipif(
     reason="for machines without CUDA, with the wheel of transformer-engine that make test gets",
 )
 
-# Members in the order of the extension's: tensors of a module are indexed by them.
-_DTYPES = "kByte kInt32 kFloat32 kFloat16 kBFloat16 kFloat8E4M3 kFloat8E5M2 kFloat4E2M1"
-_FORWARD = " ".join(f"GEMM{n}_INPUT GEMM{n}_WEIGHT GEMM{n}_OUTPUT" for n in (1, 2, 3))
-_BACKWARD = " ".join(f"GRAD_OUTPUT{n} GRAD_INPUT{n}" for n in (1, 2, 3))
 # Imported with Transformer Engine, of no use to what is tested.
 _UNUSED = (
     "triton", "triton.language", "triton.language.core", "triton.language.standard", "onnx",
@@ -44,20 +43,26 @@ _UNUSED = (
 )  # fmt: skip
 
 
-def run_with_te(function: Any, world_size: int, *args: Any) -> None:
-    """`run_distributed` with Transformer Engine in the ranks, which begin with nothing imported."""
+def run_with_te(function: Any, *calls: tuple[Any, ...]) -> None:
+    """`run_distributed(function, *call)` for each call, with Transformer Engine in the ranks.
+
+    It is imported once, by a process that they are forked from.
+    """
     from tests.distributed.harness import run_distributed
 
-    where = function.__module__, function.__name__, args
-    run_distributed(_on_a_rank, world_size, *where, start_method="spawn")
+    where = function.__module__, function.__name__
+    run_distributed(_load_and_run, 1, *where, calls, start_method="spawn")
 
 
-def _on_a_rank(module: str, name: str, args: tuple[Any, ...]) -> None:
+def _load_and_run(module: str, name: str, calls: tuple[tuple[Any, ...], ...]) -> None:
+    from tests.distributed.harness import run_distributed
+
     with light_imports():
         load()
         function = getattr(importlib.import_module(module), name)
         importlib.import_module("megatron_scalebio.methods.run")
-    function(*args)
+    for world_size, *args in calls:
+        run_distributed(function, world_size, *args, start_method="fork")
 
 
 def load() -> None:
@@ -93,40 +98,6 @@ def pretend_card(name: str) -> None:
     cpu.leave_uncompiled()
 
 
-class _Extension(types.ModuleType):
-    """The compiled module, before it has its kernels: enumerations, and functions of any name."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name[0].isupper():  # an enumeration of which no number matters, or a class
-            made: Any = type(name, (_Names,), {})
-        else:
-
-            def made(*args: Any, **options: Any) -> Any:
-                raise NotImplementedError(f"the double has no kernel {name}")
-
-        setattr(self, name, made)
-        return made
-
-
-class _NamesType(type):
-    """Members get numbers as they are asked for."""
-
-    @property
-    def __members__(cls) -> list[str]:
-        return [name for name in vars(cls) if not name.startswith("__")]
-
-    def __getattr__(cls, name: str) -> int:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        setattr(cls, name, len(vars(cls)))
-        return getattr(cls, name)
-
-
-class _Names(metaclass=_NamesType): ...
-
-
 class _Anything:
     """What decorators and signatures of unused packages are written with."""
 
@@ -156,20 +127,35 @@ def _unused(name: str) -> types.ModuleType:
 
 
 def _extension() -> types.ModuleType:
-    extension: Any = _Extension("transformer_engine_torch")
-    for name, members in (
-        ("DType", _DTYPES), ("FP8FwdTensors", _FORWARD), ("FP8BwdTensors", _BACKWARD),
-    ):  # fmt: skip
-        setattr(extension, name, enum.IntEnum(name, members, start=0))
-    extension.get_cudnn_version = lambda: 91900
-    extension.get_cublasLt_version = lambda: 130100
-    extension.get_num_cublas_streams = lambda: 4
-    extension.get_stream_priority_range = lambda *args: (0, 0)
-    extension.device_supports_multicast = lambda *args: False
-    extension.ubuf_built_with_mpi = lambda: False
+    """All that the real one has (`read_extension`); what has no kernel here says so when called."""
+    offered = json.loads(EXTENSION.read_text())
+    of_wheel = WHEEL / f"transformer_engine-{offered['version']}.dist-info"
+    assert of_wheel.is_dir(), f"{EXTENSION.name} is of another version: tests/te/read_extension.py"
+    extension: Any = types.ModuleType("transformer_engine_torch")
+    for name, members in offered["enums"].items():
+        setattr(extension, name, enum.IntEnum(name, members))
+    for name in offered["classes"]:
+        setattr(extension, name, type(name, (), {}))
+    for name in offered["functions"]:
+        setattr(extension, name, functools.partial(_no_kernel, name))
     for kernel in KERNELS:
-        setattr(extension, kernel.__name__, kernel)
+        _set_function(extension, kernel.__name__, kernel)
+    for name, answer in (
+        ("get_cudnn_version", 91900), ("get_cublasLt_version", 130100),
+        ("get_num_cublas_streams", 4), ("get_stream_priority_range", (0, 0)),
+        ("device_supports_multicast", False), ("ubuf_built_with_mpi", False),
+    ):  # fmt: skip
+        _set_function(extension, name, lambda *args, answer=answer: answer)
     return extension
+
+
+def _set_function(extension: types.ModuleType, name: str, function: Any) -> None:
+    assert hasattr(extension, name), f"the extension has no {name}"
+    setattr(extension, name, function)
+
+
+def _no_kernel(name: str, *args: Any, **options: Any) -> None:
+    raise NotImplementedError(f"the double has no kernel {name}")
 
 
 def _import(extension: types.ModuleType) -> None:

@@ -16,6 +16,8 @@ pytestmark = [needs_transformer_engine, pytest.mark.distributed, pytest.mark.slo
 # same whatever a family's variant.
 FAMILIES = (
     "gpt2", "gpt-neox", "llama-3-rope", "qwen2-window", "mistral-window", "qwen3", "gemma2",
+    "gemma3", "olmo2", "olmo3-yarn", "phi3-partial-longrope", "smollm3-yarn", "qwen3-moe",
+    "mixtral", "glm4-moe", "deepseek2-groups", "deepseek3-yarn", "llama4-some-layers", "gpt-oss",
 )  # fmt: skip
 CASES = [
     (name, layout) for name, layout in cases(1) + cases(2)
@@ -32,8 +34,7 @@ def on_ranks(folder_name: str, ranks: int) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = on_local_layers.write_references(tmp_path_factory.mktemp("parity"))
-    for ranks in (1, 2):
-        run_with_te(on_ranks, ranks, str(folder), ranks)
+    run_with_te(on_ranks, *((ranks, str(folder), ranks) for ranks in (1, 2)))
     return folder
 
 

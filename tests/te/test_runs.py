@@ -24,7 +24,7 @@ OF_BLACKWELL = ("mxfp8", "nvfp4")
 # A resume falls into the first period, whose frozen layers were first cast at scale 1.
 LISA = {"": [], "-lisa": ["--lisa-layers", 1, "--lisa-interval", LAST]}
 RESUMED = [(recipe, lisa) for recipe in RECIPES for lisa in LISA]
-STILL = ["--lr", 1e-30, "--resync-interval", 2]  # u = w, in every bit
+STILL = ["--lr", 1e-30, "--resync-interval", 2, "--train-iters", 3]  # u = w, in every bit
 OTHERS = {
     "experts": [
         "reweight", *RECIPES["tensorwise"], "--num-experts", 4, "--moe-ffn-hidden-size", 48,
@@ -32,7 +32,7 @@ OTHERS = {
     "train": ["train", *RECIPES["delayed"], *LISA["-lisa"]],
     "doremi": ["reweight", "--method", "doremi", *RECIPES["delayed"]],
     "doge": ["reweight", "--method", "doge", *RECIPES["tensorwise"], *LISA["-lisa"]],
-    "less": ["reweight", "--method", "less"],
+    "less": ["reweight", "--method", "less", "--less-checkpoints", 1],
 }  # fmt: skip
 
 # Optimizers: torch's in a process without Transformer Engine, its own in one with it.
@@ -174,7 +174,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train={"train_iters": LAST, "micro_batch_size": 4}, checkpoint={"save_interval": SAVED},
     )  # fmt: skip
     run_distributed(without_te, 1, str(folder), True)
-    run_with_te(with_te, 1, str(folder))
+    run_with_te(with_te, (1, str(folder)))
     run_distributed(without_te, 1, str(folder), False)
     return folder
 
