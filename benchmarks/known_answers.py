@@ -22,10 +22,12 @@ small GPT is such a model. The problems, each drawn anew from a seed:
 
 Reported per problem, means over seeds: L1 distance to the best mixture, regret (validation loss of
 full training on the found mixture, less the best) in thousandths of a nat and as a share of what
-the best gains over equal weights, how many 95 % intervals of sources in use hold the answer, runs
-called converged, those of them whose regret is above 2 % and 0.3 thousandths, and ("draw", with
-`--validation-examples`) the standard error of a weight that the check after the last step measures
-for another draw of the validation set, over the exact one: the median of the sources in use.
+the best gains over equal weights, the same share for a final training of `--final-train-iters`
+steps against the best mixture for that length (`final_trainings.py`), how many 95 % intervals of
+sources in use hold the answer, runs called converged, those of them whose regret is above 2 % and
+0.3 thousandths, and ("draw", with `--validation-examples`) the standard error of a weight that the
+check after the last step measures for another draw of the validation set, over the exact one: the
+median of the sources in use.
 
 `--exact`: what the best mixture by the method's own objective, in which α is finite, loses.
 
@@ -55,11 +57,13 @@ from common import (
     train_step,
     write_json,
 )
+from final_trainings import best_after, losses_after
 from scipy.optimize import minimize
 from scipy.special import softmax
 
 from megatron_scalebio import runtime
 from megatron_scalebio.core.twin import named_parameters
+from megatron_scalebio.engine.schedule import Schedule
 from tests.markov import write_source
 
 V = 16  # tokens
@@ -306,6 +310,9 @@ def one_run(name: str, rule: str, alpha: float, steps: int, seed: int, args: Any
                 parameter.data.copy_(start_from[key])
         found = learn(state)
     weights = np.array(found["weights"])
+    state.config.train.train_iters = args.final_train_iters or steps
+    schedule = Schedule(state.config)
+    rates = [schedule.at(step).lr_w for step in range(state.config.train.train_iters)]
     regret = problem.loss(weights) - problem.loss(best)
     gain = problem.loss(np.full(len(best), 1 / len(best))) - problem.loss(best)
     used = best > 1e-3
@@ -318,13 +325,23 @@ def one_run(name: str, rule: str, alpha: float, steps: int, seed: int, args: Any
         "draw": draw, "problem": name, "rule": rule, "alpha": alpha, "steps": steps, "seed": seed,
         "start": args.start,
         "l1": float(np.abs(weights - best).sum()), "regret_mn": 1e3 * regret,
-        "share": regret / gain, "covered": float(held[used].mean()),
+        "share": regret / gain, "share_after": share_after(rates, problem, weights, best),
+        "covered": float(held[used].mean()),
         "converged": found["converged"],
         "reason": found["reason"],
         "wrongly": found["converged"] and regret > max(0.02 * gain, 3e-4),
         "weights": found["weights"], "low": found["low"], "high": found["high"],
         "best": best.tolist(), "seconds": time.perf_counter() - start,
     }  # fmt: skip
+
+
+def share_after(rates: list[float], problem: Problem, found: Array, best: Array) -> float:
+    """What the found mixture loses of the best gain for a training at those rates."""
+    laws = problem.joint_SVV, problem.validation_VV
+    even_S = np.full(len(best), 1 / len(best))
+    _, least = best_after(rates, *laws, np.stack([best, found, even_S]))
+    of_found, of_even = losses_after(rates, np.stack([found, even_S]), *laws)
+    return (of_found - least) / (of_even - least)
 
 
 def of_alpha(name: str, alpha: float, number: int) -> list[str]:
@@ -342,7 +359,8 @@ def row(runs: list[dict[str, Any]]) -> list[str]:
     draws = [run["draw"] for run in runs if run["draw"] is not None]
     told = f"{mean(draws):.2f}" if draws else "–"
     return [*head, f"{of('l1'):.3f}", f"{of('regret_mn'):.2f}", f"{of('share'):.1%}",
-            f"{of('covered'):.2f}", f"{sum(r['converged'] for r in runs)}/{len(runs)}",
+            f"{of('share_after'):.1%}", f"{of('covered'):.2f}",
+            f"{sum(r['converged'] for r in runs)}/{len(runs)}",
             str(sum(r["wrongly"] for r in runs)), told, f"{of('seconds'):.0f}"]  # fmt: skip
 
 
@@ -361,6 +379,7 @@ def main() -> None:
     parser.add_argument("--problem", type=int, default=0, help="seed of the problems themselves")
     parser.add_argument("--examples", type=int, default=200_000, help="of all sources together")
     parser.add_argument("--validation-examples", type=int, help="[as many]")
+    parser.add_argument("--final-train-iters", type=int, help="[as many as the search's]")
     add_precision_arguments(parser)
     parser.add_argument("--json", type=Path, help="write the runs here")
     args = parser.parse_args()
@@ -382,7 +401,7 @@ def main() -> None:
                     lines.append(row(these))
                     print(*lines[-1], flush=True)
     head = ["problem", "rule", "alpha", "steps", "L1", "regret, 1e-3 nats", "of uniform's gain",
-            "covered", "converged", "wrongly", "draw", "s"]  # fmt: skip
+            "after N steps", "covered", "converged", "wrongly", "draw", "s"]  # fmt: skip
     print(table(head, lines))
 
 
