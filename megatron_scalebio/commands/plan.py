@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpus", type=int, metavar="N", help="devices of the whole run [TP x CP x PP]"
     )
     group.add_argument("--gpu", default="h100-80g", metavar="KIND",
-        help="h100-80g, h200, a100-80g, a100-40g or cpu [h100-80g]")  # fmt: skip
+        help="h100-80g, h200, b200, a100-80g, a100-40g or cpu [h100-80g]")  # fmt: skip
     group.add_argument("--mfu", type=float, default=0.4, metavar="X",
         help="share of peak FLOP/s that a micro-batch's arithmetic reaches [0.4]")  # fmt: skip
     group.add_argument("--json", metavar="FILE", help="write the plan, in bytes and seconds")
@@ -90,8 +90,9 @@ def _plan(args: argparse.Namespace, config: Config, console: Console) -> dict[st
         from megatron_scalebio.plan.layout import Layout
         from megatron_scalebio.plan.planner import make_plan
 
-    gpus = args.gpus or config.parallel.model_parallel_size
-    layout = Layout.of(config, gpus, gpu_named(args.gpu))
+    gpu, gpus = gpu_named(args.gpu), args.gpus or config.parallel.model_parallel_size
+    gpu.require_recipe(config)
+    layout = Layout.of(config, gpus, gpu)
     with console.status("rehearsing a step") as status:
         plan = make_plan(
             config, layout, args.mfu,
@@ -119,6 +120,7 @@ def _search(args: argparse.Namespace, config: Config, console: Console) -> dict[
         from megatron_scalebio.plan.hardware import gpu_named
 
     gpu = gpu_named(args.gpu)
+    gpu.require_recipe(config)
     gpus = args.gpus or gpu.node_gpus
     with console.status("searching") as status:
         found = search.search(

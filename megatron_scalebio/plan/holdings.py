@@ -56,10 +56,11 @@ def fp8_copies(models: Iterable[list[torch.nn.Module]], recipe: str) -> int:
         for name, parameter in named_parameters(model):
             matrix = parameter.ndim == 2 and ".decoder.layers." in name
             if matrix and not name.endswith(_NEVER_CAST):
-                storage = parameter.untyped_storage()._cdata
-                if storage not in cast or recipe == "delayed":
+                # The distributed optimizer's weights all lie in one storage.
+                place = parameter.untyped_storage()._cdata, parameter.storage_offset()
+                if place not in cast or recipe == "delayed":
                     total += copy_bytes(parameter.shape[0], parameter.shape[1], recipe)
-                cast.add(storage)
+                cast.add(place)
     return total
 
 

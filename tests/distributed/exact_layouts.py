@@ -78,10 +78,19 @@ LAYOUTS: dict[str, Layout] = {
         {**FROZEN, "lisa_train_routers": True},
         {},
     ),
+    "ep2-experts": (2, EP2, EXPERTS, {}, {}),
+    "ep2-experts-lisa": (2, EP2, EXPERTS, LISA, {}),
     "ep2-distributed-optimizer-experts": (2, {**EP2, **DIST}, EXPERTS, {}, {}),
     "ep2-distributed-optimizer-experts-lisa": (2, {**EP2, **DIST}, EXPERTS, LISA, {}),
     "cp2-ep2-experts": (2, {**CP2, **EP2}, EXPERTS, {}, {}),
     "ep2-tp2-experts": (4, {**EP2, **TP2, "sequence_parallel": True}, EXPERTS, {}, {}),
+    "ep2-tp2-experts-lisa": (
+        4,
+        {**EP2, **TP2, "sequence_parallel": True},
+        EXPERTS,
+        LISA,
+        {},
+    ),
     # Each expert whole, on two ranks.
     "ep2-tp2-distributed-optimizer-experts-lisa": (
         4,
@@ -91,6 +100,7 @@ LAYOUTS: dict[str, Layout] = {
         {},
     ),
     "ep2-pp2-experts": (4, {**EP2, **PP2}, EXPERTS, {}, {}),
+    "ep2-pp2-experts-lisa": (4, {**EP2, **PP2}, EXPERTS, LISA, {}),
     "ep2-vpp-experts-recompute": (4, {**EP2, **VPP, **FULL}, EXPERTS, {}, {}),
     "ep2-vpp-experts-recompute-replay": (4, {**EP2, **VPP, **FULL}, REPLAY, {}, {}),
     "ep2-tp2-experts-replay": (4, {**EP2, **TP2, "sequence_parallel": True}, REPLAY, {}, {}),

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -249,14 +248,15 @@ def test_logging_a_step_costs_what_tensorboard_takes_for_twenty_numbers(tmp_path
     names = [f"source {i}" for i in range(5)]
     log = MetricsLog(tmp_path, names, VALIDATION, global_batch_size=32)
     theirs = SummaryWriter(tmp_path / "theirs")
-    ratios = []
+    taken = []
     for record in records(200, 5):
         began = time.thread_time()
         log.log(record)
         between = time.thread_time()
         for tag in range(20):
             theirs.add_scalar(str(tag), 0.5, record["step"])
-        ratios.append((between - began) / (time.thread_time() - between))
+        taken.append((between - began, time.thread_time() - between))
     log.close()
     theirs.close()
-    assert statistics.median(ratios) < 2  # 0.7 to 1.0 were measured
+    ours, of_theirs = (min(times) for times in zip(*taken, strict=True))  # least disturbed
+    assert ours < 2 * of_theirs  # 0.7 to 1.0 times were measured

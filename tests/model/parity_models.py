@@ -167,7 +167,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, EP2),
     "ep2-tp2": (4, {**EP2, **TP2, "sequence_parallel": True}),
 }
-OF_EXPERTS = ("one", "tp2-sequence-parallel", "pp2", "ep2", "ep2-tp2")
+OF_EXPERTS = ("one", "tp2-sequence-parallel", "pp2", "vpp", "ep2", "ep2-tp2")
 WITH_EXPERTS = (
     "qwen3-moe",
     "qwen3-moe-all-scores",

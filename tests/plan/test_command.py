@@ -86,6 +86,16 @@ MISTAKES = {
     "heads": (["--tensor-model-parallel-size", "8"], "tensor_model_parallel_size: 8 does not"),
     "method": (["--method", "doge"], "baseline.method: 'doge' can't be planned"),
     "search": (["--search", "--gpus", "7"], "--gpus: no layout of 7 devices divides"),
+    "fp8": (
+        ["--gpu", "a100-80g", "--fp8-format", "hybrid"],
+        "--gpu: a100-80g can't compute in parallel.fp8_format with recipe tensorwise (drop it, or "
+        "plan for h100-80g or h200 or b200)",
+    ),
+    "fp4": (
+        ["--search", "--fp4-format", "e2m1"],
+        "--gpu: h100-80g can't compute in parallel.fp4_format with recipe nvfp4 (drop it, or plan "
+        "for b200)",
+    ),
 }
 
 

@@ -23,6 +23,7 @@ CASES = [
     (name, layout) for name, layout in cases(1) + cases(2)
     if layout == "one" or (layout == "tp2-sequence-parallel" and name not in STRETCHED)
     or (layout in ("pp2", "vpp") and name in FAMILIES)
+    or (layout == "ep2" and name in ("qwen3-moe", "gpt-oss"))
 ]  # fmt: skip
 
 

@@ -25,18 +25,25 @@ OF_BLACKWELL = ("mxfp8", "nvfp4")
 LISA = {"": [], "-lisa": ["--lisa-layers", 1, "--lisa-interval", LAST]}
 RESUMED = [(recipe, lisa) for recipe in RECIPES for lisa in LISA]
 STILL = ["--lr", 1e-30, "--resync-interval", 2, "--train-iters", 3]  # u = w, in every bit
+# Optimizers: torch's in a process without Transformer Engine, its own in one with it.
+KINDS = {"": [], "-sharded": ["--use-distributed-optimizer"], "-fp32": ["--no-bf16"]}
 OTHERS = {
     "experts": [
         "reweight", *RECIPES["tensorwise"], "--num-experts", 4, "--moe-ffn-hidden-size", 48,
     ],
+    "experts-lisa": [
+        "reweight", *RECIPES["tensorwise"], "--num-experts", 4, "--moe-ffn-hidden-size", 48,
+        *LISA["-lisa"],
+    ],
+    "sharded": ["reweight", *RECIPES["tensorwise"], *KINDS["-sharded"]],
+    "sharded-lisa": ["reweight", *RECIPES["blockwise"], *KINDS["-sharded"], *LISA["-lisa"]],
     "train": ["train", *RECIPES["delayed"], *LISA["-lisa"]],
     "doremi": ["reweight", "--method", "doremi", *RECIPES["delayed"]],
     "doge": ["reweight", "--method", "doge", *RECIPES["tensorwise"], *LISA["-lisa"]],
-    "less": ["reweight", "--method", "less", "--less-checkpoints", 1],
+    "less": ["reweight", "--method", "less", "--less-checkpoints", 1, *RECIPES["tensorwise"]],
+    "fastmix": ["reweight", "--method", "fastmix", *RECIPES["delayed"]],
+    "rho_loss": ["reweight", "--method", "rho_loss", *RECIPES["delayed"]],
 }  # fmt: skip
-
-# Optimizers: torch's in a process without Transformer Engine, its own in one with it.
-KINDS = {"": [], "-sharded": ["--use-distributed-optimizer"], "-fp32": ["--no-bf16"]}
 # from, to: flags of both, in the process with Transformer Engine
 MOVES = {
     "local-te": (LOCAL, []),
