@@ -15,6 +15,7 @@ from tests.markov import write_problem
 
 pytestmark = pytest.mark.distributed
 STEPS, JOINED = 8, 4  # a third source comes when half of the steps are made
+LONGER = 5  # times as many steps has the training that a search is for
 STAGES = [
     {"step": 0, "weights": {"s0": 0.8, "s1": 0.2}},
     {"step": 2, "weights": {"s1": 1.0}},
@@ -54,7 +55,8 @@ def on_one_rank(folder_name: str) -> None:
     run("train", "bad order", 3, STEPS, followed, folder / "all.json", at="begun", sources=turned)
     run("train", "bad stages", 3, STEPS, followed, folder / "disorder.json")
     run("train", "bad both", 3, STEPS, followed, folder / "all.json", "--weights", folder)
-    run("reweight", "searched", 2, STEPS)
+    longer = ("--final-train-iters", LONGER * STEPS, "--tolerance", 1e-9)
+    run("reweight", "searched", 2, STEPS, *longer)
     run("reweight", "bad stage", 2, STEPS, followed, folder / "first.json")
     run("train", "from a run", 2, 2, followed, folder / "searched")
     dist.destroy_process_group()
@@ -100,6 +102,10 @@ def test_a_search_writes_what_train_follows(folder: Path) -> None:
     ended_well(folder, "searched")
     schedule = json.loads((folder / "searched" / "blend_schedule.json").read_text())
     blend = (folder / "searched" / "blend.txt").read_text().split()
+    # The mixture moves with every step, so each is a stage; a record has the one before its step.
+    assert [stage["step"] for stage in schedule["stages"]] == list(range(0, LONGER * STEPS, LONGER))
+    for stage, after in zip(schedule["stages"], metrics(folder / "searched")[1:], strict=False):
+        assert list(stage["weights"].values()) == pytest.approx(after["weights"], rel=1e-6)
     for stage in schedule["stages"]:
         assert set(stage["weights"]) == {"s0", "s1"}
         assert stage["blend"].split()[1::2] == blend[1::2]

@@ -109,7 +109,8 @@ def doge_step(state: DogeState) -> Record:
     usual = min(1.0, PUBLISHED_REACH / config.train.train_iters)
     rate = (config.baseline.domain_lr or usual) * settings.lr_w / config.optimizer.lr
 
-    run.backward(Role.VALID_W, valid, torch.from_numpy(state.data.shares_V))
+    shares_V, inclusion_V = map(torch.from_numpy, (state.data.shares_V, valid_picks.inclusion_S))
+    run.backward(Role.VALID_W, valid, shares_V / inclusion_V)
     target = [part.clone() for part in run.gradient()]
     target_norm = math.sqrt(dot(target, target))
     target_clip = clip_factor(target_norm, config.optimizer.clip_grad)
@@ -136,12 +137,9 @@ def doge_step(state: DogeState) -> Record:
     if not record["skipped"]:
         state.mean_norm = float(norm_S.mean())
         state.move_to(moved_S)
-    shares_V = torch.from_numpy(state.data.shares_V)
     return {
         **record,
-        "validation_loss": mixed(
-            shares_V, losses.validation_V, torch.from_numpy(valid_picks.inclusion_S)
-        ),
+        "validation_loss": mixed(shares_V, losses.validation_V, inclusion_V),
         "validation_losses": losses.validation_V.tolist(),
         "weights": state.weight_S.tolist(),
         "alignment": score_S.tolist(),

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from megatron_scalebio.commands.compare import _joined_with_earlier
-from megatron_scalebio.compare import plot
+from megatron_scalebio.compare import page, plot
 from megatron_scalebio.compare.config import CompareConfig, load, resolved_text
 from megatron_scalebio.compare.page import advice, headline, write_page
 from megatron_scalebio.compare.results import collect, progress, spread, write
@@ -329,6 +329,20 @@ def test_the_page_says_who_is_best_and_what_comes_next(plan: Plan) -> None:
             assert f'title="{source} {percent(weight)}"' in text
 
 
+def test_the_page_has_the_sources_that_have_no_colour_together(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison, want = collect(plan), worked_out(plan)
+    monkeypatch.setattr(page, "SOURCES_SHOWN", len(SOURCES) - 1)
+    write_page(plan.output, comparison)
+    text = (plan.output / "compare.html").read_text()
+    for method in comparison["methods"]:
+        weights = want[method["name"]]["weights"]
+        others = [s for s in SOURCES if f'title="{s} {percent(weights[s]["mean"])}"' not in text]
+        assert len(others) == 1
+        assert f'title="others {percent(weights[others[0]]["mean"])}"' in text
+
+
 def test_the_page_tells_luck_from_a_difference() -> None:
     def method(name: str, losses: list[float]) -> dict[str, Any]:
         runs = [{"seed": seed, "test_loss": loss} for seed, loss in enumerate(losses)]
@@ -353,6 +367,8 @@ def test_the_page_tells_luck_from_a_difference() -> None:
         near = method("near", [loss + more for loss, more in zip(BEST, ahead, strict=True)])
         assert asked(best, near)[0].startswith("Do not choose" if tied else "Use the mixture")
     assert headline([best, close]).endswith("close is 0.0200 behind, worse in 2 of 3 seeds.")
+    even = method("even", [2.06, 2.0, 2.0])
+    assert headline([best, even]).endswith("even is 0.0200 behind, worse in 1 of 3 seeds.")
     once = [method("best", BEST[:1]), method("clear", [2.1])]
     assert asked(*once, planned=2) == ["Add seeds", "Use the mixture of best"]
     assert asked(*once, planned=4)[0] == "Start it again"

@@ -131,6 +131,12 @@ SHAPES: dict[str, tuple[str, str]] = {
               _w("<|start|>assistant"), before=_w("<|start|>system<|message|>Hi<|end|>"),
               after=_CLOSE), "always",
     ),
+    "another mark behind the last, and a token that opens the document": (
+        _each(_w("<|start|>user<|message|>") + _C + _w("<|end|>"),
+              _w("<|start|>assistant<|message|>")
+              + _said(_C + _LAST + _w("<|return|>") + "{% else %}" + _w("<|end|>") + "{% endif %}"),
+              _w("<|start|>assistant<|message|>"), before=_w("<s>"), after=_CLOSE), "always",
+    ),
     "a mark behind the last alone": (
         _each(_w("<|user|>") + _C, _w("<|assistant|>") + _said(_C + _LAST + _w("</s>")
                                                              + "{% endif %}"),

@@ -70,6 +70,8 @@ def test_stages_begin_where_the_mixture_has_changed() -> None:
         first = 0.3 if step < 192 else 0.5 if step < 384 else 0.52
         path.append(torch.tensor([first, 1 - first]))
     assert [step for step, _ in stages_of(path, tolerance=0.05)] == [0, 192]
+    # From 384 on 2 % of what is drawn are of another source; weights of both sources differ by it.
+    assert [step for step, _ in stages_of(path, tolerance=0.021)] == [0, 192]
     assert [step for step, _ in stages_of(path, tolerance=0.01)] == [0, 192, 384]
     assert [step for step, _ in stages_of(path, 0.01, scale=0.5)] == [0, 96, 192]
     assert [step for step, _ in stages_of(path, 0.01, scale=1e-3)] == [0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,23 @@ def test_of_the_files_that_are_not_read_three_are_named(unread: int, names: str)
               "ignored_fields": {}, "skipped": {}}  # fmt: skip
     [line] = prepare_cli.remarks([report], config)
     assert line == f"web: not read, being of no known kind: {names}"
+
+
+def test_the_length_that_is_named_holds_the_longest_example(
+    tmp_path: Path, sentence_piece: Path
+) -> None:
+    file = tmp_path / "raw.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in (*GOOD, *CUT)))
+    report = prepared(tmp_path / "out", sentence_piece, [file])
+    source = SourceInput("src", (file,))
+    config: Any = SimpleNamespace(workers=1, sources=(source,), out=tmp_path, seq_length=SEQ)
+    [line] = prepare_cli.remarks([report], config)
+    named = re.search(r"5 of 12 examples lost their end; --seq-length (\d+) would hold", line)
+    assert named is not None, line
+    for less, lost in ((0, 0), (1, 1)):
+        length = int(named[1]) - less
+        again = prepared(tmp_path / f"{less}", sentence_piece, [file], seq_length=length)
+        assert again["truncated"] == lost
 
 
 def test_progress_lines_tell_the_share_of_the_bytes(capsys: pytest.CaptureFixture[str]) -> None:

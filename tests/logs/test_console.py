@@ -10,11 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from megatron_scalebio.engine import loop
 from megatron_scalebio.logs.console import RunConsole, SourceLine, plain
+from megatron_scalebio.logs.interactions import Interaction
 
 
 def make_console(names: list[str], *, terminal: bool) -> tuple[RunConsole, io.StringIO]:
@@ -182,3 +184,16 @@ def test_a_training_line_shows_its_loss(make_run: Callable[..., Path]) -> None:
     trained = {k: record[k] for k in ("train_loss_w", "step_time_s")}
     console.step({**trained, "step": 1, "validation_loss": 9.9})
     assert f"loss {record['train_loss_w']:.4f}  ETA" in out.getvalue()
+
+
+def test_what_serves_what_is_in_units_of_the_largest() -> None:
+    """The heaviest source first; a point where the interval holds 0."""
+    console, out = make_console(["a", "b"], terminal=False)
+    serves = np.array([[4.0, -1.0], [2.0, -8.0]])
+    names, sets = np.array(["a", "b"]), np.array(["x", "y"])
+    console.interaction(
+        Interaction(names, sets, serves, serves - 1.5, serves + 1.5, 0.9), [0.3, 0.7]
+    )
+    assert [line.split() for line in out.getvalue().splitlines()[1:3]] == [
+        ["b", "+0.25", "-1.00"], ["a", "+0.50", "·"],
+    ]  # fmt: skip

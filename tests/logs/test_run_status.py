@@ -47,6 +47,21 @@ def test_status_of_a_run_that_a_signal_stopped(
     assert lines[-1].startswith("to resume, start it again: ")
 
 
+def test_pace_and_skipped_steps_are_those_of_the_last_fifty(
+    make_run: Callable[..., Path], capsys: Capture
+) -> None:
+    run = make_run(steps=120, train_iters=170, converged=None)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        early, step = record["step"] <= 70, record["step"]
+        record["step_time_s"] = 9.0 if early else 2.0
+        record["skipped"] = "w: training loss is nan" if early or step in (71, 90, 120) else None
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = told(capsys, run)
+    assert lines[1] == "step 120 of 170, 2 s a step, 100 s more to go"
+    assert lines[2].endswith(", 3 of the last 50 steps were not applied")
+
+
 def test_status_of_a_run_in_progress(
     make_run: Callable[..., Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,16 @@ def test_mlflow_has_every_step_once_and_the_result(
     assert "evaluation.json" in {f.path for f in client.list_artifacts(trained.info.run_id)}
 
 
+def test_mlflow_has_the_ends_of_intervals_where_there_are_any() -> None:
+    mlflow, told = trackers._Mlflow.__new__(trackers._Mlflow), {}
+    mlflow.log = lambda step, values: told.update(values)  # type: ignore[method-assign]
+    known = {"name": "a", "weight": 0.4, "ci_low": 0.3, "ci_high": 0.6}
+    mlflow.finish([known, {"name": "b", "weight": 0.6, "ci_low": None, "ci_high": None}], [])
+    assert told == {
+        "final/weight/a": 0.4, "final/low/a": 0.3, "final/high/a": 0.6, "final/weight/b": 0.6,
+    }  # fmt: skip
+
+
 class Away:
     """A service that stops answering at the third step."""
 

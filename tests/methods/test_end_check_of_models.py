@@ -54,8 +54,12 @@ def on_a_rank(folder_name: str, name: str) -> None:
         calm = {"w: validation loss": [1e-3] * 40}
         bio.spikes.load_state_dict({"applied": calm, "last": {k: v[:8] for k, v in calm.items()}})
     before, said, asked, step = described.described(state), [], [], bio.step
+    apart: list[float] = []
 
     def noted(train: Any, lean: Any, lr: float, **given: Any) -> Any:
+        both = (bio.w[0].parameters(), bio.u[0].parameters())
+        w, u = (torch.cat([p.detach().flatten() for p in each]) for each in both)
+        apart.append(float((w - u).abs().max()))
         asked.append({"lr": lr, **given, "inclusion": given["inclusion"].tolist()})
         return step(train, lean, lr, **given)
 
@@ -66,6 +70,7 @@ def on_a_rank(folder_name: str, name: str) -> None:
     del bio.step
     result = {
         "asked": asked,
+        "apart": apart,
         "usual": float(w.detach().float().square().mean().sqrt()),
         "trained": state.cost.trained - cost.trained,
         "scored": state.cost.scored - cost.scored,
@@ -119,6 +124,13 @@ def test_every_kind_of_run_is_measured(measured: dict[str, Any], name: str) -> N
     ]  # fmt: skip
     # By then, resets leave a part of u's departure; the check's do not.
     assert alike == (["one", "grown"] if name in ("one", "grown") else [name])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["one", "tp2", "lisa", "grown", "tokens"])
+def test_each_source_is_leaned_to_from_u_equal_to_w(measured: dict[str, Any], name: str) -> None:
+    apart_AT = np.reshape(measured[name]["apart"], (3, 4))
+    assert not apart_AT[:, 0].any() and apart_AT[:, 1:].all()
 
 
 @pytest.mark.distributed

@@ -101,6 +101,17 @@ def test_scores_are_shrunk_to_their_source_by_what_is_noise() -> None:
     assert 0.93 < within.mean() < 0.97, "the standard error says how far off a score is"
 
 
+def test_of_few_examples_the_spread_is_that_of_the_analysis_of_variance() -> None:
+    """By hand, three visits of one and one of the other: v = 18 / 2, their mean is 4,
+    b = (3 · 1² + 1 · 3² − v) / (4 − (3² + 1²) / 4) = 3 / 1.5."""
+    visits = visited([(0, 0.0), (0, 3.0), (0, 6.0), (1, 7.0)])
+    score_N, _, error_N, [share] = scores(visits, np.array([0, 2]))
+    kept = np.array([3 * 2 / (3 * 2 + 9), 2 / (2 + 9)])
+    np.testing.assert_allclose(score_N, 4 + kept * [-1, 3], rtol=1e-6)
+    np.testing.assert_allclose(error_N, np.sqrt(2 * (1 - kept)), rtol=1e-6)
+    assert share == pytest.approx(kept.mean())
+
+
 def test_what_a_source_has_in_common_in_a_step_is_taken_out() -> None:
     """From steps with many of a source, as far as it is not chance; not from one alone."""
     rng = np.random.default_rng(1)

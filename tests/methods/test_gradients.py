@@ -27,6 +27,7 @@ LAYOUTS: dict[str, tuple[int, dict, dict]] = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}, {}),
     "dp2": (2, {}, {}),
     "dp2-distributed-optimizer": (2, DIST, {}),
+    "cp2": (2, {"context_parallel_size": 2}, {}),
     "one-lisa": (1, {}, {"lisa_layers": 1}),
     "dp2-distributed-optimizer-lisa": (2, DIST, {"lisa_layers": 1}),
 }
@@ -49,6 +50,7 @@ def on_ranks(problem: dict, names: list[str], folder: str) -> None:
     """Of every layout: ⟨a, a⟩, ⟨a, b⟩, ⟨b, b⟩ with a of a training and b of a validation batch."""
     from megatron_scalebio import runtime
     from megatron_scalebio.core.flush import flush, passes_of
+    from megatron_scalebio.engine.outputs import parameter_count
     from megatron_scalebio.engine.state import RunState
     from megatron_scalebio.methods.gradients import counted_gradients, dot
     from megatron_scalebio.mixture.objective import Role
@@ -68,7 +70,8 @@ def on_ranks(problem: dict, names: list[str], folder: str) -> None:
             coefficients.append([each.coefficient_B for each in passes])
             found.append([part.clone() for part in counted_gradients(period.ddp["w"])])
         a, b = found
-        content = {"products": [dot(a, a), dot(a, b), dot(b, b)]}
+        products = [dot(a, a), dot(a, b), dot(b, b)]
+        content = {"products": products, "parameters": parameter_count(state)}
         if name == "one":
             content["naive"] = naive_products(state, train, valid, coefficients)
         (Path(folder) / f"{name}-{runtime.rank()}.json").write_text(json.dumps(content))
@@ -118,13 +121,23 @@ def test_one_rank_equals_naive_autograd(results: Path) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("one", name) for name in ("tp2", "pp2", "dp2", "dp2-distributed-optimizer")]
+    [("one", name) for name in ("tp2", "pp2", "dp2", "dp2-distributed-optimizer", "cp2")]
     + [("one-lisa", "dp2-distributed-optimizer-lisa")],
 )
 def test_every_layout_counts_every_parameter_once(results: Path, one: str, other: str) -> None:
     want = products(results, one)
     for rank in (0, 1):
         assert products(results, other, rank) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_parameters_are_those_of_one_model(results: Path, name: str) -> None:
+    """The embedding is the output layer too, and lies on both ends of a pipeline."""
+    layer = 64 * 32 + 32 * 32 + 3 * 48 * 32 + 2 * 32  # attention, gated MLP, norms
+    rows = VOCAB + -VOCAB % (32 if name == "tp2" else 16)
+    for rank in range(LAYOUTS[name][0]):
+        found = json.loads((results / f"{name}-{rank}.json").read_text())["parameters"]
+        assert found == rows * 32 + 2 * layer + 32
 
 
 def test_frozen_layers_are_left_out(results: Path) -> None:

@@ -17,13 +17,22 @@ from tests.markov import write_problem
 
 pytestmark = pytest.mark.distributed
 
-STEPS, SHARES, LARGEST = 2, (0.75, 0.25), {"doge": 5.0, "doge-token": 0.05}
+STEPS, SHARES = 2, (0.75, 0.25)
+LARGEST = {"doge": 5.0, "doge-few": 5.0, "doge-token": 0.05}
 # Of each case: what its configuration changes, η or η / μ, and the bound of norms.
 CASES: dict[str, tuple[dict[str, dict], float, float]] = {
     "doremi": ({"baseline": {"domain_lr": 2.0}}, 2.0, 0.7),
     "doremi-token": ({"data": {"loss_mean": "token"}}, 1.0, 0.7),
     "doremi-dropout": ({"model": {"hidden_dropout": 0.3, "attention_dropout": 0.3}}, 1.0, 0.7),
     "doge": ({"baseline": {"domain_lr": 2.0}}, 2.0, 0.7),
+    # Fewer places than validation sets; no bound of norms, which would hide how much one counts.
+    "doge-few": (
+        {
+            "baseline": {"domain_lr": 2.0}, "optimizer": {"clip_grad": 0.0},
+            "train": {"micro_batch_size": 1, "validation_batch_size": 1},
+        },
+        2.0, math.inf,
+    ),
     # The published reach of 100 over 200 steps, no bound of norms, a tight one of scores.
     "doge-token": (
         {
@@ -122,7 +131,7 @@ def on_one_rank(folder_name: str) -> None:
                 decayed = 0.1 + 0.9 * (1 + math.cos(math.pi * (state.step + 1) / iters)) / 2
                 *wanted, mean_norm = naive_doge(
                     w, means, train, valid, before, rate * decayed, mean_norm, clip,
-                    LARGEST[name],
+                    LARGEST[name], chances[1],
                 )  # fmt: skip
                 record = state.make_step()
             assert record["skipped"] is None
@@ -231,11 +240,15 @@ def naive_doremi(
 
 def naive_doge(
     model, means: Means, train: list[list], valid: list[list], weight_S: torch.Tensor, rate: float,
-    mean_norm: float | None, clip: float, largest: float,
+    mean_norm: float | None, clip: float, largest: float, chance_V: torch.Tensor,
 ) -> tuple:  # fmt: skip
-    """W_i = ⟨g_i, g⟩ / m between ± `largest`, α ∝ α exp(rate W), and the gradient Σ α_i g_i."""
-    goals = [means.loss(model, examples) for examples in valid]
-    goal = sum(share * loss for share, loss in zip(SHARES, goals, strict=True))
+    """W_i = ⟨g_i, g⟩ / m between ± `largest`, α ∝ α exp(rate W), and the gradient Σ α_i g_i.
+
+    A validation set that is there stands for 1 / chance of its like.
+    """
+    goals = [means.loss(model, x) if x else torch.tensor(math.nan) for x in valid]
+    q_V = torch.tensor(SHARES) / chance_V
+    goal = summed(q_V, goals)
     target = clipped(gradient(model, goal), clip)
     losses = [means.loss(model, examples) for examples in train]
     each = [clipped(gradient(model, loss), clip) for loss in losses]
@@ -245,7 +258,8 @@ def naive_doge(
     weight_S = weight_S / weight_S.sum()
     whole = sum(float(p) * g for p, g in zip(weight_S, each, strict=True))
     mixed = sum(float(p) * float(loss) for p, loss in zip(weight_S, losses, strict=True))
-    told = torch.tensor([mixed, *map(float, losses), float(goal), *map(float, goals)])
+    l1 = goal / summed(q_V, [loss / loss for loss in goals])
+    told = torch.tensor([mixed, *map(float, losses), float(l1), *map(float, goals)])
     norm = float(torch.stack(each).norm(dim=1).mean())
     return score_S, weight_S, told, clipped(whole, clip), norm
 

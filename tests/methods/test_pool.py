@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import torch
 
+from megatron_scalebio.config import OptimizerConfig
 from megatron_scalebio.data.sources import ExampleSource
+from megatron_scalebio.methods.adam_moments import AdamMoments, adam_update
 from megatron_scalebio.methods.pool import EpochOrder, Pool, highest, random_rows
+from megatron_scalebio.methods.pool_training import PoolState
 from tests.markov import write_source
 
 
@@ -34,6 +40,41 @@ def test_rows_are_the_sources_in_their_order(tmp_path: Path) -> None:
     assert pool.split(np.array([7, 0, 7, 2])) == [[0, 2], [], [3]]
     assert pool.shares(np.array([1.0, 1, 2, 0, 4, 0, 0, 0])) == [0.5, 0.0, 0.5]
     assert pool.counts(np.array([7, 0, 7, 2])).tolist() == [2, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("loss_mean", "shares"),
+    [("sample", [0.5, 0.25, 0.25]), ("token", [6 / 20, 5 / 20, 9 / 20])],
+)
+def test_all_rows_of_a_batch_weigh_alike_or_all_their_targets(
+    tmp_path: Path, loss_mean: str, shares: list[float]
+) -> None:
+    """A row's first token is none, whatever its mask says of it."""
+    state, pool = PoolState.__new__(PoolState), pool_of(tmp_path, [3, 1, 4])
+    state.pool = pool
+    state.config = SimpleNamespace(data=SimpleNamespace(loss_mean=loss_mean))  # type: ignore
+    state.data = SimpleNamespace(sources=pool.sources)  # type: ignore[assignment]
+    picks = state.deal(np.array([7, 0, 3, 2]))  # of 9, 2, 5 and 4 targets
+    assert picks.group_B.tolist() == [0, 0, 1, 2] and picks.index_B.tolist() == [0, 2, 0, 3]
+    assert state.probs_S.tolist() == pytest.approx(shares) and picks.inclusion_S.tolist() == [1] * 3
+
+
+def test_an_update_is_the_move_that_torchs_adam_would_make() -> None:
+    """An eps as large as gradients are, so that the moments' own size shows."""
+    given = OptimizerConfig(lr=0.1, adam_beta1=0.7, adam_beta2=0.8, adam_eps=0.5)
+    gradients = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    weight = torch.nn.Parameter(torch.zeros(6))
+    adam = torch.optim.Adam([weight], lr=0.1, betas=(0.7, 0.8), eps=0.5)
+    for weight.grad in gradients[:3]:
+        adam.step()
+    state, before = adam.state[weight], weight.detach().clone()
+    moments = AdamMoments(state["exp_avg"].clone(), state["exp_avg_sq"].clone(), 3)
+    weight.grad = gradients[3]
+    adam.step()
+    move = (before - weight.detach()) / 0.1
+    for part in (slice(0, 4), slice(4, 6)):
+        found = adam_update(gradients[3][part], moments, part, given)
+        torch.testing.assert_close(found, move[part])
 
 
 def test_every_epoch_is_another_permutation() -> None:

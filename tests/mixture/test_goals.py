@@ -84,6 +84,20 @@ def test_a_set_comes_back_from_nothing() -> None:
     assert goals.shares_V[1] > 0.9
 
 
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_loss_counts_as_a_tenth_of_a_nat_off_at_most(side: int) -> None:
+    """A bound that was far from being reached is felt as soon as one that was near."""
+    near, far = (Goals([1.0, 1.0], bounded=[False, True], reference=[0.0, 2.0]) for _ in range(2))
+    for _ in range(100):
+        near.step(vector(5.0, 2.0 + 0.1 * side))
+        far.step(vector(5.0, 2.0 + 1.9 * side))
+    for goals in (near, far):
+        for _ in range(30):
+            goals.step(vector(5.0, 2.1))
+    assert far.shares_V.tolist() == pytest.approx(near.shares_V.tolist())
+    assert far.shares_V[1] > 0.2
+
+
 def test_an_absent_set_goes_on_as_it_did() -> None:
     seen, absent = (Goals([1.0, 1.0], worst_case=True) for _ in range(2))
     for goals in (seen, absent):

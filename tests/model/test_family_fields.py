@@ -367,13 +367,24 @@ def test_a_sequence_that_llama_4_attends_to_in_chunks_is_refused(
     assert "attention_chunk_size" in line
 
 
-@pytest.mark.parametrize("architecture", ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"])
-def test_groups_of_experts_of_which_none_is_chosen_are_refused(
-    tmp_path: Path, architecture: str
+@pytest.mark.parametrize(
+    ("version", "chosen", "words"),
+    [
+        (2, None, "topk_group: None is not supported"),
+        (3, None, "topk_group: None is not supported"),
+        # A token chooses four experts; version 2 judges a group by its best one, 3 by its best two.
+        (2, 2, "by their best 4 // 2 experts, this model by 1"),
+        (3, 4, "by their best 4 // 4 experts, this model by 2"),
+    ],
+)
+def test_groups_of_experts_that_would_be_chosen_otherwise_are_refused(
+    tmp_path: Path, version: int, chosen: int | None, words: str
 ) -> None:
+    architecture = f"DeepseekV{version}ForCausalLM"
     kind, values = CASES[architecture][:2]
-    changes = {"n_group": 2, "topk_group": None, "topk_method": "group_limited_greedy"}
+    changes = {"n_group": 5, "topk_group": chosen, "topk_method": "group_limited_greedy"}
     config = {"architectures": [architecture], "model_type": kind, **values, **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="topk_group: None is not supported"):
+    with pytest.raises(UserError) as refused:
         read_family(tmp_path)
+    assert words in str(refused.value)

@@ -41,6 +41,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "yarn, no ramp": ({**YARN, "beta_fast": 1, "truncate": False}, {}, 256),
     "yarn, very short": ({**YARN, "original_max_position_embeddings": 3}, {}, 256),
     "yarn, very long": ({**YARN, "original_max_position_embeddings": 2**20}, {}, 256),
+    "yarn, longer than any": (
+        {**YARN, "original_max_position_embeddings": 2**30, "beta_fast": 2**20}, {}, 256,
+    ),
     "yarn, mscale": ({**YARN, **MSCALE}, {}, 256),
     "yarn, one mscale": ({**YARN, "mscale": 0.7}, {}, 256),
     "yarn, attention factor": ({**YARN, **MSCALE, "attention_factor": 1.3}, {}, 256),

@@ -216,7 +216,7 @@ def test_of_equally_fast_layouts_the_simplest_is_first_and_none_that_does_not_fi
         "small": (1, 1, 1, 1, 0.5, 5, False), "interleaved": (4, 2, 1, 1, 1.0, 1, True),
         "plain": (1, 1, 2, 1, 1.04, 1, True), "slow": (1, 1, 1, 1, 1.06, 1, True),
         "pipeline": (1, 2, 1, 1, 1.01, 1, True), "large": (1, 1, 1, 1, 0.4, 9, False),
-        "experts": (1, 1, 2, 2, 1.0, 1, True),
+        "experts": (1, 1, 2, 2, 1.0, 1, True), "long pipeline": (1, 4, 1, 1, 1.02, 1, True),
     }  # fmt: skip
     estimates = []
     for name, (virtual, pp, tp, ep, step_s, size, fits) in layouts.items():
@@ -226,7 +226,9 @@ def test_of_equally_fast_layouts_the_simplest_is_first_and_none_that_does_not_fi
             SimpleNamespace(name=name, plan=plan, fits=lambda headroom, fits=fits: fits)
         )
     names = [estimate.name for estimate in in_order(estimates)]  # type: ignore
-    assert names == ["plain", "experts", "pipeline", "interleaved", "slow", "small", "large"]
+    assert names == [
+        "plain", "experts", "pipeline", "long pipeline", "interleaved", "slow", "small", "large"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("left, words", [(0.2, "fits, "), (0.05, "narrowly"), (-0.1, "not fit")])

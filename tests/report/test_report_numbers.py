@@ -18,8 +18,10 @@ import pytest
 import yaml
 
 from megatron_scalebio.formatting import percent, quantity
+from megatron_scalebio.logs.interactions import Interaction
 from megatron_scalebio.report.html import write_report
 from megatron_scalebio.report.load import load_run
+from megatron_scalebio.report.sets import Tile, heat_map
 from megatron_scalebio.report.summary import cost
 from tests.synthetic_run import write_run
 
@@ -341,3 +343,16 @@ def test_grey_area_holds_nine_tenths_of_many_sources(tmp_path: Path) -> None:
     np.testing.assert_allclose(lower, low, atol=half)
     rest = sum(sorted(final)[:-20])
     assert f"The others share {percent(rest)}" in page
+
+
+def test_tiles_of_what_serves_what_are_in_units_of_the_largest() -> None:
+    """Their intervals, too: here an eighth of what was fitted."""
+    serves = np.array([[4.0, -1.0], [2.0, 0.5], [-8.0, 3.0]])
+    found = Interaction(
+        np.array(["a", "b", "c"]), np.array(["x", "y"]), serves, serves - 1, serves + 2, 0.9
+    )
+    assert heat_map(found, ["c", "left out of the run", "a"]) == [
+        ("c", [Tile(-1.0, True, "-1.12 to -0.75"), Tile(0.375, True, "+0.25 to +0.62")]),
+        ("a", [Tile(0.5, True, "+0.38 to +0.75"), Tile(-0.125, False, "-0.25 to +0.12")]),
+    ]
+    assert heat_map(None, ["a"]) == []
