@@ -30,7 +30,7 @@ def whole_sequences(
 
 
 def chunk_spans(length: int, group: ProcessGroup) -> Iterator[tuple[slice, slice]]:
-    """For each of this rank's two chunks: its place in the `length` here, the whole up to its end."""
+    """For each chunk of this rank, of two: its place in the `length` here; all up to its end."""
     size, rank, chunk = group.size(), group.rank(), length // 2
     for here, place in enumerate((rank, 2 * size - 1 - rank)):
         yield slice(here * chunk, (here + 1) * chunk), slice((place + 1) * chunk)
