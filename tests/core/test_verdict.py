@@ -245,12 +245,14 @@ def test_the_way_there_is_no_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "in_a_row", "ends"), [(3, 2, False), (3, 3, True), (7, 6, False)]
+    ("limit", "steps", "in_a_row", "ends"),
+    [(3, 100, 2, False), (3, 100, 3, True), (7, 100, 6, False), (7, 4, 4, True), (7, 4, 3, False)],
 )
 def test_a_run_ends_after_as_many_skipped_steps_as_asked(
-    limit: int, in_a_row: int, ends: bool
+    limit: int, steps: int, in_a_row: int, ends: bool
 ) -> None:
-    config = load_config(None, {"train": {"skip_limit": limit}})
+    """Or after all of its steps: none of a run's results are of weights that no step moved."""
+    config = load_config(None, {"train": {"skip_limit": limit, "train_iters": steps}})
     training = SimpleNamespace(skipped_in_a_row=in_a_row)
     state = SimpleNamespace(config=config, step=20, training=training)
     record = {"skipped": "w: gradient norm is nan"}
