@@ -27,6 +27,8 @@ LISA = {"lisa_layers": 2, "lisa_interval": 2}
 FROZEN = {**LISA, "lisa_train_embedding": False, "lisa_train_norm": False}
 UNTIED = {"untie_embeddings_and_output_weights": True}
 NORMS = {"qk_l2_norm": True, "no_rope_freq": [4], "rotary_interleaved": True}
+EP2 = {"expert_model_parallel_size": 2}
+EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
 GPT = {"swiglu": False, "normalization": "LayerNorm", "add_bias_linear": True}
 
 # name: (ranks, parallel, lisa, model)
@@ -46,6 +48,7 @@ CASES: dict[str, tuple[int, dict, dict, dict]] = {
     "tp2-sequence-parallel-lisa": (2, {**TP2, **BF16, "sequence_parallel": True}, LISA, {}),
     "dp2-distributed-optimizer-lisa": (2, {**BF16, **DIST}, LISA, {}),
     "cp2-lisa": (2, {**BF16, "context_parallel_size": 2}, LISA, {}),
+    "ep2-lisa": (2, {**BF16, **EP2}, LISA, EXPERTS),
     "vpp-dp2-distributed-optimizer": (4, {**VPP, **BF16, **DIST}, {}, {}),
 }
 
@@ -147,7 +150,9 @@ def held(state) -> dict[str, int]:
     return {
         "weights w": new_bytes(p.data for chunk in state.training.w for p in chunk.parameters()),
         "weights u": new_bytes(p.data for chunk in state.training.u for p in chunk.parameters()),
-        "gradients": new_bytes(b.grad_data for ddp in ddps for b in ddp.buffers),
+        "gradients": new_bytes(
+            b.grad_data for ddp in ddps for b in (*ddp.buffers, *ddp.expert_parallel_buffers)
+        ),
         "fp32 masters": new_bytes(
             p for part in parts for group in part.param_groups for p in group["params"]
         ),
