@@ -228,5 +228,7 @@ def _nearest(flag: str, known: list[str]) -> str:
         return f"did you mean {ours}?"
     if flag.endswith((".yaml", ".yml")) and "--config" in known:
         return f"did you mean --config {flag}?"
+    if flag[:1] != "-" and "--input" in known:
+        return f"did you mean --input {flag}? It is given once for each input"
     near = difflib.get_close_matches(flag.partition("=")[0], known, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else "see --help"

@@ -60,6 +60,10 @@ def run_all(folder_name: str) -> None:
                  "tensorboard_log_interval": EVERY},
     )  # fmt: skip
     note(folder / "noted", "run", command("reweight", "--config", folder / "x.yaml"))
+    written = (folder / "run" / "weights.json").read_bytes()
+    outcome = command("reweight", "--config", folder / "x.yaml", "--train-iters", STEPS - 1)
+    note(folder / "noted", "shorter", outcome)
+    assert (folder / "run" / "weights.json").read_bytes() == written
     note(folder / "noted", "stopped", stopped_early(folder))
     still = folder / "still"
     words = ["--output", still, "--save", still / "kept", "--tensorboard-dir", still / "events"]

@@ -71,6 +71,12 @@ def test_wrong_commands(capsys: pytest.CaptureFixture[str], argv: list[str]) -> 
     assert the_only_line(capsys.readouterr().err)
 
 
+def test_a_second_input_without_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "--input", "a.jsonl", "b.jsonl", "--out", "data"]) == 2
+    words = "unknown argument 'b.jsonl' (did you mean --input b.jsonl? It is given once for each"
+    assert words in the_only_line(capsys.readouterr().err)
+
+
 def test_report_of_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "nowhere: no such folder" in the_only_line(capsys.readouterr().err)

@@ -17,7 +17,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_scalebio.formatting import pace
-from tests.commands import MODEL, noted
+from tests.commands import MODEL, noted, refused
 from tests.distributed.harness import run_distributed
 from tests.outputs_run import (
     ALPHA,
@@ -301,6 +301,10 @@ def test_checkpoints_are_kept_where_and_as_often_as_asked(folder: Path) -> None:
     kept = sorted(path.name for path in (folder / "kept").glob("iter_*"))
     assert kept == ["iter_0000005", "iter_0000010", "iter_0000012"]
     assert not (folder / "run" / "checkpoints").exists()
+
+
+def test_a_run_does_not_go_back(folder: Path) -> None:
+    refused(folder, "shorter", "train.train_iters: 11 is below step 12, which this run has reached")
 
 
 def test_a_run_may_stop_once_converged(folder: Path) -> None:

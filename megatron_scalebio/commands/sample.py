@@ -291,19 +291,26 @@ def _compared(manifests: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _off_proportion(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[str]:
-    """A warning, if the rows that there are don't make up the proportions asked for."""
+    """A warning, if the rows that there are don't make up the proportions asked for.
+
+    Weights are shares of examples, of which a long row may become several.
+    """
     entries = [entry for manifest in manifests for entry in manifest["sources"]]
     whole = sum(entry["weight"] for entry in entries)
-    given = sum(entry["given"] for entry in entries)
+    given = sum(entry["examples"] for entry in entries)
     off = [
-        f"{entry['name']} {entry['given'] / given:.1%} for {entry['weight'] / whole:.1%}"
+        f"{entry['name']} {entry['examples'] / given:.1%} for {entry['weight'] / whole:.1%}"
         for entry in entries
-        if given and abs(entry["given"] / given - entry["weight"] / whole) > _OFF_PROPORTION
+        if given and abs(entry["examples"] / given - entry["weight"] / whole) > _OFF_PROPORTION
     ]
     if not off:
         return []
     used = [entry for entry in entries if entry["weight"] > 0]
-    most = min(entry["usable"] * config.max_epochs * whole / entry["weight"] for entry in used)
+    rows = [entry["weight"] / entry["examples_per_row"] for entry in used]  # in proportion
+    most = min(
+        entry["usable"] * config.max_epochs * sum(rows) / share
+        for entry, share in zip(used, rows, strict=True)
+    )
     cure = f"about --num-samples {int(most):,} keeps them, or more --max-epochs"
     if empty := [entry["name"] for entry in used if not entry["usable"]]:
         cure = f"all rows of {', '.join(empty)} are left out, for the reasons above"

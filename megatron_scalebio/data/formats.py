@@ -52,7 +52,7 @@ def detect_format(value: dict[str, Any], where: str, options: RecordOptions = PL
 
     Alpaca comes before text: some Alpaca files repeat the whole prompt in a ``text`` field.
     """
-    value = options.renamed(value, where)
+    given, value = value, options.renamed(value, where)
     if options.text_key != "text" and options.text_key in value:
         return "text"
     if "chosen" in value and "rejected" in value:
@@ -75,7 +75,15 @@ def detect_format(value: dict[str, Any], where: str, options: RecordOptions = PL
         return "pairs"
     if "text" in value:
         return "text"
-    fields = ", ".join(sorted(map(str, value))[:8]) or "none"
+    absent = [column for _, column in options.columns if column not in given]
+    fields = ", ".join(sorted(map(str, given if absent else value))[:8]) or "none"
+    if absent:
+        raise RecordError(
+            f"no field {absent[0]!r}, which --map names; its fields are: {fields}",
+            reason="unknown format",
+            where=where,
+            fix="--map FIELD=COLUMN, with a column that is there",
+        )
     raise RecordError(
         f"unknown record format; its fields are: {fields}",
         reason="unknown format",

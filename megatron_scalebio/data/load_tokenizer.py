@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 from pathlib import Path
+from typing import Any
 
 from megatron_scalebio.compat.transformers import fix_date
 from megatron_scalebio.data.targets import ChatTemplateError
@@ -11,7 +12,12 @@ from megatron_scalebio.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
 )
-from megatron_scalebio.data.tokenizer_files import download
+from megatron_scalebio.data.tokenizer_files import (
+    CONTENT_FILES,
+    content_files,
+    download,
+    hash_files,
+)
 from megatron_scalebio.errors import UserError
 
 
@@ -41,7 +47,8 @@ def load_tokenizer(
     if not path.exists():
         raise UserError(
             f"{model}: no such tokenizer file or directory (give a .model file, a tokenizer.json "
-            "or a directory that holds one)"
+            "or a directory that holds one; prepare --allow-download takes one of the Hugging Face "
+            "Hub)"
         )
     tokenizer = _open(path)
     if chat_template is not None:
@@ -66,6 +73,34 @@ def load_tokenizer(
             ) from error
         _try_template(tokenizer, chat_template)
     return _dated(tokenizer, date)
+
+
+def require_ids_of(hf: Path, prepared: dict[str, Any]) -> None:
+    """Raises UserError where ids of prepared data mean other text to a Hugging Face model.
+
+    Judged by 512 ids over the vocabulary, where both tokenizers are there and their files differ.
+
+    Args:
+        hf: the model's folder; without a tokenizer there is nothing to compare.
+        prepared: `Tokenizer.describe` of the data's tokenizer.
+    """
+    names = {name for names in CONTENT_FILES for name in names[:1]}
+    there = hf.is_dir() and any((hf / name).exists() for name in names)
+    if not (there and Path(prepared["model"]).exists()):
+        return
+    if hash_files(content_files(hf)) == prepared["fingerprint"]:
+        return
+    of_data, of_model = load_tokenizer(prepared["model"]), load_tokenizer(hf)
+    size = min(of_data.vocab_size, of_model.vocab_size)
+    ids = range(0, size, max(1, size // 512))
+    other = [i for i in ids if of_data.decode([i]).strip() != of_model.decode([i]).strip()]
+    if 2 * len(other) > len(ids):
+        one = other[len(other) // 2]
+        raise UserError(
+            f"model.hf: {hf}: the data were prepared with tokenizer {prepared['model']!r}, in "
+            f"which token {one} is {of_data.decode([one])!r}; to this model it is "
+            f"{of_model.decode([one])!r} (prepare the data with --tokenizer {hf})"
+        )
 
 
 def _dated(tokenizer: Tokenizer, date: str) -> Tokenizer:

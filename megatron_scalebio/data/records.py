@@ -24,7 +24,7 @@ _READ_CHARS = 1 << 20
 _CUT_MARGIN_CHARS = 9
 
 
-_FIX = "a file is one JSON array of objects, or JSONL: one object a line"
+_FIX = 'a file is one JSON array of objects, or JSONL: one object a line, such as {"text": "..."}'
 FIX_UTF8 = "convert it, as by iconv -f latin1 -t utf-8"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_scalebio.errors import UserError
 
 # The files that decide how text becomes ids; the first set that is present is the fingerprint.
-_CONTENT_FILES = (
+CONTENT_FILES = (
     ("tokenizer.json",),
     ("tokenizer.model",),
     ("spiece.model",),
@@ -62,7 +62,7 @@ def download(name: str) -> Path:
 def content_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    for names in _CONTENT_FILES:
+    for names in CONTENT_FILES:
         if (path / names[0]).exists():
             return [path / name for name in names if (path / name).exists()]
     return sorted(entry for entry in path.iterdir() if entry.is_file())

@@ -99,6 +99,12 @@ def resume_or_start(state: RunState, folder: Path, save_to: Path) -> list[str]:
         warnings += more
     if not resumed:
         load_start(state, folder)
+    steps = state.config.train.train_iters
+    if state.step > steps:
+        raise UserError(
+            f"train.train_iters: {steps} is below step {state.step}, which this run has reached "
+            f"(set it to {state.step} or more, or choose another --output)"
+        )
     return warnings
 
 

@@ -21,6 +21,7 @@ from megatron_scalebio.config import Config, SourceConfig, ValidationConfig
 from megatron_scalebio.core.batch import MicroBatch
 from megatron_scalebio.core.training import Training
 from megatron_scalebio.data.batch import BatchLayout, micro_batches
+from megatron_scalebio.data.load_tokenizer import require_ids_of
 from megatron_scalebio.data.reuse import Reused, reused
 from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
 from megatron_scalebio.engine.clock import StepClock
@@ -65,6 +66,9 @@ class Data:
         every = [*self.sources, *self.validation, *self.test]
         self.vocab_size = shared_vocab_size(every, config.model.vocab_size)
         self.tokenizer = next((source.tokenizer for source in every if source.tokenizer), None)
+        hf, tokenizer = config.model.hf, self.tokenizer
+        if hf and tokenizer:
+            runtime.on_main(lambda: require_ids_of(Path(hf), tokenizer))
         for source in every:
             source.vocab_size = self.vocab_size
         weights = np.array([entry.weight for entry in config.data.validation])

@@ -78,18 +78,7 @@ GPUS = {
         Gpu("a100-80g", int(80 * GB), 312e12, 19.5e12, 2039 * GB, 300 * GB, _HDR, capability=8.0),
         Gpu("a100-40g", int(40 * GB), 312e12, 19.5e12, 1555 * GB, 300 * GB, _HDR, capability=8.0),
         # A core or two of this package's test machines; only the memory is of interest.
-        Gpu(
-            "cpu",
-            int(16 * GB),
-            0.2e12,
-            0.1e12,
-            20 * GB,
-            5 * GB,
-            1 * GB,
-            node_gpus=64,
-            capability=0.0,
-            cuda=False,
-        ),
+        Gpu("cpu", int(16 * GB), 0.2e12, 0.1e12, 20 * GB, 5 * GB, 1 * GB, 64, 0.0, cuda=False),
     )
 }
 

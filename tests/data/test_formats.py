@@ -9,7 +9,7 @@ import pytest
 from megatron_scalebio.data import records
 from megatron_scalebio.data.examples import Dialogue, Text
 from megatron_scalebio.data.formats import detect_format, parse_record, read_examples
-from megatron_scalebio.data.record_fields import RecordOptions
+from megatron_scalebio.data.record_fields import RecordOptions, parse_columns
 from megatron_scalebio.data.records import RecordReader
 from megatron_scalebio.errors import UserError
 
@@ -206,6 +206,12 @@ def test_bad_records_name_place_and_field(name: str, value: dict[str, Any], word
 def test_unknown_format_lists_the_fields() -> None:
     with pytest.raises(UserError, match=r"f:3: unknown record format.*chosen, prompt"):
         detect_format({"prompt": "q", "chosen": "a"}, "f:3")
+
+
+def test_a_column_that_is_not_there_is_named() -> None:
+    options = RecordOptions(columns=parse_columns(["instruction=qestion,output=reply"]))
+    with pytest.raises(UserError, match=r"no field 'qestion', which --map names.*: question, reply"):
+        detect_format({"question": "q", "reply": "a"}, "f:3", options)
 
 
 def test_text_key_and_lone_surrogates(tmp_path: Path) -> None:

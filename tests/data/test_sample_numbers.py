@@ -184,8 +184,11 @@ def test_every_row_that_was_cut_is_counted(tmp_path: Path, folders: dict[str, st
     assert (written["truncated"], written["examples"]) == (8, 8)
 
 
-def entry(name: str, weight: float, usable: int, asked: int, given: int) -> dict[str, Any]:
+def entry(
+    name: str, weight: float, usable: int, asked: int, given: int, per_row: int = 1
+) -> dict[str, Any]:
     return {
+        "examples_per_row": float(per_row), "examples": given * per_row,
         "name": name, "weight": weight, "rows": usable + 1336, "usable": usable, "asked": asked,
         "given": given, "surplus": max(0, asked - given), "received": max(0, given - asked),
         "epochs": given / max(usable, 1), "contaminated": {"exact": 1300, "prompt": 20, "ngram": 0},
@@ -245,6 +248,13 @@ def test_remarks_tell_what_was_moved_and_what_is_missing(folders: dict[str, str]
     near = [entry("web", 3.0, 8000, 6000, 7600), entry("math", 1.0, 500, 3000, 2400)]
     lines = command.remarks(*shown(folders, near, num_samples=9000))
     assert not lines[0].startswith("warning"), "within two per cent of the whole"
+    pieces = [entry("web", 1.0, 1000, 100, 100, 9), entry("math", 1.0, 1000, 900, 900)]
+    lines = command.remarks(*shown(folders, pieces, num_samples=1000))
+    assert not lines[0].startswith("warning"), "weights are of examples"
+    pieces[1] |= entry("math", 1.0, 100, 900, 400)
+    lines = command.remarks(*shown(folders, pieces, num_samples=1000, max_epochs=4))
+    assert lines[0].startswith("warning: not in the proportions asked for: web 69.2% for 50.0%")
+    assert "; about --num-samples 444 keeps them" in lines[0]  # 400 rows of math, 44 of web
     short = [entry("web", 3.0, 800, 6000, 3200), entry("math", 1.0, 400, 2000, 1100)]
     lines = command.remarks(*shown(folders, short, num_samples=8000, max_epochs=4))
     assert "3,700 rows fewer than asked: the sources have no more, 4 times each" in lines

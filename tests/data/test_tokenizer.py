@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_scalebio.data.dialogue import ExampleEncoder, plain_segments
 from megatron_scalebio.data.examples import Dialogue, Text, Turn
-from megatron_scalebio.data.load_tokenizer import load_tokenizer
+from megatron_scalebio.data.load_tokenizer import load_tokenizer, require_ids_of
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
 
@@ -298,6 +298,31 @@ def test_fingerprint_follows_the_content(
     assert load_tokenizer(tmp_path / "tokenizer.model").fingerprint == (
         load_tokenizer(sentence_piece).fingerprint
     )
+
+
+def test_data_of_another_tokenizer_than_the_models_are_refused(
+    byte_level: Path, sentence_piece: Path, tmp_path: Path
+) -> None:
+    """One with as many ids in another order is; one with more tokens, or other files, is not."""
+    content = json.loads((byte_level / "tokenizer.json").read_text())
+    vocabulary: dict[str, int] = content["model"]["vocab"]
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    described = load_tokenizer(byte_level).describe()
+    require_ids_of(model, described)  # no tokenizer: nothing to compare
+    turned = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    grown = {**vocabulary, "<one>": len(vocabulary) + 900}
+    for changed, differs in ((vocabulary, False), (turned, True), (grown, False)):
+        content["model"]["vocab"] = changed
+        (model / "tokenizer.json").write_text(json.dumps(content))
+        if differs:
+            with pytest.raises(UserError, match=r"prepare the data with --tokenizer .*model"):
+                require_ids_of(model, described)
+        else:
+            require_ids_of(model, described)
+    with pytest.raises(UserError, match=r"in which token .* is .*; to this model it is"):
+        require_ids_of(model, load_tokenizer(sentence_piece).describe())
 
 
 @pytest.mark.parametrize(
