@@ -177,11 +177,14 @@ def test_weights_and_intervals_are_of_the_tail_of_the_trajectory(folder: Path) -
     )
 
 
-def test_blend_leaves_out_what_is_below_the_floor_and_is_made_whole(folder: Path) -> None:
+def test_blend_has_shares_of_tokens_without_what_is_below_the_floor(folder: Path) -> None:
     content = json.loads((folder / "run" / "weights.json").read_text())
     weights = {entry["path"]: entry["weight"] for entry in content["sources"]}
     assert 0.001 < min(weights.values()) < 0.03, "the floor has something to leave out"
-    kept = {path: w for path, w in weights.items() if w >= 0.03}
+    lengths = json.loads((folder / "data" / "lengths.json").read_text())
+    mean = {f"{folder}/data/{name}/tokens": np.mean(lengths[name]) + 1 for name in "abc"}
+    assert max(mean.values()) > 1.05 * min(mean.values()), "examples differ in length"
+    kept = {path: w * mean[path] for path, w in weights.items() if w >= 0.03}
     words = shlex.split((folder / "run" / "blend.txt").read_text())
     assert words[1::2] == list(kept)
     shares = [w / sum(kept.values()) for w in kept.values()]

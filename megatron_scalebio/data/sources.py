@@ -35,6 +35,10 @@ class Source(Protocol):
     @property
     def tokens(self) -> int: ...
     @property
+    def mean_length(self) -> float:
+        """Tokens of an example."""
+
+    @property
     def largest_id(self) -> int:
         """Among the first tokens."""
 
@@ -116,6 +120,10 @@ class ExampleSource(_Described):
                 f"(prepare it with --seq-length {seq_length}, or raise data.seq_length)"
             )
 
+    @property
+    def mean_length(self) -> float:
+        return self.tokens / len(self)
+
     def length(self, index: int) -> int:
         facts = self.facts
         return IndexedPair(self.prefix, facts.code, facts.sequences).length(index) - 1
@@ -139,6 +147,10 @@ class PackedSource(_Described):
 
     __slots__ = ()
     _described_by: Catalog
+
+    @property
+    def mean_length(self) -> float:
+        return self.facts.longest
 
     def length(self, index: int) -> int:
         return self.facts.longest

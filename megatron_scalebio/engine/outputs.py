@@ -173,7 +173,9 @@ def write_memory(folder: Path) -> None:
     write_json(folder / MEMORY_FILE, {"peak_bytes": runtime.allocated_bytes()})
 
 
-def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list[str]:
+def write_weights(
+    folder: Path, content: dict[str, Any], sources: Sequence[Source], config: Config
+) -> list[str]:
     """Writes weights.json, blend.txt (Megatron's --data-path, quoted as a shell needs it) and
     blend.json (per split). Their paths are absolute: a job may start in another folder.
 
@@ -184,7 +186,7 @@ def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list
     write_memory(folder)
     write_json(folder / "weights.json", content)
     floor = blend_floor(config)
-    words = _blend_words([(e["weight"], e["path"]) for e in content["sources"]], floor)
+    words = _blend_words(sources, [entry["weight"] for entry in content["sources"]], floor)
     write_text(folder / "blend.txt", shlex.join(words) + "\n")
     splits: dict[str, list[str] | None] = {
         "train": words,
@@ -196,12 +198,17 @@ def write_weights(folder: Path, content: dict[str, Any], config: Config) -> list
     return [e["name"] for e in content["sources"] if e["weight"] < floor]
 
 
-def _blend_words(entries: Sequence[tuple[float, str]], floor: float) -> list[str]:
-    """Weights and prefixes, as a blend has them, of the weights from a floor on."""
-    kept = [(weight, path) for weight, path in entries if weight >= floor]
-    whole = sum(weight for weight, _ in kept)
+def _blend_words(sources: Sequence[Source], weight_S: Sequence[float], floor: float) -> list[str]:
+    """Weights and prefixes, as a blend has them, of the weights from a floor on.
+
+    Megatron-LM packs documents and blends the sequences, all of one length: of sources whose
+    examples are longer it would draw fewer. So a weight counts by its examples' mean length.
+    """
+    kept = [(w * s.mean_length, s.prefix) for s, w in zip(sources, weight_S, strict=True)
+            if w >= floor]  # fmt: skip
+    whole = sum(share for share, _ in kept)
     return [
-        word for weight, path in kept for word in (f"{weight / whole:.6f}", os.path.abspath(path))
+        word for share, path in kept for word in (f"{share / whole:.6f}", os.path.abspath(path))
     ]
 
 
@@ -217,9 +224,7 @@ def write_schedule(
         {
             "step": step,
             "weights": {s.name: weight for s, weight in zip(sources, weight_S, strict=True)},
-            "blend": shlex.join(
-                _blend_words([(w, s.prefix) for s, w in zip(sources, weight_S, strict=True)], floor)
-            ),
+            "blend": shlex.join(_blend_words(sources, weight_S, floor)),
         }
         for step, weight_S in stages
     ]

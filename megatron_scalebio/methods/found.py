@@ -128,7 +128,7 @@ def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, A
         **target,
         "sources": entries,
     }
-    return content, outputs.write_weights(folder, content, config)
+    return content, outputs.write_weights(folder, content, found.sources, config)
 
 
 def normalised(values: Sequence[float]) -> list[float]:

@@ -23,6 +23,7 @@ class Pool:
         self.sources = sources
         self.end_S: Ints = np.cumsum([len(source) for source in sources])
         self.tokens = sum(source.tokens for source in sources)
+        self.mean_length = self.tokens / len(self)
         self.largest_id = max(source.largest_id for source in sources)
         self.vocab_size = sources[0].vocab_size
         self.fingerprint = " ".join(source.fingerprint for source in sources)

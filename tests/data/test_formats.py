@@ -210,7 +210,8 @@ def test_unknown_format_lists_the_fields() -> None:
 
 def test_a_column_that_is_not_there_is_named() -> None:
     options = RecordOptions(columns=parse_columns(["instruction=qestion,output=reply"]))
-    with pytest.raises(UserError, match=r"no field 'qestion', which --map names.*: question, reply"):
+    words = r"no field 'qestion', which --map names.*: question, reply"
+    with pytest.raises(UserError, match=words):
         detect_format({"question": "q", "reply": "a"}, "f:3", options)
 
 
