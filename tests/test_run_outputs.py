@@ -284,7 +284,7 @@ def test_the_console_shows_the_run_in_the_numbers_of_its_files(folder: Path) -> 
     assert "12 of 10 training and 6 validation sequences" in said
     assert "eg lr 0.3, alpha 7" in said
     assert "without loss masks, so that prompts train too" in said
-    assert f"2 layers x 32, {run['parameters']:,} parameters" in said
+    assert f"2 layers x 32, {run['parameters']:,} parameters, new" in said
     shown = {int(n): rest for n, rest in re.findall(r"^step (\d+)/12  (.*)$", said, re.M)}
     assert list(shown) == [1, 4, 8, 12]
     found = records(folder)

@@ -250,9 +250,10 @@ def run_facts(config: Config, run: dict[str, Any], step: int) -> dict[str, objec
     """What the banner of a run says besides its sources."""
     model, world, lisa = config.model, run["world"], config.lisa
     context = f" x CP {world['cp']}" if world["cp"] > 1 else ""
+    start = model.pretrained_checkpoint or model.hf
     facts: dict[str, object] = {
         "model": f"{model.num_layers} layers x {model.hidden_size}, "
-        f"{run['parameters']:,} parameters" + (f", from {model.hf}" if model.hf else ""),
+        f"{run['parameters']:,} parameters, " + (f"from {start}" if start else "new"),
         "adam": run["adam"],
         "layout": f"TP {world['tp']}{context} x PP {world['pp']} x VPP {world['vpp']} "
         f"x DP {world['dp']} on {run['device']}, {'bf16' if config.parallel.bf16 else 'fp32'}",
