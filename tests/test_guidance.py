@@ -158,14 +158,18 @@ def test_init_tells_languages_apart(here: Path) -> None:
         ),
         (["raw/math"], "raw/math: one source alone beside the validation and test sets (found: "),
         (["none"], "none: no source beside the validation and test sets (found: nothing"),
+        (["deep"], "deep/*/*.idx', name: '{parent}/{stem}'}})"),
+        (["plain"], """plain text is not read: write JSONL, {"text": "..."} a line)"""),
         (["raw", "--hf", "raw"], "raw/config.json: No such file"),
         (["twice"], "twice: two sets are called 'math' (rename one)"),
         (["odd"], "odd/数学.json: '' cannot name a source or a set (use A-Z"),
     ],
 )
 def test_init_refuses(here: Path, capsys: Capture, words: list[str], answer: str) -> None:
-    for name in ("odd", "none", "twice"):
-        (here / name).mkdir()
+    for name in ("odd", "none", "twice", "deep/topic", "plain"):
+        (here / name).mkdir(parents=True)
+    for name in ("deep/topic/a.idx", "deep/topic/a.bin", "plain/a.txt"):
+        (here / name).touch()
     for name in ("math.json", "math.csv", "web.json", "goal.json"):
         (here / "twice" / name).touch()
     for name in ("a", "数学", "goal"):

@@ -109,6 +109,19 @@ def _holds_records(path: Path) -> bool:
     return bare_suffix(path) in _SUFFIXES
 
 
+def _instead(folder: Path) -> str:
+    """What makes a mixture of a folder in which `init` finds none."""
+    held = {path.suffix for path in folder.rglob("*")}
+    if ".idx" in held:
+        return (
+            "Megatron prefixes in its folders are named in a YAML file, under data: "
+            f"{{sources: {{glob: '{folder}/*/*.idx', name: '{{parent}}/{{stem}}'}}}}"
+        )
+    if ".txt" in held:
+        return 'plain text is not read: write JSONL, {"text": "..."} a line'
+    return "a mixture needs two: a file or folder for each"
+
+
 def _roles(
     found: Sequence[Found], named: Sequence[str], folder: Path
 ) -> tuple[list[Found], list[Found], list[Found]]:
@@ -137,7 +150,7 @@ def _roles(
             f"{'one source alone' if sources else 'no source'} beside the validation and test sets "
             f"(found: {listed})",
             where=str(folder),
-            fix="a mixture needs two: a file or folder for each",
+            fix=_instead(folder),
         )
     return sources, goals, tests
 
