@@ -123,7 +123,11 @@ def test_its_own_comes_first_and_pretrained_weights_last(
     monkeypatch.setattr(start.saver, "load_latest", load_latest)
     monkeypatch.setattr(start, "load_start", lambda state, folder: asked.append("pretrained"))
     state: Any = SimpleNamespace(
-        config=SimpleNamespace(checkpoint=SimpleNamespace(load=load and str(load)))
+        step=7,
+        config=SimpleNamespace(
+            checkpoint=SimpleNamespace(load=load and str(load)),
+            train=SimpleNamespace(train_iters=7),
+        ),
     )
     warnings = start.resume_or_start(state, Path("out"), OWN)
     assert asked == done
