@@ -67,3 +67,21 @@ def best_after(
         tried_RS = np.exp(logits - logits.max(-1, keepdims=True))
         tried_RS /= tried_RS.sum(-1, keepdims=True)
     return best, least
+
+
+def share_after(
+    rates: Sequence[float],
+    joint_SVV: np.ndarray,
+    validation_VV: np.ndarray,
+    found_S: np.ndarray,
+    best_S: np.ndarray,
+) -> float:
+    """What the found mixture loses of what the best for those steps gains over equal weights.
+
+    Args:
+        best_S: the best mixture for training to the end, from which the search starts.
+    """
+    even_S = np.full(len(best_S), 1 / len(best_S))
+    _, least = best_after(rates, joint_SVV, validation_VV, np.stack([best_S, found_S, even_S]))
+    of_found, of_even = losses_after(rates, np.stack([found_S, even_S]), joint_SVV, validation_VV)
+    return (of_found - least) / (of_even - least)

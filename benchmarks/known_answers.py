@@ -57,7 +57,7 @@ from common import (
     train_step,
     write_json,
 )
-from final_trainings import best_after, losses_after
+from final_trainings import share_after
 from scipy.optimize import minimize
 from scipy.special import softmax
 
@@ -325,7 +325,9 @@ def one_run(name: str, rule: str, alpha: float, steps: int, seed: int, args: Any
         "draw": draw, "problem": name, "rule": rule, "alpha": alpha, "steps": steps, "seed": seed,
         "start": args.start,
         "l1": float(np.abs(weights - best).sum()), "regret_mn": 1e3 * regret,
-        "share": regret / gain, "share_after": share_after(rates, problem, weights, best),
+        "share": regret / gain, "share_after": share_after(
+            rates, problem.joint_SVV, problem.validation_VV, weights, best
+        ),
         "covered": float(held[used].mean()),
         "converged": found["converged"],
         "reason": found["reason"],
@@ -333,15 +335,6 @@ def one_run(name: str, rule: str, alpha: float, steps: int, seed: int, args: Any
         "weights": found["weights"], "low": found["low"], "high": found["high"],
         "best": best.tolist(), "seconds": time.perf_counter() - start,
     }  # fmt: skip
-
-
-def share_after(rates: list[float], problem: Problem, found: Array, best: Array) -> float:
-    """What the found mixture loses of the best gain for a training at those rates."""
-    laws = problem.joint_SVV, problem.validation_VV
-    even_S = np.full(len(best), 1 / len(best))
-    _, least = best_after(rates, *laws, np.stack([best, found, even_S]))
-    of_found, of_even = losses_after(rates, np.stack([found, even_S]), *laws)
-    return (of_found - least) / (of_even - least)
 
 
 def of_alpha(name: str, alpha: float, number: int) -> list[str]:

@@ -84,8 +84,7 @@ def require_ids_of(hf: Path, prepared: dict[str, Any]) -> None:
         hf: the model's folder; without a tokenizer there is nothing to compare.
         prepared: `Tokenizer.describe` of the data's tokenizer.
     """
-    names = {name for names in CONTENT_FILES for name in names[:1]}
-    there = hf.is_dir() and any((hf / name).exists() for name in names)
+    there = any((hf / names[0]).exists() for names in CONTENT_FILES)
     if not (there and Path(prepared["model"]).exists()):
         return
     if hash_files(content_files(hf)) == prepared["fingerprint"]:
