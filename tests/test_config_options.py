@@ -212,6 +212,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "wandb_project": (None, "mixtures"),
         "wandb_exp_name": (None, "first"),
         "mlflow_experiment": (None, "mixtures"),
+        "record_memory_history": (False, True),
     },
 }
 # In files alone, or naming a folder that has to be there: tests of their own; or refused.

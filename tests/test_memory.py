@@ -1,4 +1,4 @@
-"""What is told when memory runs out, and when FP8 copies of weights are made anew."""
+"""What is told when memory runs out; when FP8 copies are made anew, and losses fetched."""
 
 from __future__ import annotations
 
@@ -45,7 +45,26 @@ def on_a_rank(folder_name: str) -> None:
     except UserError as error:
         said = str(error)
     (folder / "said.txt").write_text(said)
-    (folder / "made.json").write_text(json.dumps(weight_copies(TrainState(config, folder))))
+    state = TrainState(config, folder)
+    (folder / "made.json").write_text(json.dumps(weight_copies(state)))
+    (folder / "order.json").write_text(json.dumps(order_of_an_evaluation(state)))
+
+
+def order_of_an_evaluation(state: TrainState) -> list[str]:
+    """Passes through the model, and tensors that are fetched to the host."""
+    order: list[str] = []
+    hook = state.training.w[0].register_forward_hook(lambda *_: order.append("pass"))
+    real = torch.Tensor.cpu
+
+    def cpu(tensor: torch.Tensor) -> torch.Tensor:
+        order.append("fetch")
+        return real(tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", cpu)
+        held_out_losses(state.training.w, state.data.validation, state.config, state.data.layout)
+    hook.remove()
+    return order
 
 
 def weight_copies(state: TrainState) -> dict[str, list[list[str]]]:
@@ -84,7 +103,7 @@ def weight_copies(state: TrainState) -> dict[str, list[list[str]]]:
 
 
 def test_only_memory_in_use_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A history of what has been freed since costs more with every step, on every rank."""
+    """And only if asked: a history of what has been freed since costs more with every step."""
     asked = []
     taken = inspect.signature(torch.cuda.memory._record_memory_history)
 
@@ -92,9 +111,10 @@ def test_only_memory_in_use_is_remembered(monkeypatch: pytest.MonkeyPatch) -> No
         asked.append(taken.bind(*words, **named).arguments)
 
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
-    for on_cuda in (False, True):
+    asking = load_config(None, {"logging": {"record_memory_history": True}})
+    for on_cuda, config in ((False, asking), (True, Config()), (True, asking)):
         monkeypatch.setattr(runtime, "on_cuda", lambda on_cuda=on_cuda: on_cuda)
-        with out_of_memory_named(Config(), Path("nowhere")):
+        with out_of_memory_named(config, Path("nowhere")):
             pass
     assert asked == [{"enabled": "state", "context": "state", "stacks": "python"}]
 
@@ -129,3 +149,10 @@ def test_fp8_copies_of_frozen_layers_are_made_once_a_period(folder: Path) -> Non
         assert len(second) == 1  # the layer that trains
         assert fourth == after_evaluation if after_evaluation else len(fourth) == 1
     assert made["w"][1] == made["u"][1]
+
+
+def test_an_evaluation_fetches_losses_when_all_its_passes_are_queued(folder: Path) -> None:
+    """On a GPU, a fetch between two passes would wait for the first of them."""
+    order = json.loads((folder / "order.json").read_text())
+    passes = order.count("pass")
+    assert passes > 1 and order == ["pass"] * passes + ["fetch"] * (passes + 1)

@@ -231,6 +231,9 @@ class LoggingConfig:
     mlflow_experiment: str | None = option(
         None, "MLflow experiment to log to as well, at MLFLOW_TRACKING_URI [into OUTPUT/mlruns]"
     )
+    record_memory_history: bool = option(
+        False, "note which lines allocate GPU memory, for the snapshot written when it runs out"
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "log_interval", "tensorboard_log_interval")

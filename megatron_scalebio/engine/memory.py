@@ -1,6 +1,7 @@
 """Memory that runs out: one line, with what the plan predicted beside what was there.
 
-OUTPUT/memory_snapshot-rank-0003.pickle   what was allocated, and where, for
+OUTPUT/memory_snapshot-rank-0003.pickle   what was allocated (and by which lines of code, with
+                                          record_memory_history), for
                                           https://pytorch.org/memory_viz
 OUTPUT/memory_plan.json                   what `plan` says of this configuration
 """
@@ -29,12 +30,12 @@ _ON_CPU = "DefaultCPUAllocator"  # torch raises a bare RuntimeError there
 
 @contextmanager
 def out_of_memory_named(config: Config, folder: Path) -> Iterator[None]:
-    """Turns an allocation that fails into a line; on a GPU, remembers what allocated the memory.
+    """Turns an allocation that fails into a line; if asked, remembers what allocated GPU memory.
 
     Of memory in use alone: a microsecond for each allocation, a kilobyte of host memory for each
     that is not freed. A history of all that was freed as well would take twice the time.
     """
-    if runtime.on_cuda():
+    if config.logging.record_memory_history and runtime.on_cuda():
         torch.cuda.memory._record_memory_history("state", context="state", stacks="python")
     try:
         yield
@@ -52,6 +53,8 @@ def out_of_memory(config: Config, folder: Path, error: Exception) -> UserError:
         torch.cuda.memory._dump_snapshot(str(snapshot))
         taken = torch.cuda.max_memory_allocated() / 1e9
         extra = f"; {taken:.1f} GB were allocated at most, see {snapshot}"
+        if not config.logging.record_memory_history:
+            extra += " (with record_memory_history it has the lines of code, too)"
     return UserError(
         f"train.micro_batch_size: rank {runtime.rank()} ran out of memory in {PROGRESS.phase} of "
         f"step {PROGRESS.step}: {found}{extra}; {prediction(config, folder)} (lower it, set "

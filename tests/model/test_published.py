@@ -1,7 +1,9 @@
 """Published sizes: every tensor of the Hugging Face model maps, with its shape.
 
-Both models are built on the meta device from published config.json values; those with experts with
-their first two layers. What `launch/configs/models` has of them says the same.
+Both models are built on the meta device from published config.json values. Of those with experts
+Megatron-Core builds the first two layers alone: each expert is a module of its own there, and
+12,000 of them take minutes (with `LAYERS = 200` all pass). What `launch/configs/models` has of
+them says the same.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,20 +30,21 @@ FREE = {"moe_aux_loss_coeff", "moe_router_dtype"}
 LAYERS = 2  # of models with experts
 
 
-def cut(folder: Path) -> Path:
-    """Writes every published config.json, those with experts with fewer layers."""
+def write_configs(folder: Path) -> None:
+    """Writes every published config.json, whole and, in `cut`, with fewer layers of experts."""
     for name in NAMES:
         values = json.loads((PUBLISHED / name / "config.json").read_text())
+        values.pop("quantization_config", None)  # transformers would unpack
+        shorter = dict(values)
         if "num_experts_per_tok" in values:
             whole = values["num_hidden_layers"]
-            values = {
-                key: value[:LAYERS] if isinstance(value, list) and len(value) == whole else value
-                for key, value in values.items()
-            } | {"num_hidden_layers": LAYERS}
-        values.pop("quantization_config", None)  # transformers would unpack
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(values))
-    return folder
+            for key, value in values.items():
+                if isinstance(value, list) and len(value) == whole:
+                    shorter[key] = value[:LAYERS]
+            shorter["num_hidden_layers"] = min(LAYERS, whole)
+        for place, config in ((folder / "whole", values), (folder / "cut", shorter)):
+            (place / name).mkdir(parents=True)
+            (place / name / "config.json").write_text(json.dumps(config))
 
 
 def build_all(folder: str) -> None:
@@ -67,36 +71,54 @@ def build_all(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = cut(tmp_path_factory.mktemp("published"))
-    run_distributed(build_all, 1, str(folder))
+    folder = tmp_path_factory.mktemp("published")
+    write_configs(folder)
+    run_distributed(build_all, 1, str(folder / "cut"))
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_tensor_maps(built: Path, name: str) -> None:
+def of_hugging_face(folder: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Shape of every tensor as in its files, and how many parameters those have."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        hf = AutoModelForCausalLM.from_config(config)
+    kind = config.architectures[0].removesuffix("ForCausalLM")
+    biases = [(n, b) for n, b in hf.named_buffers() if n.endswith("e_score_correction_bias")]
+    shapes = {
+        n: tuple(part.shape)
+        for name, tensor in [*hf.named_parameters(), *biases]
+        for n, part in as_in_files(name, tensor, kind).items()
+    }
+    return shapes, sum(p.numel() for p in hf.parameters())
+
+
+def wholes_of(folder: Path) -> list[Any]:
+    """The table's tensors of our checkpoints, each with its parts in Hugging Face's files."""
     from megatron_scalebio.config_loader import load_config
     from megatron_scalebio.convert.table import Table
     from megatron_scalebio.families import read_family
 
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(built / name, local_files_only=True)
-        hf = AutoModelForCausalLM.from_config(config)
-    kind = config.architectures[0].removesuffix("ForCausalLM")
-    biases = [(n, b) for n, b in hf.named_buffers() if n.endswith("e_score_correction_bias")]
-    theirs = {
-        n: tuple(part.shape)
-        for name_, tensor in [*hf.named_parameters(), *biases]
-        for n, part in as_in_files(name_, tensor, kind).items()
-    }
-    ours = torch.load(built / f"{name}.pt", weights_only=True)
-    family, _ = read_family(built / name)
-    table = Table(family, load_config(None, {"model": {"hf": str(built / name)}}).model)
-    parts = [(part.name, part.shape) for whole in table.wholes for part in whole.parts]
+    family, _ = read_family(folder)
+    return Table(family, load_config(None, {"model": {"hf": str(folder)}}).model).wholes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_maps(built: Path, name: str) -> None:
+    wholes = wholes_of(built / "whole" / name)
+    parts = [(part.name, part.shape) for whole in wholes for part in whole.parts]
+    theirs, _ = of_hugging_face(built / "whole" / name)
     assert len(parts) == len(theirs) and dict(parts) == theirs
-    assert Counter((w.key, w.shape) for w in table.wholes) == ours["shapes"]
-    assert ours["parameters"] == sum(p.numel() for p in hf.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_is_one_of_the_model(built: Path, name: str) -> None:
+    ours = torch.load(built / "cut" / f"{name}.pt", weights_only=True)
+    wholes = wholes_of(built / "cut" / name)
+    assert Counter((whole.key, whole.shape) for whole in wholes) == ours["shapes"]
+    _, parameters = of_hugging_face(built / "cut" / name)
+    assert ours["parameters"] == parameters
 
 
 @pytest.mark.parametrize("name", SHIPPED)
