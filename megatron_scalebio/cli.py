@@ -159,6 +159,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         # Before argparse misses the flag that one of these was meant to be.
         flags = [word for word in argv[argv.index(asked) + 1 :] if word.startswith("--")]
         _refuse([flag for flag in flags if flag.partition("=")[0] not in known], known)
+        _refuse_empty(argv[argv.index(asked) :])
     args, unknown = parser.parse_known_args(argv)
     _refuse(unknown, known)
     return args
@@ -176,6 +177,17 @@ def _flags(parser: argparse.ArgumentParser) -> Iterator[str]:
 def _refuse(unknown: list[str], known: list[str]) -> None:
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r} ({_nearest(unknown[0], known)})")
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """A shell variable that is not set would have a run write into the folder where it starts."""
+    of = words[0]
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            of = flag
+        if not word or (flag == of and equals and not value):
+            raise UserError(f"{of}: '' is empty (give a value, or leave it out)")
 
 
 @contextmanager

@@ -292,6 +292,8 @@ def _convert_scalar(value: Any, hint: type, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    elif value == "":
+        raise UserError(f"{where}: '' is empty (give text, or leave it out)")
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     kind = "float" if hint is Quantity else hint.__name__

@@ -46,6 +46,8 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--sources", "a"], "'a' is not NAME=PATH"),
     (["--known-weights", "a=much"], "'a=much' is not NAME=WEIGHT"),
     (["--train-iters"], "argument --train-iters: expected one argument"),
+    (["--output", ""], "--output: '' is empty (give a value, or leave it out)"),
+    (["--hf="], "--hf: '' is empty"),
     (["--sources", "a=HERE/data/s0"], "data.sources: ['a'] is not a mixture (name two"),
     (["--global-batch-size", "7"], "global_batch_size: 7 is not divisible by micro_batch_size 2"),
     (["--tensor-model-parallel-size", "4"], "world size: 1 is not divisible by TP 4 x PP 1"),

@@ -116,6 +116,7 @@ REFUSED = [
     ("train", "train_iters", 0, "train_iters: 0 must be above 0"),
     ("train", "seed", 2**40, "seed: 1099511627776 does not fit"),
     ("train", "output", None, "None is not of type str"),
+    ("train", "output", "", "train.output: '' is empty (give text, or leave it out)"),
     ("train", "global_batchsize", 8, "did you mean global_batch_size?"),
     ("model", "hidden_size", 30, "hidden_size: 30 is not divisible by num_attention_heads 4"),
     ("model", "num_query_groups", 3, "num_query_groups: 3 does not divide"),

@@ -106,6 +106,7 @@ def test_a_killed_rank_is_named_and_costs_the_steps_since_the_last_checkpoint(
     ours = [line for line in complained.splitlines() if line.startswith("megatron-scalebio: error")]
     assert len(ours) == 1, complained
     assert f"pid {victim.pid}) died, last heard of in step " in ours[0]
+    assert ours[0] in complained.rpartition("ChildFailedError")[2]  # torchrun's last words
     assert process.returncode != 0
     step, problems = newest_whole(run / "checkpoints")
     assert step is not None and not problems and step >= len(metrics(run)) - SAVED

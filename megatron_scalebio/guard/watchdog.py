@@ -40,7 +40,7 @@ from megatron_scalebio.guard.status import (
     stall_line,
     stalled,
 )
-from megatron_scalebio.launcher import end_lost
+from megatron_scalebio.launcher import end_lost, tell_torchrun
 from megatron_scalebio.progress import PROGRESS
 
 BEAT_S = 2.0
@@ -243,10 +243,12 @@ class Watchdog:
     def _adopt(self, verdict: bytes) -> None:
         values = json.loads(verdict)
         self._verdict = values["line"]
+        said = f"megatron-scalebio: error: {self._verdict}"
+        tell_torchrun(said)
         if values["by"] == self._rank:
             if self._board:
                 self._board.close(self._verdict)
-            print(f"megatron-scalebio: error: {self._verdict}", file=sys.stderr, flush=True)
+            print(said, file=sys.stderr, flush=True)
 
     def _tell(self) -> None:
         """Hands the verdict to the main thread where that can end the process, else ends it."""
