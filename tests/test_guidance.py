@@ -100,7 +100,8 @@ def test_init_writes_the_run_and_the_commands_before_it(here: Path, capsys: Capt
     given = [word for word, flag in zip(prepare[1:], prepare, strict=False) if flag == "--input"]
     assert given == ["a-test=raw/a-test.csv", "chat-data=raw/chat data.jsonl.gz", "math=raw/math",
                      "val=raw/val.json"]  # fmt: skip
-    assert prepare[prepare.index("--train-sentencepiece") + 1] == "500", "of a small text"
+    assert prepare[prepare.index("--train-sentencepiece") + 1] == "300", "of a small text"
+    assert "tokens of an example, as prepared" in Path("run.yaml").read_text()
     assert reweight == ["megatron-scalebio", "reweight", "--config", "run.yaml"]
     assert all(f"#   {line.strip()}" in Path("run.yaml").read_text() for line in told[-2:])
     assert main(["init", "raw"]) == 2 and "run.yaml: is there already" in capsys.readouterr().err
@@ -122,7 +123,8 @@ def test_init_takes_what_is_prepared_as_it_is(here: Path, capsys: Capture) -> No
     for suffix in ("idx", "bin"):
         (here / "data" / f"web.{suffix}").touch()
     assert main(["init", "data"]) == 0
-    assert "prepare" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "prepare" not in said and "model.vocab_size: 32000 is a guess" in said
     config = load_config("run.yaml")
     assert names(config.data.sources) == [("one", "data/one"), ("web", "data/web")]
     assert config.data.seq_length == 48 and config.model.vocab_size == 32000
@@ -163,10 +165,11 @@ def test_init_tells_languages_apart(here: Path) -> None:
         (["raw", "--hf", "raw"], "raw/config.json: No such file"),
         (["twice"], "twice: two sets are called 'math' (rename one)"),
         (["odd"], "odd/数学.json: '' cannot name a source or a set (use A-Z"),
+        (["tools"], "tools/c.json:1: has tools, which the chat template of a model renders (name"),
     ],
 )
 def test_init_refuses(here: Path, capsys: Capture, words: list[str], answer: str) -> None:
-    for name in ("odd", "none", "twice", "deep/topic", "plain"):
+    for name in ("odd", "none", "twice", "deep/topic", "plain", "tools"):
         (here / name).mkdir(parents=True)
     for name in ("deep/topic/a.idx", "deep/topic/a.bin", "plain/a.txt"):
         (here / name).touch()
@@ -174,6 +177,10 @@ def test_init_refuses(here: Path, capsys: Capture, words: list[str], answer: str
         (here / "twice" / name).touch()
     for name in ("a", "数学", "goal"):
         (here / "odd" / f"{name}.json").touch()
+    for name in ("a", "c", "goal"):
+        turns = [{"role": "user", "content": name}, {"role": "assistant", "content": "1"}]
+        record = {"messages": turns} | ({"tools": [{"name": "f"}]} if name == "c" else {})
+        (here / "tools" / f"{name}.json").write_text(json.dumps(record))
     assert main(["init", *words]) == 2
     assert answer in the_only_line(capsys.readouterr().err)
     assert not Path("run.yaml").exists()

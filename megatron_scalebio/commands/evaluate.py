@@ -65,18 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=", ".join(TASKS))
     tasks.add_argument("--data", nargs="+", default=[], metavar="TASK=FILE", help="JSON or JSONL "
         "with question and answer (gsm8k), problem and solution (math)")  # fmt: skip
-    tasks.add_argument(
-        "--num-fewshot", type=int, default=4, metavar="0-4", help="solved examples in the prompt"
-    )
+    tasks.add_argument("--num-fewshot", type=int, default=4, metavar="0-4", help="solved examples "
+        "in the prompt [4]")  # fmt: skip
     tasks.add_argument("--chat", action=argparse.BooleanOptionalAction, help="prompt in the chat "
         "template (default: where the tokenizer has one)")  # fmt: skip
-    tasks.add_argument("--batch-size", type=int, default=1, metavar="N")
+    tasks.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts that are "
+        "answered at a time [1]")  # fmt: skip
     tasks.add_argument("--allow-download", action="store_true", help="fetch data from the hub")
     bench = parser.add_argument_group("MT-Bench, by an OpenAI-compatible judge")
     bench.add_argument("--mt-bench", metavar="FILE", help="question.jsonl in FastChat's format")
     bench.add_argument("--judge-url", metavar="URL", help="as in https://host/v1; without it the "
         "answers are only generated")  # fmt: skip
-    bench.add_argument("--judge-model", metavar="NAME")
+    bench.add_argument("--judge-model", metavar="NAME", help="the judge's model, by the name that "
+        "its server knows")  # fmt: skip
     bench.add_argument("--judge-key-env", default="", metavar="VARIABLE", help="environment "
         "variable that holds the API key")  # fmt: skip
     bench.add_argument("--judge-price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of "

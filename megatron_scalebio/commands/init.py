@@ -6,12 +6,15 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_scalebio.config.checks import require_name
 from megatron_scalebio.config_loader import load_config
-from megatron_scalebio.data.inputs import stem
+from megatron_scalebio.data.examples import Dialogue
+from megatron_scalebio.data.formats import read_examples
+from megatron_scalebio.data.inputs import parse_input, stem
 from megatron_scalebio.data.source_writer import SOURCE_FILE
 from megatron_scalebio.data.tables import JSON_SUFFIXES, TABLE_SUFFIXES, bare_suffix
 from megatron_scalebio.errors import EXIT_OK, UserError, disk_errors_named
@@ -26,7 +29,9 @@ _SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES)
 _LENGTH = (256, 1024)
 _BATCH = (16, 32)
 _SIZES = ((2, 128, 4), (12, 768, 12))
-_SMALL_BYTES = 5_000_000  # of raw files
+# Pieces of a new tokenizer, and of how many bytes of raw files: a small text has not many.
+_PIECES = ((5_000_000, 8000), (50_000, 500), (0, 300))
+_VOCAB_SIZE = 32000
 _TEST = "  test:                   # measured by `train` and `evaluate`, and never learned from"
 _NEW_MODEL = """\
   num_layers: {:<12}# a new model, from scratch; for yours: hf: FOLDER in place of these
@@ -77,13 +82,18 @@ def run(args: argparse.Namespace) -> int:
     prepared = Path("prepared" if folder.resolve() == Path("data").resolve() else "data")
     found = list(_found(folder, prepared))
     sources, goals, tests = _roles(found, args.validation, folder)
-    steps = _steps(found, prepared, args.hf, target)
+    raw = [each for each in found if each.raw is not None]
+    if not args.hf:
+        _refuse_tools(raw)
+    steps = _steps(raw, prepared, args.hf, target)
     with disk_errors_named(target):
         target.write_text(_text(sources, goals, tests, args.hf, steps), encoding="utf-8")
     load_config(str(target))
     for kind, sets in (("sources", sources), ("validation", goals), ("test", tests)):
         if sets:
             print(f"{kind}: {', '.join(each.name for each in sets)}")
+    if not args.hf and _of_prefixes(sources):
+        print(f"model.vocab_size: {_VOCAB_SIZE} is a guess: give that of your tokenizer")
     print(f"wrote {target}; next:\n")
     print("\n".join(f"    {step}" for step in steps))
     return EXIT_OK
@@ -155,9 +165,8 @@ def _roles(
     return sources, goals, tests
 
 
-def _steps(found: Sequence[Found], prepared: Path, hf: str | None, target: Path) -> list[str]:
+def _steps(raw: Sequence[Found], prepared: Path, hf: str | None, target: Path) -> list[str]:
     """The commands that come next."""
-    raw = [each for each in found if each.raw is not None]
     words = ["megatron-scalebio", "prepare", "--out", str(prepared)]
     words += ["--seq-length", str(_LENGTH[_has_gpu()])]
     words += ["--tokenizer", hf] if hf else ["--train-sentencepiece", str(_pieces(raw))]
@@ -168,10 +177,26 @@ def _steps(found: Sequence[Found], prepared: Path, hf: str | None, target: Path)
 
 
 def _pieces(raw: Sequence[Found]) -> int:
-    """How many pieces a new tokenizer gets: a small text has not many."""
+    """How many pieces a new tokenizer gets."""
     paths = [each.raw for each in raw if each.raw]
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
-    return 8000 if sum(file.stat().st_size for file in files) > _SMALL_BYTES else 500
+    size = sum(file.stat().st_size for file in files)
+    return next(pieces for least, pieces in _PIECES if size >= least)
+
+
+def _refuse_tools(raw: Sequence[Found]) -> None:
+    """A model's chat template renders tools; a new tokenizer has none."""
+    for each in raw:
+        file = parse_input(f"{each.name}={each.raw}").files[0]
+        first = None
+        with suppress(UserError):  # of which `prepare` tells
+            first = next(read_examples(file), None)
+        if isinstance(first, Dialogue) and first.has_tools:
+            raise UserError(
+                "has tools, which the chat template of a model renders",
+                where=f"{file}:1",
+                fix="name the model's folder: --hf DIR",
+            )
 
 
 def _text(
@@ -182,8 +207,9 @@ def _text(
     length = next((length for length in lengths if length), _LENGTH[_has_gpu()])
     test = f"{_TEST}\n{_listed(tests)}\n" if tests else ""
     model = f"  hf: {_quoted(hf)}\n" if hf else _NEW_MODEL.format(*_SIZES[_has_gpu()])
-    if not hf and any(each.raw is None and _seq_length(each.path) is None for each in sources):
-        model += "  vocab_size: 32000       # of the tokenizer that made the .bin/.idx files\n"
+    prepared = any(lengths) or any(each.raw for each in sources)
+    if not hf and _of_prefixes(sources):
+        model += f"  vocab_size: {_VOCAB_SIZE}       # a guess: give that of your tokenizer\n"
     return f"""\
 # A run of `megatron-scalebio reweight`: which share of the training each source should have.
 # Every option: megatron-scalebio reweight --help-all
@@ -195,7 +221,7 @@ data:
 {_listed(sources)}
   validation:             # what stands for your goal: the weights lower the loss on it
 {_listed(goals)}
-{test}  seq_length: {length:<12}# tokens, as prepared
+{test}  seq_length: {length:<12}# tokens of an example{", as prepared" if prepared else ""}
 
 model:
 {model}
@@ -215,6 +241,11 @@ train:
   micro_batch_size: 4     # less where memory is short
   output: runs/first
 """
+
+
+def _of_prefixes(sources: Sequence[Found]) -> bool:
+    """Whether nothing says which tokenizer made a source."""
+    return any(s.raw is None and not (s.path / SOURCE_FILE).is_file() for s in sources)
 
 
 def _has_gpu() -> bool:

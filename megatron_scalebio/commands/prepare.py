@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--chat-template", metavar="plain|FILE", help="built-in template, or a Jinja file "
         "(default: the tokenizer's own if it has one, else the built-in)")  # fmt: skip
     add_record_options(parser)
-    add("--seq-length", type=int, default=2048, metavar="TOKENS")
+    add("--seq-length", type=int, default=2048, metavar="TOKENS", help="most tokens of an example "
+        "[2048]")  # fmt: skip
     add("--too-long", metavar="HOW", help=f"{', '.join(TOO_LONG)} (default: split for text, "
         "truncate for dialogues)")  # fmt: skip
     add("--train-on-prompt", action="store_true", help="prompts train, too")
@@ -74,14 +75,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_record_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say how records are read, for ``prepare`` and ``sample``."""
     add = parser.add_argument
-    add("--format", default="auto", metavar="NAME", help=f"auto, {', '.join(FORMATS)}")
-    add("--text-key", default="text", metavar="FIELD", help="field of the text (format text)")
+    add("--format", default="auto", metavar="NAME", help=f"auto (by the first record), "
+        f"{', '.join(FORMATS)} [auto]")  # fmt: skip
+    add("--text-key", default="text", metavar="FIELD", help="field of the text, in format text "
+        "[text]")  # fmt: skip
     add("--map", action="append", default=[], metavar="FIELD=COLUMN[,...]", help="what a field is "
         "called in the files, as in prompt=question,answer=output")  # fmt: skip
     add("--ignore-fields", nargs="*", metavar="FIELD", help="leave these fields out, and count "
         "them; without a name: all unknown fields (otherwise they are refused)")  # fmt: skip
     add("--bad-records", default="stop", metavar="HOW", help=f"{', '.join(BAD_RECORDS)}: end at "
-        "the first faulty record, or leave faulty records out, count and list them")  # fmt: skip
+        "the first faulty record, or leave such records out, count and list them "
+        "[stop]")  # fmt: skip
 
 
 def encode_options(args: argparse.Namespace) -> dict[str, Any]:

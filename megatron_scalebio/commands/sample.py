@@ -72,10 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "set whose examples must not be drawn; repeat (the run's own validation sets always "
         "are)")  # fmt: skip
     add("--ngram", type=int, default=13, metavar="N", help="consecutive words that a row must "
-        "share with an excluded example to count as a repetition")  # fmt: skip
+        "share with an excluded example to count as a repetition [13]")  # fmt: skip
     add("--max-epochs", type=int, default=4, metavar="N", help="the most times that a row is taken;"
-        " what is left goes to the other sources in proportion")  # fmt: skip
-    add("--seed", type=int, default=1234)
+        " what is left goes to the other sources in proportion [4]")  # fmt: skip
+    add("--seed", type=int, default=1234, metavar="N", help="seed of the draw [1234]")
     add("--from-tokens", action="store_true", help="draw prepared examples, not raw records (always"
         " so where a source has token ids alone); there is no sample.jsonl then")  # fmt: skip
     add("--tokenizer", metavar="PATH", help="default: that of the prepared sources")
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--too-long", metavar="HOW", help=f"{', '.join(TOO_LONG)}, as in prepare")
     add("--train-on-prompt", action="store_true", help="as in prepare")
     add("--chat-template", metavar="plain|FILE", help="as in prepare")
-    add("--workers", type=int, default=1, metavar="N", help="processes that tokenize")
+    add("--workers", type=int, default=1, metavar="N", help="processes that tokenize [1]")
     add("--overwrite", action="store_true", help="replace an earlier sample")
 
 

@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="number of examples, and of left-out records, to show",
+        help="number of examples, and of left-out records, to show [3]",
     )
-    add("--from", type=int, default=0, dest="first", metavar="N", help="the first example, from 0")
+    add("--from", type=int, default=0, dest="first", metavar="N", help="the first example [0]")
     add("--tokenizer", metavar="PATH", help="default: the one it was prepared with")
     add("--json", action="store_true", help="one JSON object per line")
 

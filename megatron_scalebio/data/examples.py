@@ -80,3 +80,8 @@ class Dialogue:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "turns", tuple(Turn(*turn) for turn in self.turns))
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether it names tools, or calls any."""
+        return "tools" in self.context or any("tool_calls" in turn.fields for turn in self.turns)

@@ -89,8 +89,8 @@ def detect_format(value: dict[str, Any], where: str, options: RecordOptions = PL
         reason="unknown format",
         where=where,
         fix="expecting text, or instruction and output, or prompt and completion, or question and "
-        "answer, or items/conversations, or messages; --map FIELD=COLUMN names columns, --format "
-        "names one of " + ", ".join(FORMATS),
+        "answer, or items/conversations, or messages; --map FIELD=COLUMN names columns, as in "
+        "--map text=content; --format names one of " + ", ".join(FORMATS),
     )
 
 
