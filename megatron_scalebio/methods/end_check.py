@@ -19,7 +19,9 @@ than the check has, one that sees a change is none either. Two sources to which 
 
     D_ij = K_ii + K_jj − K_ij − K_ji         far below that of the median pair,
 
-can't be told from each other. Measured in docs/experiments.md.
+can't be told from each other; nor can two that seem so, D being noisy, if another validation set of
+the same size might split their weights in any way, their sum being known. Measured in
+docs/experiments.md.
 """
 
 import math
@@ -55,6 +57,9 @@ ALPHA = 1.0  # w leans to a source with half its gradient
 # a tenth of that is lost in rounding (docs/experiments.md).
 LEAN_IN_BF16 = 0.02
 SURE = 3.0  # standard errors, of the change that one of several sources has most
+# Of the standard error of a split: all of a sum is within as many, or at least this share of 1;
+# that of the sum is at most this part of that of the difference.
+ANY_SPLIT, WIDE_SPLIT, KNOWN_SUM = 2.0, 0.25, 1 / 3
 MOST_SOURCES = 256  # of a run: the covariance is S × S
 
 
@@ -175,34 +180,51 @@ def solved(
         share_V, sizes_V: weight of each validation set, and all of its examples.
         used: the A numbers of the sources in use.
     """
-    A, S = len(used), len(weight_S)
-    p_A = weight_S[list(used)] / weight_S[list(used)].sum()
+    S, used = len(weight_S), list(used)
+    p_A = weight_S[used] / weight_S[used].sum()
     K_AA = torch.stack([k.mean(1) for k in sources], 1)
     noise_AAA = torch.stack([torch.cov(k) / k.shape[1] for k in sources])  # of K's columns
-    alike = _lookalikes(K_AA, noise_AAA)
-    # Sources that are alike make K singular: they count as one, in which each has its share.
-    ones = [[i] for i in range(A) if not any(i in group for group in alike)] + alike
-    share_AG = torch.zeros(A, len(ones), dtype=torch.float64)
-    for g, group in enumerate(ones):
-        share_AG[group, g] = p_A[group] / p_A[group].sum()
     F_A = -K_AA @ p_A
     draw_AA, error_AA = torch.zeros_like(K_AA), (p_A.square()[:, None, None] * noise_AAA).sum(0)
     for k, share, size in zip(validation, share_V, sizes_V, strict=True):
         F_A += share * k.mean(1)
         draw_AA += share**2 / size * torch.cov(k)
         error_AA += share**2 * (1 / k.shape[1] - 1 / size) * torch.cov(k)
-    G, border_G1 = len(ones), torch.ones(len(ones), 1, dtype=torch.float64)
-    bordered = torch.cat([share_AG.T @ K_AA @ share_AG, border_G1], 1)
-    bordered = torch.cat([bordered, torch.cat([border_G1.T, torch.zeros(1, 1)], 1)])
-    Z_SA = torch.zeros(S, A, dtype=torch.float64)
-    Z_SA[list(used)] = share_AG @ torch.linalg.pinv(bordered)[:G, :G] @ share_AG.T
+    alike_AA, seem_AA = _lookalikes(K_AA, noise_AAA)
+    Z_AA = _response(K_AA, p_A, joined(alike_AA))
+    unsplit_AA = seem_AA & _any_split(Z_AA @ draw_AA @ Z_AA.T, p_A)
+    groups = joined(alike_AA | unsplit_AA)
+    Z_SA = torch.zeros(S, len(used), dtype=torch.float64)
+    Z_SA[used] = _response(K_AA, p_A, groups)
     error_S = (Z_SA @ error_AA @ Z_SA.T).diagonal().clamp_min(0).sqrt()
-    named = [[used[i] for i in group] for group in alike]
+    named = [[used[i] for i in group] for group in groups]
     return EndCheck(Z_SA @ draw_AA @ Z_SA.T, Z_SA @ F_A, error_S, named)
 
 
-def _lookalikes(K_AA: torch.Tensor, noise_AAA: torch.Tensor) -> list[list[int]]:
-    """Groups of the A sources in use whose D is small beside the median pair's.
+def _response(K_AA: torch.Tensor, p_A: torch.Tensor, alike: list[list[int]]) -> torch.Tensor:
+    """Z. Sources that are alike make K singular: they count as one, in which each has its share."""
+    ones = [[i] for i in range(len(p_A)) if not any(i in group for group in alike)] + alike
+    share_AG = torch.zeros(len(p_A), len(ones), dtype=torch.float64)
+    for g, group in enumerate(ones):
+        share_AG[group, g] = p_A[group] / p_A[group].sum()
+    G, border_G1 = len(ones), torch.ones(len(ones), 1, dtype=torch.float64)
+    bordered = torch.cat([share_AG.T @ K_AA @ share_AG, border_G1], 1)
+    bordered = torch.cat([bordered, torch.cat([border_G1.T, torch.zeros(1, 1)], 1)])
+    return share_AG @ torch.linalg.pinv(bordered)[:G, :G] @ share_AG.T
+
+
+def _any_split(draw_AA: torch.Tensor, p_A: torch.Tensor) -> torch.Tensor:
+    """Pairs of which another validation set might give either all, their sum being known."""
+    own_AA = draw_AA.diagonal()[:, None] + draw_AA.diagonal()
+    difference_AA, sum_AA = (
+        (own_AA + sign * 2 * draw_AA).clamp_min(0).sqrt() for sign in (-1.0, 1.0)
+    )
+    whole_AA = (p_A[:, None] + p_A).clamp_min(WIDE_SPLIT)
+    return (ANY_SPLIT * difference_AA / 2 > whole_AA) & (sum_AA < KNOWN_SUM * difference_AA)
+
+
+def _lookalikes(K_AA: torch.Tensor, noise_AAA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs of the A sources in use whose D is small beside the median pair's: surely, seemingly.
 
     Args:
         noise_AAA: covariance of each column of K, [column, A, A].
@@ -216,8 +238,10 @@ def _lookalikes(K_AA: torch.Tensor, noise_AAA: torch.Tensor) -> list[list[int]]:
     pairs = tuple(torch.triu_indices(len(K_AA), len(K_AA), 1))
     usual, place = D_AA[pairs].median(0)
     if usual <= SURELY_ALIKE * error_AA[pairs][place]:
-        return []  # there is no measure
-    return joined(D_AA + SURELY_ALIKE * error_AA < ALIKE * usual)
+        nothing_AA = torch.zeros_like(D_AA, dtype=torch.bool)
+        return nothing_AA, nothing_AA  # there is no measure
+    most = ALIKE * usual
+    return most > D_AA + SURELY_ALIKE * error_AA, most > D_AA
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from megatron_scalebio.engine.evaluate import ExampleLosses
 from megatron_scalebio.engine.state import TokenCost
 from megatron_scalebio.methods import end_check as end_check_module
 from megatron_scalebio.methods.end_check import EndCheck, check_steps, end_check, solved
+from megatron_scalebio.mixture.lookalikes import joined
 
 # Each source is a law of V outcomes and a model can be any mixture.
 
@@ -193,8 +194,8 @@ def test_alike_is_what_is_surely_far_less_apart_than_the_median_pair(
     # Examples of one source are noisier than those of another: a pair has the noise of both.
     noise_A = error**2 * torch.tensor([1.0, 3.0, 3.0, 1.0]).double() / 8
     noise_AAA = noise_A[:, None, None] * torch.eye(4).double()
-    found = end_check_module._lookalikes(-D_AA, noise_AAA)
-    assert found == ([[0, 1]] if alike else [])
+    surely_AA, _ = end_check_module._lookalikes(-D_AA, noise_AAA)
+    assert joined(surely_AA) == ([[0, 1]] if alike else [])
 
 
 @pytest.mark.parametrize(
@@ -262,3 +263,43 @@ def test_it_costs_a_twentieth_at_most() -> None:
     assert [steps(n, 3) for n in (479, 480, 720, 2000)] == [0, 4, 6, 10]
     assert steps(2000, 1) == steps(2000, 3, final_check=False) == steps(2000, 3, "hybrid") == 0
     assert steps(2000, 3, resync_interval=None) == 0 and steps(2000, 3, resync_interval=5) == 5
+
+
+@pytest.mark.parametrize(
+    ("split", "of_sum", "alike"),
+    [
+        (0.16, 0.02, True), (0.14, 0.02, False),  # of .3: two standard errors are all of it
+        (0.16, 0.10, True), (0.16, 0.11, False),  # a third of the difference's, 2 × .16
+    ],
+)  # fmt: skip
+def test_what_another_validation_set_might_split_in_any_way_is_alike(
+    split: float, of_sum: float, alike: bool
+) -> None:
+    """Standard errors of half the difference of two weights, .2 and .1, and of their sum."""
+    own, both = split**2 + of_sum**2 / 4, of_sum**2 / 4 - split**2
+    draw_AA = torch.diag(torch.tensor([0.0, own, own, 0.0]).double())
+    draw_AA[1, 2] = draw_AA[2, 1] = both
+    p_A = torch.tensor([0.4, 0.2, 0.1, 0.3]).double()
+    found_AA = end_check_module._any_split(draw_AA, p_A)
+    assert joined(found_AA) == ([[1, 2]] if alike else [])
+
+
+def test_sources_whose_difference_drowns_in_noise_count_as_one() -> None:
+    """D of the first two is too noisy to be surely small; their split is known to no use."""
+    rng = np.random.default_rng(1)
+    leans = np.stack([LAW_SV[0], 0.98 * LAW_SV[0] + 0.02 * LAW_SV[1], LAW_SV[2]])
+    at = leans / leans.mean(0) - 1
+
+    def noisy(law: np.ndarray, n: int) -> torch.Tensor:
+        return torch.from_numpy(at[:, rng.choice(V, n, p=law)] + 2 * rng.normal(size=(3, n)))
+
+    sources = [noisy(law, 2000) for law in leans]
+    drawn = noisy(leans[0], 300)
+    p = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
+    found = solved([drawn], [1.0], [300], sources, p, [0, 1, 2])
+    K_AA = torch.stack([k.mean(1) for k in sources], 1)
+    surely_AA, _ = end_check_module._lookalikes(
+        K_AA, torch.stack([torch.cov(k) / k.shape[1] for k in sources])
+    )
+    assert joined(surely_AA) == [] and found.lookalikes == [[0, 1]]
+    assert float(found.draw_SS.diagonal().max()) < 0.2**2
