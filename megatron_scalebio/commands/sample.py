@@ -32,6 +32,7 @@ from megatron_scalebio.data.weights_file import (
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 from megatron_scalebio.formatting import printable, shorten
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
+from megatron_scalebio.sample.contamination import FEWEST_WORDS
 from megatron_scalebio.sample.inputs import (
     locate,
     parse_weights,
@@ -279,6 +280,12 @@ def _compared(manifests: Sequence[dict[str, Any]]) -> list[str]:
     if not against:
         return ["compared with no validation or test set: name them by --exclude", *meanings]
     lines = [f"compared with {', '.join(against)}", *meanings]
+    if about["short_examples"]:
+        fewest = min(FEWEST_WORDS, about["ngram"])
+        lines.append(
+            f"{about['short_examples']:,} of their examples have fewer than {fewest} "
+            f"{about['ngram_of']}: rows are found only if they equal one or have its prompt"
+        )
     if about["ignored_ngrams"]:
         lines.append(
             f"not compared: {about['ignored_ngrams']:,} runs of {about['ngram']} "

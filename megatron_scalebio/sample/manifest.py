@@ -50,6 +50,7 @@ def manifest(
         "contamination": {
             "ngram": config.ngram,
             "ngram_of": "words" if setup.tokenizer else "tokens",
+            "short_examples": setup.index.short,
             "ignored_ngrams": setup.index.ignored_ngrams,
             "ignored_phrases": [
                 {"words": setup.words.spelled(phrase.ids), "examples": phrase.examples}

@@ -67,7 +67,7 @@ class Setup:
     pool: EncodePool | None
     index: EvaluationIndex
     date: str | None
-    words: WordIds = field(default_factory=WordIds)
+    words: WordIds
     sources: list[OpenSource] = field(default_factory=list)
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     dtype: type[np.number] = np.uint16
@@ -98,9 +98,15 @@ def open_setup(config: SampleConfig, stack: ExitStack) -> Setup:
                 f"{entry.files[0]}: {entry.name!r} is raw text, the sources token ids of an "
                 "unknown tokenizer (name it by --tokenizer)"
             )
-        before = setup.index.examples
-        rows.index_all(setup.index, setup.words)
-        count = setup.index.examples - before
+        index = setup.index
+        before, wordless = index.examples, index.wordless
+        rows.index_all(index, setup.words)
+        count = index.examples - before
+        if count == index.wordless - wordless:
+            raise UserError(
+                f"--exclude: {entry.name!r} holds no words in {count:,} examples, so that nothing "
+                "can be compared with it (name another file, or leave it out)"
+            )
         setup.evaluation.append({"name": entry.name, "examples": count, "inputs": inputs})
     setup.index.close()
     return setup
@@ -133,10 +139,11 @@ def _set_up(config: SampleConfig, located: list[Located], stack: ExitStack) -> S
     described = None
     if tokenizer:
         described = {**tokenizer.describe(), "model": os.path.abspath(tokenizer.model)}
-    index = EvaluationIndex(config.ngram)
+    words = WordIds()
+    index = EvaluationIndex(config.ngram, words.sizes if tokenizer else None)
     writes_date = tokenizer is not None and "strftime_now" in (tokenizer.chat_template or "")
     kept = date if writes_date else None
-    return Setup(from_tokens, tokenizer, described, seq_length, pool, index, kept)
+    return Setup(from_tokens, tokenizer, described, seq_length, pool, index, kept, words)
 
 
 def _open_rows(

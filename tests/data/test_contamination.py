@@ -28,7 +28,8 @@ def dialogue(prompt: str, answer: str) -> Dialogue:
 def kinds(
     evaluation: list[Text | Dialogue], rows: list[Text | Dialogue], ngram: int = 13
 ) -> list[str | None]:
-    ids, index = WordIds(), EvaluationIndex(ngram)
+    ids = WordIds()
+    index = EvaluationIndex(ngram, ids.sizes)
     for example in evaluation:
         index.add(*ids.learn(whole_text(example), prompt_text(example)))
     index.close()
@@ -36,7 +37,7 @@ def kinds(
 
 
 def test_words_and_prompts() -> None:
-    assert words("It's 3.14, and_so—on") == ["it", "s", "3", "14", "and_so", "on"]
+    assert words("It's 3.14, and_so—on") == ["it", "s", "3", "14", "and", "so", "on"]
     assert words("日本語 is かな") == ["日", "本", "語", "is", "か", "な"]
     assert prompt_text(dialogue("Hi", "you")) == "Hi" and prompt_text(Text("Hi")) == ""
     assert prompt_text(Dialogue((("user", "alone"),))) == ""
@@ -180,6 +181,56 @@ def test_words_do_not_depend_on_how_letters_are_written(form: str) -> None:
 
 def test_marks_do_not_split_words() -> None:
     assert words("निम्नलिखित प्रश्न का उत्तर") == ["निम्नलिखित", "प्रश्न", "का", "उत्तर"]
-    assert words("தமிழ் மொழி") == ["தமிழ்", "மொழி"] and words("مُحَمَّد") == ["مُحَمَّد"]
+    assert words("தமிழ் மொழி") == ["தமிழ்", "மொழி"] and words("مُحَمَّد") == ["محمد"]
     assert words("ที่นี่") == ["ที่", "นี่"]
     assert words("می\u200cخواهم") == words("میخواهم")
+    assert words("שָׁלוֹם") == words("שלום") and words("سـلام") == words("سلام")
+    assert words("one\u200btwo _three_") == ["one", "two", "three"]
+
+
+REQUEST = "以下の文章を読んで、質問に日本語で詳しく答えてください。"
+
+
+def test_in_scripts_without_spaces_a_word_is_several_characters() -> None:
+    """A request is 13 characters long, and more, without being 13 words."""
+    evaluation = [Text(REQUEST + "富士山の高さは何メートルですか。")]
+    evaluation += [Text("短い質問です。"), Text("もう一つの短い質問です。")]
+    rows = [REQUEST + "琵琶湖の面積はどのくらいですか。", "問。" + evaluation[0].text + "答。"]
+    assert kinds(evaluation, [Text(row) for row in rows]) == [None, NGRAM]
+
+
+@pytest.mark.parametrize(
+    ("letters", "needed"), [("汉字", 26), ("かなカナ", 33), ("กขคง", 65), ("abc", 13)]
+)
+def test_how_many_characters_make_thirteen_words(letters: str, needed: int) -> None:
+    joint = " " if letters == "abc" else ""
+    own = [chr(ord(letters[0]) + n) for n in range(13)] if letters == "abc" else list(letters)
+    text = joint.join((own * 80)[: needed + 20])
+    for count, found in ((needed, NGRAM), (needed - 1, None)):
+        part = joint.join((own * 80)[7 : 7 + count])
+        assert kinds([Text(text)], [Text(f"Q {part} Q")]) == [found]
+
+
+@pytest.mark.parametrize(("length", "found"), [(7, None), (8, NGRAM), (12, NGRAM)])
+def test_of_a_short_example_all_words_convict(length: int, found: str | None) -> None:
+    """As many as the least n of Brown et al.; of fewer, a row that says more is no repetition."""
+    evaluation = [Text(question(k, length)) for k in range(30)]
+    rows = [Text(f"Please solve: {example.text} Thanks") for example in evaluation]
+    assert kinds(evaluation, rows) == [found] * 30
+    assert kinds(evaluation, [Text(f"So {question(3, length - 1)} it")]) == [None]
+    ids = WordIds()
+    index = EvaluationIndex(13, ids.sizes)
+    for example in [*evaluation, Text("?!")]:
+        index.add(*ids.learn(example.text, ""))
+    index.close()
+    assert (index.short, index.wordless) == (30 * (found is None), 1)
+
+
+@pytest.mark.parametrize(("holding", "found"), [(20, NGRAM), (21, None)])
+def test_what_more_than_half_of_the_examples_share_is_no_passage(
+    holding: int, found: str | None
+) -> None:
+    shared = question(999, 35)
+    evaluation = [Text(f"{shared} {question(k)}" * (k < holding) or question(k)) for k in range(40)]
+    rows = [Text(f"{shared} and add"), Text(f"So: {question(5)} it")]
+    assert kinds(evaluation, rows) == [found, NGRAM]

@@ -279,6 +279,10 @@ def test_command_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "3 exact" in printed and "compared with goal" in printed
     assert "6 rows beyond 1 epochs of small were taken from the other sources" in printed
+    asked = ("--weights", str(run), "--num-samples", "3", "--overwrite", "--exclude")
+    wordless = write(world.root / "wordless.jsonl", [{"text": "🙂"}, {"text": "?!"}])
+    none = world.root / "none.json"
+    none.write_text("[]")
     for message, words in (
         (r"--weights: is missing", ("--input", f"a={world.big}", "--num-samples", "3")),
         (r"'a' gives no weight", ("--weights", "a", "b=1", "--num-samples", "3")),
@@ -286,6 +290,8 @@ def test_command_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
         (r"has no source 'a'", ("--weights", "a=1", "--num-samples", "3")),
         (r"cannot read the weights", ("--weights", "none", "--num-samples", "3")),
         (r"holds no weights", ("--weights", str(run / "blend.json"), "--num-samples", "3")),
+        (r"'wordless' holds no words in 2 examples", (*asked, f"wordless={wordless}")),
+        (r"'none' holds no words in 0 examples", (*asked, f"none={none}")),
     ):
         with pytest.raises(UserError, match=message):
             command(world, *words)

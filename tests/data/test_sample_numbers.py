@@ -203,7 +203,8 @@ def shown(folders: dict[str, str], sources: list[dict[str, Any]], **options: Any
         "sources": sources, "redistributed": sum(e["surplus"] for e in sources),
         "asked": sum(e["asked"] for e in sources), "given": sum(e["given"] for e in sources),
         "contamination": {"against": [{"name": "goal"}, {"name": "test"}], "ngram": 13,
-                          "ngram_of": "words", "ignored_ngrams": 0, "ignored_phrases": []},
+                          "ngram_of": "words", "short_examples": 2, "ignored_ngrams": 0,
+                          "ignored_phrases": []},
         "sample_sha256": "x",
         "tokenizer": {},
     }  # fmt: skip
@@ -239,7 +240,11 @@ def test_remarks_tell_what_was_moved_and_what_is_missing(folders: dict[str, str]
     assert lines[1].startswith(
         "1,000 rows beyond 3 epochs of math were taken from the other sources"
     )
-    assert lines[2] == "compared with goal, test" and len(lines) == 5
+    assert lines[2] == "compared with goal, test" and len(lines) == 6
+    assert lines[5] == (
+        "2 of their examples have fewer than 8 words: rows are found only if they equal one or "
+        "have its prompt"
+    )
     gone = [entry("web", 3.0, 8000, 6000, 8000), entry("math", 1.0, 0, 3000, 0)]
     [line, *_] = command.remarks(*shown(folders, gone, num_samples=9000))
     assert line.endswith(
