@@ -3,7 +3,7 @@
 Markov sources with a known mixture, of which one that the validation set wants is missing at first.
 `former` learns the mixture of the others; `added` goes on from its weights and its model with the
 missing source at --new-share, for a third of the steps. Beside them `scratch`, with all sources
-from random weights, for all steps and for a third. The figure is L1 = Σ|p_i − truth_i|.
+from random weights, for all steps and for a third. The figure is the distance Σ|p_i − truth_i|.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def one_seed(folder: Path, args: Any, seed: int) -> list[dict[str, Any]]:
         off = abs(weight_S[missing] - truth[missing])
         about = {"run": run, "missing": missing, "seed": seed, "converged": result["converged"]}
         runs.append({**about, "weights": weight_S, "l1": l1, "off": off})
-        print(f"{run}, s{missing}, seed {seed}: L1 {l1:.3f}", flush=True)
+        print(f"{run}, s{missing}, seed {seed}: distance {l1:.3f}", flush=True)
 
     scratch = learned(folder, "scratch", sources, validation, **whole)
     short = learned(folder, "short", sources, validation, **third)
@@ -81,7 +81,8 @@ def summary(runs: list[dict[str, Any]]) -> str:
             f"{max(r['l1'] for r in those):.3f}", f"{mean(r['off'] for r in those):.3f}",
             f"{sum(r['converged'] for r in those)} of {len(those)}",
         ])  # fmt: skip
-    head = ["missing", "run", "seeds", "L1 mean", "L1 max", "new weight off by", "converged"]
+    head = ["missing", "run", "seeds", "distance mean", "distance max", "new weight off by",
+            "converged"]  # fmt: skip
     return table(head, rows)
 
 

@@ -7,8 +7,8 @@ mixture of them is. There
     w*(p) = argmin Σ_i p_i ℓ_i(w) + μ/2 |w|²,    F(p) = ℓ_v(w*(p)),    ∂F/∂p_i = −∇ℓ_iᵀ H⁻¹ ∇ℓ_v
 
 are exact (Newton's method in float64). Every run of T steps begins anew, since its schedule depends
-on T; reported are the weights that it reports: their L1 distance to the best ones, and |Jᵀ ∇F| at
-them, J the softmax's Jacobian, against the gradients of single examples that were taken.
+on T; printed are, for the weights that it reports, their distance Σ|p_i − best_i| to the best ones
+and |Jᵀ ∇F| at them, J the softmax's Jacobian, against the number of single examples' gradients.
 
     default      the library's; lr by cosine to a tenth
     paper        AdamW on λ, lr .01 by cosine, u never reset
@@ -245,7 +245,7 @@ def main() -> None:
          f"{p['norm']:.2e}"]
         for p in points
     ]  # fmt: skip
-    print(table(["condition", "rule", "steps", "gradients", "L1", "|Jᵀ ∇F|"], rows))
+    print(table(["condition", "rule", "steps", "gradients", "distance", "|Jᵀ ∇F|"], rows))
     if args.plot:
         plot(points, args.plot)
 
@@ -262,7 +262,7 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
     for column, condition in enumerate(conditions):
         here = [p for p in points if p["condition"] == condition and p["gradients"]]
         for row, (field, label) in enumerate(
-            [("l1", "L1 distance to the best mixture"), ("norm", "norm of the hypergradient")]
+            [("l1", "distance to the best mixture"), ("norm", "norm of the hypergradient")]
         ):
             for rule in dict.fromkeys(p["rule"] for p in here):
                 line = [(p["gradients"], p[field]) for p in here if p["rule"] == rule]

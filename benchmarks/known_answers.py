@@ -20,16 +20,16 @@ small GPT is such a model. The problems, each drawn anew from a seed:
     twins           two sources are equal but for 1 %
     many50          50 sources, noise .2 to .95
 
-Reported per problem, means over seeds: L1 distance to the best mixture, regret (validation loss of
-full training on the found mixture, less the best) in thousandths of a nat and as a share of what
-the best gains over equal weights, the same share for a final training of `--final-train-iters`
-steps against the best mixture for that length (`final_trainings.py`), how many 95 % intervals of
-sources in use hold the answer, runs called converged, those of them whose regret is above 2 % and
-0.3 thousandths, and ("draw", with `--validation-examples`) the standard error of a weight that the
-check after the last step measures for another draw of the validation set, over the exact one: the
-median of the sources in use.
+Reported per problem, means over seeds: distance Σ|p_i − best_i| to the best mixture; regret (the
+validation loss of full training on the found mixture, less that on the best) in thousandths of a
+nat, and in % of what the best gains over equal weights; the latter for a final training of
+`--final-train-iters` steps against the best mixture for that length (`final_trainings.py`); which
+share of the 95 % intervals of sources in use hold the answer; runs called converged; those of them
+whose regret is above 2 % and 0.3 thousandths; and ("draw", with `--validation-examples`) the
+standard error of a weight that the check after the last step measures for another sample of
+validation examples, over the exact one: the median of the sources in use.
 
-`--exact`: what the best mixture by the method's own objective, in which α is finite, loses.
+`--exact`: the regret of the best mixture by the method's own objective, in which α is finite.
 
 `--start`: from a model that 400 steps at 5e-3 have trained on the first source, on equal weights of
 all, or on the validation set.
@@ -368,7 +368,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--start", choices=STARTS, default="scratch")
-    parser.add_argument("--exact", action="store_true", help="no runs: what α itself loses")
+    parser.add_argument(
+        "--exact", action="store_true", help="no runs: the regret that α itself causes"
+    )
     parser.add_argument("--problem", type=int, default=0, help="seed of the problems themselves")
     parser.add_argument("--examples", type=int, default=200_000, help="of all sources together")
     parser.add_argument("--validation-examples", type=int, help="[as many]")
@@ -378,7 +380,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.exact:
         told = [of_alpha(n, a, args.problem) for n in args.problems for a in args.alphas]
-        print(table(["problem", "alpha", "L1", "regret, 1e-3 nats", "of uniform's gain"], told))
+        print(table(["problem", "alpha", "distance", "regret, 1e-3 nats", "regret, %"], told))
         return
     runs: list[dict[str, Any]] = []
     lines: list[list[str]] = []
@@ -393,8 +395,9 @@ def main() -> None:
                     runs += these
                     lines.append(row(these))
                     print(*lines[-1], flush=True)
-    head = ["problem", "rule", "alpha", "steps", "L1", "regret, 1e-3 nats", "of uniform's gain",
-            "after N steps", "covered", "converged", "wrongly", "draw", "s"]  # fmt: skip
+    head = ["problem", "rule", "alpha", "steps", "distance", "regret, 1e-3 nats", "regret, %",
+            "regret after N steps, %", "intervals that hold the answer", "converged",
+            "of these wrongly", "draw", "s"]  # fmt: skip
     print(table(head, lines))
 
 

@@ -2,7 +2,7 @@
 
 20 sources, of which 12 are junk; validation and test sets are drawn from the true mixture. Every
 method runs, and `manual` with the truth itself: the best that any fixed mixture can be expected to
-do. Beside the test losses stands the L1 distance Σ|p_i − truth_i| of each method's weights. A
+do. Beside the test losses stands the distance Σ|p_i − truth_i| of each method's weights. A
 stopped benchmark goes on in the same --output.
 """
 
@@ -107,7 +107,7 @@ def summary(methods: list[dict[str, Any]], truth: list[float]) -> str:
             spread([run["test_loss"] for run in runs], 4), spread(behind, 4) if behind else "",
             spread(off, 2), f"{mean(run['cost'] for run in runs):.1f}",
         ])  # fmt: skip
-    return table(["method", "seeds", "test loss", "behind the truth", "L1", "cost"], rows)
+    return table(["method", "seeds", "test loss", "behind the truth", "distance", "cost"], rows)
 
 
 def main() -> None:

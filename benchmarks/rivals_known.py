@@ -2,9 +2,10 @@
 
 The problems of known_answers.py, whose best mixture and whose loss under any other are exact, by
 `reweight` under every method with the same options: a search with `--steps` of ScaleBiO's, or the
-trainings that cost as much. Reported: L1 distance to the best mixture, regret (validation loss of a
-full training on what was found, less the best) in thousandths of a nat and as a share of what the
-best gains over equal weights, and tokens that went through models, ScaleBiO's being 1.
+trainings that cost as much. Reported: distance Σ|p_i − best_i| to the best mixture; regret
+(the validation loss of a full training on what was found, less that on the best) in thousandths of
+a nat, and in % of what the best gains over equal weights; and tokens that went through models, in
+units of ScaleBiO's.
 """
 
 from __future__ import annotations
@@ -71,9 +72,7 @@ def main() -> None:
                 f"{regret / gain:.1%}", f"{tokens:.2f}",
             ])  # fmt: skip
             print(*rows[-1], flush=True)
-    print(
-        table(["problem", "method", "L1", "regret, 1e-3 nats", "of uniform's gain", "cost"], rows)
-    )
+    print(table(["problem", "method", "distance", "regret, 1e-3 nats", "regret, %", "cost"], rows))
 
 
 if __name__ == "__main__":

@@ -23,24 +23,30 @@ EXIT_UNREAD = 1  # rich's, where it prints
 COMMANDS = {
     "init": ("megatron_scalebio.commands.init", "write a commented run.yaml for a folder of data"),
     "prepare": ("megatron_scalebio.commands.prepare", "tokenize records into sources"),
-    "show": ("megatron_scalebio.commands.show", "print prepared examples, what trains marked"),
-    "convert": ("megatron_scalebio.commands.convert", "Hugging Face checkpoints in and out"),
+    "show": (
+        "megatron_scalebio.commands.show",
+        "print prepared examples and mark the tokens that train",
+    ),
+    "convert": (
+        "megatron_scalebio.commands.convert",
+        "convert checkpoints between Hugging Face and Megatron",
+    ),
     "reweight": ("megatron_scalebio.commands.reweight", "learn the mixture"),
     "sample": ("megatron_scalebio.commands.sample", "draw a training set in learned proportions"),
     "train": ("megatron_scalebio.commands.train", "train on a sample or a weighted mixture"),
     "evaluate": ("megatron_scalebio.commands.evaluate", "held-out losses, benchmarks, MT-Bench"),
     "compare": ("megatron_scalebio.commands.compare", "methods of choosing data side by side"),
     "plan": ("megatron_scalebio.commands.plan", "what a run takes: memory, time, layout"),
-    "status": ("megatron_scalebio.commands.status", "how far a run is, and how it goes on"),
+    "status": ("megatron_scalebio.commands.status", "how far a run is, and how to continue it"),
     "report": ("megatron_scalebio.report.html", "write the HTML report of a run"),
-    "completion": ("megatron_scalebio.commands.completion", "let the shell complete all of this"),
+    "completion": ("megatron_scalebio.commands.completion", "print a shell's completion script"),
 }
 WELCOME = f"""\
 megatron-scalebio {__version__}: the shares in which to train a language model on your data
 
-  megatron-scalebio init DATA --hf MODEL   a folder of data (a file a source, one of them named
+  megatron-scalebio init DATA --hf MODEL   a folder of data (one file per source, and one named
                                            like goal.jsonl) and a Hugging Face folder: writes
-                                           run.yaml, and says the commands that follow
+                                           run.yaml, and prints the commands that follow
   megatron-scalebio reweight --config run.yaml
   megatron-scalebio status RUN             how far it is
   megatron-scalebio --help                 every command

@@ -145,7 +145,7 @@ REFUSED = [
     ("model", "rope_scaling", {"rope_type": "yarn", "factor": 2, "beta_fast": 0.5},
      "rope_scaling.beta_fast: 0.5 is below beta_slow 1.0"),
     ("model", "rope_scaling", {"rope_type": "linear", "factor": 2, "beta_fast": 16},
-     "rope_scaling.beta_fast: 16.0 has no part in linear scaling"),
+     "rope_scaling.beta_fast: 16.0 is not used by linear scaling"),
     ("model", "rope_scaling", {"rope_type": "yarn", "factor": 2, "attention_factor": 0},
      "rope_scaling.attention_factor: 0.0 must be above 0"),
     ("model", "rope_scaling", {"rope_type": "longrope", "factor": 2, "short_factor": [1, 0]},
@@ -245,8 +245,8 @@ def test_help_tells_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     add_arguments(parser)
     lines = [line for line in parser.format_help().splitlines() if line.startswith("  --")]
     for flag, end in (
-        ("--lr", "rate of w [0.0003]"), ("--seed", "random [1234]"), ("--bf16,", "[off]"),
-        ("--swiglu,", "[on]"), ("--lr-u", "rate of u [lr]"), ("--load", "no checkpoint yet"),
+        ("--lr", "model (w) [0.0003]"), ("--seed", "random [1234]"), ("--bf16,", "[off]"),
+        ("--swiglu,", "[on]"), ("--lr-u", "model (u) [lr]"), ("--load", "no checkpoint yet"),
         ("--output", "[run]"), ("--method", "finds the weights [scalebio]"),
     ):  # fmt: skip
         [line] = [line for line in lines if line.split()[0] == flag]

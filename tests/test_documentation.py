@@ -50,7 +50,7 @@ def test_the_site_lists_every_option(site: Path) -> None:
     for name, section in SECTIONS.items():
         for spec in fields(get_type_hints(Config)[section.name]):
             assert f"<code>{spec.name}</code>" in page, f"{name}.{spec.name}"
-    assert "<code>--lr</code>" in page and "peak learning rate of w" in page
+    assert "<code>--lr</code>" in page and "peak learning rate of the model (w)" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

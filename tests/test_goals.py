@@ -140,7 +140,10 @@ def test_too_few_steps_to_tell_are_said(folder: Path) -> None:
     [
         ("bad both", "max_loss_rise: 0.1 and max_loss exclude each other"),
         ("bad reference", "data.validation: 'second' has a reference_loss, which worst_case alone"),
-        ("bad worst", "bilevel.objective: 'worst_case' of 1 validation set without a bound"),
+        (
+            "bad worst",
+            "bilevel.objective: 'worst_case' needs two or more validation sets without a bound",
+        ),
         ("bad turns", "bilevel.interactions: True needs steps at which u is reset"),
         ("bad method", "bilevel.objective: the method 'doge' does not support it"),
         (

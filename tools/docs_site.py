@@ -18,9 +18,9 @@ OPTIONS = "options.md"
 _INTRODUCTION = """\
 # Every option
 
-Of `reweight`, `train`, `evaluate` and `plan`: in a YAML file under its section, or as a flag.
-(`prepare`, `sample`, `convert`, `show` and `compare` tell theirs by `--help` and `--help-all`.)
-In brackets: what follows from other options where nothing is given.
+These are the options of `reweight`, `train`, `evaluate` and `plan`: in a YAML file under their
+section, or as flags. (For those of `prepare`, `sample`, `convert`, `show` and `compare`, see their
+`--help` or `--help-all`.) Brackets: the default, where it depends on other options.
 """
 _OUTSIDE = re.compile(r"\[([^\]]*)\]\((\.\./[^)\s]+)\)")
 

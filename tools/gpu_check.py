@@ -195,7 +195,7 @@ def resume(check: Check) -> None:
 
 
 def answers(check: Check) -> None:
-    """As benchmarks/markov.py with five sources: L1 distance to the truth after 400 steps."""
+    """As benchmarks/markov.py with five sources: distance to the truth after 400 steps."""
     truth = [0.5, 0.3, 0.2, 0.0, 0.0]
     for seed in (0, 1):
         sources, validation = write_problem(check.folder / f"data-{seed}", truth, seed)

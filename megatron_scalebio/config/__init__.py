@@ -92,14 +92,14 @@ class Config:
             )
         if objective == "worst_case" and len(free) < 2:
             raise UserError(
-                f"bilevel.objective: {objective!r} of {len(free)} validation set without a bound "
-                "(name two or more, or drop it)"
+                f"bilevel.objective: {objective!r} needs two or more validation sets without a "
+                f"bound, not {len(free)} (name more, or drop it)"
             )
         referred = next((entry for entry in sets if entry.reference_loss is not None), None)
         if self.bilevel.interactions and len(sets) < 2:
             raise UserError(
-                f"bilevel.interactions: True of {len(sets)} validation set (name two or more, or "
-                "drop it)"
+                f"bilevel.interactions: True needs two or more validation sets, not {len(sets)} "
+                "(name more, or drop it)"
             )
         if self.bilevel.interactions and self.bilevel.resync_interval is None:
             raise UserError(

@@ -20,7 +20,8 @@ class ModelConfig:
     """A GPT model by Megatron-LM's flag names; the defaults are Llama-shaped."""
 
     hf: str | None = option(
-        None, "Hugging Face folder: gives the architecture, and the weights that w starts from"
+        None,
+        "Hugging Face folder: gives the architecture, and the weights that training starts from",
     )
     num_layers: int = option(4, "transformer layers")
     hidden_size: int = option(128, "width of the residual stream")

@@ -65,7 +65,7 @@ class RopeScaling:
         if self.original_max_position_embeddings < 2:
             raise UserError(
                 f"original_max_position_embeddings: {self.original_max_position_embeddings!r} is "
-                "no length to stretch (give the length of the first training)"
+                "below 2 (give the length of the first training)"
             )
         if self.beta_fast < self.beta_slow:
             raise UserError(
@@ -84,7 +84,7 @@ class RopeScaling:
             foreign = spec.name in every - mine - {"original_max_position_embeddings"}
             if foreign and getattr(self, spec.name) != spec.default:
                 raise UserError(
-                    f"{spec.name}: {getattr(self, spec.name)!r} has no part in {self.rope_type} "
+                    f"{spec.name}: {getattr(self, spec.name)!r} is not used by {self.rope_type} "
                     "scaling (remove it, or choose another rope_type)"
                 )
 

@@ -13,8 +13,8 @@ from megatron_scalebio.errors import UserError
 class OptimizerConfig:
     """AdamW for w and u, and the schedule that w, u and the mixture share."""
 
-    lr: float = option(3e-4, "peak learning rate of w")
-    lr_u: float | None = option(None, "peak learning rate of u [lr]")
+    lr: float = option(3e-4, "peak learning rate of the model (w)")
+    lr_u: float | None = option(None, "peak learning rate of the reference model (u) [lr]")
     min_lr: float | None = option(
         None, "lowest lr of the decay [lr / 10]; that of lr_u is in proportion"
     )
@@ -60,7 +60,9 @@ class BilevelConfig:
         False, "estimate which source helps which validation set, by weighting the sets in turn"
     )
     alpha: float = option(
-        BilevelOptions.alpha, "penalty on the lower level's suboptimality; grows with u's memory"
+        BilevelOptions.alpha,
+        "how strongly w is held to the training mixture: weight of L2(w) - L2(u), its training "
+        "loss above the reference model's; grows in long runs",
     )
     alpha_growth: float = option(
         1.0, "each outer round multiplies alpha by this, and divides the learning rates by it"

@@ -13,8 +13,8 @@ class BilevelOptions:
     """The bilevel problem, how its mixture is updated, and what is reported about it.
 
     Attributes:
-        alpha: penalty α on the lower level's suboptimality; a step multiplies it by the square root
-            of u's memory.
+        alpha: α, how strongly w is held to the training mixture: weight of L2(w) − L2(u), its
+            training loss above u's; a step multiplies it by the square root of u's memory.
         mixture_optimizer: "eg", exponentiated gradient, or "adamw" on the logits, as published.
         lr_lambda: learning rate of the mixture [0.1 for eg, 0.01 for adamw].
         resync_interval: steps between resets of u to w, at least 2; under LISA every new draw of

@@ -80,7 +80,7 @@ def train_sentencepiece(
         said = str(error).splitlines()[0]
         if most := re.search(r"too high .*<= (\d+)", said):
             raise UserError(
-                f"--train-sentencepiece: the text has no {vocab_size} pieces (take "
+                f"--train-sentencepiece: the text is too small for {vocab_size} pieces (take "
                 f"--train-sentencepiece {most[1]} or fewer, or give more text)"
             ) from error
         raise UserError(

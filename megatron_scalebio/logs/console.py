@@ -185,7 +185,7 @@ class RunConsole:
             cells = (f"{value:+.2f}" if known else "·" for value, known in shown)
             table.add_row(plain(str(found.sources[i])), *cells)
         self.console.print(table)
-        self._print(Text("1: the most; below 0: harms; ·: not told from 0", style="dim"))
+        self._print(Text("1: largest; below 0: harms; ·: not distinguishable from 0", style="dim"))
 
     def _sets(self, sets: Sequence[Mapping[str, Any]]) -> None:
         """Validation sets: weights, losses at the start and at the end, what these are held to."""

@@ -114,8 +114,8 @@ def interactions_of(config: Config, data: Data) -> Interactions | None:
     sources, sets = len(data.sources), len(data.validation)
     if sources * sets > MOST_PAIRS:
         raise UserError(
-            f"bilevel.interactions: True of {sources:,} sources and {sets} validation sets is "
-            f"more than {MOST_PAIRS:,} pairs (drop it, or give fewer sets)"
+            f"bilevel.interactions: True with {sources:,} sources and {sets} validation sets "
+            f"means more than {MOST_PAIRS:,} pairs (drop it, or give fewer sets)"
         )
     window = steps_between_resets(config)
     assert window is not None

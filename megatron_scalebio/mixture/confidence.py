@@ -280,16 +280,16 @@ def judge_convergence(
         confidence, validation_examples, draw_SS: of the intervals.
         lookalikes: sources of which the sum alone has to be known.
         constant_rate: whether the mixture's learning rate was constant over the tail; if it
-            decayed, stillness is no evidence and the verdict is never "converged".
-        unless: why what stands still may not be the answer all the same; "": nothing says so.
+            decayed, weights that no longer move prove nothing and the verdict is never "converged".
+        unless: why weights that no longer move may be wrong all the same; "": nothing says so.
     """
     num_blocks, num_sources = blocks_BS.shape
     names = names or [f"source {i}" for i in range(num_sources)]
     if not constant_rate:
         return Verdict(
             False,
-            "the mixture's learning rate decays over the averaged steps, so that the weights "
-            "standing still is no evidence",
+            "the mixture's learning rate decays over the averaged steps, so weights that no longer "
+            "move prove nothing",
         )
     tail_steps = num_blocks * block_length
     if tail_steps < MIN_TAIL_STEPS:
@@ -324,8 +324,7 @@ def judge_convergence(
     return Verdict(
         True,
         f"every weight is known to ±{half_width:.3f} or better "
-        f"({confidence:.0%} confidence, tolerance ±{tolerance:g}), with what it still drifts"
-        + alike,
+        f"({confidence:.0%} confidence, tolerance ±{tolerance:g}), drift included{alike}",
     )
 
 
@@ -340,7 +339,7 @@ def _why(
         return "no number of steps tells weights apart so finely (set a larger tolerance)"
     if sampling > max(wandering, drift):
         enough = 2 * (validation_examples or math.nan) * (sampling / tolerance) ** 2
-        return f"the validation set is too small to tell, {enough:,.0f} examples would do"
+        return f"the validation set is too small to tell; {enough:,.0f} examples would be enough"
     if drift > wandering:
         return (
             f"it is still drifting, by {drift / LEFT_OF_DRIFT:.3f} between the halves of the "

@@ -67,7 +67,7 @@ def _of_verdict(run: Run, rows: list[SourceRow]) -> Iterator[Advice]:
     if weights.converged:
         yield Advice("Use the weights", "Draw a training set in these shares:", sample)
     elif "too small to tell" in reason:
-        wanted = re.search(r"([\d,]+) examples would do", reason)
+        wanted = re.search(r"([\d,]+) examples would (?:be enough|do)", reason)
         size = f"{wanted[1]} examples" if wanted else "more examples"
         yield Advice(
             f"Enlarge the validation set: {size}",

@@ -26,9 +26,9 @@ def selected_by_score(
         UserError: if the run has no scores, or of other data than is there now.
     """
     if top is not None and not 0 < top <= 1:
-        raise UserError(f"--top: {top:g} is no share of a source (above 0, at most 1)")
+        raise UserError(f"--top: must be above 0 and at most 1, not {top:g}")
     if min_score is not None and not math.isfinite(min_score):
-        raise UserError(f"--min-score: {min_score:g} is no score")
+        raise UserError(f"--min-score: must be a finite number, not {min_score:g}")
     found = read_example_weights(run)
     names = found.sources.tolist()
     scored_data = dict(zip(names, found.fingerprints.tolist(), strict=True))

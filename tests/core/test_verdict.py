@@ -62,7 +62,7 @@ def data_of(drawn: tuple[int, ...] = (0, 0, 0), drawn_valid: int = 0) -> Any:
         ({}, True, "(95% confidence, tolerance ±0.05)"),
         ({"confidence": 0.8, "tolerance": 0.04}, True, "(80% confidence, tolerance ±0.04)"),
         ({"tolerance": 0.001}, False, "only, the tolerance is ±0.001"),
-        ({"average_fraction": 0.2}, True, "with what it still drifts"),  # 240 steps in 60 blocks
+        ({"average_fraction": 0.2}, True, "drift included"),  # 240 steps in 60 blocks
         (
             {"average_fraction": 0.1},
             False,

@@ -243,7 +243,8 @@ def test_train_sentencepiece(tmp_path: Path, corpus: list[str]) -> None:
     with pytest.raises(UserError, match=r"tokenizer.model: exists"):
         prepare(PrepareConfig(outs[0], (SourceInput("b", (source,)),), **given))
     with pytest.raises(
-        UserError, match=r"--train-sentencepiece: the text has no 1000000 pieces .take --train-sent"
+        UserError,
+        match=r"--train-sentencepiece: the text is too small for 1000000 pieces .take --train-sent",
     ):
         many = {**given, "train_sentencepiece": 10**6}
         prepare(PrepareConfig(tmp_path / "c", (SourceInput("b", (source,)),), **many))

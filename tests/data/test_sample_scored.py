@@ -75,9 +75,9 @@ def test_rows_never_visited_are_told_and_a_source_without_any_is_kept(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--top", "0"], r"--top: 0 is no share of a source"),
-        (["--top", "1.5"], r"--top: 1\.5 is no share of a source"),
-        (["--min-score", "nan"], r"--min-score: nan is no score"),
+        (["--top", "0"], r"--top: must be above 0 and at most 1, not 0"),
+        (["--top", "1.5"], r"--top: must be above 0 and at most 1, not 1\.5"),
+        (["--min-score", "nan"], r"--min-score: must be a finite number, not nan"),
         (["--min-score", "0", "--top", "0.5"], r"--top: does not go with --min-score"),
         (["--top", "0.5", "--input", "big={data}/small"], r"small: has changed since the scores"),
         (["--top", "0.5", "--input", "big={raw}"], r"'big' is not a prepared folder"),

@@ -19,7 +19,7 @@ from tests.mixture.paths import half_width, mixture_path, path_of, still_noise, 
 
 def test_tight_and_still_is_converged() -> None:
     verdict = judge_convergence(mixture_path(0.02))
-    assert verdict.converged and "with what it still drifts" in verdict.reason
+    assert verdict.converged and "drift included" in verdict.reason
 
 
 def test_wide_intervals_are_not_converged() -> None:
@@ -51,7 +51,7 @@ def test_a_small_validation_set_is_not_converged() -> None:
     path = mixture_path(0.002)
     verdict = judge_convergence(path, ["web", "code"], validation_examples=300)
     assert not verdict.converged and "validation set is too small" in verdict.reason
-    asked = int(verdict.reason.split()[-4])
+    asked = int(verdict.reason.split()[-5])
     assert asked == pytest.approx(2 * 0.25 * (1.96 / 0.05) ** 2, abs=1)
     assert judge_convergence(path, validation_examples=asked).converged
 
@@ -73,7 +73,7 @@ def test_the_widest_interval_must_be_within_the_tolerance() -> None:
         assert said.converged
         assert said.reason == (
             f"every weight is known to ±{widest:.3f} or better ({confidence:.0%} confidence, "
-            f"tolerance ±{1.001 * widest:g}), with what it still drifts"
+            f"tolerance ±{1.001 * widest:g}), drift included"
         )
         said = judge_convergence(path_of(*columns), tolerance=0.999 * widest, **options)
         assert not said.converged
@@ -130,7 +130,10 @@ def test_the_verdict_asks_for_as_many_examples_as_the_measured_draw_wants() -> N
     apart = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, -1.0], [0.0, -1.0, 1.0]]).double()
     said = judge_convergence(path, validation_examples=10**5, draw_SS=0.01 * apart)
     # 2 · 10⁵ · (1.96 · 0.1 / 0.05)² = 3.07 million
-    assert not said.converged and "too small to tell, 3,073,167 examples would do" in said.reason
+    assert (
+        not said.converged
+        and "too small to tell; 3,073,167 examples would be enough" in said.reason
+    )
     alike = judge_convergence(path, validation_examples=10**5, lookalikes=[[1, 2]], draw_SS=apart)
     assert alike.converged, alike
     of_sum = torch.tensor([[1.0, -0.5, -0.5], [-0.5, 0.25, 0.25], [-0.5, 0.25, 0.25]]).double()

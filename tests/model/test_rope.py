@@ -132,7 +132,7 @@ def test_a_part_of_the_channels_is_turned(tmp_path: Path) -> None:
         ({"rope_type": "proportional"}, "supported: default, linear, llama3, yarn, longrope, dyn"),
         ({**YARN, "finetuned": True}, "unknown key 'finetuned'"),
         ({"rope_type": "default", "mrope_section": [16, 16]}, "unknown key 'mrope_section'"),
-        ({**YARN, "long_factor": [1.0]}, "long_factor: [1.0] has no part in yarn scaling"),
+        ({**YARN, "long_factor": [1.0]}, "long_factor: [1.0] is not used by yarn scaling"),
         ({**YARN, "truncate": None}, "truncate: None is not of type bool"),
         ({**LONGROPE, "long_factor": [2.0]}, "long_factor: [2.0] has 1 numbers for 32 frequencies"),
     ],
