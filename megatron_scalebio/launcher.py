@@ -4,8 +4,10 @@ import functools
 import json
 import multiprocessing
 import os
+import shlex
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +47,27 @@ def world_size_from_environment() -> int:
     """
     tasks = os.environ.get("SLURM_NTASKS") if _in_step_of_srun() else None
     return int(os.environ.get("WORLD_SIZE") or tasks or 1)
+
+
+def command_line() -> str:
+    """What starts the ranks of this process again, for a shell.
+
+    Of torchrun on several nodes: what starts those of each node.
+    """
+    ranks = world_size_from_environment()
+    start = ["python", "-m", "megatron_scalebio"]
+    if ranks == 1:
+        if not sys.argv[0].endswith("__main__.py"):
+            start = ["megatron-scalebio"]
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        on_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        start = ["torchrun", "--nproc_per_node", str(on_node), *start[1:]]
+        if ranks > on_node:
+            meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", os.environ["MASTER_ADDR"]]
+            start[1:1] = ["--nnodes", str(ranks // on_node), *meet]
+    else:
+        start = ["srun", "-n", str(ranks), *start]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def cores() -> int:

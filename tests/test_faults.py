@@ -110,6 +110,8 @@ def test_a_killed_rank_is_named_and_costs_the_steps_since_the_last_checkpoint(
     assert process.returncode != 0
     step, problems = newest_whole(run / "checkpoints")
     assert step is not None and not problems and step >= len(metrics(run)) - SAVED
+    again = f"torchrun --nproc_per_node 2 -m megatron_scalebio reweight --config {problem}/x.yaml "
+    assert (run / "command.txt").read_text().startswith(again)
 
 
 # ---- files that were damaged behind the index, and a loss that jumps ---------------------------

@@ -77,6 +77,43 @@ def test_under_torchrun_other_ranks_end_after_the_first_has_spoken(
     assert bool(waited) is waits
 
 
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "n1"}
+MEET = "--nnodes 2 --rdzv_backend c10d --rdzv_endpoint n1"
+
+
+@pytest.mark.parametrize(
+    ("environment", "program", "start"),
+    [
+        ({}, "/x/bin/megatron-scalebio", "megatron-scalebio"),
+        ({}, "/x/megatron_scalebio/__main__.py", "python -m megatron_scalebio"),
+        (SBATCH, "/x/bin/megatron-scalebio", "megatron-scalebio"),
+        (STEP, "/x/bin/megatron-scalebio", "srun -n 2 python -m megatron_scalebio"),
+        (
+            {**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}, "/x/megatron_scalebio/__main__.py",
+            "torchrun --nproc_per_node 4 -m megatron_scalebio",
+        ),
+        (
+            {**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, "/x/megatron_scalebio/__main__.py",
+            f"torchrun {MEET} --nproc_per_node 2 -m megatron_scalebio",
+        ),
+    ],
+)  # fmt: skip
+def test_the_command_that_starts_the_ranks_again(
+    environment: dict[str, str], program: str, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*launcher.VARIABLES, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    words = ["train", "--config", "my run.yaml", "--sources", "a=$x"]
+    monkeypatch.setattr(sys, "argv", [program, *words])
+    said = launcher.command_line()
+    assert said == f"{start} train --config 'my run.yaml' --sources 'a=$x'"
+    shell = ["bash", "-c", f"printf '%s\\n' {said}"]
+    told = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told == [*start.split(), *words]
+
+
 def of_srun(*folders: Path, command: str) -> list[tuple[int, str]]:
     """What the ranks of a srun end with, and say, each in its folder; 9 if one comes to torch."""
     (folders[0] / "torch.py").write_text("raise SystemExit(9)")

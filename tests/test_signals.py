@@ -52,6 +52,8 @@ def test_the_command_saves_after_its_step_and_exits_3(problem: Path) -> None:
     for name in ("weights.json", "blend.txt", "report.html"):
         assert (run / name).is_file(), "what was learned so far is there"
     assert json.loads((run / "weights.json").read_text())["complete"] is False
+    again = f"python -m megatron_scalebio reweight --config {problem}/x.yaml --output {run}\n"
+    assert (run / "command.txt").read_text() == again
 
 
 def signalled(folder_name: str) -> None:

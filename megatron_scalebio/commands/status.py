@@ -5,9 +5,8 @@ Reads what the run leaves in its folder, and changes nothing there.
 
 import argparse
 import json
-import shlex
 import time
-from math import prod
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,13 +17,13 @@ from rich.table import Table
 from megatron_scalebio.config_loader import load_config
 from megatron_scalebio.errors import EXIT_OK, UserError
 from megatron_scalebio.formatting import duration, percent, printable
-from megatron_scalebio.guard.board import read_board
+from megatron_scalebio.guard.board import BOARD_FILE, read_board
 from megatron_scalebio.guard.lock import LOCK_FILE, RENEW_S, Holder
 from megatron_scalebio.logs.records import METRICS_FILE, decode_record
 
 _TAIL_BYTES = 2**22  # of the metrics: the last steps
 _RECENT = 50  # steps
-_SOURCES = 15
+_SHOWN = 15  # groups, sources
 
 Json = dict[str, Any]
 
@@ -56,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{folder}: {state}" + (f", {info['ended']}" if ended else ""))
     config = load_config(str(folder / "config.yaml"))
     if records:
-        for line in _progress(records, config.train.train_iters, running=state == "runs"):
+        age = "" if ended else f"; the last step ended {_age(folder / METRICS_FILE)}"
+        lines = _progress(records, config.train.train_iters, running=state == "runs")
+        lines[0] += age
+        for line in lines:
             console.print(line)
     elif not weights:
         console.print("no step has been recorded yet")
@@ -64,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if not ended:
         board = read_board(folder)
         for rank in board["ranks"]:
-            console.print(f"rank {rank['rank']} ({rank['process']['host']}): {rank['where']}")
+            name = f"rank {rank['rank']} ({rank['process']['host']})"
+            console.print(f"{name}, {_age(folder / BOARD_FILE)}: {rank['where']}")
         if board["verdict"]:
             console.print(f"why it ended: {board['verdict']}")
     if weights.get("reason") and ended:
@@ -72,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
             ("converged: " if weights["converged"] else "not converged: ") + weights["reason"]
         )
     if state not in ("ended", "runs"):
-        console.print(f"to resume, start it again: {_command(folder, info)}")
+        console.print("to resume, start it again, in the folder in which it was started:")
+        console.print(_command(folder))
     return EXIT_OK
 
 
@@ -108,7 +112,7 @@ def _progress(records: list[Json], train_iters: int, running: bool) -> list[str]
     left = duration(round(step_s * (train_iters - last["step"])))
     lines = [f"step {last['step']:,} of {train_iters:,}, {duration(step_s)} a step"]
     if last["step"] < train_iters:
-        lines[0] += f", {left} {'left' if running else 'more to go'}"
+        lines[0] += f", {left} {'left' if running else 'of training left'}"
     losses = {"validation": "validation_loss", "training": "train_loss_w"}
     known = [f"{name} loss {last[key]:.4f}" for name, key in losses.items() if last.get(key)]
     skipped = [record["step"] for record in records if record.get("skipped")]
@@ -118,42 +122,55 @@ def _progress(records: list[Json], train_iters: int, running: bool) -> list[str]
 
 
 def _show_weights(console: Console, info: Json, records: list[Json], weights: Json) -> None:
-    """Those of weights.json once it is there, else those of the last step."""
-    table = Table("source", box=None, padding=(0, 2, 0, 0), header_style="")
-    table.add_column("weight", justify="right")
+    """Those of weights.json once it is there, else those of the last step; groups before sources.
+
+    Of groups in several levels, those of the first.
+    """
     if weights:
-        table.add_column("interval", justify="right")
-        shown = sorted(weights["sources"], key=lambda entry: -entry["weight"])
-        for entry in shown[:_SOURCES]:
-            ends = "–" if entry["ci_low"] is None else (
-                f"{percent(entry['ci_low'])} – {percent(entry['ci_high'])}"
-            )  # fmt: skip
-            table.add_row(printable(entry["name"]), percent(entry["weight"]), ends)
-        count = len(shown)
-    elif records and records[-1].get("weights"):
-        pairs = zip(info.get("sources", []), records[-1]["weights"], strict=True)
-        ranked = sorted(pairs, key=lambda pair: -pair[1])
-        for name, weight in ranked[:_SOURCES]:
-            table.add_row(printable(name), percent(weight))
-        count = len(ranked)
+        groups, sources = weights.get("groups", []), weights["sources"]
+        groups = [group for group in groups if group["level"] == groups[0]["level"]]
     else:
+        last = records[-1] if records else {}
+        groups = _entries(last.get("group_weights", {}).items())
+        sources = _entries(zip(info.get("sources", []), last.get("weights") or [], strict=False))
+    for kind, entries in (("group", groups), ("source", sources)):
+        _show_largest(console, kind, entries)
+
+
+def _entries(pairs: Iterable[tuple[str, float]]) -> list[Json]:
+    return [{"name": name, "weight": weight} for name, weight in pairs]
+
+
+def _show_largest(console: Console, kind: str, entries: list[Json]) -> None:
+    if not entries:
         return
+    table = Table(kind, box=None, padding=(0, 2, 0, 0), header_style="")
+    table.add_column("weight", justify="right")
+    if "ci_low" in entries[0]:
+        table.add_column("interval", justify="right")
+    for entry in sorted(entries, key=lambda entry: -entry["weight"])[:_SHOWN]:
+        cells = [printable(entry["name"]), percent(entry["weight"])]
+        if "ci_low" in entry:
+            known = entry["ci_low"] is not None
+            ends = f"{percent(entry['ci_low'])} – {percent(entry['ci_high'])}"
+            cells.append(ends if known else "–")
+        table.add_row(*cells)
     console.print(table)
-    if count > _SOURCES:
-        console.print(f"... and {count - _SOURCES:,} more sources")
+    if len(entries) > _SHOWN:
+        console.print(f"... and {len(entries) - _SHOWN:,} more {kind}s")
 
 
-def _command(folder: Path, info: Json) -> str:
-    """The words that the run was started with."""
+def _age(path: Path) -> str:
+    """How long ago a file was written to."""
+    return f"{duration(max(0, round(time.time() - path.stat().st_mtime)))} ago"
+
+
+def _command(folder: Path) -> str:
+    """What the run was started with."""
     try:
-        words = shlex.split((folder / "command.txt").read_text())
-    except (OSError, ValueError):
-        return "with the command that it was started with"
-    ranks = prod(size for name, size in (info.get("world") or {}).items() if name != "vpp")
-    head = "megatron-scalebio"
-    if ranks > 1:
-        head = f"torchrun or srun, {ranks} ranks, of python -m megatron_scalebio"
-    return " ".join([head, *words[1:]])
+        return (folder / "command.txt").read_text().strip()
+    except OSError:
+        return "(command.txt, which would name the command, is not there)"
 
 
 def _json(path: Path) -> Json:

@@ -5,9 +5,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.compare.tables import largest
+from megatron_scalebio.compare.tables import largest, rest, runs_done
 from megatron_scalebio.report import page
 from megatron_scalebio.report.advice import Advice
+from megatron_scalebio.report.summary import sentence
 from megatron_scalebio.whole_files import write_text
 
 _SHOWN = 0.00005  # half of the last digit of a loss
@@ -25,11 +26,13 @@ def write_page(folder: Path, comparison: dict[str, Any]) -> None:
         return f"{100 * (loss - low + margin) / (high - low + 2 * margin):.2f}%"
 
     coloured = largest(comparison, SOURCES_SHOWN)
+    done, planned = runs_done(comparison), comparison["runs_planned"]
+    so_far = f"So far, {done} of {planned} runs: " if done < planned else ""
     context = {
         "folder": folder.resolve().name,
         "comparison": comparison,
-        "done": sum(len(method["runs"]) for method in methods),
-        "headline": headline(methods),
+        "done": done,
+        "headline": so_far + headline(methods),
         "advice": advice(folder, comparison),
         "place": place,
         "ends": (low, high),
@@ -47,7 +50,11 @@ def headline(methods: list[dict[str, Any]]) -> str:
     best = methods[0]
     if len(methods) == 1:
         return f"{best['name']} alone is done: a test loss of {best['test_loss']['mean']:.4f}."
-    second = methods[1]
+    once = min(len(method["runs"]) for method in methods[:2]) == 1
+    return _between(best, methods[1]) + (" With one seed, this may be luck." if once else "")
+
+
+def _between(best: dict[str, Any], second: dict[str, Any]) -> str:
     behind = second["behind"]
     said = f"{best['name']} has the lowest test loss, {best['test_loss']['mean']:.4f}"
     if behind is None:
@@ -72,24 +79,18 @@ def _seeds_ahead(best: dict[str, Any], other: dict[str, Any]) -> tuple[int, int]
 
 def advice(folder: Path, comparison: dict[str, Any]) -> list[Advice]:
     """What comes next, the most important first."""
-    methods = comparison["methods"]
-    done = sum(len(method["runs"]) for method in methods)
+    methods, config = comparison["methods"], shlex.quote(f"{folder}/compare.yaml")
+    again = f"megatron-scalebio compare --config {config}"
+    if runs_done(comparison) < comparison["runs_planned"]:
+        why = f"{sentence(rest(comparison))} What is there is kept:"
+        return [Advice("Start it again before you choose", why, again)]
     found = []
-    if done < comparison["runs_planned"]:
-        found.append(
-            Advice(
-                "Start it again",
-                f"{done} of {comparison['runs_planned']} runs are done; the same command does the "
-                "rest, and keeps what there is.",
-            )
-        )
-    if min(len(method["runs"]) for method in methods) < 3 and done == comparison["runs_planned"]:
+    if min(len(method["runs"]) for method in methods) < 3:
         found.append(
             Advice(
                 "Add seeds",
                 "With fewer than three of each, a difference may be luck. What is there is kept:",
-                f"megatron-scalebio compare --config {shlex.quote(f'{folder}/compare.yaml')} "
-                f"--seeds {' '.join(map(str, _three(comparison['seeds'])))}",
+                f"{again} --seeds {' '.join(map(str, _three(comparison['seeds'])))}",
             )
         )
     tied = [method["name"] for method in methods[1:] if _within_noise(methods[0], method)]

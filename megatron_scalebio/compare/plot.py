@@ -11,6 +11,7 @@ from matplotlib import pyplot
 from megatron_scalebio.compare.tables import largest
 
 SOURCES_SHOWN = 10
+HATCHES = ("", "//", "..", "\\\\", "||", "--", "xx", "++", "oo", "**")  # told apart in grey, too
 UNDATED: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}}
 
 
@@ -34,7 +35,10 @@ def draw(comparison: dict[str, Any], path: Path, kind: str) -> None:
     for number, source in enumerate(largest(comparison, SOURCES_SHOWN)):
         shares = [method["weights"][source]["mean"] for method in methods]
         colour = matplotlib.colormaps["tab10"](number % 10)
-        weights.barh(range(len(methods)), shares, left=start, label=source, color=colour)
+        weights.barh(
+            range(len(methods)), shares, left=start, label=source, color=colour,
+            hatch=HATCHES[number], edgecolor="white",
+        )  # fmt: skip
         start = [a + b for a, b in zip(start, shares, strict=True)]
     rest = [1.0 - value for value in start]
     if max(rest) > 1e-6:

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from megatron_scalebio.compare.page import write_page
 from megatron_scalebio.compare.plot import draw
-from megatron_scalebio.compare.stages import WEIGHTS_FILE, Plan, Run, read
-from megatron_scalebio.compare.tables import csv_text, largest, latex
+from megatron_scalebio.compare.stages import WEIGHTS_FILE, Plan, Run, read, seconds_left
+from megatron_scalebio.compare.tables import csv_text, largest, latex, progress
 from megatron_scalebio.formatting import duration
 from megatron_scalebio.whole_files import replaced, write_json, write_text
 
@@ -46,6 +46,8 @@ def collect(plan: Plan) -> Content:
         "seeds": plan.config.seeds,
         "test": list(plan.config.test),
         "runs_planned": len(plan.runs),
+        "methods_planned": plan.config.methods,
+        "seconds_left": seconds_left(list(plan)),
         "num_samples": plan.num_samples,
         "max_epochs": plan.config.max_epochs,
         "methods": methods,
@@ -198,7 +200,7 @@ def markdown(comparison: Content, head: list[str], rows: list[list[str]]) -> str
     seeds = f"{min(complete)} to {max(complete)}" if len(complete) > 1 else f"{max(complete)}"
     spreads = f"Mean ± standard deviation over {seeds} seeds (no ± with one)."
     if complete == {1}:
-        spreads = "One seed each: nothing here says how far another seed would be off."
+        spreads = "One seed each: the spread between seeds is unknown."
     remark = progress(comparison)
     title = f"# Comparison\n\n**{remark}**\n" if remark else "# Comparison\n"
     return f"""{title}
@@ -214,11 +216,3 @@ few examples gets fewer, each at most {comparison["max_epochs"]} times. *cost*: 
 through a model while the mixture was searched, in units of the mean final training (a forward pass
 alone counts a third). *search*, *memory*: wall time and peak memory of rank 0 meanwhile.
 """
-
-
-def progress(comparison: Content) -> str:
-    """What is still to come, "" if nothing."""
-    done, planned = sum(len(m["runs"]) for m in comparison["methods"]), comparison["runs_planned"]
-    if done == planned:
-        return ""
-    return f"{done} of {planned} runs (method and seed) are done; the same command does the rest"

@@ -5,6 +5,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_scalebio.formatting import duration, few
+
 
 def csv_text(comparison: dict[str, Any]) -> str:
     """A line for each method and seed, in full precision; times in seconds, memory in bytes."""
@@ -41,6 +43,30 @@ def largest(comparison: dict[str, Any], count: int) -> list[str]:
 
     chosen = sorted(comparison["sources"], key=most, reverse=True)[:count]
     return [source for source in comparison["sources"] if source in chosen]
+
+
+def runs_done(comparison: dict[str, Any]) -> int:
+    """Of a method and a seed each."""
+    return sum(len(method["runs"]) for method in comparison["methods"])
+
+
+def rest(comparison: dict[str, Any]) -> str:
+    """What is still to come: methods without a result, and the time that it takes."""
+    known = {method["name"] for method in comparison["methods"]}
+    planned = comparison["methods_planned"]
+    absent = [name for name in planned if name not in known]
+    without = f"there is no result yet of {len(absent)} of {len(planned)} methods ({few(absent)}); "
+    seconds = comparison["seconds_left"]
+    time = f", in about {duration(round(seconds))}" if seconds else ""
+    return f"{without if absent else ''}the same command does the rest{time}"
+
+
+def progress(comparison: dict[str, Any]) -> str:
+    """How far the comparison is, "" if it is complete."""
+    done, planned = runs_done(comparison), comparison["runs_planned"]
+    if done == planned:
+        return ""
+    return f"So far, {done} of {planned} runs (method and seed) are done; {rest(comparison)}"
 
 
 def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:

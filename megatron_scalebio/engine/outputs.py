@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shlex
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 
 import megatron_scalebio
-from megatron_scalebio import runtime
+from megatron_scalebio import launcher, runtime
 from megatron_scalebio.config import Config, ValidationConfig
 from megatron_scalebio.config_loader import config_text
 from megatron_scalebio.data.blend_schedule import SCHEDULE_FILE
@@ -131,7 +130,7 @@ def adam_named() -> str:
 def write_start(state: RunState, config: Config, folder: Path, parameters: int) -> dict[str, Any]:
     """Writes config.yaml, command.txt and run.json; returns run.json's content."""
     write_text(folder / "config.yaml", config_text(config))
-    write_text(folder / "command.txt", " ".join(sys.argv) + "\n")
+    write_text(folder / "command.txt", launcher.command_line() + "\n")
     run = {
         "stage": state.stage,
         "sources": [source.name for source in state.data.sources],

@@ -166,8 +166,7 @@ class _Wandb:
             columns = ["name", "weight", "ci_low", "ci_high", "initial_weight"]
             data = [[row.get(column) for column in columns] for row in rows]
             self._run.log({"weights": self._wandb.Table(columns=columns, data=data)})
-            for row in rows:
-                self._run.summary[f"final/weight/{row['name']}"] = row["weight"]
+            self._run.summary.update(_final(rows))
         artifact = self._wandb.Artifact(f"run-{self.id}", "run")
         for file in files:
             artifact.add_file(str(file))
@@ -213,16 +212,21 @@ class _Mlflow:
         self._client.log_batch(self.id, metrics=metrics)
 
     def finish(self, rows: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
-        fields = {"weight": "weight", "low": "ci_low", "high": "ci_high"}
-        self.log(0, {
-            f"final/{kind}/{row['name']}": row[field]
-            for row in rows for kind, field in fields.items() if row.get(field) is not None
-        })  # fmt: skip
+        self.log(0, _final(rows))
         for file in files:
             self._client.log_artifact(self.id, str(file))
 
     def close(self, failed: bool) -> None:
         self._client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
+
+
+def _final(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Weights, and the ends of their intervals where there are any."""
+    fields = {"weight": "weight", "low": "ci_low", "high": "ci_high"}
+    return {
+        f"final/{kind}/{row['name']}": row[field]
+        for row in rows for kind, field in fields.items() if row.get(field) is not None
+    }  # fmt: skip
 
 
 def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -107,9 +107,11 @@ def _longer(run: Run, rows: list[SourceRow], reason: str) -> Iterator[Advice]:
         factor = max(factor, 2.0)
     wanted = int(told[1]) if told else 100 * math.ceil(steps * factor / 100)
     if told or factor <= LONGEST:
+        output = shlex.quote(f"{run.path}-{wanted}")
         yield Advice(
-            f"Run longer: about {wanted:,} steps", "Start a new run with this train_iters."
-        )
+            f"Run longer: about {wanted:,} steps", "Start a new run with this train_iters.",
+            run.command and f"{run.command} --train-iters {wanted} --output {output}",
+        )  # fmt: skip
     else:
         yield Advice(
             "Take larger batches, or fewer sources",

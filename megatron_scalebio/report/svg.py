@@ -170,7 +170,8 @@ def _set_axes(axes: Any, chart: Chart) -> None:
     first, last = chart.steps[0], chart.steps[-1]
     axes.set_xlim(first, max(last, first + 1))
     axes.locator_params("x", nbins=chart.width // 150, steps=[1, 2, 5, 10], integer=True)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    end = max(step for step in axes.get_xticks() if step <= max(last, first + 1))
+    axes.xaxis.set_major_formatter(lambda x, _: ("step " if x == end else "") + f"{x:,.0f}")
     if chart.log:
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter("")

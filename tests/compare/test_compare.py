@@ -330,7 +330,8 @@ def test_a_terminal_shows_the_sources_that_some_method_weighs_most(tmp_path: Pat
     ]  # fmt: skip
     comparison = {
         "methods": methods, "sources": list(shares), "test": ["t"], "num_samples": 9,
-        "max_epochs": 4, "seeds": [0], "runs_planned": 2,
+        "max_epochs": 4, "seeds": [0], "runs_planned": 2, "methods_planned": ["one", "two"],
+        "seconds_left": 0.0,
     }  # fmt: skip
     screen = io.StringIO()
     write(tmp_path, comparison, Console(file=screen, width=120))

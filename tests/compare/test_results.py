@@ -19,9 +19,9 @@ from megatron_scalebio.commands.compare import _joined_with_earlier
 from megatron_scalebio.compare import page, plot
 from megatron_scalebio.compare.config import CompareConfig, load, resolved_text
 from megatron_scalebio.compare.page import advice, headline, write_page
-from megatron_scalebio.compare.results import collect, progress, spread, write
+from megatron_scalebio.compare.results import collect, spread, write
 from megatron_scalebio.compare.stages import Plan, seconds_left
-from megatron_scalebio.compare.tables import latex
+from megatron_scalebio.compare.tables import latex, progress, rest
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.formatting import duration, percent
 from megatron_scalebio.report.advice import Advice
@@ -277,7 +277,7 @@ def test_the_tables_show_these_numbers(plan: Plan) -> None:
     said = " ".join(lines)
     assert "over 2 to 3 seeds" in said and "up to 300 rows" in said and "at most 3 times" in said
     assert json.loads((plan.output / "compare.json").read_text()) == comparison
-    assert "**8 of 9 runs (method and seed) are done;" in said
+    assert "# Comparison  **So far, 8 of 9 runs (method and seed) are done;" in said
     assert "8 of 9 runs" in screen.getvalue()
 
 
@@ -318,8 +318,10 @@ def test_the_page_says_who_is_best_and_what_comes_next(plan: Plan) -> None:
     text = " ".join((plan.output / "compare.html").read_text().split())
     first, second = (method["name"] for method in comparison["methods"][:2])
     loss, behind = want[first]["test_loss"]["mean"], want[second]["behind"]["mean"]
-    assert f"{first} has the lowest test loss, {loss:.4f}; {second} is {behind:.4f} behind" in text
-    assert "8 of 9 runs done" in text and "<b>Start it again.</b>" in text
+    best = f"{first} has the lowest test loss, {loss:.4f}; {second} is {behind:.4f} behind"
+    assert f'<p class="headline">So far, 8 of 9 runs: {best}' in text
+    assert "8 of 9 runs done" in text and "<b>Start it again before you choose.</b>" in text
+    assert "Use the mixture" not in text and "no result yet" not in text
     for method in comparison["methods"]:
         assert shown(want[method["name"]]["test_loss"], 4) in text
         for run in method["runs"]:
@@ -351,7 +353,8 @@ def test_the_page_tells_luck_from_a_difference() -> None:
 
     def told(*methods: dict[str, Any], planned: int = 6) -> list[Advice]:
         seeds = [run["seed"] for run in methods[0]["runs"]]
-        comparison = {"methods": list(methods), "runs_planned": planned, "seeds": seeds}
+        comparison = {"methods": list(methods), "runs_planned": planned, "seeds": seeds,
+                      "methods_planned": ["best", "clear"], "seconds_left": None}  # fmt: skip
         return advice(Path("a folder"), comparison)
 
     def asked(*methods: dict[str, Any], planned: int = 6) -> list[str]:
@@ -371,7 +374,10 @@ def test_the_page_tells_luck_from_a_difference() -> None:
     assert headline([best, even]).endswith("even is 0.0200 behind, worse in 1 of 3 seeds.")
     once = [method("best", BEST[:1]), method("clear", [2.1])]
     assert asked(*once, planned=2) == ["Add seeds", "Use the mixture of best"]
-    assert asked(*once, planned=4)[0] == "Start it again"
+    assert headline(once).endswith("worse in 1 of 1 seed. With one seed, this may be luck.")
+    assert asked(*once, planned=4) == ["Start it again before you choose"]
+    again = shlex.split(told(*once, planned=4)[0].command)
+    assert again == ["megatron-scalebio", "compare", "--config", "a folder/compare.yaml"]
     words = shlex.split(told(*once, planned=2)[0].command)
     assert words[2:] == ["--config", "a folder/compare.yaml", "--seeds", "0", "1", "2"]
     equal = [method("best", BEST), method("same", BEST)]
@@ -381,6 +387,31 @@ def test_the_page_tells_luck_from_a_difference() -> None:
     assert asked(*equal, planned=2)[1:] == ["Do not choose between best and same by this"]
     once[0]["runs"][0]["seed"] = 1
     assert told(*once, planned=2)[0].command.endswith("--seeds 1 0 2")
+
+
+def test_a_comparison_that_was_stopped_says_what_it_lacks(plan: Plan) -> None:
+    """One method has no result, and one is there under one seed."""
+    assert rest(collect(plan)) == "the same command does the rest", "no benchmarks were timed"
+    for stage in plan.preparation:
+        leave(stage.product, {})
+    for run in plan.runs:
+        if run.method == "doge" or (run.method == "natural" and run.seed != SEEDS[0]):
+            (run.folder / "train" / "evaluation.json").unlink()
+        leave(run.folder / "benchmarks.timing.json", {"seconds": 40.0})
+    comparison = collect(plan)
+    want = (
+        "So far, 3 of 9 runs (method and seed) are done; there is no result yet of 1 of 3 methods "
+        f"(doge); the same command does the rest, in about {duration(round(seconds_left([*plan])))}"
+    )
+    assert progress(comparison) == want and want.endswith(" min")
+    write(plan.output, comparison, Console(file=io.StringIO(), width=200))
+    lines = (plan.output / "compare.md").read_text().splitlines()
+    assert lines[:3] == ["# Comparison", "", f"**{want}**"]
+    text = " ".join((plan.output / "compare.html").read_text().split())
+    assert '<p class="headline">So far, 3 of 9 runs: regmix has' in text
+    assert "With one seed, this may be luck." in text and "Use the mixture" not in text
+    assert "There is no result yet of 1 of 3 methods (doge); the same" in text
+    assert "<span>Methods</span><b>2</b><small>of 3, the others have no result yet</small>" in text
 
 
 def test_the_time_left_is_that_of_like_stages(plan: Plan) -> None:
@@ -422,6 +453,8 @@ def test_the_picture_shows_these_numbers(plan: Plan, monkeypatch: pytest.MonkeyP
         assert list(seeds[0].get_xdata()) == [run["test_loss"] for run in runs]
     widths = [[patch.get_width() for patch in bars] for bars in weights.containers]
     assert [bars.get_label() for bars in weights.containers] == ["code", "web", "others"]
+    assert len({bars[0].get_hatch() for bars in weights.containers[:2]}) == 2, "without colours"
+    assert len(set(plot.HATCHES)) == 10
     for row, name in enumerate(from_below):
         shares = [want[name]["weights"][source]["mean"] for source in SOURCES]
         assert [column[row] for column in widths] == pytest.approx(shares)

@@ -156,14 +156,29 @@ def test_mlflow_has_every_step_once_and_the_result(
     assert "evaluation.json" in {f.path for f in client.list_artifacts(trained.info.run_id)}
 
 
+ROWS = [
+    {"name": "a", "weight": 0.4, "ci_low": 0.3, "ci_high": 0.6, "initial_weight": 0.5},
+    {"name": "b", "weight": 0.6, "ci_low": None, "ci_high": None, "initial_weight": 0.5},
+]
+FINAL = {"final/weight/a": 0.4, "final/low/a": 0.3, "final/high/a": 0.6, "final/weight/b": 0.6}
+
+
 def test_mlflow_has_the_ends_of_intervals_where_there_are_any() -> None:
     mlflow, told = trackers._Mlflow.__new__(trackers._Mlflow), {}
     mlflow.log = lambda step, values: told.update(values)  # type: ignore[method-assign]
-    known = {"name": "a", "weight": 0.4, "ci_low": 0.3, "ci_high": 0.6}
-    mlflow.finish([known, {"name": "b", "weight": 0.6, "ci_low": None, "ci_high": None}], [])
-    assert told == {
-        "final/weight/a": 0.4, "final/low/a": 0.3, "final/high/a": 0.6, "final/weight/b": 0.6,
-    }  # fmt: skip
+    mlflow.finish(ROWS, [])
+    assert told == FINAL
+
+
+def test_wandbs_summary_has_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = trackers._Wandb(tmp_path, "mixtures", "one", "x1", {})
+    run.finish(ROWS, [])
+    run.close(failed=False)
+    summary: dict[str, Any] = {}
+    for record in wandb_records(tmp_path):
+        summary |= items(record.summary.update)
+    assert {key: value for key, value in summary.items() if key.startswith("final/")} == FINAL
 
 
 class Away:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,19 @@ def test_weights_that_move_ask_for_steps(
         half = float(weight_intervals(blocks).half_width_S.max())
         times = half / 0.05 if "drift" in reason else (half / 0.05) ** 2
         assert do == f"Run longer: about {100 * math.ceil(6 * times):,} steps" and times > 1
+
+
+def test_the_longer_run_has_a_command(make_run: MakeRun) -> None:
+    run = judged(make_run(), mixtures(300, 0.3))
+    [longer] = advice(load_run(run), source_rows(load_run(run)))
+    steps = longer.do.split()[-2].replace(",", "")
+    words = ["megatron-scalebio", "reweight", "--config", "run.yaml", "--lr", "3e-4"]
+    longer_words = ["--train-iters", steps, "--output", f"{run}-{steps}"]
+    assert shlex.split(longer.command) == [*words, *longer_words]
+    assert longer.command in html.unescape(write_report(run).read_text())
+    (run / "command.txt").unlink()
+    [longer] = advice(load_run(run), source_rows(load_run(run)))
+    assert longer.command == ""
 
 
 def test_what_no_number_of_steps_tells_asks_for_a_larger_tolerance(make_run: MakeRun) -> None:

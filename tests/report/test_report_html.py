@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.logs.interactions import Interaction
 from megatron_scalebio.report import html, summary
 from megatron_scalebio.report.html import write_report
 from megatron_scalebio.report.load import load_run
@@ -67,6 +68,23 @@ def test_page_is_one_file_that_loads_nothing(make_run: MakeRun) -> None:
     assert not re.search(r"(src|href)\s*=|url\(|@import|https?://", page)
     assert elements.tags.count("script") == 1
     assert len(page) < 500_000
+
+
+def test_every_box_that_scrolls_is_reached_by_keyboard_and_named(make_run: MakeRun) -> None:
+    run = make_run(converged=False)
+    tree = json.loads((run / "weights.json").read_text())
+    names = [entry["name"] for entry in tree["sources"]]
+    tree["groups"] = [{"name": "all", "weight": 1.0, "ci_low": 1.0, "ci_high": 1.0, "level": 1}]
+    tree["validation"] = [{"name": "v", "weight": 1.0}]
+    (run / "weights.json").write_text(json.dumps(tree))
+    serves = np.ones((len(names), 1))
+    Interaction(np.array(names), np.array(["v"]), serves, serves, serves, 0.95).write(run)
+    page, _ = read_page(run)
+    boxes = re.findall(r'<(?:div class="scroll"|pre(?! class="wrap">megatron))[^>]*>', page)
+    assert len(boxes) == 7
+    for box in boxes:
+        assert 'tabindex="0" role="region" aria-label="' in box
+    assert len({box.partition("aria-label=")[2] for box in boxes}) == len(boxes)
 
 
 def test_names_from_files_are_escaped_everywhere(make_run: MakeRun) -> None:

@@ -173,8 +173,11 @@ def test_head_and_tiles(page: Page) -> None:
     assert "Steps 300 of 400" in page.text
     tokens = sum(20_000 + n for n in range(1, STEPS + 1))
     per_second = tokens / np.sum(page.series("step_time_s"))
-    assert f"Tokens {quantity(tokens)} {quantity(per_second)} a second in steps" in page.text
-    assert f"{tokens:,}, at {quantity(per_second)} a second of the time in steps" in page.text
+    assert (
+        f"Tokens {quantity(tokens)} {quantity(per_second)} per second (training steps only)"
+        in page.text
+    )
+    assert f"{tokens:,}, at {quantity(per_second)} per second (training steps only)" in page.text
     assert "Time 4 min wall clock" in page.text  # 250 s
     assert f"CPU hours {120 * 250 / 3600:.3g} 120 ranks × cpu" in page.text
     assert "Layout TP 2 × CP 5 × PP 3 × DP 4 × VPP 6" in page.text

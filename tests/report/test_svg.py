@@ -34,6 +34,14 @@ def test_the_legend_has_the_lines_in_the_order_of_their_last_values_and_as_they_
     assert 'class="legend"' not in draw(Line("one", RISING, 0), labels=False)
 
 
+def test_the_last_number_of_the_axis_of_steps_says_what_it_counts() -> None:
+    assert [text for text in texts(draw(Line("one", RISING, 0))) if "step" in text] == ["step 30"]
+    long = render(Chart(np.arange(1, 1235), [Line("one", np.arange(1234.0), 0)], "title"))
+    assert [text for text in texts(long) if "step" in text] == ["step 1,000"]
+    single = render(Chart(np.array([7]), [Line("one", np.ones(1), 0)], "title"))
+    assert "step 8" in texts(single)
+
+
 def test_nothing_under_a_label_and_nothing_at_all() -> None:
     svg = draw(Line("grey", RISING), Line("none", NONE, 0, raw=NONE))
     assert '<g class="line other"><title>grey</title>' in svg
