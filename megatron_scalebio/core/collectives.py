@@ -41,6 +41,24 @@ def of_first_rank(values: torch.Tensor) -> torch.Tensor:
     return on_device.cpu()
 
 
+def require_megatrons(groups: ProcessGroupCollection) -> None:
+    """Megatron's schedules look groups up in parallel_state: others would be two worlds in one.
+
+    Raises:
+        ValueError: a group has other ranks than Megatron's.
+    """
+    megatrons = ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "dp"])
+    for name in ("tp", "pp", "cp", "dp"):
+        ours, theirs = (
+            dist.get_process_group_ranks(getattr(each, name)) for each in (groups, megatrons)
+        )
+        if ours != theirs:
+            raise ValueError(
+                f"pg_collection.{name} has ranks {ours}, parallel_state's has {theirs}: "
+                "initialize parallel_state with the same layout"
+            )
+
+
 def reports_losses(groups: ProcessGroupCollection) -> bool:
     """True on one rank for each part of each sequence: it adds its losses to the sums."""
     return groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0

@@ -27,7 +27,7 @@ from megatron_scalebio.core import experts, low_bits
 from megatron_scalebio.core import lisa as lisa_layers
 from megatron_scalebio.core import state as states
 from megatron_scalebio.core.batch import gpt_losses
-from megatron_scalebio.core.collectives import of_first_rank
+from megatron_scalebio.core.collectives import of_first_rank, require_megatrons
 from megatron_scalebio.core.flush import Losses, Observer, Pass, flush, reduce_losses, unobserved
 from megatron_scalebio.core.options import WHOLE_RESETS, LisaOptions
 from megatron_scalebio.core.period import Period, prepare_gradients, step_with
@@ -72,7 +72,7 @@ class Training:
         set_trainable: sets requires_grad for a period, as `lisa.set_trainable` for a GPTModel does.
         observe: is entered with the name of each part of a step while it lasts: "period", "flush",
             "forward" (within it, for each pass), "update".
-        pg_collection: Megatron's process groups [those of parallel_state].
+        pg_collection: Megatron's process groups, with the ranks of parallel_state's [the latter].
 
     Attributes:
         w, u: chunks of the models; u is None where w trains alone.
@@ -103,6 +103,8 @@ class Training:
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         self._ddp, self._optimizer, self._pg_collection = ddp, optimizer, pg_collection
+        if pg_collection is not None:
+            require_megatrons(pg_collection)
         self.groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.lisa, self._resync_interval, self._seed = lisa, resync_interval, seed
         self._memory_growth = memory_growth

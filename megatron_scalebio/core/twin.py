@@ -102,8 +102,8 @@ def _each_new_parameter(seen: Callable[[torch.nn.Parameter], None]) -> Iterator[
 class TwinModel(torch.nn.Module):
     """One pipeline chunk of w and of u (or of w alone, which is then both).
 
-    Carries the attributes that Megatron's schedules look up on a model. It owns no parameter, and
-    lasts as long as its period.
+    Carries the attributes that Megatron's schedules look up on a model. Its parameters are those of
+    `w` and `u`, its children. It lasts as long as its period.
 
     Args:
         losses: the forward pass of a batch through a model, `gpt_losses` or like it.

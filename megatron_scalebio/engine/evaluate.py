@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
 from megatron_scalebio.core.batch import gpt_losses, sequence_sums
-from megatron_scalebio.core.collectives import reports_losses
+from megatron_scalebio.core.collectives import of_first_rank, reports_losses
 from megatron_scalebio.core.twin import forget_weight_copies
 from megatron_scalebio.data.batch import BatchLayout, MicroBatch, micro_batches
 from megatron_scalebio.data.sources import Source
@@ -78,25 +78,25 @@ def held_out_losses(
     layout: BatchLayout,
     limit: int | None = None,
 ) -> list[HeldOutLoss]:
-    """Losses of this rank's model chunks on every set; equal on all ranks. A collective.
+    """Losses of this rank's model chunks on every set; rank 0's on all ranks. A collective.
 
     Args:
         limit: at most so many examples of each set, the first ones.
     """
-    result = []
-    for source in sets:
+    means = torch.zeros(len(sets), 2, dtype=torch.float64)  # over examples, over tokens
+    counts = []
+    for mean_2, source in zip(means, sets, strict=True):
         index_N = np.arange(min(len(source), limit or len(source)))
         losses = example_losses(chunks, source, index_N, config, layout)
-        result.append(
-            HeldOutLoss(
-                name=source.name,
-                sample_mean=float(losses.mean_N.mean()),
-                token_mean=float(losses.sum_N.sum() / losses.targets_N.sum().clamp_min(1)),
-                examples=len(index_N),
-                target_tokens=int(losses.targets_N.sum()),
-            )
+        targets = int(losses.targets_N.sum())
+        mean_2[0], mean_2[1] = losses.mean_N.mean(), losses.sum_N.sum() / max(targets, 1)
+        counts.append((len(index_N), targets))
+    return [
+        HeldOutLoss(source.name, sample_mean, token_mean, *count)
+        for source, (sample_mean, token_mean), count in zip(
+            sets, of_first_rank(means).tolist(), counts, strict=True
         )
-    return result
+    ]
 
 
 def example_losses(

@@ -32,6 +32,7 @@ import torch
 
 from megatron_scalebio import runtime
 from megatron_scalebio.config import Config
+from megatron_scalebio.core.collectives import of_first_rank
 from megatron_scalebio.core.flush import Losses, Pass, flush, passes_of, reduce_losses
 from megatron_scalebio.core.period import Period
 from megatron_scalebio.data.batch import MicroBatch, micro_batches
@@ -128,8 +129,8 @@ def doge_step(state: DogeState) -> Record:
         score_S[i].clamp_(-LARGEST_SCORE, LARGEST_SCORE)
         norm_S[i] = norm * clip
         log_weight_S[i] += rate * score_S[i]
-        summed.add(float(log_weight_S[i].exp()) * clip)
-    summed.give_back(1.0 / float(log_weight_S.exp().sum()))
+        summed.add(float(of_first_rank(log_weight_S.exp())[i]) * clip)
+    summed.give_back(1.0 / float(of_first_rank(log_weight_S.exp()).sum()))
 
     losses = run.losses()
     moved_S = log_weight_S.log_softmax(0)

@@ -137,7 +137,8 @@ def end_check(
         where a step is not finite, and after a signal.
     """
     config, data = state.config, state.data
-    used = [i for i, weight in enumerate(weight_S.tolist()) if weight >= RESOLUTION]
+    in_use = [i for i, weight in enumerate(weight_S.tolist()) if weight >= RESOLUTION]
+    used = runtime.on_main(lambda: in_use)
     steps = check_steps(config, len(used))
     looked_at = [*data.validation, *(data.sources[i] for i in used)]
     if not steps or bio.mixture.constraints is not None or len(weight_S) > MOST_SOURCES:

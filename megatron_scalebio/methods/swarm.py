@@ -173,7 +173,7 @@ class Ledger:
         return sum((TokenCost(**p["cost"]) for p in self.proxies), TokenCost())
 
     def next_mixture(self) -> Floats:
-        return self._propose(len(self.proxies), self.proxies)
+        return runtime.on_main(lambda: self._propose(len(self.proxies), self.proxies))
 
     def add(self, losses: list[float], cost: TokenCost) -> None:
         weights = self.next_mixture().tolist()

@@ -131,13 +131,20 @@ def manners(folder: Path) -> None:
     kept = all(getattr(bio.model_config, name) is hook for name, hook in theirs.items())
     handed = user(pg_collection=ProcessGroupCollection.use_mpu_process_groups())
     same = torch.equal(trace(steps(handed, 0, 6)), usual)
+    others = ProcessGroupCollection.use_mpu_process_groups()
+    others.dp = others.tp
+    refusal = ""
+    try:
+        user(pg_collection=others)
+    except ValueError as error:
+        refusal = str(error)
     loaded = user(options={"resync_interval": None})
     for chunk, value in ((loaded.w[0], 5.0), (loaded.u[0], 1.0)):  # w was loaded, and has counted
         chunk.register_buffer("counted", torch.tensor(value), persistent=False)
     loaded.enter_period()
     counted = float(loaded.u[0].counted) == 5.0
     if dist.get_rank() == 0:
-        found = {"kept": kept, "same": same, "counted": counted}
+        found = {"kept": kept, "same": same, "counted": counted, "refusal": refusal}
         torch.save(found, folder / "manners.pt")
     stop()
 
@@ -179,4 +186,6 @@ def test_overlapped_reduction_gives_the_same_steps(results: Path, name: str) -> 
 
 def test_the_callers_hooks_and_groups_are_respected(results: Path) -> None:
     found = torch.load(results / "manners.pt")
+    refusal = found.pop("refusal")
     assert found == {"kept": True, "same": True, "counted": True}
+    assert refusal.startswith("pg_collection.dp has ranks [0], parallel_state's has [0, 1]")

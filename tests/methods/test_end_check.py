@@ -208,8 +208,13 @@ def test_alike_is_what_is_surely_far_less_apart_than_the_median_pair(
     ],
 )  # fmt: skip
 def test_what_can_not_be_checked_is_not_begun(
-    weights: list[float], examples: int, kept: str | None, begins: bool
+    weights: list[float],
+    examples: int,
+    kept: str | None,
+    begins: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(end_check_module.runtime, "on_main", lambda work: work())
     config = SimpleNamespace(
         bilevel=SimpleNamespace(final_check=True, resync_interval=10),
         train=SimpleNamespace(train_iters=2000), lisa=SimpleNamespace(lisa_layers=None),
