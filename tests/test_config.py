@@ -142,6 +142,7 @@ REFUSED = [
     ("model", "window_size", [7.5, 0], "model.window_size[0]: 7.5 is not of type int"),
     ("model", "rope_scaling", {"rope_type": "ntk", "factor": 2}, "choose from llama3, linear"),
     ("model", "rope_scaling", {"rope_type": "yarn"}, "factor is missing"),
+    ("model", "rope_scaling", {"factor": 2}, "model.rope_scaling: rope_type is missing"),
     ("model", "rope_scaling", {"rope_type": "yarn", "factor": 2, "beta_fast": 0.5},
      "rope_scaling.beta_fast: 0.5 is below beta_slow 1.0"),
     ("model", "rope_scaling", {"rope_type": "linear", "factor": 2, "beta_fast": 16},

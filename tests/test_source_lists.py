@@ -42,6 +42,12 @@ def test_a_glob_names_prefixes(corpus: Path) -> None:
     assert [s[0] for s in sources({"glob": "corpus/math/*.idx"})] == ["books", "web"]
 
 
+def test_two_stars_reach_folders_at_any_depth(corpus: Path) -> None:
+    (corpus / "corpus" / "web.idx").touch()
+    found = sources({"glob": "corpus/**/web.idx", "name": "{parent}"})
+    assert [path for _, path, _ in found] == ["corpus/code/web", "corpus/math/web", "corpus/web"]
+
+
 @pytest.mark.parametrize("pattern", ["prepared/*", "prepared/*/source.json", "prepared/*/*.idx"])
 def test_a_glob_names_prepared_folders(corpus: Path, pattern: str) -> None:
     assert sources({"glob": pattern}) == [("a", "prepared/a", None), ("b", "prepared/b", None)]

@@ -278,6 +278,7 @@ def test_held_out_losses_do_not_depend_on_how_sequences_are_shared(runs: Path) -
             )
         ]
         assert [entry["name"], *shown] in [line.split() for line in said.splitlines()]
+    assert noted(runs / "noted", "evaluated", rank=1) == (0, ""), "the first rank speaks for all"
     for ours, whole in zip(got, want, strict=True):
         assert ours.pop("name") == whole.pop("name")
         assert ours == pytest.approx(whole, rel=1e-6)

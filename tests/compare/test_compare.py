@@ -224,6 +224,16 @@ def test_a_stage_that_fails_says_why_and_can_be_mended(
     assert "# prepare" in capfd.readouterr().out
 
 
+def test_flags_stand_before_what_the_file_says(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--methods", "doge", "--seeds", "3", "--output", str(tmp_path / "elsewhere")]
+    assert main(["compare", "--config", str(folder / "compare.yaml"), *words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "# doge, seed 3" in said and "uniform" not in said and "seed 5" not in said
+    assert str(tmp_path / "elsewhere") in said and str(folder / "out") not in said
+
+
 def test_the_weights_of_a_stopped_search_are_not_its_end(folder: Path, compared: Path) -> None:
     [stage] = [
         stage for stage in Plan(load(folder / "compare.yaml", {"methods": ["scalebio"]}))
@@ -270,6 +280,23 @@ def test_only_the_launcher_of_a_stage_sees_the_allocation(
                 kept
             ] * 3
             assert seen["PATH"]
+
+
+def test_only_what_is_not_prepared_yet_is_prepared(folder: Path, tmp_path: Path) -> None:
+    kept, data = tmp_path / "good", tmp_path / "out" / "data"
+    for made in (kept, data / "junk", data / "goal", data / "test"):
+        made.mkdir(parents=True)
+    (kept / "source.json").touch()
+    changed = content(folder)
+    changed["sources"]["good"], changed["output"] = str(kept), str(tmp_path / "out")
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(changed))
+    prepare = Plan(load(path, {})).preparation[0]
+    named = [word.partition("=")[0] for word in prepare.words if "=" in word]
+    assert named == ["junk", "goal", "test"] and not prepare.done
+    for made in data.iterdir():
+        (made / "source.json").touch()
+    assert prepare.done
 
 
 def test_a_stage_gets_its_environment_and_its_time_is_kept(tmp_path: Path) -> None:

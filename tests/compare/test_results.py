@@ -171,6 +171,7 @@ def test_every_option_reaches_its_stage(plan: Plan, tmp_path: Path) -> None:
         assert option(export, "--load") == str(run.folder / "train" / "checkpoints")
         assert option(benchmarks, "--hf") == option(export, "--save")
         assert option(benchmarks, "--tasks") == "gsm8k"
+        assert option(benchmarks, "--data") == f"gsm8k={plan.config.tasks['gsm8k']}"
 
 
 def test_variants_and_methods_of_before_stay(plan: Plan) -> None:

@@ -235,6 +235,10 @@ EXPORTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "reference lacks a shard": (
         lambda folder: shard_of(folder / "hf", DOWN).unlink(), [".safetensors: missing"],
     ),
+    "broken link in the reference": (
+        lambda folder: (folder / "hf" / "notes.txt").symlink_to(folder / "hf" / "gone.txt"),
+        ["notes.txt: is a broken link"],
+    ),
     "link out of the reference": (secret_link, ["notes.txt: links out of the folder"]),
     "existing output": (lambda folder: (folder / "out").mkdir(), ["out: exists"]),
 }  # fmt: skip

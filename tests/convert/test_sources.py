@@ -18,6 +18,7 @@ from megatron_scalebio.convert.layout import OutTensor, fresh_layout
 from megatron_scalebio.convert.megatron_reader import padding_multiple
 from megatron_scalebio.convert.safetensors_file import read_header
 from megatron_scalebio.convert.source import open_source
+from megatron_scalebio.errors import UserError
 from tests.convert.models import content, convert, dress, edit_json, make
 
 
@@ -71,6 +72,12 @@ def test_what_was_stored_as_a_view_is_read_row_by_row(tmp_path: Path) -> None:
     torch.save({"a": turned}, tmp_path / "pytorch_model.bin")
     read = open_source(tmp_path).read("a")
     assert read.is_contiguous() and torch.equal(read, turned)
+
+
+def test_a_bin_file_that_holds_a_number_too_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(3), "step": 7}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="is damaged, or holds more than plain tensors"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "head", "embedding"), [

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.transformer.module import Float16Module
 
 from megatron_scalebio.core.twin import (
     TwinModel,
@@ -47,6 +48,18 @@ def test_fp8_copies_of_what_trains_are_made_every_step_and_of_the_rest_every_per
     assert w.first.is_first_microbatch is True, "asked for and not yet made"
     alone = TwinModel(w, w)  # type: ignore[arg-type]
     assert remade(alone)[:2] == [True, True] and remade(alone)[:2] == [False, True]
+
+
+def test_copies_of_a_model_in_half_precision_are_forgotten_too() -> None:
+    """Its chunks are wrapped, in runs always."""
+    w, u = ToyChunk("hybrid"), ToyChunk("hybrid")
+    for gpt in (w, u):
+        gpt.requires_grad_(False)
+    both = TwinModel(w, u)  # type: ignore[arg-type]
+    assert remade(both) == [True] * 4 and remade(both) == [False] * 4
+    half: Any = SimpleNamespace(fp16=False, bf16=True, virtual_pipeline_model_parallel_size=None)
+    forget_weight_copies([Float16Module(half, w)])
+    assert remade(both) == [True, True, False, False]
 
 
 def test_under_delayed_scaling_a_period_begins_with_two_casts() -> None:

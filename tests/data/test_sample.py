@@ -237,6 +237,7 @@ def test_refusals(world: World, sentence_piece: Path) -> None:
     raw = WeightedSource("raw", str(world.big), 1.0)
     cases: list[tuple[str, tuple[WeightedSource, ...], dict[str, Any]]] = [
         (r"--num-samples: 0 is below 1", (big,), {"num_samples": 0}),
+        (r"--seed: 4294967296 does not fit 32 bits", (big,), {"seed": 2**32}),
         (r"--num-samples: give exactly one", (big,), {"per_source": 3, "num_samples": 3}),
         (r"--max-epochs: 0 is below 1", (big,), {"max_epochs": 0}),
         (r"gone: source 'x' is not there", (WeightedSource("x", "gone", 1.0),), {}),

@@ -54,3 +54,6 @@ def test_the_model_is_that_of_the_run_that_the_checkpoint_lies_in() -> None:
     config = evaluate._run_config(parser.parse_args(words))
     assert (config.model.num_layers, config.model.hidden_size) == (3, 48)
     assert config.train.seed == 1234, "and nothing else of the run"
+    Path("load/config.yaml").write_text("model: {num_layers: 5, hidden_size: 32}")
+    config = evaluate._run_config(parser.parse_args(words))
+    assert (config.model.num_layers, config.model.hidden_size) == (5, 32), "the nearest one"

@@ -337,6 +337,12 @@ def test_weights_json_says_what_the_choice_began_with(runs: Path) -> None:
         assert found["selected"] == (count or sum(map(len, chosen(runs / name))))
 
 
+def test_the_terminal_says_where_the_chosen_examples_are(runs: Path) -> None:
+    for name in ("less", "offline", "online"):
+        _, said = noted(runs / "noted", name)
+        assert f"{name}/selected.json" in said.replace("\n", "")
+
+
 def test_mistakes_cost_one_line(runs: Path) -> None:
     for name, words in {
         "other-dimensions": ("features/checkpoint-1", "other data or options"),

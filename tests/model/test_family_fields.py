@@ -10,6 +10,7 @@ import pytest
 
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.families import FAMILIES, read_family
+from megatron_scalebio.families.base import HfConfig
 
 # What these families call their sizes, and what the sizes are here.
 SIZES = {
@@ -301,6 +302,26 @@ def test_what_would_be_a_list_without_end_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"{key}: 10001 is not supported .10000 at most"):
         read_family(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("default", "value", "words"),
+    [(1.0, 1.0, None), (1.0, 2.0, "2.0"), (True, False, "False"), (None, 0, "0")],
+)
+def test_an_option_that_a_later_transformers_has_is_refused_where_it_is_set(
+    default: object, value: object, words: str | None
+) -> None:
+    config = HfConfig(
+        {"hidden_size": 8, "use_cache": False, "logit_gain": value},
+        {"hidden_size": 4, "use_cache": True, "logit_gain": default}, "config.json",
+    )  # fmt: skip
+    assert config.take("hidden_size") == 8
+    if words is None:
+        config.refuse_rest()
+        return
+    said = rf"config.json: logit_gain: {words} is not supported \(only {default} is\)"
+    with pytest.raises(UserError, match=said):
+        config.refuse_rest()
 
 
 def llama4(folder: Path, **values: Any) -> Path:

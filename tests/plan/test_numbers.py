@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 from megatron_scalebio.config import Config
@@ -19,6 +21,7 @@ from megatron_scalebio.plan.cost import StepCost, step_cost
 from megatron_scalebio.plan.estimate import _data_parallel_bytes, _in_flight
 from megatron_scalebio.plan.hardware import GPUS, Gpu, gpu_named
 from megatron_scalebio.plan.holdings import copy_bytes
+from megatron_scalebio.plan.kernels import kernels_of
 from megatron_scalebio.plan.layout import Layout, draws, ever_active, stage_layers, worst_draw
 from megatron_scalebio.plan.planner import Plan, _u_at_worst, low_bits_bytes
 from megatron_scalebio.plan.rehearsal import StageMemory
@@ -278,6 +281,15 @@ def test_the_tables_show_gigabytes_and_seconds() -> None:
     assert "fullest: stage 1, 4.99 of 7.00 GB" in rows
 
 
+def test_each_stage_has_its_own_column() -> None:
+    plan = a_plan()
+    first, second = plan.stages
+    doubled = {kind: 2 * size for kind, size in second.held_bytes.items()}
+    rows = shown(replace(plan, stages=(first, replace(second, held_bytes=doubled))))
+    found = [rows[name] for name in ("w", "gradients of w and u", "fp32 masters", "Adam state")]
+    assert found == [["1.00", "2.00"], ["0.300", "0.600"], ["0.050", "0.100"], ["0.100", "0.200"]]
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [(0, "0.00"), (5e6, "0.005"), (9.94e8, "0.994"), (9.96e8, "1.00"), (45.678e9, "45.68")],
@@ -370,3 +382,29 @@ def test_a_ranking_shows_what_was_estimated() -> None:
 def test_costs_are_no_part_of_memory() -> None:
     assert isinstance(a_plan().cost, StepCost)
     assert stage(0).total_bytes == STAGE_BYTES
+
+
+def test_a_fused_norm_gives_the_type_of_its_input_and_keeps_a_number_a_row() -> None:
+    x, weight = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((6, 64), (64,)))
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with kernels_of(config(), cuda=True), hooks:
+        out = F.rms_norm(x.requires_grad_(), (64,), weight)
+    assert (out.dtype, out.shape) == (x.dtype, x.shape)
+    assert sum(tensor.nbytes for tensor in kept) == x.nbytes + weight.nbytes + 6 * 4
+
+
+@pytest.mark.parametrize("width", [24, 16], ids=["as wide as keys", "narrower"])
+def test_attention_of_a_rehearsal_on_a_cpu_is_attention(width: int) -> None:
+    """Latent attention has values narrower than its queries and keys."""
+    shapes = [(2, 3, 8, 24), (2, 3, 8, 24), (2, 3, 8, width)]
+    given = [torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in shapes]
+    expected = F.scaled_dot_product_attention(*given, is_causal=True)
+    with kernels_of(config(), cuda=False):
+        found = F.scaled_dot_product_attention(*given, is_causal=True)
+    torch.testing.assert_close(found, expected)

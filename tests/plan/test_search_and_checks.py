@@ -79,6 +79,42 @@ def test_a_search_trains_as_many_layers_at_a_time_as_fit(monkeypatch: pytest.Mon
     assert search.search(given, 8, GPU, 0.4, lambda layout: None).best is None, "as configured"
 
 
+def test_a_search_goes_past_layouts_that_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first candidate has 8 replicas for a batch of 12."""
+    plain = {f"{kind}_parallel_size": 1 for kind in (
+        "tensor_model", "pipeline_model", "context",
+    )}  # fmt: skip
+    of_run = config(
+        parallel=plain,
+        train={"micro_batch_size": 1, "global_batch_size": 12, "validation_batch_size": 4},
+    )
+    monkeypatch.setattr(search, "in_order", lambda found: found)
+    estimator: Any = SimpleNamespace(estimate=lambda candidate, layout: layout)
+    found: list[Any] = search._estimates(of_run, 8, GPU, estimator)
+    assert {layout.dp for layout in found} == {1, 2, 4}
+
+
+def test_of_equally_fast_layouts_the_simplest_comes_first() -> None:
+    def layout(name: str, time: float = 1.0, too_large_by: int = 0, **degrees: int) -> Any:
+        given = {"virtual": 1, "pp": 1, "cp": 1, "tp": 1, "ep": 1, **degrees}
+        plan = SimpleNamespace(
+            layout=SimpleNamespace(**given), cost=SimpleNamespace(step_s=time),
+            worst_bytes=too_large_by,
+        )  # fmt: skip
+        return SimpleNamespace(name=name, plan=plan, fits=lambda least: not too_large_by)
+
+    given = [
+        layout("too large", 0.5, 9), layout("too large by less", 0.9, 8),
+        layout("virtual", virtual=2, pp=2), layout("pipeline", pp=2), layout("context", cp=2),
+        layout("tensor", tp=2), layout("experts", ep=2), layout("slower", 1.04),
+        layout("far slower", 1.06),
+    ]  # fmt: skip
+    assert [each.name for each in search.in_order(given)] == [
+        "slower", "experts", "tensor", "context", "pipeline", "virtual", "far slower",
+        "too large by less", "too large",
+    ]  # fmt: skip
+
+
 def test_a_dry_run_finds_ranks_that_do_not_fit_together() -> None:
     def built(stage: int, tp_rank: int) -> Built:
         name, layers = f"weight of stage {stage}", tuple(range(4 * stage, 4 * stage + 4))

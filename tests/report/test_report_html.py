@@ -162,6 +162,16 @@ def test_page_of_one_step_and_of_none(make_run: MakeRun) -> None:
     assert "Nothing recorded yet" in elements.text
 
 
+def test_the_picture_shows_the_heaviest_twenty_and_says_what_is_left(make_run: MakeRun) -> None:
+    run = make_run([f"shard {i:02d}" for i in range(24)], known=False)
+    page, elements = read_page(run)
+    entries = json.loads((run / "weights.json").read_text())["sources"]
+    rest = sum(sorted(entry["weight"] for entry in entries)[:4])
+    said = f"The 20 largest of 24 sources. The others share {100 * rest:.1f}%"
+    assert said in " ".join(elements.text.split())
+    assert page.count('<i class="bar" style') == 20
+
+
 def test_many_sources_still_make_a_page(make_run: MakeRun) -> None:
     run = make_run([f"shard {i:04d}" for i in range(1000)], steps=30, known=False)
     page, elements = read_page(run)
