@@ -12,7 +12,7 @@ import yaml
 
 from tests.commands import command, found_weights, note, refused, write_config
 from tests.distributed.harness import run_distributed
-from tests.markov import write_problem
+from tests.markov import write_problem, write_source
 
 pytestmark = pytest.mark.distributed
 SIZES = [400, 40, 200]  # examples
@@ -43,6 +43,8 @@ def on_one_rank(folder_name: str) -> None:
     still = ("--lr-lambda", 1e-9)  # stays where it begins: at the cap
     run(folder, "target", {}, "--target-examples", 1000, "--max-epochs", 2, *still)
     run(folder, "tokens", {}, "--target-tokens", "33k", "--max-epochs", 9, "--method", "natural")
+    short = {"s1": {"path": str(folder / "data" / "short")}}
+    run(folder, "short", short, "--target-tokens", "10k", "--max-epochs", 2, *still)
     pulled = {"bilevel": {"kl_to_prior": 1e4}}
     run(folder, "pulled", pulled)
     run(folder, "former", {"without": ["s1"]})
@@ -52,6 +54,7 @@ def on_one_rank(folder_name: str) -> None:
     run(folder, "groups", {**named, "steps": 42})
     run(folder, "bad target", {}, "--target-examples", 7)
     run(folder, "bad epochs", {}, "--target-examples", 10000)
+    run(folder, "bad tokens", short, "--target-tokens", "50k")
     run(folder, "bad cap", {"s1": {"min_weight": 0.3}}, "--target-examples", 1000)
     tight = {"s0": {"max_weight": 0.3}, "s2": {"max_weight": 0.3}}
     run(folder, "bad sum", tight, "--target-examples", 1000)
@@ -64,6 +67,7 @@ def on_one_rank(folder_name: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bounds")
     problem = write_problem(folder / "data", [0.3, 0.6, 0.1], 0, 17, SIZES, 200)
+    write_source(folder / "data", "short", [np.arange(5) for _ in range(SIZES[1])])
     (folder / "problem.yaml").write_text(yaml.safe_dump(problem))
     run_distributed(on_one_rank, 1, str(folder))
     return folder
@@ -104,6 +108,22 @@ def test_epochs_are_told_of_any_method(folder: Path) -> None:
     assert passes == pytest.approx([33000 / 17 / sum(SIZES)] * 3) and "epochs" in said
 
 
+def test_passes_over_short_examples_are_those_of_the_blends_tokens(folder: Path) -> None:
+    """10,000 tokens: two passes over the 200 of the short source, in examples of 5, are 4 %."""
+    content, said = found_weights(folder, "short")
+    shares = (folder / "short" / "blend.txt").read_text().split()[::2]
+    drawn = [float(share) * 10_000 for share in shares]
+    held = [count * length for count, length in zip(SIZES, (17, 5, 17), strict=True)]
+    passes = [tokens / own for tokens, own in zip(drawn, held, strict=True)]
+    assert [s["epochs"] for s in content["sources"]] == pytest.approx(passes, abs=1e-3)
+    assert content["sources"][1]["epochs"] == pytest.approx(2, rel=1e-6)
+    assert content["sources"][1]["epochs"] <= 2 + 1e-9
+    assert content["sources"][1]["bound"] == "max"
+    assert "target   10 k tokens, at most 2 passes of a source" in said
+    examples = drawn[1] / 5 + (drawn[0] + drawn[2]) / 17
+    assert content["target_examples"] == pytest.approx(examples, abs=1)
+
+
 def test_a_strong_prior_holds_the_mixture(folder: Path) -> None:
     natural = np.array(SIZES) / sum(SIZES)
     last = json.loads((folder / "pulled" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -139,6 +159,7 @@ def test_groups_are_sums_of_their_sources(folder: Path) -> None:
     [
         ("bad target", "data.target_examples: 7 is less than a batch of 8 sequences"),
         ("bad epochs", "data.max_epochs: 4 passes over all sources are 2.56 k examples, but the"),
+        ("bad tokens", "4 passes over all sources are 41.6 k tokens, but the final training"),
         (
             "bad cap",
             "data.max_epochs: 4 passes over 's1' limit its weight to 0.16, below its least weight",

@@ -33,6 +33,7 @@ from megatron_scalebio.methods import scalebio
 from megatron_scalebio.methods.bounds import at_bounds, bounds_of, prior_of
 from megatron_scalebio.methods.goals import broken_bound, goals_of, settle
 from megatron_scalebio.methods.scalebio import TrainState
+from megatron_scalebio.mixture.constraints import Constraints
 from tests.core.regression import rows
 from tests.markov import write_problem
 
@@ -222,7 +223,7 @@ def test_a_prior_of_nothing_is_a_ten_thousandth_of_an_equal_weight() -> None:
 
 def test_a_weight_is_held_by_a_bound_that_was_given() -> None:
     """Neither 0 nor 1 is one."""
-    kept: Any = SimpleNamespace(low_S=[0.5, 0.1, 0, 0, 0, 0.1], high_S=[0.5, 1, 0.3, 1, 1, 0.6])
+    kept = Constraints([0.5, 0.1, 0, 0, 0, 0.1], [0.5, 1, 0.3, 1, 1, 0.6])
     held = at_bounds(kept, [0.5, 0.1, 0.3, 0.0, 1.0, 0.2])
     assert held == ["fixed", "min", "max", None, None, None]
     assert at_bounds(None, [1.0]) is None
@@ -348,7 +349,7 @@ def test_sources_that_keep_their_ratios_meet_their_caps_together(
     weights = str(former(tmp_path, s0=0.6, s1=0.2))
     data = open_data(problem, ParallelConfig(), weights=weights, max_epochs=2.0, **options)
     assert data.former is not None
-    low_S, high_S = bounds_of(data.config, data, data.former.known)
+    low_S, high_S, _ = bounds_of(data.config, data, data.former.known)
     assert (low_S, high_S) == ([0.0] * 3, pytest.approx([0.6, 0.2, 0.6]))
     assert bounds_of(data.config, data, None)[1] == pytest.approx([0.6] * 3)
 

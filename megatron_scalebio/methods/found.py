@@ -111,7 +111,8 @@ def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, A
     passes = epochs(config, found.sources, found.weight_S)
     target: dict[str, Any] = {}
     if passes is not None:
-        target["target_examples"] = round(target_examples(config, found.sources) or 0)
+        examples = target_examples(config, found.sources, found.weight_S)
+        target["target_examples"] = round(examples or 0)
         target["max_epochs"] = config.data.max_epochs
         for entry, times in zip(entries, passes, strict=True):
             entry["epochs"] = times
