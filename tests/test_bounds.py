@@ -52,6 +52,9 @@ def on_one_rank(folder_name: str) -> None:
     run(folder, "reused", {}, *words, "--keep-ratios")
     named = {"s0": {"name": "math/s0"}, "s1": {"name": "math/s1"}, "s2": {"name": "code/s2"}}
     run(folder, "groups", {**named, "steps": 42})
+    run(folder, "later", {"steps": 42})
+    bounds = {"s0": {"max_weight": 0.1}, "s2": {"fixed_weight": 0.4}}
+    run(folder, "later", {**bounds, "steps": 44})
     run(folder, "bad target", {}, "--target-examples", 7)
     run(folder, "bad epochs", {}, "--target-examples", 10000)
     run(folder, "bad tokens", short, "--target-tokens", "50k")
@@ -106,6 +109,19 @@ def test_epochs_are_told_of_any_method(folder: Path) -> None:
     content, said = found_weights(folder, "tokens")
     passes = [source["epochs"] for source in content["sources"]]
     assert passes == pytest.approx([33000 / 17 / sum(SIZES)] * 3) and "epochs" in said
+
+
+def test_bounds_given_at_a_resume_hold_for_the_weights_it_ends_with(folder: Path) -> None:
+    """And for the steps after it; what was learned before is not averaged."""
+    content, said = found_weights(folder, "later")
+    s0, _, s2 = content["sources"]
+    assert s0["weight"] <= 0.1 + 1e-9 and s2["weight"] == pytest.approx(0.4)
+    assert s2["bound"] == "fixed" and s0["ci_low"] is None, "of so few steps"
+    assert "only 1 step is averaged" in said
+    records = [json.loads(x) for x in (folder / "later" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 44 and all(r["weights"][0] <= 0.1 + 1e-9 for r in records[42:])
+    assert records[41]["weights"][0] > 0.1
+    assert "from step 42" in said
 
 
 def test_passes_over_short_examples_are_those_of_the_blends_tokens(folder: Path) -> None:

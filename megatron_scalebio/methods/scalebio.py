@@ -97,7 +97,9 @@ def find(config: Config, job: Job) -> Found:
     if state.interactions is not None:
         interaction = state.interactions.found(state.data, config.bilevel.confidence)
     scored = {"example_scores": state.visits.write_scores(job.folder)} if state.visits else {}
-    known = state.step * config.bilevel.average_fraction >= FEWEST_AVERAGED
+    mixture = state.training.mixture
+    averaged = mixture.trajectory.steps * config.bilevel.average_fraction
+    known = averaged >= FEWEST_AVERAGED
     return Found(
         sources=state.data.sources,
         weight_S=intervals.weight_S.tolist(),
@@ -127,12 +129,13 @@ def find(config: Config, job: Job) -> Found:
             **scored,
             "settings_changed": state.changes,
         },
-        at_bound_S=at_bounds(state.training.mixture.constraints, intervals.weight_S.tolist()),
+        at_bound_S=at_bounds(mixture.constraints, intervals.weight_S.tolist()),
         interaction=interaction,
         stages=stages_of(
-            state.training.mixture.trajectory,
+            mixture.trajectory,
             config.bilevel.tolerance,
             final / config.train.train_iters,
+            max(0, mixture.steps - mixture.trajectory.steps),
         ),
     )
 

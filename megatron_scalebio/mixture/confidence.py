@@ -118,6 +118,12 @@ class TrajectoryBlocks:
         first = max(0, self.num_blocks - count)
         return self._sums_BS[first : self.num_blocks] / self.block_length
 
+    def whole(self) -> Tensor:
+        """Means of all blocks, the open one's too, [B, S]."""
+        blocks_BS = self._sums_BS[: self.num_blocks] / self.block_length
+        open_1S = self._open_sum_S[None] / max(1, self._open_steps)
+        return torch.cat([blocks_BS, open_1S]) if self._open_steps else blocks_BS
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors (shapes depend only on ``num_sources`` and ``capacity``) and integers."""
         return {

@@ -20,6 +20,8 @@ import torch
 from megatron_scalebio.mixture.confidence import WeightIntervals
 from megatron_scalebio.mixture.repetition import Repetition
 
+_CLOSE = 1e-9  # relative
+
 
 class Constraints:
     """Bounds, a prior and fixed ratios for the weights of S sources.
@@ -95,6 +97,11 @@ class Constraints:
             return self.high_S
         caps_S = self.repetition.cap_S * self.repetition.mean_length(weight_S)
         return self.high_S.minimum(caps_S).maximum(self.low_S)
+
+    def holds(self, weight_S: torch.Tensor) -> bool:
+        """Whether a mixture is within the bounds, to rounding."""
+        above_S = weight_S >= self.low_S * (1 - _CLOSE)
+        return bool((above_S & (weight_S <= self.highest(weight_S) * (1 + _CLOSE))).all())
 
     def project(self, weights_S: torch.Tensor) -> torch.Tensor:
         """The mixture within the bounds that is nearest to q, positive weights, in KL(p ‖ q)."""
