@@ -176,6 +176,11 @@ REFUSED = [
      "data.sources: their max_weight and fixed_weight add up to 0.8"),
     ("data", "sources", [{"name": n, "path": "p", "fixed_weight": 0.5} for n in "ab"],
      "data.sources: 0 of them have no fixed_weight: nothing is left to learn"),
+    ("data", "sources", [{"name": n, "path": "p", **of} for n, of in (
+        ("a", {"fixed_weight": 0.6}), ("b", {"min_weight": 0.4}), ("c", {}), ("d", {}))],
+     "data.sources: their min_weight and fixed_weight add up to 1: nothing is left to learn"),
+    ("data", "sources", [{"name": n, "path": "p", "max_weight": 0.1} for n in "abcdefghij"],
+     "data.sources: their max_weight and fixed_weight add up to 1: nothing is left to learn"),
     ("data", "new_share", 0.1, "data.new_share: needs the weights of a former run"),
     ("data", "keep_ratios", True, "data.keep_ratios: needs the weights of a former run"),
     ("data", "target_tokens", "20Q", "data.target_tokens: '20Q' is not of type float (give a num"),

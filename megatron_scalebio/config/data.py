@@ -167,13 +167,13 @@ class DataConfig:
         least, most = (sum(getattr(s, of) for s in self.sources) for of in ("low", "high"))
         if least > 1 + 1e-9:
             raise UserError(
-                f"sources: their min_weight and fixed_weight add up to {least:g} (lower them to 1 "
-                "or less)"
+                f"sources: their min_weight and fixed_weight add up to {least:g} (lower them "
+                "below 1)"
             )
         if self.sources and most < 1 - 1e-9:
             raise UserError(
-                f"sources: their max_weight and fixed_weight add up to {most:g} (raise them to 1 "
-                "or more)"
+                f"sources: their max_weight and fixed_weight add up to {most:g} (raise them "
+                "above 1)"
             )
         free = sum(source.low < source.high for source in self.sources)
         if len(self.sources) > 1 and free < 2:
@@ -181,6 +181,13 @@ class DataConfig:
                 f"sources: {free} of them have no fixed_weight: nothing is left to learn (free two "
                 "or more)"
             )
+        ends = {"min_weight": (least, "lower"), "max_weight": (most, "raise")}
+        for name, (whole, mend) in ends.items():
+            if len(self.sources) > 1 and abs(whole - 1) <= 1e-9:
+                raise UserError(
+                    f"sources: their {name} and fixed_weight add up to 1: nothing is left to learn "
+                    f"({mend} them)"
+                )
         if self.target_tokens is not None and self.target_examples is not None:
             raise UserError(
                 f"target_examples: {self.target_examples:g} and target_tokens exclude each other "
