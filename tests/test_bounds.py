@@ -42,7 +42,7 @@ def on_one_rank(folder_name: str) -> None:
     run(folder, "bounds", {**bounds, "steps": 42})  # enough for intervals
     still = ("--lr-lambda", 1e-9)  # stays where it begins: at the cap
     run(folder, "target", {}, "--target-examples", 1000, "--max-epochs", 2, *still)
-    run(folder, "tokens", {}, "--target-tokens", "33k", "--max-epochs", 9, "--method", "natural")
+    run(folder, "tokens", {}, "--target-tokens", "50k", "--method", "natural")
     short = {"s1": {"path": str(folder / "data" / "short")}}
     run(folder, "short", short, "--target-tokens", "10k", "--max-epochs", 2, *still)
     pulled = {"bilevel": {"kl_to_prior": 1e4}}
@@ -62,6 +62,8 @@ def on_one_rank(folder_name: str) -> None:
     tight = {"s0": {"max_weight": 0.3}, "s2": {"max_weight": 0.3}}
     run(folder, "bad sum", tight, "--target-examples", 1000)
     run(folder, "bad method", {"s1": {"min_weight": 0.3}}, "--method", "doge")
+    repeated = ("--target-examples", 1000, "--max-epochs", 2)
+    run(folder, "bad epochs of method", {}, *repeated, "--method", "regmix")
     run(folder, "bad reuse", {}, "--weights", folder / "former")
     run(folder, "bad ratios", {}, "--weights", folder / "target", "--keep-ratios")
 
@@ -105,10 +107,12 @@ def test_no_source_is_repeated_more_than_is_allowed(folder: Path) -> None:
 
 
 def test_epochs_are_told_of_any_method(folder: Path) -> None:
-    """33,000 tokens, 17 of each example; the natural mixture passes all sources alike."""
+    """50,000 tokens, 17 of each example; the natural mixture passes all sources alike, which
+    nothing limits."""
     content, said = found_weights(folder, "tokens")
     passes = [source["epochs"] for source in content["sources"]]
-    assert passes == pytest.approx([33000 / 17 / sum(SIZES)] * 3) and "epochs" in said
+    assert passes == pytest.approx([50000 / 17 / sum(SIZES)] * 3) and "epochs" in said
+    assert "max_epochs" not in content
 
 
 def test_bounds_given_at_a_resume_hold_for_the_weights_it_ends_with(folder: Path) -> None:
@@ -182,6 +186,7 @@ def test_groups_are_sums_of_their_sources(folder: Path) -> None:
         ),
         ("bad sum", "the sources' max_weight leave weights that add up to 0.76"),
         ("bad method", "data.sources: the bounds of 's1': the method 'doge' does not support"),
+        ("bad epochs of method", "data.max_epochs: the method 'regmix' does not support it"),
         ("bad reuse", "has no weight of s1 (give new_share"),
         ("bad ratios", "data.keep_ratios: "),
     ],

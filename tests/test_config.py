@@ -335,6 +335,14 @@ def test_the_two_targets_exclude_each_other() -> None:
         load_config(None, {"data": {"target_tokens": 9, "target_examples": 10}})
 
 
+def test_a_limit_of_epochs_needs_a_length() -> None:
+    with pytest.raises(UserError, match="max_epochs: 2 needs the length of the final training"):
+        load_config(None, {"data": {"max_epochs": 2}})
+    data = [load_config(None, {"data": given}).data for given in (
+        {}, {"target_tokens": 9}, {"target_tokens": 9, "max_epochs": 2})]  # fmt: skip
+    assert [each.most_epochs for each in data] == [4, 4, 2]
+
+
 def test_a_fixed_weight_is_both_bounds() -> None:
     sources = [
         {**DATA["sources"][0], "fixed_weight": 0.25}, DATA["sources"][1],

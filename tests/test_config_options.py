@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "keep_ratios": (False, True),
         "target_tokens": (None, 3e9),
         "target_examples": (None, 2e6),
-        "max_epochs": (4.0, 2.5),
+        "max_epochs": (None, 2.5),
         "seq_length": (1024, 96),
         "loss_mean": ("sample", "token"),
         "known_weights": (None, {"a": 0.25, "b": 0.75}),
@@ -241,6 +241,7 @@ NEEDS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {**EXPERTS, "moe_router_topk": 1, "moe_router_pre_softmax": True}
     },
     "known_weights": {"data": {"sources": [A, B]}},
+    "max_epochs": {"data": {"target_examples": 2e6}},
     "new_share": {"data": {"weights": "x/weights.json"}},
     "keep_ratios": {"data": {"weights": "x/weights.json"}},
     "window_attn_skip_freq": {"model": {"window_size": [6, 0]}},

@@ -13,6 +13,8 @@ from megatron_scalebio.config.checks import (
 )
 from megatron_scalebio.errors import UserError
 
+MOST_EPOCHS = 4.0  # of the final training over a source
+
 
 @dataclass(slots=True)
 class SourceConfig:
@@ -115,9 +117,10 @@ class DataConfig:
         None, "tokens of the final training, such as 20B: limits how often each source is repeated"
     )
     target_examples: Quantity | None = option(None, "as target_tokens, in examples")
-    max_epochs: float = option(
-        4.0,
-        "most passes of the final training over a source; needs target_tokens or target_examples",
+    max_epochs: float | None = option(
+        None,
+        "most passes of the final training over a source, with target_tokens or target_examples "
+        "[4]",
     )
     seq_length: int = option(1024, "tokens of model input per sequence")
     loss_mean: Literal["sample", "token"] = option(
@@ -162,6 +165,11 @@ class DataConfig:
                 f"known_weights: {unknown[0]!r} is not a source (use the names in data.sources)"
             )
 
+    @property
+    def most_epochs(self) -> float:
+        """`max_epochs`, or its default."""
+        return MOST_EPOCHS if self.max_epochs is None else self.max_epochs
+
     def _check_mixture(self) -> None:
         """That a mixture within the bounds exists, and what goes with `weights` comes with it."""
         least, most = (sum(getattr(s, of) for s in self.sources) for of in ("low", "high"))
@@ -192,6 +200,11 @@ class DataConfig:
             raise UserError(
                 f"target_examples: {self.target_examples:g} and target_tokens exclude each other "
                 "(drop one)"
+            )
+        if self.max_epochs is not None and not (self.target_tokens or self.target_examples):
+            raise UserError(
+                f"max_epochs: {self.max_epochs:g} needs the length of the final training (give "
+                "target_tokens or target_examples)"
             )
         if self.new_share is not None:
             require_within(self, "(0, 1)", "new_share")

@@ -73,7 +73,7 @@ def caps(config: Config, sources: Sequence[Source]) -> list[float] | None:
             f"data.{name}: {given:g} is less than a batch of {batch} sequences (give the size of "
             "the final training)"
         )
-    most = config.data.max_epochs
+    most = config.data.most_epochs
     if most * whole < given:
         raise UserError(
             f"data.max_epochs: {most:g} passes over all sources are {quantity(most * whole)} "

@@ -14,6 +14,7 @@ from megatron_scalebio.errors import UserError
 from megatron_scalebio.mixture.constraints import Constraints
 from megatron_scalebio.mixture.repetition import Repetition
 
+BOUNDED = ("scalebio", "olmix")  # methods whose weights keep to bounds
 LEAST_PRIOR = 1e-4  # of an equal weight: a prior of nothing would have no logarithm
 
 
@@ -72,14 +73,14 @@ def bounds_of(
     for source, cap in zip(config.data.sources, cap_S, strict=True):
         if source.low > cap * least:
             raise UserError(
-                f"data.max_epochs: {config.data.max_epochs:g} passes over {source.name!r} limit "
+                f"data.max_epochs: {config.data.most_epochs:g} passes over {source.name!r} limit "
                 f"its weight to {cap * least:.3g}, below its least weight {source.low:g} (raise "
                 "max_epochs, or lower min_weight or fixed_weight)"
             )
     reached = repetition.reached(*bounds_2S)
     if reached < 1:
         raise UserError(
-            f"data.max_epochs: {config.data.max_epochs:g} and the sources' max_weight leave "
+            f"data.max_epochs: {config.data.most_epochs:g} and the sources' max_weight leave "
             f"weights that add up to {reached:.3g} (raise one of them, or lower the target)"
         )
     if min(length_S) < max(length_S):
@@ -109,10 +110,11 @@ def refuse_bounds(config: Config) -> None:
     held = next((v for v in config.data.validation if v.is_bounded), None)
     asked = (
         {}
-        if method == "olmix"
+        if method in BOUNDED
         else {
             f"data.sources: the bounds of {bound.name if bound else None!r}": bound is not None,
             "data.keep_ratios": config.data.keep_ratios,
+            "data.max_epochs": config.data.max_epochs is not None,
             "bilevel.kl_to_prior": config.bilevel.kl_to_prior > 0,
         }
     )

@@ -194,7 +194,7 @@ class TrainState(RunState):
             "bilevel.kl_to_prior": bilevel.kl_to_prior or None,
             "bilevel.prior": bilevel.prior if bilevel.kl_to_prior else None,
             "data.target": length,
-            "data.max_epochs": data.max_epochs if length else None,
+            "data.max_epochs": data.most_epochs if length else None,
             "data.keep_ratios": data.keep_ratios or None,
             "bilevel.objective": bilevel.objective if bilevel.objective != "mean" else None,
             "bilevel.interactions": bilevel.interactions or None,
@@ -380,7 +380,7 @@ def _facts(state: TrainState) -> dict[str, object]:
     config = state.config
     train, bilevel = config.train, config.bilevel
     length, unit = target(config), "examples" if config.data.target_examples else "tokens"
-    repeated = f"{quantity(length)} {unit}, at most {config.data.max_epochs:g} passes of a source"
+    repeated = f"{quantity(length)} {unit}, at most {config.data.most_epochs:g} passes of a source"
     former, groups = state.data.former, ", ".join(f"{len(g.names):,}" for g in state.levels)
     return {
         **({} if former is None else {"weights": former.described()}),
