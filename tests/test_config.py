@@ -179,6 +179,7 @@ REFUSED = [
     ("data", "sources", [{"name": n, "path": "p", **of} for n, of in (
         ("a", {"fixed_weight": 0.6}), ("b", {"min_weight": 0.4}), ("c", {}), ("d", {}))],
      "data.sources: their min_weight and fixed_weight add up to 1: nothing is left to learn"),
+    ("bilevel", "group_sources", 1, "bilevel.group_sources: 1 is all sources in one group"),
     ("data", "sources", [{"name": n, "path": "p", "max_weight": 0.1} for n in "abcdefghij"],
      "data.sources: their max_weight and fixed_weight add up to 1: nothing is left to learn"),
     ("data", "new_share", 0.1, "data.new_share: needs the weights of a former run"),

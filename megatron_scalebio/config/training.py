@@ -123,6 +123,8 @@ class BilevelConfig:
         require_within(self, "(0, 1]", "floor_share", "average_fraction")
         require_within(self, "[0, 1]", "memory_growth")
         require_within(self, "[0, 0.5)", "blend_floor")
+        if self.group_sources == 1:
+            raise UserError("group_sources: 1 is all sources in one group (ask for 2 or more)")
         if self.confidence not in CONFIDENCE_LEVELS:
             levels = ", ".join(str(level) for level in CONFIDENCE_LEVELS)
             raise UserError(f"confidence: {self.confidence!r} has no critical value (use {levels})")

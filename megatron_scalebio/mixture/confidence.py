@@ -212,7 +212,7 @@ def weight_intervals(
     A weight whose truth is 0 is approached from above and never reached, so the lower end of an
     estimate below ``RESOLUTION`` is 0; and the upper end of one as near to 1 is 1.
     """
-    weight_S = blocks_BS.double().mean(0)
+    weight_S = blocks_BS.double().mean(0).clamp_max(1.0)  # sums may be above it, by rounding
     wandering_S = random_scaling_half_width(blocks_BS, confidence)
     drift_S = drift_left(blocks_BS)
     drawn_S = (weight_S * (1 - weight_S)).clamp_min(0) / (validation_examples or math.inf)
