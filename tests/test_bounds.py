@@ -47,6 +47,10 @@ def on_one_rank(folder_name: str) -> None:
     run(folder, "short", short, "--target-tokens", "10k", "--max-epochs", 2, *still)
     pulled = {"bilevel": {"kl_to_prior": 1e4}}
     run(folder, "pulled", pulled)
+    prior = {"s0": 0.2, "s1": 0.7, "s2": 0.1}
+    run(folder, "given", {"bilevel": {"kl_to_prior": 1e4, "prior": prior}})
+    lacking = {"bilevel": {"kl_to_prior": 1.0, "prior": {"s0": 1.0, "s1": 1.0}}}
+    run(folder, "bad prior", lacking)
     run(folder, "former", {"without": ["s1"]})
     words = ("--weights", folder / "former", "--new-share", 0.2)
     run(folder, "reused", {}, *words, "--keep-ratios")
@@ -150,6 +154,14 @@ def test_a_strong_prior_holds_the_mixture(folder: Path) -> None:
     np.testing.assert_allclose(last["weights"], natural, atol=1e-3)
 
 
+def test_a_prior_may_be_given_by_name(folder: Path) -> None:
+    found_weights(folder, "given")
+    last = json.loads((folder / "given" / "metrics.jsonl").read_text().splitlines()[-1])
+    np.testing.assert_allclose(last["weights"], [0.2, 0.7, 0.1], atol=1e-3)
+    again = yaml.safe_load((folder / "given" / "config.yaml").read_text())["bilevel"]
+    assert again["prior"] == {"s0": 0.2, "s1": 0.7, "s2": 0.1}
+
+
 def test_a_former_runs_sources_keep_their_ratios(folder: Path) -> None:
     former = dict(zip(("s0", "s2"), weights(found_weights(folder, "former")[0]), strict=True))
     content, said = found_weights(folder, "reused")
@@ -187,6 +199,7 @@ def test_groups_are_sums_of_their_sources(folder: Path) -> None:
         ("bad sum", "the sources' max_weight leave weights that add up to 0.76"),
         ("bad method", "data.sources: the bounds of 's1': the method 'doge' does not support"),
         ("bad epochs of method", "data.max_epochs: the method 'regmix' does not support it"),
+        ("bad prior", "bilevel.prior: has not the names of the sources: ['s0', 's1'], not"),
         ("bad reuse", "has no weight of s1 (give new_share"),
         ("bad ratios", "data.keep_ratios: "),
     ],

@@ -158,7 +158,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "confidence": (0.95, 0.8),
         "tolerance": (0.05, 0.1),
         "kl_to_prior": (0.0, 0.3),
-        "prior": ("natural", "initial"),
+        "prior": (None, "initial"),
         "final_train_iters": (None, 300),
         "final_check": (True, False),
         "early_stop": (False, True),

@@ -216,7 +216,9 @@ def test_a_bound_is_kept_within_half_a_percent() -> None:
 
 
 def test_a_prior_of_nothing_is_a_ten_thousandth_of_an_equal_weight() -> None:
-    config: Any = SimpleNamespace(bilevel=SimpleNamespace(prior="initial"))
+    config: Any = SimpleNamespace(
+        bilevel=SimpleNamespace(prior="initial"), data=SimpleNamespace(sources=[])
+    )
     data: Any = SimpleNamespace(initial_weights=lambda: [3.0, 0.0, 1.0, 0.0])
     assert prior_of(config, data) == pytest.approx([3.0, 1e-4, 1.0, 1e-4], rel=1e-12)
 

@@ -100,8 +100,10 @@ class BilevelConfig:
     kl_to_prior: float = option(
         0.0, "weight of the KL divergence of the mixture from `prior` in the objective"
     )
-    prior: str = option(
-        "natural", "what kl_to_prior pulls to: natural, initial, or a former run's weights.json"
+    prior: str | dict[str, float] | None = option(
+        None,
+        "what kl_to_prior pulls to: natural, initial, a former run's weights.json, or in a file "
+        "also shares, {name: share} [natural]",
     )
     final_train_iters: int | None = option(
         None, "steps of the final training that the weights are meant for [train_iters]"

@@ -7,10 +7,12 @@ import torch
 
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.reuse import reused
+from megatron_scalebio.data.weights_file import check_weights
 from megatron_scalebio.engine.epochs import caps, lengths
 from megatron_scalebio.engine.outputs import natural_shares
 from megatron_scalebio.engine.state import Data
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.formatting import told_apart
 from megatron_scalebio.mixture.constraints import Constraints
 from megatron_scalebio.mixture.repetition import Repetition
 
@@ -90,15 +92,23 @@ def bounds_of(
 
 
 def prior_of(config: Config, data: Data) -> list[float]:
-    """The mixture that `bilevel.prior` names."""
-    given = config.bilevel.prior
-    if given == "natural":
+    """The mixture that `bilevel.prior` names, or gives."""
+    given = config.bilevel.prior or "natural"
+    names = [source.name for source in config.data.sources]
+    if isinstance(given, dict):
+        check_weights(given, "bilevel.prior")
+        if set(given) != set(names):
+            raise UserError(
+                "bilevel.prior: has not the names of the sources: "
+                f"{told_apart(sorted(given), sorted(names))} (give each source its share)"
+            )
+        prior = [given[name] for name in names]
+    elif given == "natural":
         prior = natural_shares(data.sources)
     elif given == "initial":
         prior = data.initial_weights()
     else:
-        names, natural_S = [s.name for s in data.sources], natural_shares(data.sources)
-        prior = reused(Path(given), names, None, natural_S).weights
+        prior = reused(Path(given), names, None, natural_shares(data.sources)).weights
     least = LEAST_PRIOR * sum(prior) / len(prior)
     return [max(weight, least) for weight in prior]
 

@@ -192,7 +192,7 @@ class TrainState(RunState):
         held = [(v.reference_loss, v.max_loss, v.max_loss_rise) for v in data.validation]
         return {
             "bilevel.kl_to_prior": bilevel.kl_to_prior or None,
-            "bilevel.prior": bilevel.prior if bilevel.kl_to_prior else None,
+            "bilevel.prior": (bilevel.prior or "natural") if bilevel.kl_to_prior else None,
             "data.target": length,
             "data.max_epochs": data.most_epochs if length else None,
             "data.keep_ratios": data.keep_ratios or None,
