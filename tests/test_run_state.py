@@ -151,7 +151,7 @@ def test_a_swing_is_no_part_of_the_weights_that_are_told(u_is_w: bool) -> None:
         visits=SimpleNamespace(append=lambda *given: visited.append(given[0])),
         interactions=SimpleNamespace(
             begin_step=lambda *given: None, append=lambda *given: None,
-            swing=lambda step: torch.tensor([0.125, -0.125]),
+            swing=lambda step, shares_V: torch.tensor([0.125, -0.125]),
         ),
         training=SimpleNamespace(
             goals=goals, mixture=SimpleNamespace(probs_S=torch.ones(2)), memory=1.0, step=step,

@@ -270,7 +270,7 @@ def train_step(state: TrainState) -> StepReport:
     unswung_V = swing_V = bio.goals.swing_V
     if state.interactions:
         state.interactions.begin_step(state.step, bio.memory)
-        bio.goals.swing_V = swing_V = state.interactions.swing(state.step)
+        bio.goals.swing_V = swing_V = state.interactions.swing(state.step, bio.goals.shares_V)
     with state.clock("data"):
         train, valid, picks, valid_picks = state.data.next(
             bio.mixture.probs_S, bio.goals.shares_V.clamp_min(LEAST)
