@@ -248,7 +248,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _convert(value, next(a for a in args if a is not type(None)), where)
+        kinds = [a for a in args if a is not type(None)]
+        mappings = [a for a in kinds if isinstance(value, dict) and typing.get_origin(a) is dict]
+        return _convert(value, [*mappings, *kinds][0], where)
     if origin is typing.Literal:
         if value not in args:
             raise UserError(f"{where}: {value!r} is not a choice (choose from {', '.join(args)})")

@@ -58,7 +58,8 @@ def on_one_rank(folder_name: str) -> None:
     longer = ("--final-train-iters", LONGER * STEPS, "--tolerance", 1e-9)
     run("reweight", "searched", 2, STEPS, *longer)
     run("reweight", "bad stage", 2, STEPS, followed, folder / "first.json")
-    run("train", "from a run", 2, 2, followed, folder / "searched")
+    run("train", "from a run", 2, LONGER * STEPS, followed, folder / "searched")
+    run("train", "too short", 3, JOINED, followed, folder / "all.json")
     dist.destroy_process_group()
 
 
@@ -120,6 +121,7 @@ def test_a_search_writes_what_train_follows(folder: Path) -> None:
             "of other sources: s2 not there before (choose a new train.output, or name new",
         ),
         ("bad stages", "disorder.json: stages[0].step: 4 leaves the steps before it no mixture"),
+        ("too short", "all.json has a stage from step 4 on, and this training ends at step 4 ("),
         ("bad both", "and weights both give weights (drop one)"),
         ("bad stage", "first.json' is for `train`, which follows it (drop it)"),
     ],

@@ -12,7 +12,7 @@ import yaml
 
 from tests.commands import command, found_weights, note, refused, write_config
 from tests.distributed.harness import run_distributed
-from tests.markov import write_problem
+from tests.markov import write_problem, write_source
 
 pytestmark = pytest.mark.distributed
 SIZES = [400, 40, 200]  # examples
@@ -42,20 +42,32 @@ def on_one_rank(folder_name: str) -> None:
     run(folder, "bounds", {**bounds, "steps": 42})  # enough for intervals
     still = ("--lr-lambda", 1e-9)  # stays where it begins: at the cap
     run(folder, "target", {}, "--target-examples", 1000, "--max-epochs", 2, *still)
-    run(folder, "tokens", {}, "--target-tokens", "33k", "--max-epochs", 9, "--method", "natural")
+    run(folder, "tokens", {}, "--target-tokens", "50k", "--method", "natural")
+    short = {"s1": {"path": str(folder / "data" / "short")}}
+    run(folder, "short", short, "--target-tokens", "10k", "--max-epochs", 2, *still)
     pulled = {"bilevel": {"kl_to_prior": 1e4}}
     run(folder, "pulled", pulled)
+    prior = {"s0": 0.2, "s1": 0.7, "s2": 0.1}
+    run(folder, "given", {"bilevel": {"kl_to_prior": 1e4, "prior": prior}})
+    lacking = {"bilevel": {"kl_to_prior": 1.0, "prior": {"s0": 1.0, "s1": 1.0}}}
+    run(folder, "bad prior", lacking)
     run(folder, "former", {"without": ["s1"]})
     words = ("--weights", folder / "former", "--new-share", 0.2)
     run(folder, "reused", {}, *words, "--keep-ratios")
     named = {"s0": {"name": "math/s0"}, "s1": {"name": "math/s1"}, "s2": {"name": "code/s2"}}
     run(folder, "groups", {**named, "steps": 42})
+    run(folder, "later", {"steps": 42})
+    bounds = {"s0": {"max_weight": 0.1}, "s2": {"fixed_weight": 0.4}}
+    run(folder, "later", {**bounds, "steps": 44})
     run(folder, "bad target", {}, "--target-examples", 7)
     run(folder, "bad epochs", {}, "--target-examples", 10000)
+    run(folder, "bad tokens", short, "--target-tokens", "50k")
     run(folder, "bad cap", {"s1": {"min_weight": 0.3}}, "--target-examples", 1000)
     tight = {"s0": {"max_weight": 0.3}, "s2": {"max_weight": 0.3}}
     run(folder, "bad sum", tight, "--target-examples", 1000)
     run(folder, "bad method", {"s1": {"min_weight": 0.3}}, "--method", "doge")
+    repeated = ("--target-examples", 1000, "--max-epochs", 2)
+    run(folder, "bad epochs of method", {}, *repeated, "--method", "regmix")
     run(folder, "bad reuse", {}, "--weights", folder / "former")
     run(folder, "bad ratios", {}, "--weights", folder / "target", "--keep-ratios")
 
@@ -64,6 +76,7 @@ def on_one_rank(folder_name: str) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bounds")
     problem = write_problem(folder / "data", [0.3, 0.6, 0.1], 0, 17, SIZES, 200)
+    write_source(folder / "data", "short", [np.arange(5) for _ in range(SIZES[1])])
     (folder / "problem.yaml").write_text(yaml.safe_dump(problem))
     run_distributed(on_one_rank, 1, str(folder))
     return folder
@@ -98,16 +111,55 @@ def test_no_source_is_repeated_more_than_is_allowed(folder: Path) -> None:
 
 
 def test_epochs_are_told_of_any_method(folder: Path) -> None:
-    """33,000 tokens, 17 of each example; the natural mixture passes all sources alike."""
+    """50,000 tokens, 17 of each example; the natural mixture passes all sources alike, which
+    nothing limits."""
     content, said = found_weights(folder, "tokens")
     passes = [source["epochs"] for source in content["sources"]]
-    assert passes == pytest.approx([33000 / 17 / sum(SIZES)] * 3) and "epochs" in said
+    assert passes == pytest.approx([50000 / 17 / sum(SIZES)] * 3) and "epochs" in said
+    assert "max_epochs" not in content
+
+
+def test_bounds_given_at_a_resume_hold_for_the_weights_it_ends_with(folder: Path) -> None:
+    """And for the steps after it; what was learned before is not averaged."""
+    content, said = found_weights(folder, "later")
+    s0, _, s2 = content["sources"]
+    assert s0["weight"] <= 0.1 + 1e-9 and s2["weight"] == pytest.approx(0.4)
+    assert s2["bound"] == "fixed" and s0["ci_low"] is None, "of so few steps"
+    assert "only 1 step is averaged" in said
+    records = [json.loads(x) for x in (folder / "later" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 44 and all(r["weights"][0] <= 0.1 + 1e-9 for r in records[42:])
+    assert records[41]["weights"][0] > 0.1
+    assert "from step 42" in said
+
+
+def test_passes_over_short_examples_are_those_of_the_blends_tokens(folder: Path) -> None:
+    """10,000 tokens: two passes over the 200 of the short source, in examples of 5, are 4 %."""
+    content, said = found_weights(folder, "short")
+    shares = (folder / "short" / "blend.txt").read_text().split()[::2]
+    drawn = [float(share) * 10_000 for share in shares]
+    held = [count * length for count, length in zip(SIZES, (17, 5, 17), strict=True)]
+    passes = [tokens / own for tokens, own in zip(drawn, held, strict=True)]
+    assert [s["epochs"] for s in content["sources"]] == pytest.approx(passes, abs=1e-3)
+    assert content["sources"][1]["epochs"] == pytest.approx(2, rel=1e-6)
+    assert content["sources"][1]["epochs"] <= 2 + 1e-9
+    assert content["sources"][1]["bound"] == "max"
+    assert "target   10 k tokens, at most 2 passes of a source" in said
+    examples = drawn[1] / 5 + (drawn[0] + drawn[2]) / 17
+    assert content["target_examples"] == pytest.approx(examples, abs=1)
 
 
 def test_a_strong_prior_holds_the_mixture(folder: Path) -> None:
     natural = np.array(SIZES) / sum(SIZES)
     last = json.loads((folder / "pulled" / "metrics.jsonl").read_text().splitlines()[-1])
     np.testing.assert_allclose(last["weights"], natural, atol=1e-3)
+
+
+def test_a_prior_may_be_given_by_name(folder: Path) -> None:
+    found_weights(folder, "given")
+    last = json.loads((folder / "given" / "metrics.jsonl").read_text().splitlines()[-1])
+    np.testing.assert_allclose(last["weights"], [0.2, 0.7, 0.1], atol=1e-3)
+    again = yaml.safe_load((folder / "given" / "config.yaml").read_text())["bilevel"]
+    assert again["prior"] == {"s0": 0.2, "s1": 0.7, "s2": 0.1}
 
 
 def test_a_former_runs_sources_keep_their_ratios(folder: Path) -> None:
@@ -139,12 +191,15 @@ def test_groups_are_sums_of_their_sources(folder: Path) -> None:
     [
         ("bad target", "data.target_examples: 7 is less than a batch of 8 sequences"),
         ("bad epochs", "data.max_epochs: 4 passes over all sources are 2.56 k examples, but the"),
+        ("bad tokens", "4 passes over all sources are 41.6 k tokens, but the final training"),
         (
             "bad cap",
             "data.max_epochs: 4 passes over 's1' limit its weight to 0.16, below its least weight",
         ),
         ("bad sum", "the sources' max_weight leave weights that add up to 0.76"),
         ("bad method", "data.sources: the bounds of 's1': the method 'doge' does not support"),
+        ("bad epochs of method", "data.max_epochs: the method 'regmix' does not support it"),
+        ("bad prior", "bilevel.prior: has not the names of the sources: ['s0', 's1'], not"),
         ("bad reuse", "has no weight of s1 (give new_share"),
         ("bad ratios", "data.keep_ratios: "),
     ],

@@ -177,6 +177,12 @@ REFUSED = [
      "data.sources: their max_weight and fixed_weight add up to 0.8"),
     ("data", "sources", [{"name": n, "path": "p", "fixed_weight": 0.5} for n in "ab"],
      "data.sources: 0 of them have no fixed_weight: nothing is left to learn"),
+    ("data", "sources", [{"name": n, "path": "p", **of} for n, of in (
+        ("a", {"fixed_weight": 0.6}), ("b", {"min_weight": 0.4}), ("c", {}), ("d", {}))],
+     "data.sources: their min_weight and fixed_weight add up to 1: nothing is left to learn"),
+    ("bilevel", "group_sources", 1, "bilevel.group_sources: 1 is all sources in one group"),
+    ("data", "sources", [{"name": n, "path": "p", "max_weight": 0.1} for n in "abcdefghij"],
+     "data.sources: their max_weight and fixed_weight add up to 1: nothing is left to learn"),
     ("data", "new_share", 0.1, "data.new_share: needs the weights of a former run"),
     ("data", "keep_ratios", True, "data.keep_ratios: needs the weights of a former run"),
     ("data", "target_tokens", "20Q", "data.target_tokens: '20Q' is not of type float (give a num"),
@@ -329,6 +335,14 @@ def test_quantities_are_read_as_people_write_them(given: object, number: float) 
 def test_the_two_targets_exclude_each_other() -> None:
     with pytest.raises(UserError, match="target_examples: 10 and target_tokens exclude each other"):
         load_config(None, {"data": {"target_tokens": 9, "target_examples": 10}})
+
+
+def test_a_limit_of_epochs_needs_a_length() -> None:
+    with pytest.raises(UserError, match="max_epochs: 2 needs the length of the final training"):
+        load_config(None, {"data": {"max_epochs": 2}})
+    data = [load_config(None, {"data": given}).data for given in (
+        {}, {"target_tokens": 9}, {"target_tokens": 9, "max_epochs": 2})]  # fmt: skip
+    assert [each.most_epochs for each in data] == [4, 4, 2]
 
 
 def test_a_fixed_weight_is_both_bounds() -> None:

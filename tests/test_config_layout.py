@@ -17,6 +17,7 @@ DISAGREEING = [
         1, "leaves weights to be gathered",
     ),
     ({"data": {"sources": DATA["sources"][:1]}}, 1, "is not a mixture (name two"),
+    ({"bilevel": {"prior": {"a": 0.5, "b": 0.5}}}, 1, "has no effect without kl_to_prior"),
     ({"data": {"validation": []}}, 1, "data.validation: [] is empty"),
     ({"parallel": {"tensor_model_parallel_size": 4}}, 2, "world size: 2 is not divisible by TP 4"),
     ({"parallel": {"tensor_model_parallel_size": 3}}, 3, "3 does not divide the 4 attention heads"),

@@ -33,6 +33,7 @@ from megatron_scalebio.methods import scalebio
 from megatron_scalebio.methods.bounds import at_bounds, bounds_of, prior_of
 from megatron_scalebio.methods.goals import broken_bound, goals_of, settle
 from megatron_scalebio.methods.scalebio import TrainState
+from megatron_scalebio.mixture.constraints import Constraints
 from tests.core.regression import rows
 from tests.markov import write_problem
 
@@ -150,7 +151,7 @@ def test_a_swing_is_no_part_of_the_weights_that_are_told(u_is_w: bool) -> None:
         visits=SimpleNamespace(append=lambda *given: visited.append(given[0])),
         interactions=SimpleNamespace(
             begin_step=lambda *given: None, append=lambda *given: None,
-            swing=lambda step: torch.tensor([0.125, -0.125]),
+            swing=lambda step, shares_V: torch.tensor([0.125, -0.125]),
         ),
         training=SimpleNamespace(
             goals=goals, mixture=SimpleNamespace(probs_S=torch.ones(2)), memory=1.0, step=step,
@@ -215,14 +216,16 @@ def test_a_bound_is_kept_within_half_a_percent() -> None:
 
 
 def test_a_prior_of_nothing_is_a_ten_thousandth_of_an_equal_weight() -> None:
-    config: Any = SimpleNamespace(bilevel=SimpleNamespace(prior="initial"))
+    config: Any = SimpleNamespace(
+        bilevel=SimpleNamespace(prior="initial"), data=SimpleNamespace(sources=[])
+    )
     data: Any = SimpleNamespace(initial_weights=lambda: [3.0, 0.0, 1.0, 0.0])
     assert prior_of(config, data) == pytest.approx([3.0, 1e-4, 1.0, 1e-4], rel=1e-12)
 
 
 def test_a_weight_is_held_by_a_bound_that_was_given() -> None:
     """Neither 0 nor 1 is one."""
-    kept: Any = SimpleNamespace(low_S=[0.5, 0.1, 0, 0, 0, 0.1], high_S=[0.5, 1, 0.3, 1, 1, 0.6])
+    kept = Constraints([0.5, 0.1, 0, 0, 0, 0.1], [0.5, 1, 0.3, 1, 1, 0.6])
     held = at_bounds(kept, [0.5, 0.1, 0.3, 0.0, 1.0, 0.2])
     assert held == ["fixed", "min", "max", None, None, None]
     assert at_bounds(None, [1.0]) is None
@@ -348,7 +351,7 @@ def test_sources_that_keep_their_ratios_meet_their_caps_together(
     weights = str(former(tmp_path, s0=0.6, s1=0.2))
     data = open_data(problem, ParallelConfig(), weights=weights, max_epochs=2.0, **options)
     assert data.former is not None
-    low_S, high_S = bounds_of(data.config, data, data.former.known)
+    low_S, high_S, _ = bounds_of(data.config, data, data.former.known)
     assert (low_S, high_S) == ([0.0] * 3, pytest.approx([0.6, 0.2, 0.6]))
     assert bounds_of(data.config, data, None)[1] == pytest.approx([0.6] * 3)
 

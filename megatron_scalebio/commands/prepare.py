@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from rich.text import Text
 from megatron_scalebio import launcher
 from megatron_scalebio.config.checks import by_name
 from megatron_scalebio.data.encode_config import BAD_RECORDS, TOO_LONG
-from megatron_scalebio.data.inputs import parse_inputs
+from megatron_scalebio.data.inputs import SourceInput, parse_inputs
 from megatron_scalebio.data.prepare import PrepareConfig, Progress, prepare
 from megatron_scalebio.data.record_fields import ALL_FIELDS, FORMATS, parse_columns
 from megatron_scalebio.data.source_writer import LEFT_OUT_FILE
@@ -35,7 +36,7 @@ USUAL = (
     "--format", "--map", "--bad-records", "--overwrite",
 )  # fmt: skip
 _LINE_EVERY_S = 10.0
-_FEW = 10  # sources with a bar and a closing line of their own
+_FEW = 10  # sources with a bar and closing lines of their own
 ROWS_SHOWN = 50  # of the table; every source.json has its own
 _MANY = 0.05  # of the examples, above which truncation is warned of
 
@@ -165,31 +166,47 @@ def report_table(reports: Sequence[dict[str, Any]], out: Path) -> Table:
 
 def remarks(reports: Sequence[dict[str, Any]], config: PrepareConfig) -> list[str]:
     """What the table does not say: what was left out or cut, and what to do about it."""
-    lines = []
+    lines, counts = [], Counter[str]()
     if config.workers > cores():
         lines.append(f"--workers {config.workers}: {cores()} ran, as many as there are cores")
     for source, report in zip(config.sources, reports, strict=True):
-        name, dropped = report["name"], report["dropped"]
-        if source.unread:
-            names = ", ".join(str(path) for path in source.unread[:3])
-            more = f" and {len(source.unread) - 3:,} more" if len(source.unread) > 3 else ""
-            lines.append(f"{name}: not read, being of no known kind: {names}{more}")
-        if report["ignored_fields"]:
-            fields = [f"{field} ({n:,})" for field, n in sorted(report["ignored_fields"].items())]
-            lines.append(f"{name}: fields not used: {', '.join(fields)}")
-        if report["skipped"]:
-            place = config.out / name / LEFT_OUT_FILE
-            lines.append(f"{name}: {counted(report['skipped'])} left out, listed in {place}")
-        if dropped["prompt_too_long"]:
-            lines.append(
-                f"{name}: {dropped['prompt_too_long']:,} prompt_too_long: the prompt alone fills "
-                f"--seq-length {config.seq_length}"
-            )
-        if report["truncated"] > _MANY * report["examples"]:
-            lines.append(
-                f"warning: {name}: {report['truncated']:,} of {report['examples']:,} examples lost "
-                f"their end; --seq-length {report['longest'] - 1} would hold the longest"
-            )
+        for what, line in _remarks_of(source, report, config).items():
+            counts[what] += 1
+            if counts[what] <= _FEW:
+                lines.append(line)
+    return lines + [
+        f"... and {count - _FEW:,} more sources: {what}"
+        for what, count in counts.items()
+        if count > _FEW
+    ]
+
+
+def _remarks_of(
+    source: SourceInput, report: dict[str, Any], config: PrepareConfig
+) -> dict[str, str]:
+    """Of one source, by what they are about."""
+    lines, name, dropped = {}, report["name"], report["dropped"]
+    if source.unread:
+        names = ", ".join(str(path) for path in source.unread[:3])
+        more = f" and {len(source.unread) - 3:,} more" if len(source.unread) > 3 else ""
+        lines["files not read"] = f"{name}: not read, being of no known kind: {names}{more}"
+    if report["ignored_fields"]:
+        fields = [f"{field} ({n:,})" for field, n in sorted(report["ignored_fields"].items())]
+        lines["fields not used"] = f"{name}: fields not used: {', '.join(fields)}"
+    if report["skipped"]:
+        place = config.out / name / LEFT_OUT_FILE
+        skipped = counted(report["skipped"])
+        lines["records left out"] = f"{name}: {skipped} left out, listed in {place}"
+    if dropped["prompt_too_long"]:
+        lines["prompt_too_long"] = (
+            f"{name}: {dropped['prompt_too_long']:,} prompt_too_long: the prompt alone fills "
+            f"--seq-length {config.seq_length}"
+        )
+    if report["truncated"] > _MANY * report["examples"]:
+        lines["examples lost their end"] = (
+            f"warning: {name}: {report['truncated']:,} of {report['examples']:,} examples lost "
+            f"their end; --seq-length {report['longest'] - 1} would hold the longest"
+        )
     return lines
 
 

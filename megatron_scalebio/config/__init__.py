@@ -65,6 +65,12 @@ class Config:
                 "it (drop it)"
             )
         self._validate_goals()
+        bilevel = self.bilevel  # olmix has a pull of its own
+        if bilevel.prior and not bilevel.kl_to_prior and self.baseline.method != "olmix":
+            raise UserError(
+                f"bilevel.prior: {bilevel.prior!r} has no effect without kl_to_prior (give it, or "
+                "drop prior)"
+            )
         if self.parallel.overlap_param_gather:
             raise UserError(
                 "parallel.overlap_param_gather: True leaves weights to be gathered that u is reset "

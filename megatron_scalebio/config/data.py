@@ -13,6 +13,8 @@ from megatron_scalebio.config.checks import (
 )
 from megatron_scalebio.errors import UserError
 
+MOST_EPOCHS = 4.0  # of the final training over a source
+
 
 @dataclass(slots=True)
 class SourceConfig:
@@ -115,9 +117,10 @@ class DataConfig:
         None, "tokens of the final training, such as 20B: limits how often each source is repeated"
     )
     target_examples: Quantity | None = option(None, "as target_tokens, in examples")
-    max_epochs: float = option(
-        4.0,
-        "most passes of the final training over a source; needs target_tokens or target_examples",
+    max_epochs: float | None = option(
+        None,
+        "most passes of the final training over a source, with target_tokens or target_examples "
+        "[4]",
     )
     seq_length: int = option(1024, "tokens of model input per sequence")
     loss_mean: Literal["sample", "token"] = option(
@@ -162,18 +165,23 @@ class DataConfig:
                 f"known_weights: {unknown[0]!r} is not a source (use the names in data.sources)"
             )
 
+    @property
+    def most_epochs(self) -> float:
+        """`max_epochs`, or its default."""
+        return MOST_EPOCHS if self.max_epochs is None else self.max_epochs
+
     def _check_mixture(self) -> None:
         """That a mixture within the bounds exists, and what goes with `weights` comes with it."""
         least, most = (sum(getattr(s, of) for s in self.sources) for of in ("low", "high"))
         if least > 1 + 1e-9:
             raise UserError(
-                f"sources: their min_weight and fixed_weight add up to {least:g} (lower them to 1 "
-                "or less)"
+                f"sources: their min_weight and fixed_weight add up to {least:g} (lower them "
+                "below 1)"
             )
         if self.sources and most < 1 - 1e-9:
             raise UserError(
-                f"sources: their max_weight and fixed_weight add up to {most:g} (raise them to 1 "
-                "or more)"
+                f"sources: their max_weight and fixed_weight add up to {most:g} (raise them "
+                "above 1)"
             )
         free = sum(source.low < source.high for source in self.sources)
         if len(self.sources) > 1 and free < 2:
@@ -181,10 +189,22 @@ class DataConfig:
                 f"sources: {free} of them have no fixed_weight: nothing is left to learn (free two "
                 "or more)"
             )
+        ends = {"min_weight": (least, "lower"), "max_weight": (most, "raise")}
+        for name, (whole, mend) in ends.items():
+            if len(self.sources) > 1 and abs(whole - 1) <= 1e-9:
+                raise UserError(
+                    f"sources: their {name} and fixed_weight add up to 1: nothing is left to learn "
+                    f"({mend} them)"
+                )
         if self.target_tokens is not None and self.target_examples is not None:
             raise UserError(
                 f"target_examples: {self.target_examples:g} and target_tokens exclude each other "
                 "(drop one)"
+            )
+        if self.max_epochs is not None and not (self.target_tokens or self.target_examples):
+            raise UserError(
+                f"max_epochs: {self.max_epochs:g} needs the length of the final training (give "
+                "target_tokens or target_examples)"
             )
         if self.new_share is not None:
             require_within(self, "(0, 1)", "new_share")

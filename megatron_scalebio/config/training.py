@@ -102,8 +102,10 @@ class BilevelConfig:
     kl_to_prior: float = option(
         0.0, "weight of the KL divergence of the mixture from `prior` in the objective"
     )
-    prior: str = option(
-        "natural", "what kl_to_prior pulls to: natural, initial, or a former run's weights.json"
+    prior: str | dict[str, float] | None = option(
+        None,
+        "what kl_to_prior pulls to: natural, initial, a former run's weights.json, or in a file "
+        "also shares, {name: share} [natural]",
     )
     final_train_iters: int | None = option(
         None, "steps of the final training that the weights are meant for [train_iters]"
@@ -125,6 +127,8 @@ class BilevelConfig:
         require_within(self, "(0, 1]", "floor_share", "average_fraction")
         require_within(self, "[0, 1]", "memory_growth")
         require_within(self, "[0, 0.5)", "blend_floor")
+        if self.group_sources == 1:
+            raise UserError("group_sources: 1 is all sources in one group (ask for 2 or more)")
         if self.confidence not in CONFIDENCE_LEVELS:
             levels = ", ".join(str(level) for level in CONFIDENCE_LEVELS)
             raise UserError(f"confidence: {self.confidence!r} has no critical value (use {levels})")

@@ -1,6 +1,7 @@
 """How often the final training goes through each source, and how often it may.
 
-a training of N examples under p draws p_i N of source i, and passes it p_i N / n_i times
+a training of N examples under p draws p_i N of source i, and passes it p_i N / n_i times; one of
+T tokens has N = T / Σ_j p_j L_j examples, L_j the mean length of those of source j
 """
 
 from collections.abc import Sequence
@@ -18,54 +19,65 @@ def natural_counts(sources: Sequence[Source]) -> list[int]:
     return [drawn_from(Path(source.prefix).parent) or len(source) for source in sources]
 
 
-def target_examples(config: Config, sources: Sequence[Source]) -> float | None:
-    """Examples of the final training (N); None where its length is not given.
+def lengths(config: Config, sources: Sequence[Source]) -> list[float]:
+    """L: what an example of each source is of the final training's length, in its unit."""
+    in_tokens = config.data.target_tokens is not None
+    return [source.mean_length if in_tokens else 1.0 for source in sources]
 
-    Tokens are turned into examples of the mean length of all.
 
-    Raises:
-        UserError: if that is not one batch.
-    """
-    data = config.data
-    given: float | None = data.target_examples
-    if data.target_tokens is not None:
-        tokens = sum(source.tokens for source in sources)
-        given = data.target_tokens * sum(map(len, sources)) / tokens
-    batch = config.train.global_batch_size
-    if given is not None and given < batch:
-        name = "target_tokens" if data.target_examples is None else "target_examples"
-        raise UserError(
-            f"data.{name}: {getattr(data, name):g} is less than a batch of {batch} sequences (give "
-            "the size of the final training)"
-        )
-    return given
+def target(config: Config) -> float | None:
+    """Length of the final training, in tokens or examples as it is given; None: it is not."""
+    return config.data.target_examples or config.data.target_tokens
+
+
+def target_examples(
+    config: Config, sources: Sequence[Source], weight_S: Sequence[float]
+) -> float | None:
+    """Examples of the final training under a mixture (N); None where its length is not given."""
+    given = target(config)
+    if given is None:
+        return None
+    pairs = zip(weight_S, lengths(config, sources), strict=True)
+    return given / sum(weight * length for weight, length in pairs)
 
 
 def epochs(
     config: Config, sources: Sequence[Source], weight_S: Sequence[float]
 ) -> list[float] | None:
     """Passes of the final training over each source; None where its length is not given."""
-    target = target_examples(config, sources)
-    if target is None:
+    examples = target_examples(config, sources, weight_S)
+    if examples is None:
         return None
     pairs = zip(weight_S, natural_counts(sources), strict=True)
-    return [weight * target / count for weight, count in pairs]
+    return [weight * examples / count for weight, count in pairs]
 
 
 def caps(config: Config, sources: Sequence[Source]) -> list[float] | None:
-    """The largest weight that keeps each source to `max_epochs`; None where N is not given.
+    """The largest weight that keeps each source to `max_epochs`, for a mean length of 1.
+
+    None where the length of the final training is not given.
 
     Raises:
-        UserError: if all sources together do not hold that many examples.
+        UserError: if that is not one batch, or more than all sources together hold.
     """
-    target = target_examples(config, sources)
-    if target is None:
+    given = target(config)
+    if given is None:
         return None
-    most, counts = config.data.max_epochs, natural_counts(sources)
-    if most * sum(counts) < target:
+    in_tokens = config.data.target_tokens is not None
+    name, unit = ("target_tokens", "tokens") if in_tokens else ("target_examples", "examples")
+    counts, batch = natural_counts(sources), config.train.global_batch_size
+    pairs = zip(counts, lengths(config, sources), strict=True)
+    whole = sum(count * length for count, length in pairs)
+    if given * sum(counts) < batch * whole:
         raise UserError(
-            f"data.max_epochs: {most:g} passes over all sources are {quantity(most * sum(counts))} "
-            f"examples, but the final training needs {quantity(target)} (raise max_epochs, lower "
+            f"data.{name}: {given:g} is less than a batch of {batch} sequences (give the size of "
+            "the final training)"
+        )
+    most = config.data.most_epochs
+    if most * whole < given:
+        raise UserError(
+            f"data.max_epochs: {most:g} passes over all sources are {quantity(most * whole)} "
+            f"{unit}, but the final training needs {quantity(given)} (raise max_epochs, lower "
             "the target, or add sources)"
         )
-    return [min(1.0, most * count / target) for count in counts]
+    return [most * count / given for count in counts]

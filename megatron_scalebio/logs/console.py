@@ -257,14 +257,10 @@ class RunConsole:
             parts.insert(0, f"validation {loss:.3f}" if math.isfinite(loss) else "validation –")
         # The weights come last: a narrow terminal cuts off the end.
         if "weights" in record:
-            parts.append(self._top_weights(record["weights"]))
+            groups = record.get("group_weights") or {}
+            names = list(groups) or [source.name for source in self._sources]
+            parts.append(_top_weights(names, list(groups.values()) or record["weights"]))
         return "  ".join(parts)
-
-    def _top_weights(self, weights: Sequence[float]) -> str:
-        top = np.argsort(-np.asarray(weights), kind="stable")[:TOP_SHOWN].tolist()
-        names = [shorten(printable(self._sources[i].name), TOP_NAME_CHARS) for i in top]
-        shares = [f"{100 * weights[i]:.0f}%" for i in top]
-        return ", ".join(f"{name} {share}" for name, share in zip(names, shares, strict=True))
 
     def _note_hidden(self, count: int, what: str = "sources") -> None:
         if count > 0:
@@ -272,6 +268,13 @@ class RunConsole:
 
     def _print(self, *parts: str | Text) -> None:
         self.console.print(Text.assemble(*parts), soft_wrap=True)
+
+
+def _top_weights(names: Sequence[str], weights: Sequence[float]) -> str:
+    top = np.argsort(-np.asarray(weights), kind="stable")[:TOP_SHOWN].tolist()
+    shown = [shorten(printable(names[i]), TOP_NAME_CHARS) for i in top]
+    shares = [f"{100 * weights[i]:.0f}%" for i in top]
+    return ", ".join(f"{name} {share}" for name, share in zip(shown, shares, strict=True))
 
 
 def _interval(entry: Mapping[str, Any]) -> str:

@@ -3,14 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.reuse import reused
-from megatron_scalebio.engine.epochs import caps
+from megatron_scalebio.data.weights_file import check_weights
+from megatron_scalebio.engine.epochs import caps, lengths
 from megatron_scalebio.engine.outputs import natural_shares
 from megatron_scalebio.engine.state import Data
 from megatron_scalebio.errors import UserError
+from megatron_scalebio.formatting import told_apart
 from megatron_scalebio.mixture.constraints import Constraints
+from megatron_scalebio.mixture.repetition import Repetition
 
+BOUNDED = ("scalebio", "olmix")  # methods whose weights keep to bounds
 LEAST_PRIOR = 1e-4  # of an equal weight: a prior of nothing would have no logarithm
 
 
@@ -35,56 +41,74 @@ def constraints_of(config: Config, data: Data, kappa: float) -> Constraints | No
             raise UserError(
                 "data.keep_ratios: True and bounds of single sources exclude each other (drop one)"
             )
-    low_S, high_S = bounds_of(config, data, tied_S)
-    if not kappa and tied_S is None and not any(low_S) and min(high_S) == 1.0:
+    low_S, high_S, repetition = bounds_of(config, data, tied_S)
+    is_bounded = repetition is not None or any(low_S) or min(high_S) < 1.0
+    if not kappa and tied_S is None and not is_bounded:
         return None
     prior_S = prior_of(config, data) if kappa else None
-    return Constraints(low_S, high_S, prior=prior_S, kl_to_prior=kappa, tied=tied_S)
+    return Constraints(
+        low_S, high_S, prior=prior_S, kl_to_prior=kappa, tied=tied_S, repetition=repetition
+    )
 
 
 def bounds_of(
     config: Config, data: Data, tied_S: list[bool] | None
-) -> tuple[list[float], list[float]]:
-    """The least and the largest weight of each source.
+) -> tuple[list[float], list[float], Repetition | None]:
+    """The least and the largest weight of each source, and caps that depend on the mixture.
 
     Args:
         tied_S: sources that keep the ratios they begin with, and so meet their bounds together.
     """
     low_S = [source.low for source in config.data.sources]
     high_S = [source.high for source in config.data.sources]
-    caps_S = caps(config, data.sources)
-    if caps_S is None:
-        return low_S, high_S
-    for source, cap in zip(config.data.sources, caps_S, strict=True):
-        if source.low > cap:
-            raise UserError(
-                f"data.max_epochs: {config.data.max_epochs:g} passes over {source.name!r} limit "
-                f"its weight to {cap:.3g}, below its least weight {source.low:g} (raise "
-                "max_epochs, or lower min_weight or fixed_weight)"
-            )
-    high_S = [min(pair) for pair in zip(high_S, caps_S, strict=True)]
+    cap_S = caps(config, data.sources)
+    if cap_S is None:
+        return low_S, high_S, None
     if tied_S is not None:
         ratio_S = [w * tied for w, tied in zip(data.initial_weights(), tied_S, strict=True)]
-        most = min(high / ratio for high, ratio in zip(high_S, ratio_S, strict=True) if ratio)
-        high_S = [most * ratio or high for high, ratio in zip(high_S, ratio_S, strict=True)]
-    if sum(high_S) < 1:
+        most = min(cap / ratio for cap, ratio in zip(cap_S, ratio_S, strict=True) if ratio)
+        cap_S = [most * ratio or cap for cap, ratio in zip(cap_S, ratio_S, strict=True)]
+    length_S = lengths(config, data.sources)
+    repetition = Repetition(cap_S, length_S)
+    bounds_2S = torch.tensor([low_S, high_S], dtype=torch.float64)
+    least = repetition.least_length(*bounds_2S)
+    for source, cap in zip(config.data.sources, cap_S, strict=True):
+        if source.low > cap * least:
+            raise UserError(
+                f"data.max_epochs: {config.data.most_epochs:g} passes over {source.name!r} limit "
+                f"its weight to {cap * least:.3g}, below its least weight {source.low:g} (raise "
+                "max_epochs, or lower min_weight or fixed_weight)"
+            )
+    reached = repetition.reached(*bounds_2S)
+    if reached < 1:
         raise UserError(
-            f"data.max_epochs: {config.data.max_epochs:g} and the sources' max_weight leave "
-            f"weights that add up to {sum(high_S):.3g} (raise one of them, or lower the target)"
+            f"data.max_epochs: {config.data.most_epochs:g} and the sources' max_weight leave "
+            f"weights that add up to {reached:.3g} (raise one of them, or lower the target)"
         )
-    return low_S, high_S
+    if min(length_S) < max(length_S):
+        return low_S, high_S, repetition
+    pairs = zip(high_S, cap_S, strict=True)
+    return low_S, [min(high, cap * length_S[0]) for high, cap in pairs], None
 
 
 def prior_of(config: Config, data: Data) -> list[float]:
-    """The mixture that `bilevel.prior` names."""
-    given = config.bilevel.prior
-    if given == "natural":
+    """The mixture that `bilevel.prior` names, or gives."""
+    given = config.bilevel.prior or "natural"
+    names = [source.name for source in config.data.sources]
+    if isinstance(given, dict):
+        check_weights(given, "bilevel.prior")
+        if set(given) != set(names):
+            raise UserError(
+                "bilevel.prior: has not the names of the sources: "
+                f"{told_apart(sorted(given), sorted(names))} (give each source its share)"
+            )
+        prior = [given[name] for name in names]
+    elif given == "natural":
         prior = natural_shares(data.sources)
     elif given == "initial":
         prior = data.initial_weights()
     else:
-        names, natural_S = [s.name for s in data.sources], natural_shares(data.sources)
-        prior = reused(Path(given), names, None, natural_S).weights
+        prior = reused(Path(given), names, None, natural_shares(data.sources)).weights
     least = LEAST_PRIOR * sum(prior) / len(prior)
     return [max(weight, least) for weight in prior]
 
@@ -96,10 +120,11 @@ def refuse_bounds(config: Config) -> None:
     held = next((v for v in config.data.validation if v.is_bounded), None)
     asked = (
         {}
-        if method == "olmix"
+        if method in BOUNDED
         else {
             f"data.sources: the bounds of {bound.name if bound else None!r}": bound is not None,
             "data.keep_ratios": config.data.keep_ratios,
+            "data.max_epochs": config.data.max_epochs is not None,
             "bilevel.kl_to_prior": config.bilevel.kl_to_prior > 0,
         }
     )
@@ -121,8 +146,9 @@ def at_bounds(kept: Constraints | None, weight_S: Sequence[float]) -> list[str |
         return None
     close = 1e-6
     names: list[str | None] = [None] * len(weight_S)
+    high_S = kept.highest(torch.tensor(weight_S, dtype=torch.float64))
     for number in range(len(names)):
-        weight, low, high = (float(x[number]) for x in (weight_S, kept.low_S, kept.high_S))
+        weight, low, high = (float(x[number]) for x in (weight_S, kept.low_S, high_S))
         if low == high:
             names[number] = "fixed"
         elif high - weight <= close * high and high < 1:

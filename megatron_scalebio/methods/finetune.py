@@ -87,6 +87,13 @@ class FinetuneState(RunState):
         if config.data.blend_schedule:
             names = [source.name for source in self.data.sources]
             self.blends = read_schedule(Path(config.data.blend_schedule), names)
+            last, steps = self.blends.steps[-1], config.train.train_iters
+            if last >= steps:
+                raise UserError(
+                    f"data.blend_schedule: {config.data.blend_schedule} has a stage from step "
+                    f"{last} on, and this training ends at step {steps} (set train_iters above "
+                    f"{last}, or leave out the stages that it does not reach)"
+                )
             self._take_blend()
         self.best_loss = math.inf
         self.changed = ""  # since the checkpoint that it resumes from

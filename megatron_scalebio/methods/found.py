@@ -22,6 +22,7 @@ from megatron_scalebio.engine import outputs
 from megatron_scalebio.engine.epochs import epochs, target_examples
 from megatron_scalebio.engine.state import TokenCost
 from megatron_scalebio.logs.interactions import Interaction
+from megatron_scalebio.methods.bounds import BOUNDED
 from megatron_scalebio.mixture.confidence import Verdict
 from megatron_scalebio.whole_files import write_json
 
@@ -111,8 +112,10 @@ def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, A
     passes = epochs(config, found.sources, found.weight_S)
     target: dict[str, Any] = {}
     if passes is not None:
-        target["target_examples"] = round(target_examples(config, found.sources) or 0)
-        target["max_epochs"] = config.data.max_epochs
+        examples = target_examples(config, found.sources, found.weight_S)
+        target["target_examples"] = round(examples or 0)
+        if method in BOUNDED:
+            target["max_epochs"] = config.data.most_epochs
         for entry, times in zip(entries, passes, strict=True):
             entry["epochs"] = times
     for entry, bound in zip(entries, found.at_bound_S or (), strict=False):

@@ -26,7 +26,7 @@ from megatron_scalebio.errors import UserError
 from megatron_scalebio.logs.interactions import Interaction
 from megatron_scalebio.mixture.confidence import TrajectoryBlocks
 
-SWING = 0.5  # of q in a window: towards one set by this, away from all by as much
+SWING = 0.5  # of the way to one set, in a window, where sets weigh alike
 MOST_PAIRS = 100_000  # of source and set; 32 blocks of them are kept
 _BLOCKS, _FEWEST_BLOCKS = 32, 8
 FEWEST_WINDOWS = 30  # make so many blocks
@@ -46,12 +46,19 @@ class Interactions:
         self.shown_V = torch.zeros(sets, dtype=torch.float64)  # f
         self.sums = TrajectoryBlocks(sets * (sets + sources), _BLOCKS)  # f fᵀ and g fᵀ
 
-    def swing(self, step: int) -> torch.Tensor:
-        """What is added to the weights of the sets in a step, [V], adding up to 0."""
+    def swing(self, step: int, share_V: torch.Tensor) -> torch.Tensor:
+        """What is added to the weights q of the sets in a step, [V], adding up to 0.
+
+        q goes a part of the way to one set, so that no weight leaves [0, 1]; a part in proportion
+        to the set's weight, so that the windows of all sets add up to nothing. A set without
+        weight has no swing, and nothing is learned of it.
+        """
         turn, place = divmod(step // self._window, self._sets)
         order = np.random.default_rng((self._seed, 3, turn)).permutation(self._sets)
-        swing_V = torch.full((self._sets,), -SWING / self._sets, dtype=torch.float64)
-        swing_V[order[place]] += SWING
+        shown = order[place]
+        part = share_V[shown] * min(SWING * self._sets, 1 / float(share_V.max()))
+        swing_V = -part * share_V
+        swing_V[shown] += part
         return swing_V
 
     def begin_step(self, step: int, memory: float) -> None:

@@ -15,7 +15,7 @@ from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
 from megatron_scalebio.data.sources import repeated_data
 from megatron_scalebio.data.weights_file import much_shorter
 from megatron_scalebio.engine import outputs
-from megatron_scalebio.engine.epochs import target_examples
+from megatron_scalebio.engine.epochs import target
 from megatron_scalebio.engine.loop import logged_steps
 from megatron_scalebio.engine.run_log import RunLog
 from megatron_scalebio.engine.start import Job, resume_or_start
@@ -97,7 +97,9 @@ def find(config: Config, job: Job) -> Found:
     if state.interactions is not None:
         interaction = state.interactions.found(state.data, config.bilevel.confidence)
     scored = {"example_scores": state.visits.write_scores(job.folder)} if state.visits else {}
-    known = state.step * config.bilevel.average_fraction >= FEWEST_AVERAGED
+    mixture = state.training.mixture
+    averaged = mixture.trajectory.steps * config.bilevel.average_fraction
+    known = averaged >= FEWEST_AVERAGED
     return Found(
         sources=state.data.sources,
         weight_S=intervals.weight_S.tolist(),
@@ -127,12 +129,13 @@ def find(config: Config, job: Job) -> Found:
             **scored,
             "settings_changed": state.changes,
         },
-        at_bound_S=at_bounds(state.training.mixture.constraints, intervals.weight_S.tolist()),
+        at_bound_S=at_bounds(mixture.constraints, intervals.weight_S.tolist()),
         interaction=interaction,
         stages=stages_of(
-            state.training.mixture.trajectory,
+            mixture.trajectory,
             config.bilevel.tolerance,
             final / config.train.train_iters,
+            max(0, mixture.steps - mixture.trajectory.steps),
         ),
     )
 
@@ -185,13 +188,13 @@ class TrainState(RunState):
         data, bilevel = self.config.data, self.config.bilevel
         bounds = [(source.low, source.high) for source in data.sources]
         digest = hashlib.sha256(repr(bounds).encode()).hexdigest()[:8]
-        target = data.target_tokens or data.target_examples
+        length = target(self.config)
         held = [(v.reference_loss, v.max_loss, v.max_loss_rise) for v in data.validation]
         return {
             "bilevel.kl_to_prior": bilevel.kl_to_prior or None,
-            "bilevel.prior": bilevel.prior if bilevel.kl_to_prior else None,
-            "data.target": target,
-            "data.max_epochs": data.max_epochs if target else None,
+            "bilevel.prior": (bilevel.prior or "natural") if bilevel.kl_to_prior else None,
+            "data.target": length,
+            "data.max_epochs": data.most_epochs if length else None,
             "data.keep_ratios": data.keep_ratios or None,
             "bilevel.objective": bilevel.objective if bilevel.objective != "mean" else None,
             "bilevel.interactions": bilevel.interactions or None,
@@ -267,7 +270,7 @@ def train_step(state: TrainState) -> StepReport:
     unswung_V = swing_V = bio.goals.swing_V
     if state.interactions:
         state.interactions.begin_step(state.step, bio.memory)
-        bio.goals.swing_V = swing_V = state.interactions.swing(state.step)
+        bio.goals.swing_V = swing_V = state.interactions.swing(state.step, bio.goals.shares_V)
     with state.clock("data"):
         train, valid, picks, valid_picks = state.data.next(
             bio.mixture.probs_S, bio.goals.shares_V.clamp_min(LEAST)
@@ -376,14 +379,14 @@ def _seen_too_often(state: TrainState) -> str:
 def _facts(state: TrainState) -> dict[str, object]:
     config = state.config
     train, bilevel = config.train, config.bilevel
-    target = target_examples(config, state.data.sources)
-    repeated = f"{quantity(target)} examples, at most {config.data.max_epochs:g} passes of a source"
+    length, unit = target(config), "examples" if config.data.target_examples else "tokens"
+    repeated = f"{quantity(length)} {unit}, at most {config.data.most_epochs:g} passes of a source"
     former, groups = state.data.former, ", ".join(f"{len(g.names):,}" for g in state.levels)
     return {
         **({} if former is None else {"weights": former.described()}),
         **({"groups": f"{groups} above the sources"} if groups else {}),
         **goal_told(config),
-        **({} if target is None else {"target": repeated}),
+        **({} if length is None else {"target": repeated}),
         "steps": f"{train.train_iters} of {train.global_batch_size} training and "
         f"{train.validation_batch_size} validation sequences",
         "mixture": f"{bilevel.mixture_optimizer} lr {bilevel.lr_lambda:g}, alpha {bilevel.alpha:g}",

@@ -8,7 +8,7 @@ PIECES = 8  # of the run, of which neighbours that are alike make one stage
 
 
 def stages_of(
-    path: TrajectoryBlocks, tolerance: float, scale: float = 1.0
+    path: TrajectoryBlocks, tolerance: float, scale: float = 1.0, before: int = 0
 ) -> list[tuple[int, list[float]]]:
     """The step at which each stage begins, and its mean mixture; of a run without steps: none.
 
@@ -16,6 +16,7 @@ def stages_of(
         tolerance: share of a training that two neighbouring stages draw from other sources; where
             it is no more, they are one.
         scale: steps of the training for each of the search.
+        before: steps of the search before its path begins; they belong to the first stage.
     """
     blocks_BS = path.tail(1.0)
     if not len(blocks_BS):
@@ -28,9 +29,10 @@ def stages_of(
                 stages[-1].append(piece_BS)
                 continue
         stages.append([piece_BS])
-    found, step = {}, 0  # a stage of less than a step is none
+    found: dict[int, list[float]] = {}  # a stage of less than a step is none
+    step = 0
     for stage in stages:
         whole_BS = torch.cat(stage)
-        found[round(scale * step)] = whole_BS.mean(0).tolist()
+        found[round(scale * (step + before)) if found else 0] = whole_BS.mean(0).tolist()
         step += len(whole_BS) * path.block_length
     return list(found.items())

@@ -118,6 +118,12 @@ class TrajectoryBlocks:
         first = max(0, self.num_blocks - count)
         return self._sums_BS[first : self.num_blocks] / self.block_length
 
+    def whole(self) -> Tensor:
+        """Means of all blocks, the open one's too, [B, S]."""
+        blocks_BS = self._sums_BS[: self.num_blocks] / self.block_length
+        open_1S = self._open_sum_S[None] / max(1, self._open_steps)
+        return torch.cat([blocks_BS, open_1S]) if self._open_steps else blocks_BS
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors (shapes depend only on ``num_sources`` and ``capacity``) and integers."""
         return {
@@ -206,7 +212,7 @@ def weight_intervals(
     A weight whose truth is 0 is approached from above and never reached, so the lower end of an
     estimate below ``RESOLUTION`` is 0; and the upper end of one as near to 1 is 1.
     """
-    weight_S = blocks_BS.double().mean(0)
+    weight_S = blocks_BS.double().mean(0).clamp_max(1.0)  # sums may be above it, by rounding
     wandering_S = random_scaling_half_width(blocks_BS, confidence)
     drift_S = drift_left(blocks_BS)
     drawn_S = (weight_S * (1 - weight_S)).clamp_min(0) / (validation_examples or math.inf)

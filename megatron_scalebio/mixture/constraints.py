@@ -8,7 +8,7 @@ prior and η the step's size,
 
 is the p that minimises ⟨g, p⟩ + κ KL(p ‖ π) + KL(p ‖ p_t) / η within the bounds. Sources that keep
 their ratios move by the mean of their g under p, and are pulled by that of log p_i / π_i, as one
-source of their sum would be.
+source of their sum would be. Caps on repetition that depend on the mixture: `Repetition`.
 """
 
 from bisect import bisect_left
@@ -18,6 +18,9 @@ from dataclasses import replace
 import torch
 
 from megatron_scalebio.mixture.confidence import WeightIntervals
+from megatron_scalebio.mixture.repetition import Repetition
+
+_CLOSE = 1e-9  # relative
 
 
 class Constraints:
@@ -28,6 +31,7 @@ class Constraints:
         prior: mixture that the weights are pulled to, normalised here.
         kl_to_prior: κ, the strength of that pull, in units of the hypergradient.
         tied: sources whose weights keep their initial ratios.
+        repetition: caps besides `high`, which depend on the mixture's mean length.
 
     Raises:
         ValueError: if no mixture is within the bounds, or the prior is not a mixture.
@@ -41,6 +45,7 @@ class Constraints:
         prior: Sequence[float] | None = None,
         kl_to_prior: float = 0.0,
         tied: Sequence[bool] | None = None,
+        repetition: Repetition | None = None,
     ) -> None:
         self.low_S = torch.tensor(low, dtype=torch.float64)
         self.high_S = torch.tensor(high, dtype=torch.float64)
@@ -48,6 +53,13 @@ class Constraints:
         least, most = float(self.low_S.sum()), float(self.high_S.sum())
         if not ordered or not least - 1e-9 <= 1 <= most + 1e-9:
             raise ValueError("no mixture is within the bounds")
+        self.repetition = repetition
+        if repetition is not None:
+            length = repetition.least_length(self.low_S, self.high_S)
+            if (self.low_S > repetition.cap_S * length).any() or repetition.reached(
+                self.low_S, self.high_S
+            ) < 1:
+                raise ValueError("no mixture is within the bounds")
         self.kl_to_prior = kl_to_prior
         self._log_prior_S = torch.zeros_like(self.low_S)
         if kl_to_prior:
@@ -79,16 +91,36 @@ class Constraints:
         """The gradient of κ KL(p ‖ π) in p, for optimizers that take gradients."""
         return self.kl_to_prior * (probs_S.log() - self._log_prior_S)
 
+    def highest(self, weight_S: torch.Tensor) -> torch.Tensor:
+        """The largest weights in a mixture of the mean length of this one."""
+        if self.repetition is None:
+            return self.high_S
+        caps_S = self.repetition.cap_S * self.repetition.mean_length(weight_S)
+        return self.high_S.minimum(caps_S).maximum(self.low_S)
+
+    def holds(self, weight_S: torch.Tensor) -> bool:
+        """Whether a mixture is within the bounds, to rounding."""
+        above_S = weight_S >= self.low_S * (1 - _CLOSE)
+        return bool((above_S & (weight_S <= self.highest(weight_S) * (1 + _CLOSE))).all())
+
     def project(self, weights_S: torch.Tensor) -> torch.Tensor:
-        """The mixture within the bounds that is nearest to q, positive weights, in KL(p ‖ q).
+        """The mixture within the bounds that is nearest to q, positive weights, in KL(p ‖ q)."""
+        if self.repetition is None:
+            return self._within(weights_S, self.high_S)
+        return self.repetition.nearest(
+            lambda high_S: self._within(weights_S, high_S), self.low_S, self.high_S
+        )
+
+    def _within(self, weights_S: torch.Tensor, high_S: torch.Tensor) -> torch.Tensor:
+        """The projection of q, with these largest weights.
 
         Σ_i min(high_i, max(low_i, c q_i)) grows with c, in straight pieces between the c at which
         a source leaves its lower bound or meets its upper one: the piece is searched, then solved.
         """
-        edges = torch.cat([self.low_S / weights_S, self.high_S / weights_S]).sort().values.tolist()
+        edges = torch.cat([self.low_S / weights_S, high_S / weights_S]).sort().values.tolist()
 
         def clipped(scale: float) -> torch.Tensor:
-            return (scale * weights_S).clamp(self.low_S, self.high_S)
+            return (scale * weights_S).clamp(self.low_S, high_S)
 
         def mass(scale: float) -> float:
             return float(clipped(scale).sum())
@@ -102,9 +134,10 @@ class Constraints:
 
     def narrow(self, found: WeightIntervals) -> WeightIntervals:
         """Intervals without what is out of bounds."""
+        highest_S = self.highest(found.weight_S)
         return replace(
             found,
-            low_S=found.low_S.clamp(self.low_S, self.high_S),
-            high_S=found.high_S.clamp(self.low_S, self.high_S),
-            half_width_S=found.half_width_S.minimum(self.high_S - self.low_S),
+            low_S=found.low_S.clamp(self.low_S, highest_S),
+            high_S=found.high_S.clamp(self.low_S, highest_S),
+            half_width_S=found.half_width_S.minimum(highest_S - self.low_S),
         )

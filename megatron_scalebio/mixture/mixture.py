@@ -213,3 +213,17 @@ class Mixture:
         if self._adamw and state["adamw"]:
             groups = self._adamw.state_dict()["param_groups"]
             self._adamw.load_state_dict({"state": state["adamw"], "param_groups": groups})
+        self._begin_within_bounds()
+
+    def _begin_within_bounds(self) -> None:
+        """After a resume: weights outside of bounds that are new go to the nearest within them.
+
+        The trajectory begins anew then, as its average would be outside of them as well.
+        """
+        kept, path = self.constraints, self.trajectory
+        if kept is None or all(map(kept.holds, [self.probs_S, *path.whole()])):
+            return
+        with torch.no_grad():
+            self.logits_S.copy_(kept.project(self.probs_S).log())
+        self.trajectory = TrajectoryBlocks(len(self.initial_S), path.capacity)
+        self.trajectory.append(self.probs_S)

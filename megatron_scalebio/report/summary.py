@@ -190,7 +190,8 @@ def biggest_changes(rows: list[SourceRow], count: int = 3) -> list[Change]:
         times = row.weight / initial if initial else math.inf
         words = f"{'up' if up else 'down'} from {percent(initial)} to {percent(row.weight)}"
         if up and 1.15 <= times < math.inf:
-            words += f", {times:.2g} times its initial share"
+            words += f", {times:,.0f}" if times >= 10 else f", {times:.2g}"
+            words += " times its initial share"
         sure = None
         if row.low is not None and row.high is not None:
             sure = not row.low <= initial <= row.high

@@ -75,6 +75,7 @@ def test_stages_begin_where_the_mixture_has_changed() -> None:
     assert [step for step, _ in stages_of(path, tolerance=0.01)] == [0, 192, 384]
     assert [step for step, _ in stages_of(path, 0.01, scale=0.5)] == [0, 96, 192]
     assert [step for step, _ in stages_of(path, 0.01, scale=1e-3)] == [0]
+    assert [step for step, _ in stages_of(path, 0.05, 0.5, before=100)] == [0, 146]
     first, second = (weights for _, weights in stages_of(path, tolerance=0.05))
     assert first == pytest.approx([0.3, 0.7]) and second == pytest.approx([0.508, 0.492])
     assert stages_of(TrajectoryBlocks(2), 0.05) == []

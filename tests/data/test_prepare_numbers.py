@@ -136,6 +136,22 @@ def test_of_the_files_that_are_not_read_three_are_named(unread: int, names: str)
     assert line == f"web: not read, being of no known kind: {names}"
 
 
+def test_of_many_sources_the_first_remarks_of_each_kind_are_shown() -> None:
+    names = [f"s{n}" for n in range(2000)]
+    config: Any = SimpleNamespace(
+        workers=1, seq_length=8, sources=[SourceInput(name, ()) for name in names]
+    )
+    reports = [
+        {"name": name, "examples": 10, "truncated": 9, "longest": 33, "ignored_fields": {},
+         "dropped": {"prompt_too_long": int(name == "s1999")}, "skipped": {}}
+        for name in names
+    ]  # fmt: skip
+    lines = prepare_cli.remarks(reports, config)
+    assert len(lines) == 12 and lines[9].startswith("warning: s9: 9 of 10 examples lost their end")
+    assert lines[10].startswith("s1999: 1 prompt_too_long")
+    assert lines[11] == "... and 1,990 more sources: examples lost their end"
+
+
 def test_the_length_that_is_named_holds_the_longest_example(
     tmp_path: Path, sentence_piece: Path
 ) -> None:

@@ -178,6 +178,16 @@ def test_time_left_goes_by_the_median_of_the_last_fifty_steps(
     assert out.getvalue().splitlines()[-1].startswith("step 70/200  ")
 
 
+def test_with_groups_a_line_shows_the_largest_of_them(make_run: Callable[..., Path]) -> None:
+    record = json.loads((make_run(steps=1) / "metrics.jsonl").read_text())
+    names = [f"topic{t:02d}/format{f}/part" for t in range(4) for f in range(3)]
+    console, out = make_console(names, terminal=False)
+    groups = {"topic00": 0.1, "topic01": 0.5, "topic02": 0.2, "topic03": 0.2}
+    grouped = {"weights": [1 / 12] * 12, "group_weights": groups, "skipped": None, "step": 1}
+    console.step({**record, **grouped})
+    assert out.getvalue().strip().endswith("topic01 50%, topic02 20%, topic03 20%")
+
+
 def test_a_training_line_shows_its_loss(make_run: Callable[..., Path]) -> None:
     record = json.loads((make_run(steps=1) / "metrics.jsonl").read_text())
     console, out = make_console(["a"], terminal=False)

@@ -30,7 +30,7 @@ def fitted(steps: int, seed: int, noise: float = 3.0, grown: int = 10**9) -> Int
         interactions.begin_step(step, memory)
         if step % 10 == 0:
             shown_V *= 1 - 1 / memory
-        shares_V = given_V + interactions.swing(step)
+        shares_V = given_V + interactions.swing(step, given_V)
         hypergradient_S = -TRUTH @ shown_V + noise * rng.standard_normal(2)
         shown_V = shown_V + shares_V.numpy()
         report: Any = SimpleNamespace(shares_V=shares_V)
@@ -40,11 +40,27 @@ def fitted(steps: int, seed: int, noise: float = 3.0, grown: int = 10**9) -> Int
 
 def test_every_set_has_its_turn_and_the_goal_is_what_it_was() -> None:
     interactions = Interactions(2, 3, 10, seed=1)
-    swings = torch.stack([interactions.swing(step) for step in range(30)])
+    equal_V = torch.full((3,), 1 / 3, dtype=torch.float64)
+    swings = torch.stack([interactions.swing(step, equal_V) for step in range(30)])
     torch.testing.assert_close(swings.sum(0), torch.zeros(3).double())
     torch.testing.assert_close(swings.sum(1), torch.zeros(30).double())
     assert sorted(swings.argmax(1)[::10].tolist()) == [0, 1, 2]
     assert float(swings.max()) == pytest.approx(SWING * 2 / 3)
+
+
+@pytest.mark.parametrize(
+    "shares", [[0.96, 0.04, 0.0], [0.5, 0.3, 0.2], [0.0, 1.0, 0.0], [0.998, 0.001, 0.001]]
+)
+def test_no_weight_of_a_set_leaves_its_range(shares: list[float]) -> None:
+    interactions, share_V = (
+        Interactions(2, 3, 10, seed=1),
+        torch.tensor(shares, dtype=torch.float64),
+    )
+    swings = torch.stack([interactions.swing(step, share_V) for step in range(30)])
+    assert (share_V + swings >= -1e-12).all() and (share_V + swings <= 1 + 1e-12).all()
+    torch.testing.assert_close(swings.sum(0), torch.zeros(3).double())
+    torch.testing.assert_close(swings.sum(1), torch.zeros(30).double())
+    assert float(swings.max()) >= 0.9 * sorted(shares)[1] * max(shares), "as far as that allows"
 
 
 @pytest.mark.parametrize("grown", [10**9, 200])

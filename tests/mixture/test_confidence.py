@@ -170,3 +170,10 @@ def test_one_block_does_not_drift() -> None:
 def test_a_weight_a_bit_above_one_by_rounding_has_a_draw_of_nothing() -> None:
     above = torch.tensor([[1.0 + 2**-52]], dtype=torch.float64)
     assert weight_intervals(above.repeat(4, 1), validation_examples=10).sampling_S.tolist() == [0.0]
+
+
+def test_a_sum_that_rounds_to_more_than_one_is_one() -> None:
+    whole = torch.tensor([[0.7 + 0.1 + 0.2 + 2**-52, 0.0]] * 30, dtype=torch.float64)
+    assert float(whole.mean(0)[0]) > 1
+    found = weight_intervals(whole)
+    assert float(found.weight_S[0]) == float(found.high_S[0]) == 1

@@ -111,6 +111,39 @@ def test_every_step_is_within_the_bounds(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["eg", "adamw"])
+def test_a_resume_under_other_bounds_averages_what_is_within_them(kind: str) -> None:
+    former = Mixture([1.0] * 5, kind)
+    for g_S in noise(60, 5):
+        former.step(g_S, 0.3)
+    kept = Constraints(LOW, HIGH)
+    mixture = Mixture([1.0] * 5, kind, kept)
+    mixture.load_state_dict(former.state_dict())
+    assert mixture.steps == 60 and kept.holds(mixture.probs_S)
+    assert kept.holds(mixture.trajectory.tail().mean(0)), "before another step, too"
+    for g_S in noise(3, 5):
+        mixture.step(g_S, 0.3)
+    assert mixture.trajectory.steps == 4 and kept.holds(mixture.trajectory.tail(1.0).mean(0))
+
+
+def test_a_resume_under_the_same_bounds_changes_nothing() -> None:
+    """Not by rounding; and weights that are back within new bounds are forgotten all the same."""
+    former = Mixture([1.0] * 5, "eg", Constraints(LOW, HIGH))
+    for g_S in noise(60, 5):
+        former.step(g_S, 0.3)
+    mixture = Mixture([1.0] * 5, "eg", Constraints(LOW, HIGH))
+    mixture.load_state_dict(former.state_dict())
+    assert torch.equal(mixture.logits_S, former.logits_S)
+    assert torch.equal(mixture.trajectory.whole(), former.trajectory.whole())
+    highest = former.trajectory.whole()[:, 3].max()
+    assert float(former.probs_S[3]) < float(highest) - 0.01
+    closer = [*HIGH[:3], float(highest) - 0.01, HIGH[4]]
+    mixture = Mixture([1.0] * 5, "eg", Constraints(LOW, closer))
+    mixture.load_state_dict(former.state_dict())
+    assert mixture.trajectory.steps == 1
+    torch.testing.assert_close(mixture.probs_S, former.probs_S)
+
+
+@pytest.mark.parametrize("kind", ["eg", "adamw"])
 def test_the_pull_ends_where_it_balances_the_objective(kind: str) -> None:
     """κ alone ends at the prior; against g = ∇ of ⟨c, p⟩ at π e^{−c/κ}, normalised."""
     cost_S, prior_S = tensor([0.4, -0.2, 0.1]), tensor([0.5, 0.3, 0.2])

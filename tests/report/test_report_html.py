@@ -278,6 +278,13 @@ def test_how_many_times_the_initial_share_is_said_where_it_tells(move: float, wo
     assert [change.words for change in summary.biggest_changes(moved(4, move))] == [words]
 
 
+def test_a_large_multiple_is_a_plain_number() -> None:
+    rows = [summary.SourceRow(f"s{i}", "", 0.001, initial=0.001) for i in range(1000)]
+    rows[0].weight = 0.2004
+    [change] = summary.biggest_changes(rows)
+    assert change.words == "up from 0.10% to 20.0%, 200 times its initial share"
+
+
 def test_of_many_sources_a_uniform_share_is_a_notable_change() -> None:
     """Below 2 % of the mixture, or below a uniform share of more than fifty, it isn't told."""
 
