@@ -10,6 +10,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_scalebio.compat.transformers import names_read
 from megatron_scalebio.data.targets import ChatTemplateError
 from megatron_scalebio.data.tokenizer_files import content_files, hash_files, load_hugging_face
 from megatron_scalebio.errors import UserError
@@ -175,6 +176,10 @@ class Tokenizer(ABC):
         """Whether the template for dialogues with tools, or without, says what is a target."""
         return bool(_GENERATION.search(self.template_for(tools) or ""))
 
+    def template_reads(self, tools: bool) -> frozenset[str]:
+        """The names that the template for dialogues with tools, or without, is given."""
+        return frozenset()
+
     def split_special(self, text: str) -> list[str]:
         """The special tokens that a text holds and what stands between them, in order."""
         return [text] if text else []
@@ -296,11 +301,14 @@ class HuggingFaceTokenizer(Tokenizer):
             return None
         return self._render(messages, context, return_assistant_tokens_mask=True)[1]
 
+    def template_reads(self, tools: bool) -> frozenset[str]:
+        template = self.template_for(tools)
+        return names_read(template) if template else frozenset()
+
     def _render(
         self, messages: Sequence[dict[str, Any]], context: dict[str, Any], **how: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         """What ``apply_chat_template`` does to one dialogue before it tokenizes."""
-        import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         # As `apply_chat_template`: a key without a value is no key.
@@ -313,8 +321,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 **{**self._tokenizer.special_tokens_map, **context},
                 **how,
             )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
-                TypeError, ValueError) as error:  # fmt: skip
+        except Exception as error:
             # Templates raise this themselves, e.g. for a system turn that the model never had.
             raise ChatTemplateError(f"refuses the dialogue: {error}") from error
         return texts[0], spans[0] if spans else []

@@ -211,7 +211,7 @@ def test_assistant_speaks_first(byte_level: Path) -> None:
         ("{{ raise_exception('no system turn') }}", "refuses the dialogue: no system turn"),
         ("{% for m in messages %}{{ m['content'] | upper }};{% endfor %}", "leaves out or changes"),
         (
-            "{{ messages | length }}{% for m in messages %}{{ m['content'] }};{% endfor %}",
+            "{% for m in messages %}{{ m['content'] }};{{ messages | length }}{% endfor %}",
             "otherwise",
         ),
         (
