@@ -5,6 +5,7 @@ Nothing is downloaded unless asked for, and no code that comes with a tokenizer 
 
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
@@ -120,8 +121,7 @@ class Tokenizer(ABC):
                 as in transformers' masks.
         """
         ids, reach = self.encode_reach(text)
-        between = {0, len(text), *(at for token in reach for at in token)}
-        crossed = sorted({at for span in spans for at in span} - between) if cut else []
+        crossed = _crossed(reach, {at for span in spans for at in span}) if cut else []
         if not crossed:
             return ids, _mask(reach, spans)
         ids, mask = [], []
@@ -270,6 +270,11 @@ class HuggingFaceTokenizer(Tokenizer):
                     "the default (name one by --chat-template)"
                 )
         self._special: re.Pattern[str] | None = None
+        self._wide = {
+            number: token.content
+            for number, token in self._tokenizer.added_tokens_decoder.items()
+            if token.lstrip or token.rstrip
+        }
         self.fingerprint = hash_files(content_files(path))
         self._leads = self._find_leads()
 
@@ -287,7 +292,19 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._backend is None:
             return super().encode_reach(text)
         encoding = self._backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        if not self._wide:
+            return encoding.ids, encoding.offsets
+        reach = list(encoding.offsets)
+        for number, token in enumerate(encoding.ids):
+            if token in self._wide:
+                reach[number] = self._without_space(text, token, reach[number])
+        return encoding.ids, reach
+
+    def _without_space(self, text: str, token: int, reach: tuple[int, int]) -> tuple[int, int]:
+        """A special token may take the white space beside it, which no turn is to be cut at."""
+        written = self._wide[token]
+        at = text.find(written, *reach)
+        return reach if at < 0 else (at, at + len(written))
 
     def render_chat(
         self, messages: Sequence[dict[str, Any]], generate: bool, **context: Any
@@ -343,6 +360,17 @@ class HuggingFaceTokenizer(Tokenizer):
             f'{self.model}: the tokenizer names no eos_token (add "eos_token" to '
             "tokenizer_config.json)"
         )
+
+
+def _crossed(reach: Sequence[tuple[int, int]], borders: set[int]) -> list[int]:
+    """The borders that a token reaches over, in order."""
+    crossed = []
+    ends = [high for _, high in reach]
+    for at in sorted(borders):
+        number = bisect_right(ends, at)  # the first token that ends behind it
+        if number < len(reach) and reach[number][0] < at:
+            crossed.append(at)
+    return crossed
 
 
 def _mask(reach: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
