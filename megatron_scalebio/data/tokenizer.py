@@ -247,6 +247,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         self.model = str(path)
         self._tokenizer = load_hugging_face(path)
+        self._tokenizer.model_max_length = 1 << 62  # of no use here, and not always a number
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             # tokenizer.json may carry the settings of whoever saved it.
@@ -260,6 +261,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.adds_bos = self.bos_id is not None and first == [self.bos_id]
         template = self._tokenizer.chat_template
         self.chat_templates = template if isinstance(template, dict) else {}
+        for one in self.chat_templates.values() or [template]:
+            if not isinstance(one, str | None):
+                raise UserError(f"{path}: its chat_template is {one!r:.80}, not text (mend it)")
         self.chat_template = template
         if self.chat_templates:
             self.chat_template = template.get("default")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -331,6 +332,7 @@ def test_data_of_another_tokenizer_than_the_models_are_refused(
         ("absent.model", None, "no such tokenizer"),
         ("bad.model", "no model", "not a SentencePiece model"),
         ("bad.json", "{", "malformed JSON"),
+        ("deep.json", "[" * 100_000, "malformed JSON"),
         ("other.json", '{"a": 1}', "has no field 'model'"),
         ("folder/readme.txt", "", "cannot load a tokenizer"),
     ],
@@ -381,3 +383,26 @@ def test_chat_template_options(byte_level: Path, sentence_piece: Path, tmp_path:
         load_tokenizer(byte_level, chat_template=str(tmp_path / "none.jinja"))
     with pytest.raises(UserError, match="needs a Hugging Face tokenizer"):
         load_tokenizer(sentence_piece, chat_template=str(tmp_path / "none.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model_max_length", "x"), ("chat_template", 5), ("chat_template", [1])]
+)
+def test_settings_of_another_type_are_no_traceback(
+    byte_level: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    path = tmp_path / "changed"
+    shutil.copytree(byte_level, path)
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, name: value}))
+    with contextlib.suppress(UserError):
+        tokenizer = load_tokenizer(path, date="2026-01-01")
+        ExampleEncoder(tokenizer).encode(Text("a"))
+        ExampleEncoder(tokenizer).encode(Dialogue((("user", "a"), ("assistant", "b"))))
+
+
+def test_a_template_that_is_not_utf_8_is_refused(byte_level: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_bytes(b"{{ '\xe9' }}")
+    with pytest.raises(UserError, match="cannot read the chat template: it is not text in UTF-8"):
+        load_tokenizer(byte_level, chat_template=str(tmp_path / "t.jinja"))
