@@ -27,9 +27,18 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Characters that few merges touch; the first that does not merge with a text goes before it, to
 # take the leading space that some tokenizers put there, and is removed again.
 _LEADS = ("\n", "\ue000")
-# Characters above which a text is tokenized in parts, those looked at around a cut, and tries.
-_LONG, _AROUND, _CUTS_TRIED = 1 << 19, 400, 50
-_LINE_FEED = re.compile(r"(?<=\S)\n(?=\S)")  # in a run of them one merge leads to another
+# Characters above which a text is tokenized in parts, and tries to cut it.
+_LONG, _CUTS_TRIED = 1 << 19, 50
+# Characters looked at before and behind a cut. In a text that repeats itself one merge may lead to
+# another, by where it begins: so from several places.
+_AROUND = ((400, 400), (397, 401), (386, 389))
+# Where a text is cut: behind a line feed, a blank line, before a space, and between a word and a
+# sign. (In a run of line feeds or spaces one merge leads to another.)
+_CUTS = tuple(
+    map(
+        re.compile, (r"(?<=\S)\n(?=\S)", r"(?<=\n)(?=\S)", r"(?<=\S)(?= \S)", r"(?<=\w)(?=[^\w\s])")
+    )
+)
 
 
 class Tokenizer(ABC):
@@ -80,7 +89,7 @@ class Tokenizer(ABC):
     def encode_long(self, text: str) -> list[int]:
         """As :meth:`encode`, for a text of any length: tokenizers take 100 bytes a token and more.
 
-        The text is cut behind line feeds where no token reaches over, by what stands around.
+        The text is cut where no token reaches over, by what stands around.
         """
         ids: list[int] = []
         start = 0
@@ -94,14 +103,18 @@ class Tokenizer(ABC):
 
     def _cut_behind(self, text: str, at: int) -> int | None:
         """The first good place for a cut at or behind ``at``; None if there is none nearby."""
-        for found in islice(_LINE_FEED.finditer(text, at, at + _LONG), _CUTS_TRIED):
-            at = found.end()
-            before, behind = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
-            lead, _ = self._lead_of(before)
-            left = self.encode(lead + before)
-            if left + self.encode_continuation(behind) == self.encode(lead + before + behind):
-                return at
+        for kind in _CUTS:
+            for found in islice(kind.finditer(text, at, at + _LONG), _CUTS_TRIED):
+                if all(self._is_cut(text, found.end(), *around) for around in _AROUND):
+                    return found.end()
         return None
+
+    def _is_cut(self, text: str, at: int, left: int, right: int) -> bool:
+        """Whether the parts of a text have the tokens that they have together."""
+        before, behind = text[max(0, at - left) : at], text[at : at + right]
+        lead, _ = self._lead_of(before)
+        ids = self.encode(lead + before) + self.encode_continuation(behind)
+        return ids == self.encode(lead + before + behind)
 
     def _lead_of(self, text: str) -> tuple[str, list[int]]:
         """What is to stand before a text so that it is tokenized as if behind other text."""

@@ -96,8 +96,30 @@ def test_a_long_text_has_the_tokens_it_has_whole(
     for text in ("\n".join(corpus)[:60_000], "### Response:\nHello" * 900, "\n" * 9000, "x" * 9000):
         sizes.clear()
         assert tokenizer.encode_long(text) == encode(tokenizer, text)
-    tokenizer.encode_long("\n".join(corpus)[:60_000])
-    assert max(sizes[1:]) < 9000, "it is cut"
+    words = " ".join(corpus).split()
+    signs = ",".join(word for word in words if word.isalpha())[:9000]
+    for text in (
+        "\n".join(corpus),
+        "\n\n".join(corpus).replace("\n", "\n\n"),
+        " ".join(words),
+        "\n\n\n".join(words),
+        *([signs] if tokenizer.model.endswith("byte_level") else []),
+    ):
+        text = text[:60_000]
+        whole = encode(tokenizer, text)
+        sizes.clear()
+        assert tokenizer.encode_long(text) == whole
+        assert max(sizes) < 6000 < len(text), "it is cut"
+
+
+@pytest.mark.parametrize("period", ["x ", "ab, ", "a\n", "x\n\n", "aa "])
+def test_a_long_text_that_repeats_itself_has_the_tokens_it_has_whole(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, period: str
+) -> None:
+    monkeypatch.setattr("megatron_scalebio.data.tokenizer._LONG", 2000)
+    for before in ("", "b", "bc", "bcd"):
+        text = before + period * 4000
+        assert tokenizer.encode_long(text) == tokenizer.encode(text)
 
 
 def test_only_a_dummy_prefix_needs_a_lead(tokenizer: Tokenizer) -> None:
