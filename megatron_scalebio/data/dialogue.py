@@ -23,7 +23,7 @@ from megatron_scalebio.data.examples import (
     Text,
     Turn,
 )
-from megatron_scalebio.data.places import RESERVED, Places, owners
+from megatron_scalebio.data.places import RESERVED, Places, check_calls, owners
 from megatron_scalebio.data.record_fields import TURN_FIELDS
 from megatron_scalebio.data.targets import ChatTemplateError, Render, Span, answer_spans
 from megatron_scalebio.data.tokenizer import Tokenizer
@@ -128,6 +128,7 @@ class ExampleEncoder:
         if not self.train_on_prompt and not any(_trains(turn) for turn in turns):
             return [], []
         _check_reserved(dialogue, where)
+        check_calls(turns)
         tools = "tools" in dialogue.context
         try:
             turns = tuple(as_template_wants(turns, lambda turns: render(turns, False)))

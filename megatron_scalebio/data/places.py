@@ -62,6 +62,8 @@ class Places:
         value = self.context[name]
         if name not in ("tools", "documents"):
             return name in self._reads and name not in RESERVED
+        if not value:
+            return True
         probed = self.probes.tools(value) if name == "tools" else self.probes.texts(value)
         try:
             text = self._render(self.turns, {**self.context, name: probed})
@@ -95,7 +97,7 @@ class Places:
 
     def _has_name(self, k: int) -> bool:
         turn = self.turns[k]
-        if turn.role == "tool" and turn.fields["name"] in _called(self.turns[:k]):
+        if turn.role == "tool" and str(turn.fields["name"]) in _called(self.turns[:k]):
             return True  # the call says it
         turns = list(self.turns)
         turns[k] = turn._replace(fields={**turn.fields, "name": self.probes.word(k, "name")})
@@ -105,6 +107,14 @@ class Places:
         turns = turns if probed else [*turns[:k], self.probes.turn(turns[k], k)]
         text = self._render(turns, self.context)
         return any(one.part == part for one in self.probes.said(text, k))
+
+
+def check_calls(turns: Sequence[Turn]) -> None:
+    """Raises ChatTemplateError where tool calls are not a list of objects."""
+    for k, turn in enumerate(turns):
+        calls = turn.fields.get("tool_calls", [])
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise ChatTemplateError(f"takes a list of objects as the tool calls of turn {k}")
 
 
 def owners(said: Sequence[Said], spans: Sequence[tuple[int, int]]) -> list[set[int]]:
@@ -119,5 +129,5 @@ def owners(said: Sequence[Said], spans: Sequence[tuple[int, int]]) -> list[set[i
 
 def _called(turns: Sequence[Turn]) -> set[str]:
     calls = [call for turn in turns for call in turn.fields.get("tool_calls") or []]
-    held = [call.get("function") or call for call in calls if isinstance(call, dict)]
+    held = [call.get("function") or call for call in calls]
     return {str(call.get("name")) for call in held if isinstance(call, dict)}

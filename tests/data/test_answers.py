@@ -290,3 +290,31 @@ def test_an_error_of_any_kind_in_a_template_is_the_records(tokenizer: Tokenizer)
         record = chat(USER, answer("x"), chat_template_kwargs=value)
         with pytest.raises(RecordError, match=r"^f:1: the chat template "):
             marked(tokenizer, template, record)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tool_calls", 5),
+        ("tool_calls", "weather"),
+        ("tool_calls", {"function": {}}),
+        ("tool_calls", ["weather"]),
+        ("tool_calls", [{"function": 5}]),
+        ("name", ["weather"]),
+        ("reasoning_content", {"text": "r"}),
+    ],
+)
+@pytest.mark.parametrize("template", [TOOL_TEMPLATE, CHAT, None])
+def test_fields_of_another_type_are_refused(
+    tokenizer: Tokenizer, template: str | None, field: str, value: object
+) -> None:
+    turns = (USER, answer("a", tool_calls=[CALL]), {**RESULT, "tool_call_id": 3}, answer("x"))
+    at = 2 if field == "name" else 3
+    record = chat(*turns[:at], {**turns[at], field: value}, *turns[at + 1 :])
+    with pytest.raises(RecordError, match=r"^f:1: "):
+        marked(tokenizer, template, record)
+
+
+def test_no_tools_are_no_field_that_is_lost(tokenizer: Tokenizer) -> None:
+    record = chat(USER, answer("x"), chat_template_kwargs={"tools": None, "documents": None})
+    assert marked(tokenizer, CHAT, record).endswith("⟦x>⟧")
