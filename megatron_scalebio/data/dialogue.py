@@ -12,6 +12,7 @@ target or wholly not, and each segment is tokenized alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_scalebio.data.examples import (
     AS_ITS_ROLE,
@@ -22,6 +23,8 @@ from megatron_scalebio.data.examples import (
     Text,
     Turn,
 )
+from megatron_scalebio.data.places import RESERVED, Places, check_calls, owners
+from megatron_scalebio.data.record_fields import TURN_FIELDS
 from megatron_scalebio.data.targets import ChatTemplateError, Render, Span, answer_spans
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.data.tool_calls import as_template_wants
@@ -80,13 +83,12 @@ class ExampleEncoder:
         else:
             if self.tokenizer.template_problem:
                 raise UserError(self.tokenizer.template_problem)
-            template = self.tokenizer.template_for("tools" in example.context)
-            _check_fields(example, template, where)
-            if template is None:
+            if self.tokenizer.template_for("tools" in example.context) is None:
+                _refuse_lost(_lost_without_template(example), "the built-in template", where)
                 ids, mask = self._segments(plain_segments(example.turns, self.train_on_prompt))
             else:
                 try:
-                    ids, mask = self._chat(example)
+                    ids, mask = self._chat(example, where)
                 except ChatTemplateError as error:
                     raise RecordError(
                         f"the chat template {error}",
@@ -113,65 +115,72 @@ class ExampleEncoder:
             mask += [int(segment.target)] * len(new)
         return ids, mask
 
-    def _chat(self, dialogue: Dialogue) -> tuple[list[int], list[int]]:
+    def _chat(self, dialogue: Dialogue, where: str) -> tuple[list[int], list[int]]:
         """Ids and mask of the rendered dialogue, closed by EOD if its last target has no end."""
 
-        def render(turns: Sequence[Turn], generate: bool) -> str:
+        def render(
+            turns: Sequence[Turn], generate: bool, context: dict[str, Any] = dialogue.context
+        ) -> str:
             messages = [turn.message() for turn in turns]
-            return self.tokenizer.render_chat(messages, generate, **dialogue.context)
+            return self.tokenizer.render_chat(messages, generate, **context)
 
         turns = dialogue.turns
         if not self.train_on_prompt and not any(_trains(turn) for turn in turns):
             return [], []
-        turns = tuple(as_template_wants(turns, lambda turns: render(turns, False)))
-        dialogue = replace(dialogue, turns=turns)
-        full = render(turns, False)
+        _check_reserved(dialogue, where)
+        check_calls(turns)
+        tools = "tools" in dialogue.context
+        try:
+            turns = tuple(as_template_wants(turns, lambda turns: render(turns, False)))
+            dialogue = replace(dialogue, turns=turns)
+            full = render(turns, False)
+        except ChatTemplateError:
+            template = self.tokenizer.template_for(tools) or ""
+            _refuse_lost(_unnamed_fields(dialogue, template), "the chat template", where)
+            raise
+        places = Places(
+            dialogue,
+            full,
+            lambda turns, context: render(turns, False, context),
+            self.tokenizer.template_reads(tools),
+        )
+        _refuse_lost(places.lost_fields(), "the chat template", where)
+        places.check_turns()
         if self.train_on_prompt:
             spans = self._spans_with_prompts(turns, full, render)
         else:
-            found = self._answers(dialogue, full, render)
-            spans = [span for span, turn in found if turn is None or _trains(turn)]
+            spans = self._answers(dialogue, full, render, places)
         if not spans:
             return [], []
         last = spans[-1]
         text = full if last.marked else full[: last.end]
-        by_mark = self.tokenizer.marks_targets("tools" in dialogue.context)
-        cut = self.train_on_prompt or not by_mark
+        cut = self.train_on_prompt or not self.tokenizer.marks_targets(tools)
         ids, mask = self.tokenizer.encode_spans(text, [(s.start, s.end) for s in spans], cut)
         if not last.marked:
             ids, mask = [*ids, self.tokenizer.eod_id], [*mask, 1]
         return ids, mask
 
-    def _answers(
-        self, dialogue: Dialogue, full: str, render: Render
-    ) -> list[tuple[Span, Turn | None]]:
-        """The spans of all answers with their turns: as the template marks them, or by difference.
-
-        The turn is None where none has to be told from the others.
-        """
+    def _answers(self, dialogue: Dialogue, full: str, render: Render, places: Places) -> list[Span]:
+        """The spans that train, as the template marks them, or by difference."""
         turns, tokenizer = dialogue.turns, self.tokenizer
 
         def marked(turns: Sequence[Turn]) -> list[tuple[int, int]] | None:
             messages = [turn.message() for turn in turns]
             return tokenizer.marked_spans(messages, **dialogue.context)
 
+        answers = [k for k, turn in enumerate(turns) if turn.is_answer]
         found = marked(turns)
         if found is None:
             spans = answer_spans(turns, full, render, tokenizer.split_special)
-            return list(zip(spans, (turn for turn in turns if turn.is_answer), strict=True))
+            told = list(zip(spans, answers, strict=True))
+            return [span for span, k in told if _trains(turns[k])]
         try:
-            by_difference = answer_spans(turns, full, render, tokenizer.split_special)
-            has_mark = not by_difference or by_difference[-1].marked
+            spans = answer_spans(turns, full, render, tokenizer.split_special)
+            by_difference = dict(zip(answers, spans, strict=True))
         except ChatTemplateError:
-            has_mark = True  # it says by itself what the model is to write
-        spans = [Span(start, end, has_mark) for start, end in found]
-        if all(turn.trains == AS_ITS_ROLE for turn in turns):
-            return [(span, None) for span in spans]
-        told: list[tuple[Span, Turn | None]] = []
-        for k, turn in enumerate(turns):
-            until = len(marked(turns[: k + 1]) or ())
-            told += [(span, turn) for span in spans[len(told) : until]]
-        return told
+            by_difference = {}
+        told = _told(found, marked(places.probed), places, by_difference)
+        return [span for span, k in told if turns[k].trains == AS_ITS_ROLE]
 
     def _spans_with_prompts(self, turns: Sequence[Turn], full: str, render: Render) -> list[Span]:
         """All of the dialogue but the answers that are never to be trained."""
@@ -200,24 +209,83 @@ def _trains(turn: Turn) -> bool:
     return turn.is_answer and turn.trains == AS_ITS_ROLE
 
 
-def _check_fields(dialogue: Dialogue, template: str | None, where: str) -> None:
-    """Refuses what the template has no place for: it would be lost without a word."""
-    names = [*dialogue.context, *(name for turn in dialogue.turns for name in turn.fields)]
-    lost = []
-    for name in dict.fromkeys(names):
-        aliases = REASONING_FIELDS if name in REASONING_FIELDS else (name,)
-        telling = name in ("tools", "documents", "tool_calls", *REASONING_FIELDS)
-        if telling and not any(alias in (template or "") for alias in aliases):
-            lost.append(name)
-    if lost:
-        whose = "the chat template" if template else "the built-in template"
-        raise RecordError(
-            f"{whose} has no place for {' and '.join(map(repr, lost))}",
-            reason=f"no place for {', '.join(lost)}",
-            where=where,
-            fix="use the tokenizer of a Hugging Face model whose template has one, or that and "
-            "--chat-template with a Jinja file that has; or --ignore-fields " + " ".join(lost),
+def _told(
+    found: Sequence[tuple[int, int]],
+    probed: Sequence[tuple[int, int]] | None,
+    places: Places,
+    by_difference: dict[int, Span],
+) -> list[tuple[Span, int]]:
+    """The spans that a template marks, with their turns; of others' turns nothing.
+
+    Args:
+        found: as marked in the dialogue. probed: in the one of `places`, with sentinels.
+        by_difference: the spans of the answers so far as they can be told.
+    """
+    turns = places.turns
+    if probed is None or len(probed) != len(found):
+        raise ChatTemplateError(
+            "marks other tokens once a turn says something else, so its targets would not be exact"
         )
+    # Whether a mark ends an answer shows by difference; a template that tells nothing has one.
+    told: list[tuple[Span, int]] = []
+    for (start, end), of in zip(found, owners(places.said, probed), strict=True):
+        if len(of) == 1 and all(turns[k].role == "assistant" for k in of):
+            (k,) = of
+            told.append((Span(start, end, k not in by_difference or by_difference[k].marked), k))
+            continue
+        inside = [
+            (Span(max(start, one.start), min(end, one.end), one.marked), k)
+            for k, one in by_difference.items()
+            if one.start < end and start < one.end
+        ]
+        if not inside or any(k not in by_difference for k in of if turns[k].is_answer):
+            raise ChatTemplateError("marks more than one turn as one answer")
+        told += inside
+    return told
+
+
+def _check_reserved(dialogue: Dialogue, where: str) -> None:
+    """Refuses what the caller of a template decides, and no record."""
+    reserved = [name for name in dialogue.context if name in RESERVED]
+    if reserved:
+        listed = ", ".join(map(repr, reserved))
+        raise RecordError(
+            f"chat_template_kwargs: {listed} is not for a record to tell",
+            reason="bad chat_template_kwargs",
+            where=where,
+            fix="take it out, or --ignore-fields chat_template_kwargs",
+        )
+
+
+def _unnamed_fields(dialogue: Dialogue, template: str) -> list[str]:
+    """The fields that a template does not even name, which may be why it refuses a dialogue."""
+    lost = []
+    for name in _lost_without_template(dialogue):
+        aliases = REASONING_FIELDS if name in REASONING_FIELDS else (name,)
+        if not any(alias in template for alias in aliases):
+            lost.append(name)
+    return lost
+
+
+def _lost_without_template(dialogue: Dialogue) -> list[str]:
+    names = [*dialogue.context, *(name for turn in dialogue.turns for name in turn.fields)]
+    kept = ("tool_call_id", "name") if dialogue.has_tools else ("tool_call_id",)
+    return [name for name in dict.fromkeys(names) if name not in kept]
+
+
+def _refuse_lost(lost: Sequence[str], whose: str, where: str) -> None:
+    """Refuses what the template has no place for: it would be lost without a word."""
+    if not lost:
+        return
+    known = ("tools", "documents", *TURN_FIELDS)
+    fields = dict.fromkeys(name if name in known else "chat_template_kwargs" for name in lost)
+    raise RecordError(
+        f"{whose} has no place for {' and '.join(map(repr, lost))}",
+        reason=f"no place for {', '.join(lost)}",
+        where=where,
+        fix="use the tokenizer of a Hugging Face model whose template has one, or that and "
+        "--chat-template with a Jinja file that has; or --ignore-fields " + " ".join(fields),
+    )
 
 
 def plain_segments(turns: Sequence[Turn], train_on_prompt: bool = False) -> list[Segment]:

@@ -66,10 +66,11 @@ def load_tokenizer(
             return _dated(tokenizer, date)
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
             raise UserError(
-                f"{chat_template}: cannot read the chat template: {error.strerror} (give a Jinja "
-                "file, or plain)"
+                f"{chat_template}: cannot read the chat template: {why} (give a Jinja file, or "
+                "plain)"
             ) from error
         _try_template(tokenizer, chat_template)
     return _dated(tokenizer, date)

@@ -5,11 +5,13 @@ Nothing is downloaded unless asked for, and no code that comes with a tokenizer 
 
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_scalebio.compat.transformers import names_read
 from megatron_scalebio.data.targets import ChatTemplateError
 from megatron_scalebio.data.tokenizer_files import content_files, hash_files, load_hugging_face
 from megatron_scalebio.errors import UserError
@@ -25,9 +27,18 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Characters that few merges touch; the first that does not merge with a text goes before it, to
 # take the leading space that some tokenizers put there, and is removed again.
 _LEADS = ("\n", "\ue000")
-# Characters above which a text is tokenized in parts, those looked at around a cut, and tries.
-_LONG, _AROUND, _CUTS_TRIED = 1 << 19, 400, 50
-_LINE_FEED = re.compile(r"(?<=\S)\n(?=\S)")  # in a run of them one merge leads to another
+# Characters above which a text is tokenized in parts, and tries to cut it.
+_LONG, _CUTS_TRIED = 1 << 19, 50
+# Characters looked at before and behind a cut. In a text that repeats itself one merge may lead to
+# another, by where it begins: so from several places.
+_AROUND = ((400, 400), (397, 401), (386, 389))
+# Where a text is cut: behind a line feed, a blank line, before a space, and between a word and a
+# sign. (In a run of line feeds or spaces one merge leads to another.)
+_CUTS = tuple(
+    map(
+        re.compile, (r"(?<=\S)\n(?=\S)", r"(?<=\n)(?=\S)", r"(?<=\S)(?= \S)", r"(?<=\w)(?=[^\w\s])")
+    )
+)
 
 
 class Tokenizer(ABC):
@@ -78,7 +89,7 @@ class Tokenizer(ABC):
     def encode_long(self, text: str) -> list[int]:
         """As :meth:`encode`, for a text of any length: tokenizers take 100 bytes a token and more.
 
-        The text is cut behind line feeds where no token reaches over, by what stands around.
+        The text is cut where no token reaches over, by what stands around.
         """
         ids: list[int] = []
         start = 0
@@ -92,14 +103,18 @@ class Tokenizer(ABC):
 
     def _cut_behind(self, text: str, at: int) -> int | None:
         """The first good place for a cut at or behind ``at``; None if there is none nearby."""
-        for found in islice(_LINE_FEED.finditer(text, at, at + _LONG), _CUTS_TRIED):
-            at = found.end()
-            before, behind = text[max(0, at - _AROUND) : at], text[at : at + _AROUND]
-            lead, _ = self._lead_of(before)
-            left = self.encode(lead + before)
-            if left + self.encode_continuation(behind) == self.encode(lead + before + behind):
-                return at
+        for kind in _CUTS:
+            for found in islice(kind.finditer(text, at, at + _LONG), _CUTS_TRIED):
+                if all(self._is_cut(text, found.end(), *around) for around in _AROUND):
+                    return found.end()
         return None
+
+    def _is_cut(self, text: str, at: int, left: int, right: int) -> bool:
+        """Whether the parts of a text have the tokens that they have together."""
+        before, behind = text[max(0, at - left) : at], text[at : at + right]
+        lead, _ = self._lead_of(before)
+        ids = self.encode(lead + before) + self.encode_continuation(behind)
+        return ids == self.encode(lead + before + behind)
 
     def _lead_of(self, text: str) -> tuple[str, list[int]]:
         """What is to stand before a text so that it is tokenized as if behind other text."""
@@ -119,8 +134,7 @@ class Tokenizer(ABC):
                 as in transformers' masks.
         """
         ids, reach = self.encode_reach(text)
-        between = {0, len(text), *(at for token in reach for at in token)}
-        crossed = sorted({at for span in spans for at in span} - between) if cut else []
+        crossed = _crossed(reach, {at for span in spans for at in span}) if cut else []
         if not crossed:
             return ids, _mask(reach, spans)
         ids, mask = [], []
@@ -174,6 +188,10 @@ class Tokenizer(ABC):
     def marks_targets(self, tools: bool) -> bool:
         """Whether the template for dialogues with tools, or without, says what is a target."""
         return bool(_GENERATION.search(self.template_for(tools) or ""))
+
+    def template_reads(self, tools: bool) -> frozenset[str]:
+        """The names that the template for dialogues with tools, or without, is given."""
+        return frozenset()
 
     def split_special(self, text: str) -> list[str]:
         """The special tokens that a text holds and what stands between them, in order."""
@@ -242,6 +260,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         self.model = str(path)
         self._tokenizer = load_hugging_face(path)
+        self._tokenizer.model_max_length = 1 << 62  # of no use here, and not always a number
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             # tokenizer.json may carry the settings of whoever saved it.
@@ -255,6 +274,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.adds_bos = self.bos_id is not None and first == [self.bos_id]
         template = self._tokenizer.chat_template
         self.chat_templates = template if isinstance(template, dict) else {}
+        for one in self.chat_templates.values() or [template]:
+            if not isinstance(one, str | None):
+                raise UserError(f"{path}: its chat_template is {one!r:.80}, not text (mend it)")
         self.chat_template = template
         if self.chat_templates:
             self.chat_template = template.get("default")
@@ -265,6 +287,11 @@ class HuggingFaceTokenizer(Tokenizer):
                     "the default (name one by --chat-template)"
                 )
         self._special: re.Pattern[str] | None = None
+        self._wide = {
+            number: token.content
+            for number, token in self._tokenizer.added_tokens_decoder.items()
+            if token.lstrip or token.rstrip
+        }
         self.fingerprint = hash_files(content_files(path))
         self._leads = self._find_leads()
 
@@ -282,7 +309,19 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._backend is None:
             return super().encode_reach(text)
         encoding = self._backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        if not self._wide:
+            return encoding.ids, encoding.offsets
+        reach = list(encoding.offsets)
+        for number, token in enumerate(encoding.ids):
+            if token in self._wide:
+                reach[number] = self._without_space(text, token, reach[number])
+        return encoding.ids, reach
+
+    def _without_space(self, text: str, token: int, reach: tuple[int, int]) -> tuple[int, int]:
+        """A special token may take the white space beside it, which no turn is to be cut at."""
+        written = self._wide[token]
+        at = text.find(written, *reach)
+        return reach if at < 0 else (at, at + len(written))
 
     def render_chat(
         self, messages: Sequence[dict[str, Any]], generate: bool, **context: Any
@@ -296,11 +335,14 @@ class HuggingFaceTokenizer(Tokenizer):
             return None
         return self._render(messages, context, return_assistant_tokens_mask=True)[1]
 
+    def template_reads(self, tools: bool) -> frozenset[str]:
+        template = self.template_for(tools)
+        return names_read(template) if template else frozenset()
+
     def _render(
         self, messages: Sequence[dict[str, Any]], context: dict[str, Any], **how: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         """What ``apply_chat_template`` does to one dialogue before it tokenizes."""
-        import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         # As `apply_chat_template`: a key without a value is no key.
@@ -313,8 +355,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 **{**self._tokenizer.special_tokens_map, **context},
                 **how,
             )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
-                TypeError, ValueError) as error:  # fmt: skip
+        except Exception as error:
             # Templates raise this themselves, e.g. for a system turn that the model never had.
             raise ChatTemplateError(f"refuses the dialogue: {error}") from error
         return texts[0], spans[0] if spans else []
@@ -336,6 +377,17 @@ class HuggingFaceTokenizer(Tokenizer):
             f'{self.model}: the tokenizer names no eos_token (add "eos_token" to '
             "tokenizer_config.json)"
         )
+
+
+def _crossed(reach: Sequence[tuple[int, int]], borders: set[int]) -> list[int]:
+    """The borders that a token reaches over, in order."""
+    crossed = []
+    ends = [high for _, high in reach]
+    for at in sorted(borders):
+        number = bisect_right(ends, at)  # the first token that ends behind it
+        if number < len(reach) and reach[number][0] < at:
+            crossed.append(at)
+    return crossed
 
 
 def _mask(reach: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_scalebio.data.dialogue import ExampleEncoder
@@ -229,3 +229,31 @@ def test_a_legacy_tokenizer_puts_a_space_behind_special_tokens(
     )
     pieces = tokenizer._tokenizer.convert_ids_to_tokens(ids)
     assert "".join(p for p, m in zip(pieces, mask, strict=True) if m) == "▁Yes</s>"
+
+
+@pytest.mark.parametrize("side", ["rstrip", "lstrip", "both"])
+def test_special_tokens_may_take_the_space_beside_them(special: Path, side: str) -> None:
+    """As official Phi 3's: no token more than inference has, and the same trains."""
+    theirs = AutoTokenizer.from_pretrained(special)
+    how = {"rstrip": side != "lstrip", "lstrip": side != "rstrip"}
+    names = ["<|user|>", "<|assistant|>", "<|end|>", "<|im_start|>", "<|im_end|>"]
+    tokens: Any = [AddedToken(name, special=True, **how) for name in names]
+    theirs.add_tokens(tokens, special_tokens=True)
+    path = special.parent / side
+    theirs.save_pretrained(path)
+    theirs, ours = AutoTokenizer.from_pretrained(path), load_tokenizer(path)
+    wide = theirs("<|end|>\n<|end|>", add_special_tokens=False)["input_ids"]
+    assert len(wide) == 2, "else this test would show nothing"
+    for shape in ("phi 3, an end of document behind the last", "chatml"):
+        template = SHAPES[shape][0]
+        for turns in (*RECORDS, [("user", "a "), ("assistant", " b \n"), *RECORDS[0]]):
+            messages = [{"role": role, "content": text} for role, text in turns]
+            whole = theirs.apply_chat_template(messages, chat_template=bare(template))["input_ids"]
+            ours.chat_template = bare(template)
+            ids, mask = ExampleEncoder(ours).encode(Dialogue(tuple(turns)))
+            assert ids == whole[: len(ids)]
+            found = theirs.decode([i for i, m in zip(ids, mask, strict=True) if m])
+            answers = [text for role, text in turns if role == "assistant"]
+            assert all(text.strip() in found for text in answers)
+            assert found.count("<|user|>") + found.count("<|im_start|>") == 0
+            assert found.count("<|end|>") + found.count("<|im_end|>") == len(answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -95,8 +96,30 @@ def test_a_long_text_has_the_tokens_it_has_whole(
     for text in ("\n".join(corpus)[:60_000], "### Response:\nHello" * 900, "\n" * 9000, "x" * 9000):
         sizes.clear()
         assert tokenizer.encode_long(text) == encode(tokenizer, text)
-    tokenizer.encode_long("\n".join(corpus)[:60_000])
-    assert max(sizes[1:]) < 9000, "it is cut"
+    words = " ".join(corpus).split()
+    signs = ",".join(word for word in words if word.isalpha())[:9000]
+    for text in (
+        "\n".join(corpus),
+        "\n\n".join(corpus).replace("\n", "\n\n"),
+        " ".join(words),
+        "\n\n\n".join(words),
+        *([signs] if tokenizer.model.endswith("byte_level") else []),
+    ):
+        text = text[:60_000]
+        whole = encode(tokenizer, text)
+        sizes.clear()
+        assert tokenizer.encode_long(text) == whole
+        assert max(sizes) < 6000 < len(text), "it is cut"
+
+
+@pytest.mark.parametrize("period", ["x ", "ab, ", "a\n", "x\n\n", "aa "])
+def test_a_long_text_that_repeats_itself_has_the_tokens_it_has_whole(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, period: str
+) -> None:
+    monkeypatch.setattr("megatron_scalebio.data.tokenizer._LONG", 2000)
+    for before in ("", "b", "bc", "bcd"):
+        text = before + period * 4000
+        assert tokenizer.encode_long(text) == tokenizer.encode(text)
 
 
 def test_only_a_dummy_prefix_needs_a_lead(tokenizer: Tokenizer) -> None:
@@ -211,7 +234,7 @@ def test_assistant_speaks_first(byte_level: Path) -> None:
         ("{{ raise_exception('no system turn') }}", "refuses the dialogue: no system turn"),
         ("{% for m in messages %}{{ m['content'] | upper }};{% endfor %}", "leaves out or changes"),
         (
-            "{{ messages | length }}{% for m in messages %}{{ m['content'] }};{% endfor %}",
+            "{% for m in messages %}{{ m['content'] }};{{ messages | length }}{% endfor %}",
             "otherwise",
         ),
         (
@@ -331,6 +354,7 @@ def test_data_of_another_tokenizer_than_the_models_are_refused(
         ("absent.model", None, "no such tokenizer"),
         ("bad.model", "no model", "not a SentencePiece model"),
         ("bad.json", "{", "malformed JSON"),
+        ("deep.json", "[" * 100_000, "malformed JSON"),
         ("other.json", '{"a": 1}', "has no field 'model'"),
         ("folder/readme.txt", "", "cannot load a tokenizer"),
     ],
@@ -381,3 +405,26 @@ def test_chat_template_options(byte_level: Path, sentence_piece: Path, tmp_path:
         load_tokenizer(byte_level, chat_template=str(tmp_path / "none.jinja"))
     with pytest.raises(UserError, match="needs a Hugging Face tokenizer"):
         load_tokenizer(sentence_piece, chat_template=str(tmp_path / "none.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("model_max_length", "x"), ("chat_template", 5), ("chat_template", [1])]
+)
+def test_settings_of_another_type_are_no_traceback(
+    byte_level: Path, tmp_path: Path, name: str, value: object
+) -> None:
+    path = tmp_path / "changed"
+    shutil.copytree(byte_level, path)
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, name: value}))
+    with contextlib.suppress(UserError):
+        tokenizer = load_tokenizer(path, date="2026-01-01")
+        ExampleEncoder(tokenizer).encode(Text("a"))
+        ExampleEncoder(tokenizer).encode(Dialogue((("user", "a"), ("assistant", "b"))))
+
+
+def test_a_template_that_is_not_utf_8_is_refused(byte_level: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_bytes(b"{{ '\xe9' }}")
+    with pytest.raises(UserError, match="cannot read the chat template: it is not text in UTF-8"):
+        load_tokenizer(byte_level, chat_template=str(tmp_path / "t.jinja"))
