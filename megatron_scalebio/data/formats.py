@@ -191,7 +191,7 @@ class _Record:
     def _check_known(self, known: tuple[str, ...], turn: dict[str, Any] | None = None,
                      where: str = "") -> None:  # fmt: skip
         for name, item in (self.value if turn is None else turn).items():
-            if name in known or item is None or item in ("", [], {}):
+            if name in known or _says_nothing(item):
                 continue
             if name in METADATA or self.options.ignores(name):
                 self.ignored[name] = None
@@ -213,8 +213,12 @@ class _Record:
     def _history(self) -> list[Turn]:
         """Earlier turns of an Alpaca record, which train where prompts do."""
         turns = []
-        history = self.value.get("history") or []
-        for number, pair in enumerate(history if isinstance(history, list) else [None]):
+        history = self.value.get("history")
+        if _says_nothing(history):
+            return []
+        if not isinstance(history, list):
+            raise self._error("field 'history' is not a list", "history", self.where)
+        for number, pair in enumerate(history):
             where = f"{self.where}: history[{number}]"
             if not isinstance(pair, list) or len(pair) != 2:
                 raise self._error("is not a pair [question, answer]", "history", where)
@@ -267,11 +271,7 @@ class _Record:
                 fix=f"known roles: {', '.join(ROLES)}",
             )
         self._check_known((role_key, content_key, *TURN_FIELDS, *TRAIN_FLAGS), turn, at)
-        fields = {
-            name: _whole_letters(turn[name])
-            for name in TURN_FIELDS
-            if turn.get(name) not in (None, "", [], {})
-        }
+        fields = self._turn_fields(turn, role, at)
         content = turn.get(content_key)
         if isinstance(content, list):
             content = self._joined(content, at)
@@ -279,6 +279,39 @@ class _Record:
             content = self._string({**turn, content_key: content} if content_key in turn else turn,
                                    content_key, at)  # fmt: skip
         return Turn(role, content, self._trains(turn, role, at), fields)
+
+    def _turn_fields(self, turn: dict[str, Any], role: str, at: str) -> dict[str, Any]:
+        """What a turn says beside its content."""
+        told = {name: turn[name] for name in TURN_FIELDS if not _says_nothing(turn.get(name))}
+        fields: dict[str, Any] = {}
+        for name in told:
+            if role != "assistant" and name in ("tool_calls", *REASONING_FIELDS):
+                raise self._error(f"a {role} turn has {name!r}, and only answers do", name, at)
+            if name == "tool_calls":
+                if calls := self._objects(told[name], name, list, at):
+                    fields[name] = _whole_letters(calls)
+            else:
+                fields[name] = self._string(told, name, at)
+        thoughts = {name: text for name, text in fields.items() if name in REASONING_FIELDS}
+        if len(set(thoughts.values())) > 1:
+            names = " and ".join(map(repr, thoughts))
+            raise self._error(f"{names} tell two thoughts", "reasoning", at)
+        return fields
+
+    def _objects(self, value: Any, name: str, kind: type, where: str) -> Any:
+        """An object or a list of objects, which may be given as its JSON text."""
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise self._error(f"field {name!r} is not JSON", name, where) from None
+        if _says_nothing(value) or (isinstance(value, str) and not value.strip()):
+            return kind()
+        items = value if isinstance(value, list) else [value]
+        if not isinstance(value, kind) or not all(isinstance(item, dict) for item in items):
+            what = "an object" if kind is dict else "a list of objects"
+            raise self._error(f"field {name!r} is not {what}", name, where)
+        return value
 
     def _trains(self, turn: dict[str, Any], role: str, at: str) -> str:
         told = {name: turn[name] for name in TRAIN_FLAGS if turn.get(name) is not None}
@@ -294,7 +327,7 @@ class _Record:
         return AS_ITS_ROLE if all(told.values()) else NEVER
 
     def _system(self, turns: list[Turn]) -> list[Turn]:
-        told = [name for name in SYSTEM if self.value.get(name)]
+        told = [name for name in SYSTEM if not _says_nothing(self.value.get(name))]
         if not told:
             return []
         text = self._string(self.value, told[0], self.where)
@@ -306,20 +339,8 @@ class _Record:
         """What the chat template is given beside the turns."""
         context: dict[str, Any] = {}
         for name, kind in (("tools", list), ("documents", list), ("chat_template_kwargs", dict)):
-            value = self.value.get(name)
-            if isinstance(value, str) and value.strip():
-                try:
-                    value = json.loads(value)
-                except (ValueError, RecursionError):
-                    raise self._error(f"field {name!r} is not JSON", name, self.where) from None
-            if not value or (isinstance(value, str) and not value.strip()):
-                continue
-            if not isinstance(value, kind) or (
-                kind is list and not all(isinstance(item, dict) for item in value)
-            ):
-                what = "an object" if kind is dict else "a list of objects"
-                raise self._error(f"field {name!r} is not {what}", name, self.where)
-            context |= value if kind is dict else {name: value}
+            if value := self._objects(self.value.get(name), name, kind, self.where):
+                context |= value if kind is dict else {name: value}
         return _whole_letters(context)
 
     def _joined(self, parts: list[Any], where: str) -> str:
@@ -364,6 +385,10 @@ class _Record:
             where=where,
             fix="mend the record, or leave it out by --bad-records skip",
         )
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or value in ("", [], {})
 
 
 def _whole_letters(value: Any) -> Any:

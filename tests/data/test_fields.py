@@ -360,3 +360,46 @@ def test_a_template_writes_the_date_that_it_is_given(byte_level: Path, tmp_path:
         tokenizer = load_tokenizer(byte_level, chat_template=str(path), date=date)
         ids, _ = ExampleEncoder(tokenizer).encode(dialogue)
         assert tokenizer.decode(ids).startswith(text)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("thought", [0, False, ["so"], {"text": "so"}, 1.5])
+def test_a_thought_that_is_no_text_is_refused(name: str, thought: Any) -> None:
+    with pytest.raises(RecordError, match=rf"^f:1: messages\[1\]: field '{name}' is .*not a str"):
+        parse_record(chat(USER, answer("x", **{name: thought})), "messages", "f:1")
+
+
+def test_one_turn_thinks_once_and_only_answers_think_or_call() -> None:
+    same = chat(USER, answer("x", reasoning_content="so", thinking="so"))
+    assert isinstance(parse_record(same, "messages", "f:1"), Dialogue)
+    two = chat(USER, answer("x", reasoning_content="so", thinking="thus"))
+    with pytest.raises(RecordError, match="'reasoning_content' and 'thinking' tell two thoughts"):
+        parse_record(two, "messages", "f:1")
+    for role in ("user", "system", "tool"):
+        for field in ({"tool_calls": [CALL]}, {"reasoning": "so"}):
+            record = chat({"role": role, "content": "q", **field}, answer("x"))
+            with pytest.raises(RecordError, match=f"a {role} turn has '.*', and only answers do"):
+                parse_record(record, "messages", "f:1")
+
+
+@pytest.mark.parametrize("nothing", [0, False, 0.0])
+@pytest.mark.parametrize("name", ["system", "tools", "documents", "chat_template_kwargs"])
+def test_a_field_of_another_type_is_refused_even_if_it_is_false(name: str, nothing: Any) -> None:
+    with pytest.raises(RecordError, match=f"^f:1: field '{name}' is "):
+        parse_record(chat(USER, answer("x"), **{name: nothing}), "messages", "f:1")
+    with pytest.raises(RecordError, match="field 'tool_calls' is not a list of objects"):
+        parse_record(chat(USER, answer("x", tool_calls=nothing)), "messages", "f:1")
+    with pytest.raises(RecordError, match="field 'name' is "):
+        parse_record(chat(USER, answer("x", name=nothing)), "messages", "f:1")
+    alpaca = {"instruction": "i", "output": "o", "history": nothing}
+    with pytest.raises(RecordError, match="field 'history' is not a list"):
+        parse_record(alpaca, "alpaca", "f:1")
+
+
+def test_tool_calls_may_be_their_json_text(tokenizer: Tokenizer) -> None:
+    as_text = chat(USER, answer("", tool_calls=json.dumps([CALL])))
+    whole = chat(USER, answer("", tool_calls=[CALL]))
+    assert marked(tokenizer, TOOL_TEMPLATE, as_text) == marked(tokenizer, TOOL_TEMPLATE, whole)
+    for wrong in ("x", "[1]", "{}x", [1]):
+        with pytest.raises(RecordError, match="'tool_calls' is not"):
+            parse_record(chat(USER, answer("", tool_calls=wrong)), "messages", "f:1")
