@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_scalebio.data.content_parts import check_parts
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_config import EncodeConfig
 from megatron_scalebio.data.examples import Dialogue, RecordError, Text
@@ -159,6 +160,8 @@ def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings
         where = f"{batch.path}:{line}"
         try:
             example = parse_record(value, batch.format, where, config)
+            if isinstance(example, Dialogue):
+                check_parts(example, encoder.tokenizer, where)
             ids, mask = ([], []) if _is_empty(example) else encoder.encode(example, where)
         except RecordError as error:
             if not config.skips_bad:

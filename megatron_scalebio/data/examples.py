@@ -46,12 +46,14 @@ class Turn(NamedTuple):
     trains: AS_ITS_ROLE (an answer trains), AS_PROMPT (an answer of the history: it trains where
         prompts do) or NEVER.
     fields: what else a chat template may read, such as `tool_calls`.
+    parts: the texts that were joined to `content`, where it was given in parts.
     """
 
     role: str
     content: str | None
     trains: str = AS_ITS_ROLE
     fields: dict[str, Any] = {}  # noqa: RUF012  never written to
+    parts: tuple[str, ...] = ()
 
     @property
     def is_answer(self) -> bool:

@@ -32,6 +32,7 @@ from megatron_scalebio.data.files import open_records
 from megatron_scalebio.data.record_fields import (
     ANSWERS,
     BESIDE,
+    DIALOGUES,
     FORMATS,
     KNOWN,
     METADATA,
@@ -53,6 +54,7 @@ def detect_format(value: dict[str, Any], where: str, options: RecordOptions = PL
     Alpaca comes before text: some Alpaca files repeat the whole prompt in a ``text`` field.
     """
     given, value = value, options.renamed(value, where)
+    value = {name: item for name, item in value.items() if name not in options.ignore_fields}
     if options.text_key != "text" and options.text_key in value:
         return "text"
     if "chosen" in value and "rejected" in value:
@@ -63,7 +65,7 @@ def detect_format(value: dict[str, Any], where: str, options: RecordOptions = PL
             fix="train on the chosen answers alone: --map messages=chosen where they are whole "
             "dialogues, else --map answer=chosen; both with --ignore-fields",
         )
-    turns = value.get("messages", value.get("conversations", value.get("items")))
+    turns = value.get(_first_told(value, DIALOGUES))
     if isinstance(turns, list):
         first = turns[0] if turns and isinstance(turns[0], dict) else {}
         if "role" in first or ("messages" in value and "from" not in first):
@@ -244,9 +246,17 @@ class _Record:
     def _listed(
         self, list_keys: tuple[str, ...], role_key: str, content_key: str
     ) -> tuple[list[Turn], tuple[str, ...]]:
-        key = next((k for k in list_keys if k in self.value), None)
-        if key is None:
+        key = _first_told(self.value, list_keys)
+        if key not in self.value:
             raise self._missing(" or ".join(list_keys), self.where)
+        told = [name for name in DIALOGUES if not _says_nothing(self.value.get(name))]
+        if len(told) > 1:
+            raise RecordError(
+                f"holds two dialogues, {told[0]!r} and {told[1]!r}",
+                reason="two dialogues",
+                where=self.where,
+                fix=f"--ignore-fields {told[1]} leaves one of them out",
+            )
         return self._turns(key, role_key, content_key), ()
 
     def _turns(self, key: str, role_key: str, content_key: str) -> list[Turn]:
@@ -273,12 +283,14 @@ class _Record:
         self._check_known((role_key, content_key, *TURN_FIELDS, *TRAIN_FLAGS), turn, at)
         fields = self._turn_fields(turn, role, at)
         content = turn.get(content_key)
+        parts: tuple[str, ...] = ()
         if isinstance(content, list):
-            content = self._joined(content, at)
+            parts = self._parts(content, at)
+            content = "".join(parts)
         if content is not None or not ("tool_calls" in fields or set(fields) & {*REASONING_FIELDS}):
             content = self._string({**turn, content_key: content} if content_key in turn else turn,
                                    content_key, at)  # fmt: skip
-        return Turn(role, content, self._trains(turn, role, at), fields)
+        return Turn(role, content, self._trains(turn, role, at), fields, parts)
 
     def _turn_fields(self, turn: dict[str, Any], role: str, at: str) -> dict[str, Any]:
         """What a turn says beside its content."""
@@ -343,8 +355,8 @@ class _Record:
                 context |= value if kind is dict else {name: value}
         return _whole_letters(context)
 
-    def _joined(self, parts: list[Any], where: str) -> str:
-        for part in parts:
+    def _parts(self, parts: list[Any], where: str) -> tuple[str, ...]:
+        for number, part in enumerate(parts):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise RecordError(
@@ -353,7 +365,9 @@ class _Record:
                     where=where,
                     fix="keep text parts alone, or leave the record out",
                 )
-        return "".join(part["text"] for part in parts)
+            at = f"{where}: content[{number}]"
+            self._check_known(("type", "text"), self._used(part, at), at)
+        return tuple(_whole_letters(part["text"]) for part in parts)
 
     def _string(self, value: dict[str, Any], key: str, where: str) -> str:
         if key not in value:
@@ -385,6 +399,13 @@ class _Record:
             where=where,
             fix="mend the record, or leave it out by --bad-records skip",
         )
+
+
+def _first_told(value: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The first of the fields that says something, or else the first that is there."""
+    there = [name for name in names if name in value]
+    told = [name for name in there if not _says_nothing(value[name])]
+    return [*told, *there, names[0]][0]
 
 
 def _says_nothing(value: Any) -> bool:

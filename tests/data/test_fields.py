@@ -403,3 +403,25 @@ def test_tool_calls_may_be_their_json_text(tokenizer: Tokenizer) -> None:
     for wrong in ("x", "[1]", "{}x", [1]):
         with pytest.raises(RecordError, match="'tool_calls' is not"):
             parse_record(chat(USER, answer("", tool_calls=wrong)), "messages", "f:1")
+
+
+@pytest.mark.parametrize("more", ["conversations", "items"])
+def test_two_dialogues_in_a_record_are_refused(more: str) -> None:
+    turns = [USER, answer("x")]
+    shared = [{"from": "human", "value": "Rome?"}, {"from": "gpt", "value": "x"}]
+    one = Dialogue((("user", "Rome?"), ("assistant", "x")))
+    for first, second in ((turns, turns), (turns, shared)):
+        record: dict[str, Any] = {"messages": first, more: second}
+        with pytest.raises(RecordError, match=f"holds two dialogues, 'messages' and '{more}'"):
+            parse_record(record, detect_format(record, "f:1"), "f:1")
+        for name in record:
+            options = RecordOptions(ignore_fields=(name,))
+            record_format = detect_format(record, "f:1", options)
+            if not (first == second and (name, more) == ("messages", "items")):
+                assert parse_record(record, record_format, "f:1", options) == one
+    record = {"conversations": shared, "items": shared}
+    with pytest.raises(RecordError, match="holds two dialogues, 'conversations' and 'items'"):
+        parse_record(record, detect_format(record, "f:1"), "f:1")
+    for nothing in (None, []):
+        record = {"messages": nothing, "conversations": shared}
+        assert parse_record(record, detect_format(record, "f:1"), "f:1") == one
