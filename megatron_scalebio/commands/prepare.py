@@ -177,6 +177,11 @@ def remarks(reports: Sequence[dict[str, Any]], config: PrepareConfig) -> list[st
         if report["ignored_fields"]:
             fields = [f"{field} ({n:,})" for field, n in sorted(report["ignored_fields"].items())]
             lines.append(f"{name}: fields not used: {', '.join(fields)}")
+        if report["replaced_letters"]:
+            lines.append(
+                f"{name}: {report['replaced_letters']:,} records held halves of letters, as of a "
+                "cut emoji, replaced by \ufffd"
+            )
         if report["skipped"]:
             place = config.out / name / LEFT_OUT_FILE
             lines.append(f"{name}: {counted(report['skipped'])} left out, listed in {place}")

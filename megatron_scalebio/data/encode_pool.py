@@ -78,6 +78,7 @@ class EncodedBatch(NamedTuple):
 
     tokens: int32 [sum(lengths)]; mask: uint8 of the same shape, 1 = to be predicted;
     lines: of the record that each example is of; ignored: records by a field that is not used;
+    replaced: records that held halves of letters;
     truncated: records that lost their tail; longest: tokens of the longest record before that.
     """
 
@@ -87,6 +88,7 @@ class EncodedBatch(NamedTuple):
     lines: list[int]
     left_out: list[LeftOut]
     ignored: dict[str, int]
+    replaced: int
     truncated: int
     longest: int
 
@@ -155,7 +157,7 @@ def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings
     lines: list[int] = []
     left_out: list[LeftOut] = []
     ignored: Counter[str] = Counter()
-    truncated = longest = 0
+    replaced = truncated = longest = 0
     for line, value in batch.records:
         where = f"{batch.path}:{line}"
         try:
@@ -169,6 +171,7 @@ def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings
             left_out.append(LeftOut(line, error.reason, str(error)))
             continue
         ignored.update(example.ignored)
+        replaced += example.replaced
         if not ids:
             left_out.append(LeftOut(line, "empty" if _is_empty(example) else "no_target"))
             continue
@@ -189,6 +192,7 @@ def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings
         lines,
         left_out,
         dict(ignored),
+        replaced,
         truncated,
         longest,
     )

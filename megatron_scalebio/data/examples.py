@@ -32,10 +32,12 @@ class Text:
 
     Attributes:
         ignored: fields of the record that are not used.
+        replaced: it held halves of letters, now U+FFFD.
     """
 
     text: str
     ignored: tuple[str, ...] = field(default=(), compare=False)
+    replaced: bool = field(default=False, compare=False)
 
 
 class Turn(NamedTuple):
@@ -74,11 +76,13 @@ class Dialogue:
         turns: (role, content) pairs are made into turns.
         context: what the chat template is given besides: `tools`, `documents`, and more by name.
         ignored: fields of the record and its turns that are not used.
+        replaced: it held halves of letters, now U+FFFD.
     """
 
     turns: tuple[Turn, ...]
     context: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = field(default=(), compare=False)
+    replaced: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "turns", tuple(Turn(*turn) for turn in self.turns))

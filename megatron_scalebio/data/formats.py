@@ -14,6 +14,7 @@ left out and counted.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from megatron_scalebio.data.record_fields import (
     TURN_FIELDS,
     RecordOptions,
 )
-from megatron_scalebio.data.records import OnBad
+from megatron_scalebio.data.records import DECODER, OnBad, Spelled
 from megatron_scalebio.errors import UserError
 
 
@@ -146,6 +147,7 @@ class _Record:
     ) -> None:
         self.format, self.where, self.options = format_name, where, options
         self.ignored: dict[str, None] = {}
+        self.replaced = False
         self.unknown: dict[str, str] = {}  # fields, and where each was first
         self.value = self._used(value, where)
 
@@ -168,7 +170,7 @@ class _Record:
         if self.format == "text":
             text = self._string(self.value, self.options.text_key, self.where)
             self._check_known((self.options.text_key,))
-            return Text(text, tuple(self.ignored))
+            return Text(text, tuple(self.ignored), self.replaced)
         read: dict[str, Callable[[], tuple[list[Turn], tuple[str, ...]]]] = {
             "alpaca": self._alpaca,
             "pairs": self._pairs,
@@ -178,7 +180,8 @@ class _Record:
         turns, own = read[self.format]()
         self._check_known((*own, *KNOWN[self.format], *BESIDE))
         turns = [*self._system(turns), *turns]
-        return Dialogue(tuple(turns), self._context(), tuple(self.ignored))
+        context = self._context()
+        return Dialogue(tuple(turns), context, tuple(self.ignored), self.replaced)
 
     def _used(self, value: dict[str, Any], where: str) -> dict[str, Any]:
         """The fields that are there and are not left out; null is no value."""
@@ -204,7 +207,11 @@ class _Record:
         prompt = self._string(self.value, "instruction", self.where)
         extra = self.value.get("input")
         if isinstance(extra, int | float) and not isinstance(extra, bool):
-            extra = json.dumps(extra)
+            written = json.dumps(self._whole(extra, self.where))
+            if isinstance(extra, Spelled) and extra.spelling != written:
+                problem = f"field 'input' is {extra.spelling}, which as a number would be {written}"
+                raise self._error(f"{problem}: write it as text", "input", self.where)
+            extra = written
         if extra is not None and extra != "":
             prompt = f"{prompt}\n\n{self._string({'input': extra}, 'input', self.where)}"
         answer = self._string(self.value, "output", self.where)
@@ -301,7 +308,7 @@ class _Record:
                 raise self._error(f"a {role} turn has {name!r}, and only answers do", name, at)
             if name == "tool_calls":
                 if calls := self._objects(told[name], name, list, at):
-                    fields[name] = _whole_letters(calls)
+                    fields[name] = self._whole(calls, at)
             else:
                 fields[name] = self._string(told, name, at)
         thoughts = {name: text for name, text in fields.items() if name in REASONING_FIELDS}
@@ -314,9 +321,10 @@ class _Record:
         """An object or a list of objects, which may be given as its JSON text."""
         if isinstance(value, str) and value.strip():
             try:
-                value = json.loads(value)
-            except (ValueError, RecursionError):
-                raise self._error(f"field {name!r} is not JSON", name, where) from None
+                value = DECODER.decode(value)
+            except (ValueError, RecursionError) as error:
+                problem = f"field {name!r} is not JSON: {error}"
+                raise self._error(problem, name, where) from None
         if _says_nothing(value) or (isinstance(value, str) and not value.strip()):
             return kind()
         items = value if isinstance(value, list) else [value]
@@ -353,7 +361,7 @@ class _Record:
         for name, kind in (("tools", list), ("documents", list), ("chat_template_kwargs", dict)):
             if value := self._objects(self.value.get(name), name, kind, self.where):
                 context |= value if kind is dict else {name: value}
-        return _whole_letters(context)
+        return self._whole(context, self.where)
 
     def _parts(self, parts: list[Any], where: str) -> tuple[str, ...]:
         for number, part in enumerate(parts):
@@ -367,21 +375,43 @@ class _Record:
                 )
             at = f"{where}: content[{number}]"
             self._check_known(("type", "text"), self._used(part, at), at)
-        return tuple(_whole_letters(part["text"]) for part in parts)
+        return tuple(self._whole(part["text"], where) for part in parts)
 
     def _string(self, value: dict[str, Any], key: str, where: str) -> str:
         if key not in value:
             raise self._missing(key, where)
         text = value[key]
         if not isinstance(text, str):
-            kind = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
+            kind = type(text).__name__
             raise RecordError(
-                f"field {key!r} is {kind.get(type(text), 'a number')}, not a string",
+                f"field {key!r} is {_KINDS.get(kind, f'of type {kind}')}, not a string",
                 reason=f"field {key} is not text",
                 where=where,
                 fix="write it as text, or leave the record out by --bad-records skip",
             )
-        return _whole_letters(text)
+        return self._whole(text, where)
+
+    def _whole(self, value: Any, where: str) -> Any:
+        """A value as a template may write it.
+
+        Halves of letters ("\\ud83d", a cut emoji, is legal JSON but no text) are replaced; numbers
+        that JSON does not know are refused.
+        """
+        if isinstance(value, dict):
+            return {self._whole(k, where): self._whole(item, where) for k, item in value.items()}
+        if isinstance(value, list):
+            return [self._whole(item, where) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self._error(
+                f"has the number {value!r}, which JSON does not know", "number", where
+            )
+        if isinstance(value, str):
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                self.replaced = True
+                return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
 
     def _missing(self, field: str, where: str) -> RecordError:
         return RecordError(
@@ -401,6 +431,17 @@ class _Record:
         )
 
 
+_KINDS = {
+    "NoneType": "null",
+    "bool": "true or false",
+    "int": "a number",
+    "float": "a number",
+    "Spelled": "a number",
+    "list": "a list",
+    "dict": "an object",
+}
+
+
 def _first_told(value: dict[str, Any], names: tuple[str, ...]) -> str:
     """The first of the fields that says something, or else the first that is there."""
     there = [name for name in names if name in value]
@@ -410,17 +451,3 @@ def _first_told(value: dict[str, Any], names: tuple[str, ...]) -> str:
 
 def _says_nothing(value: Any) -> bool:
     return value is None or value in ("", [], {})
-
-
-def _whole_letters(value: Any) -> Any:
-    """The value without halves of letters: "\\ud83d", a cut emoji, is legal JSON but no text."""
-    if isinstance(value, dict):
-        return {_whole_letters(key): _whole_letters(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_whole_letters(item) for item in value]
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value

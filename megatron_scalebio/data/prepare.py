@@ -163,7 +163,7 @@ class _Source:
     ) -> dict[str, Any]:
         name, config = self.source.name, self.config
         writer = SourceWriter(staging.path(name), tokenizer["vocab_size"])
-        truncated = longest = 0
+        replaced = truncated = longest = 0
         formats: dict[str, None] = {}
         total = sum(self.sizes[file] for file in self.source.files)
         on_progress(Progress(name, 0, total, 0))
@@ -171,6 +171,7 @@ class _Source:
             for batch, encoded in pool.map(self._batches()):
                 formats[batch.format] = None
                 self._add(writer, batch, encoded)
+                replaced += encoded.replaced
                 truncated += encoded.truncated
                 longest = max(longest, encoded.longest)
                 on_progress(Progress(name, batch.bytes_done, total, writer.examples))
@@ -182,6 +183,7 @@ class _Source:
                     "dropped": {reason: self.left_out.get(reason, 0) for reason in DROPPED},
                     "skipped": {k: n for k, n in self.left_out.items() if k not in DROPPED},
                     "ignored_fields": dict(self.ignored),
+                    "replaced_letters": replaced,
                     "truncated": truncated,
                     "longest": longest,
                     "seq_length": config.seq_length,

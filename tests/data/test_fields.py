@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_scalebio.commands.prepare import remarks
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.examples import (
     AS_ITS_ROLE,
@@ -17,11 +18,13 @@ from megatron_scalebio.data.examples import (
     Text,
     Turn,
 )
-from megatron_scalebio.data.formats import detect_format, parse_record
+from megatron_scalebio.data.formats import detect_format, parse_record, read_examples
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
+from megatron_scalebio.data.prepare import prepare
 from megatron_scalebio.data.record_fields import RecordOptions, parse_columns
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
+from tests.data.preparing import config, write_jsonl
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 CALL = {
@@ -425,3 +428,48 @@ def test_two_dialogues_in_a_record_are_refused(more: str) -> None:
     for nothing in (None, []):
         record = {"messages": nothing, "conversations": shared}
         assert parse_record(record, detect_format(record, "f:1"), "f:1") == one
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_know_are_refused_where_they_are_used(
+    tmp_path: Path, number: str
+) -> None:
+    call = '{"role": "assistant", "tool_calls": [{"function": {"arguments": {"x": NUMBER}}}]}'
+    for text in (
+        '{"instruction": "i", "input": NUMBER, "output": "o"}',
+        '{"messages": [{"role": "user", "content": "q"}, ' + call + "]}",
+        '{"question": "q", "answer": "a", "tools": [{"x": NUMBER}]}',
+    ):
+        path = tmp_path / "a.jsonl"
+        path.write_text(text.replace("NUMBER", number))
+        with pytest.raises(RecordError, match="has the number .*, which JSON does not know"):
+            list(read_examples(path))
+    path.write_text(f'{{"text": "t", "id": {number}}}')
+    assert list(read_examples(path)) == [Text("t")]
+
+
+@pytest.mark.parametrize(
+    ("number", "right"),
+    [("1.5", True), ("-0.25", True), ("7", True), ("1.10", False), ("1e5", False),
+     ("12345678901234567890.5", False)],
+)  # fmt: skip
+def test_a_number_is_written_as_in_the_file_or_refused(
+    tmp_path: Path, number: str, right: bool
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"instruction": "i", "input": {number}, "output": "o"}}')
+    if right:
+        expected = Dialogue((("user", f"i\n\n{number}"), ("assistant", "o")))
+        assert list(read_examples(path)) == [expected]
+    else:
+        with pytest.raises(RecordError, match=f"'input' is {number}, which as a number would be"):
+            list(read_examples(path))
+
+
+def test_replaced_halves_of_letters_are_counted(tmp_path: Path, byte_level: Path) -> None:
+    texts = ["whole", "cut \ud83d", "\U0001f600"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    made = config(tmp_path / "out", byte_level, path)
+    reports = prepare(made)
+    assert reports[0]["replaced_letters"] == 1
+    assert "src: 1 records held halves of letters" in "\n".join(remarks(reports, made))
