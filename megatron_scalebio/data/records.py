@@ -163,12 +163,61 @@ def _of_value(error: ValueError) -> str:
     return "a number has more digits than Python reads (write it as text)"
 
 
+class _Streams(io.RawIOBase):
+    """What one or more compressed streams hold; `lzma.open` and `bz2.open` pass over damaged ones.
+
+    Args:
+        new: makes a decompressor of one stream.
+        padding: what may stand between streams and behind them.
+    """
+
+    def __init__(self, file: BinaryIO, new: Callable[[], Any], padding: bytes = b"") -> None:
+        self._file, self._new, self._padding = file, new, padding
+        self._stream = new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._stream.eof:
+                if not (rest := self._rest()):
+                    return 0
+                self._stream = self._new()
+            else:
+                rest = self._file.read(_READ_CHARS) if self._stream.needs_input else b""
+                if self._stream.needs_input and not rest:
+                    raise EOFError("it ends within a stream")
+            if plain := self._stream.decompress(rest, len(buffer)):
+                buffer[: len(plain)] = plain
+                return len(plain)
+
+    def _rest(self) -> bytes:
+        """What stands behind a stream, without padding; empty at the end of the file."""
+        rest = self._stream.unused_data.lstrip(self._padding)
+        while not rest and (block := self._file.read(_READ_CHARS)):
+            rest = block.lstrip(self._padding)
+        return rest
+
+
+def _zstd(file: BinaryIO) -> Any:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+
+
+def _of_streams(new: Callable[[], Any], padding: bytes = b"") -> Callable[[BinaryIO], Any]:
+    return lambda file: io.BufferedReader(_Streams(file, new, padding), _READ_CHARS)
+
+
 _READERS: dict[bytes, Callable[[BinaryIO], Any]] = {
     b"\x1f\x8b": gzip.open,
-    b"\xfd7zXZ\x00": lzma.open,
-    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": _of_streams(lzma.LZMADecompressor, b"\0"),
+    b"BZh": _of_streams(bz2.BZ2Decompressor),
+    b"\x28\xb5\x2f\xfd": _zstd,
+    # Frames that a reader passes over, with which some writers begin.
+    **{bytes([kind]) + b"\x2a\x4d\x18": _zstd for kind in range(0x50, 0x60)},
 }
-_ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 @contextmanager
@@ -185,11 +234,6 @@ def readable(path: Path, shown: Path) -> Iterator[tuple[BinaryIO, Callable[[], i
             if start is not None:
                 with _READERS[start](file) as plain:
                     yield plain, file.tell
-            elif magic.startswith(_ZSTD):
-                import pyarrow
-
-                with pyarrow.CompressedInputStream(file, "zstd") as plain:
-                    yield io.BufferedReader(plain), file.tell
             else:
                 yield file, file.tell
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:

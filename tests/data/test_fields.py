@@ -442,7 +442,7 @@ def test_numbers_that_json_does_not_know_are_refused_where_they_are_used(
     ):
         path = tmp_path / "a.jsonl"
         path.write_text(text.replace("NUMBER", number))
-        with pytest.raises(RecordError, match="has the number .*, which JSON does not know"):
+        with pytest.raises(RecordError, match=r"has the number .*, which JSON does not know"):
             list(read_examples(path))
     path.write_text(f'{{"text": "t", "id": {number}}}')
     assert list(read_examples(path)) == [Text("t")]

@@ -166,6 +166,13 @@ def test_a_saved_data_set_is_read_in_its_order(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(_lines(PAIRS))[:-90], "a.jsonl.gz: the compressed file is"),
         ("a.jsonl.xz", lzma.compress(_lines(PAIRS))[:-90], "a.jsonl.xz: the compressed file is"),
         ("a.jsonl.zst", _zstd(_lines(PAIRS))[:-90], "a.jsonl.zst"),
+        (
+            "a.jsonl.xz",
+            lzma.compress(_lines(PAIRS)) + b"junk",
+            "a.jsonl.xz: the compressed file is",
+        ),
+        ("a.jsonl.bz2", bz2.compress(_lines(PAIRS)) + b"junk", "a.jsonl.bz2: the compressed file"),
+        ("a.jsonl.bz2", bz2.compress(_lines(PAIRS))[:-90], "a.jsonl.bz2: the compressed file"),
         ("a.jsonl", b'{"a": 1, "b": 2, "a": 1}', "a.jsonl:1: the field 'a' stands twice in one"),
         ("a.jsonl", b'{"m": [{"c": "x", "c": "y"}]}', "a.jsonl:1: the field 'c' stands twice"),
         ("a.json", b'[{"a": 1}, \n{"a": 1, "a": 2}]', "a.json:2: the field 'a' stands twice"),
@@ -184,6 +191,19 @@ def test_damaged_files_are_named_in_one_line(
     with pytest.raises(UserError) as error:
         list(open_records(tmp_path / name))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2", "zst"])
+def test_several_compressed_streams_are_one_file(tmp_path: Path, kind: str) -> None:
+    packs = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": _zstd}
+    parts = [packs[kind](_lines(part)) for part in (PAIRS[:1000], PAIRS[1000:])]
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0\xff\xff\xff\xff" if kind == "zst" else b""
+    padding = b"\0" * 8 if kind == "xz" else b""
+    path = tmp_path / f"a.jsonl.{kind}"
+    path.write_bytes(skipped + parts[0] + padding + skipped + parts[1] + padding)
+    reader = open_records(path)
+    assert [record.value for record in reader] == PAIRS
+    assert reader.bytes_read == path.stat().st_size
 
 
 def _columns(*pairs: tuple[str, Any]) -> pyarrow.Table:
