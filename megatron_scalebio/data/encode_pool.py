@@ -25,7 +25,7 @@ from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_config import EncodeConfig
 from megatron_scalebio.data.examples import Dialogue, RecordError, Text
 from megatron_scalebio.data.formats import parse_record
-from megatron_scalebio.data.load_tokenizer import load_tokenizer
+from megatron_scalebio.data.load_tokenizer import dated, load_tokenizer
 from megatron_scalebio.data.records import Record
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
@@ -64,6 +64,7 @@ class Batch(NamedTuple):
     """Records of one file; ``bytes_done`` of the source had been read behind the last one.
 
     bad: what stands among them and could not be read.
+    date: what their chat template calls today; empty: as the settings say.
     """
 
     path: str
@@ -71,6 +72,7 @@ class Batch(NamedTuple):
     records: list[Record]
     bytes_done: int
     bad: tuple[LeftOut, ...] = ()
+    date: str = ""
 
 
 class EncodedBatch(NamedTuple):
@@ -152,6 +154,7 @@ def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings
     """
     config, seq_length = settings.config, settings.seq_length
     max_tokens = None if seq_length is None else seq_length + 1
+    dated(encoder.tokenizer, batch.date)
     tokens: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     lines: list[int] = []

@@ -173,6 +173,16 @@ def test_the_day_of_prepare_stays(
     assert main(["show", str(tmp_path / "drawn"), "--json"]) == 0
     for line in capsys.readouterr().out.splitlines():
         assert json.loads(line)["text"].startswith("01.12.2031<|im_start|>")
+    (tmp_path / "later").mkdir()
+    second = prepared(tmp_path / "later", byte_level, source, *words)
+    arguments = ["sample", "--input", f"s={folder}", "--input", f"t={second}", "--weights", "s=1",
+                 "t=1", "--num-samples", "6", "--max-epochs", "1", "--out",
+                 str(tmp_path / "both"), *words]  # fmt: skip
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main(["show", str(tmp_path / "both"), "--rows", "6", "--json"]) == 0
+    texts = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(text[:10] for text in texts) == ["01.12.2031"] * 3 + ["02.12.2031"] * 3
     again = prepared(tmp_path, byte_level, source, *words, "--overwrite")
     after = json.loads((again / "source.json").read_text())
     assert after["fingerprint"] == before["fingerprint"]
