@@ -119,7 +119,7 @@ def prepare(
     try:
         with Staging(config.out, staged, overwrite=config.overwrite) as staging:
             copies = local_copies(config.sources, staging.directory)
-            sizes = {file: _file_size(copies[file]) for source in config.sources
+            sizes = {file: _file_size(copies[file], file) for source in config.sources
                      for file in source.files}  # fmt: skip
             date = _date(config)
             tokenizer, described = _tokenizer(config, staging, copies, date)
@@ -323,13 +323,15 @@ def _workers(config: PrepareConfig, input_bytes: int) -> int:
     return max(1, min(cores(), input_bytes // _BYTES_A_WORKER))
 
 
-def _file_size(path: Path) -> int:
+def _file_size(path: Path, shown: Path) -> int:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (check --input)") from error
+        raise UserError(f"{shown}: {error.strerror} (check --input)") from error
+    if size == 0 and shown == STANDARD_INPUT:
+        raise UserError("--input -: standard input is empty (did the command before it fail?)")
     if size == 0:
-        raise UserError(f"{path}: the file is empty (leave it out)")
+        raise UserError(f"{shown}: the file is empty (leave it out)")
     return size
 
 

@@ -43,7 +43,7 @@ def load_hugging_face(path: Path) -> Any:
 def _check_tokenizer_json(path: Path) -> None:
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{path}: malformed JSON ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: not a tokenizer.json: it has no field 'model'")

@@ -395,6 +395,9 @@ def test_pipes_and_standard_input_are_read(tmp_path: Path, byte_level: Path, how
     done = run(_lines(PAIRS[:2]) + b"{broken", "--overwrite")
     assert done.returncode == 2 and ".prepare-" not in done.stderr
     assert ("-:3: " if how == "standard input" else ":3: malformed JSON") in done.stderr
+    done = run(b"", "--overwrite")
+    words = "--input -: standard input is empty" if how == "standard input" else "file is empty"
+    assert done.returncode == 2 and ".prepare-" not in done.stderr and words in done.stderr
 
 
 def test_a_name_of_fields_makes_every_file_a_source(tmp_path: Path) -> None:
