@@ -108,8 +108,8 @@ def _read_config(hf: Path) -> HfConfig:
         line = " ".join(str(error).split())[:300] or type(error).__name__
         if not gguf and (culprit := _culprit(given)):
             raise UserError(
-                f"{where}: {culprit}: {str(given[culprit])[:80]!r} is not supported: {line} (mend it, or "
-                "fetch the file again)"
+                f"{where}: {culprit}: {str(given[culprit])[:80]!r} is not supported: {line} (mend "
+                "it, or fetch the file again)"
             ) from None
         raise UserError(
             f"{where}: transformers can't read it: {line} (supported: "

@@ -381,3 +381,9 @@ def test_chat_template_options(byte_level: Path, sentence_piece: Path, tmp_path:
         load_tokenizer(byte_level, chat_template=str(tmp_path / "none.jinja"))
     with pytest.raises(UserError, match="needs a Hugging Face tokenizer"):
         load_tokenizer(sentence_piece, chat_template=str(tmp_path / "none.jinja"))
+
+
+def test_a_tokenizer_json_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model":' * 100_000)
+    with pytest.raises(UserError, match=r"tokenizer\.json: malformed JSON"):
+        load_tokenizer(tmp_path)
