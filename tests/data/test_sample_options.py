@@ -49,7 +49,8 @@ def test_sources_may_be_a_list_of_files_and_not_standard_input(
     (tmp_path / "list").write_text("a.jsonl\nb.jsonl\n")
     words = ["sample", "--num-samples", "10", "--tokenizer", str(byte_level), "--weights", "s=1"]
     words += ["--max-epochs", "1", "--out", str(tmp_path / "o"), "--input"]
-    assert main([*words, f"s=@{tmp_path / 'list'}"]) == 0
+    assert main([*words, f"s=@{tmp_path / 'list'}", "--workers", "999"]) == 0
+    assert "--workers 999: " in capsys.readouterr().out
     drawn = {json.loads(line)["text"] for line in (tmp_path / "o/sample.jsonl").open()}
     assert drawn == {f"{name} {i}" for name in "ab" for i in range(5)}
     capsys.readouterr()
