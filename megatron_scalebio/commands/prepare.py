@@ -193,6 +193,11 @@ def _remarks_of(
     if report["ignored_fields"]:
         fields = [f"{field} ({n:,})" for field, n in sorted(report["ignored_fields"].items())]
         lines["fields not used"] = f"{name}: fields not used: {', '.join(fields)}"
+    if report["replaced_letters"]:
+        lines["halves of letters"] = (
+            f"{name}: {report['replaced_letters']:,} records held halves of letters, as of a "
+            "cut emoji, replaced by \ufffd"
+        )
     if report["skipped"]:
         place = config.out / name / LEFT_OUT_FILE
         skipped = counted(report["skipped"])

@@ -31,6 +31,7 @@ from megatron_scalebio.data.weights_file import (
 )
 from megatron_scalebio.errors import EXIT_OK, EXIT_SIGNALLED, UserError, sigterm_interrupts
 from megatron_scalebio.formatting import printable, shorten
+from megatron_scalebio.launcher import cores
 from megatron_scalebio.sample.config import SampleConfig, WeightedSource
 from megatron_scalebio.sample.contamination import FEWEST_WORDS
 from megatron_scalebio.sample.inputs import (
@@ -228,6 +229,8 @@ def remarks(manifests: Sequence[dict[str, Any]], config: SampleConfig) -> list[s
     """What the table does not say: redistribution, shortfall, what was compared and what is not
     written."""
     lines = _off_proportion(manifests, config) if config.num_samples is not None else []
+    if config.workers > cores():
+        lines.append(f"--workers {config.workers}: {cores()} ran, as many as there are cores")
     moved = sum(manifest["redistributed"] for manifest in manifests)
     entries = [entry for manifest in manifests for entry in manifest["sources"]]
     capped = [entry["name"] for entry in entries if entry["surplus"]]

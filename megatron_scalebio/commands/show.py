@@ -46,6 +46,12 @@ def run(args: argparse.Namespace) -> int:
         last = len(folder) - 1
         raise UserError(f"--from: {args.first} is beyond the last example (give {last} or less)")
     tokenizer = load_tokenizer(args.tokenizer or folder.model, chat_template="plain")
+    prepared_with = folder.description["tokenizer"]["fingerprint"]
+    if tokenizer.fingerprint != prepared_with:
+        raise UserError(
+            f"{tokenizer.model}: is not the tokenizer that {args.folder} was prepared with, and "
+            "would read other text from its ids (name that one by --tokenizer)"
+        )
     shown = list(folder.examples(args.first, args.rows, tokenizer))
     listed, counts = folder.left_out(args.rows)
     if not launcher.is_first_rank():

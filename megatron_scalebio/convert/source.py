@@ -181,7 +181,7 @@ def read_index(index: Path) -> dict[str, dict[str, str]]:
         for name, shard in content["weight_map"].items():
             if Path(shard).name != shard or shard.startswith("."):
                 raise ValueError(f"{name} is placed in {shard!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{index}: no index of shards: {error or type(error).__name__} ({_INCOMPLETE})"
         ) from None

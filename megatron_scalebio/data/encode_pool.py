@@ -20,11 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_scalebio.data.content_parts import check_parts
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.encode_config import EncodeConfig
 from megatron_scalebio.data.examples import Dialogue, RecordError, Text
 from megatron_scalebio.data.formats import parse_record
-from megatron_scalebio.data.load_tokenizer import load_tokenizer
+from megatron_scalebio.data.load_tokenizer import dated, load_tokenizer
 from megatron_scalebio.data.records import Record
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
@@ -63,6 +64,7 @@ class Batch(NamedTuple):
     """Records of one file; ``bytes_done`` of the source had been read behind the last one.
 
     bad: what stands among them and could not be read.
+    date: what their chat template calls today; empty: as the settings say.
     """
 
     path: str
@@ -70,6 +72,7 @@ class Batch(NamedTuple):
     records: list[Record]
     bytes_done: int
     bad: tuple[LeftOut, ...] = ()
+    date: str = ""
 
 
 class EncodedBatch(NamedTuple):
@@ -77,6 +80,7 @@ class EncodedBatch(NamedTuple):
 
     tokens: int32 [sum(lengths)]; mask: uint8 of the same shape, 1 = to be predicted;
     lines: of the record that each example is of; ignored: records by a field that is not used;
+    replaced: records that held halves of letters;
     truncated: records that lost their tail; longest: tokens of the longest record before that.
     """
 
@@ -86,6 +90,7 @@ class EncodedBatch(NamedTuple):
     lines: list[int]
     left_out: list[LeftOut]
     ignored: dict[str, int]
+    replaced: int
     truncated: int
     longest: int
 
@@ -149,16 +154,19 @@ def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings
     """
     config, seq_length = settings.config, settings.seq_length
     max_tokens = None if seq_length is None else seq_length + 1
+    dated(encoder.tokenizer, batch.date)
     tokens: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     lines: list[int] = []
     left_out: list[LeftOut] = []
     ignored: Counter[str] = Counter()
-    truncated = longest = 0
+    replaced = truncated = longest = 0
     for line, value in batch.records:
         where = f"{batch.path}:{line}"
         try:
             example = parse_record(value, batch.format, where, config)
+            if isinstance(example, Dialogue):
+                check_parts(example, encoder.tokenizer, where)
             ids, mask = ([], []) if _is_empty(example) else encoder.encode(example, where)
         except RecordError as error:
             if not config.skips_bad:
@@ -166,6 +174,7 @@ def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings
             left_out.append(LeftOut(line, error.reason, str(error)))
             continue
         ignored.update(example.ignored)
+        replaced += example.replaced
         if not ids:
             left_out.append(LeftOut(line, "empty" if _is_empty(example) else "no_target"))
             continue
@@ -186,6 +195,7 @@ def encode_batch(batch: Batch, encoder: ExampleEncoder, settings: EncodeSettings
         lines,
         left_out,
         dict(ignored),
+        replaced,
         truncated,
         longest,
     )

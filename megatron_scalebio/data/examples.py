@@ -32,10 +32,12 @@ class Text:
 
     Attributes:
         ignored: fields of the record that are not used.
+        replaced: it held halves of letters, now U+FFFD.
     """
 
     text: str
     ignored: tuple[str, ...] = field(default=(), compare=False)
+    replaced: bool = field(default=False, compare=False)
 
 
 class Turn(NamedTuple):
@@ -46,12 +48,14 @@ class Turn(NamedTuple):
     trains: AS_ITS_ROLE (an answer trains), AS_PROMPT (an answer of the history: it trains where
         prompts do) or NEVER.
     fields: what else a chat template may read, such as `tool_calls`.
+    parts: the texts that were joined to `content`, where it was given in parts.
     """
 
     role: str
     content: str | None
     trains: str = AS_ITS_ROLE
     fields: dict[str, Any] = {}  # noqa: RUF012  never written to
+    parts: tuple[str, ...] = ()
 
     @property
     def is_answer(self) -> bool:
@@ -72,11 +76,13 @@ class Dialogue:
         turns: (role, content) pairs are made into turns.
         context: what the chat template is given besides: `tools`, `documents`, and more by name.
         ignored: fields of the record and its turns that are not used.
+        replaced: it held halves of letters, now U+FFFD.
     """
 
     turns: tuple[Turn, ...]
     context: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = field(default=(), compare=False)
+    replaced: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "turns", tuple(Turn(*turn) for turn in self.turns))

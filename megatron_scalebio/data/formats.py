@@ -14,6 +14,7 @@ left out and counted.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from megatron_scalebio.data.files import open_records
 from megatron_scalebio.data.record_fields import (
     ANSWERS,
     BESIDE,
+    DIALOGUES,
     FORMATS,
     KNOWN,
     METADATA,
@@ -43,7 +45,7 @@ from megatron_scalebio.data.record_fields import (
     TURN_FIELDS,
     RecordOptions,
 )
-from megatron_scalebio.data.records import OnBad
+from megatron_scalebio.data.records import DECODER, OnBad, Spelled
 from megatron_scalebio.errors import UserError
 
 
@@ -53,6 +55,7 @@ def detect_format(value: dict[str, Any], where: str, options: RecordOptions = PL
     Alpaca comes before text: some Alpaca files repeat the whole prompt in a ``text`` field.
     """
     given, value = value, options.renamed(value, where)
+    value = {name: item for name, item in value.items() if name not in options.ignore_fields}
     if options.text_key != "text" and options.text_key in value:
         return "text"
     if "chosen" in value and "rejected" in value:
@@ -63,7 +66,7 @@ def detect_format(value: dict[str, Any], where: str, options: RecordOptions = PL
             fix="train on the chosen answers alone: --map messages=chosen where they are whole "
             "dialogues, else --map answer=chosen; both with --ignore-fields",
         )
-    turns = value.get("messages", value.get("conversations", value.get("items")))
+    turns = value.get(_first_told(value, DIALOGUES))
     if isinstance(turns, list):
         first = turns[0] if turns and isinstance(turns[0], dict) else {}
         if "role" in first or ("messages" in value and "from" not in first):
@@ -144,6 +147,7 @@ class _Record:
     ) -> None:
         self.format, self.where, self.options = format_name, where, options
         self.ignored: dict[str, None] = {}
+        self.replaced = False
         self.unknown: dict[str, str] = {}  # fields, and where each was first
         self.value = self._used(value, where)
 
@@ -166,7 +170,7 @@ class _Record:
         if self.format == "text":
             text = self._string(self.value, self.options.text_key, self.where)
             self._check_known((self.options.text_key,))
-            return Text(text, tuple(self.ignored))
+            return Text(text, tuple(self.ignored), self.replaced)
         read: dict[str, Callable[[], tuple[list[Turn], tuple[str, ...]]]] = {
             "alpaca": self._alpaca,
             "pairs": self._pairs,
@@ -176,7 +180,8 @@ class _Record:
         turns, own = read[self.format]()
         self._check_known((*own, *KNOWN[self.format], *BESIDE))
         turns = [*self._system(turns), *turns]
-        return Dialogue(tuple(turns), self._context(), tuple(self.ignored))
+        context = self._context()
+        return Dialogue(tuple(turns), context, tuple(self.ignored), self.replaced)
 
     def _used(self, value: dict[str, Any], where: str) -> dict[str, Any]:
         """The fields that are there and are not left out; null is no value."""
@@ -191,7 +196,7 @@ class _Record:
     def _check_known(self, known: tuple[str, ...], turn: dict[str, Any] | None = None,
                      where: str = "") -> None:  # fmt: skip
         for name, item in (self.value if turn is None else turn).items():
-            if name in known or item is None or item in ("", [], {}):
+            if name in known or _says_nothing(item):
                 continue
             if name in METADATA or self.options.ignores(name):
                 self.ignored[name] = None
@@ -202,7 +207,11 @@ class _Record:
         prompt = self._string(self.value, "instruction", self.where)
         extra = self.value.get("input")
         if isinstance(extra, int | float) and not isinstance(extra, bool):
-            extra = json.dumps(extra)
+            written = json.dumps(self._whole(extra, self.where))
+            if isinstance(extra, Spelled) and extra.spelling != written:
+                problem = f"field 'input' is {extra.spelling}, which as a number would be {written}"
+                raise self._error(f"{problem}: write it as text", "input", self.where)
+            extra = written
         if extra is not None and extra != "":
             prompt = f"{prompt}\n\n{self._string({'input': extra}, 'input', self.where)}"
         answer = self._string(self.value, "output", self.where)
@@ -213,8 +222,12 @@ class _Record:
     def _history(self) -> list[Turn]:
         """Earlier turns of an Alpaca record, which train where prompts do."""
         turns = []
-        history = self.value.get("history") or []
-        for number, pair in enumerate(history if isinstance(history, list) else [None]):
+        history = self.value.get("history")
+        if _says_nothing(history):
+            return []
+        if not isinstance(history, list):
+            raise self._error("field 'history' is not a list", "history", self.where)
+        for number, pair in enumerate(history):
             where = f"{self.where}: history[{number}]"
             if not isinstance(pair, list) or len(pair) != 2:
                 raise self._error("is not a pair [question, answer]", "history", where)
@@ -240,9 +253,17 @@ class _Record:
     def _listed(
         self, list_keys: tuple[str, ...], role_key: str, content_key: str
     ) -> tuple[list[Turn], tuple[str, ...]]:
-        key = next((k for k in list_keys if k in self.value), None)
-        if key is None:
+        key = _first_told(self.value, list_keys)
+        if key not in self.value:
             raise self._missing(" or ".join(list_keys), self.where)
+        told = [name for name in DIALOGUES if not _says_nothing(self.value.get(name))]
+        if len(told) > 1:
+            raise RecordError(
+                f"holds two dialogues, {told[0]!r} and {told[1]!r}",
+                reason="two dialogues",
+                where=self.where,
+                fix=f"--ignore-fields {told[1]} leaves one of them out",
+            )
         return self._turns(key, role_key, content_key), ()
 
     def _turns(self, key: str, role_key: str, content_key: str) -> list[Turn]:
@@ -267,18 +288,50 @@ class _Record:
                 fix=f"known roles: {', '.join(ROLES)}",
             )
         self._check_known((role_key, content_key, *TURN_FIELDS, *TRAIN_FLAGS), turn, at)
-        fields = {
-            name: _whole_letters(turn[name])
-            for name in TURN_FIELDS
-            if turn.get(name) not in (None, "", [], {})
-        }
+        fields = self._turn_fields(turn, role, at)
         content = turn.get(content_key)
+        parts: tuple[str, ...] = ()
         if isinstance(content, list):
-            content = self._joined(content, at)
+            parts = self._parts(content, at)
+            content = "".join(parts)
         if content is not None or not ("tool_calls" in fields or set(fields) & {*REASONING_FIELDS}):
             content = self._string({**turn, content_key: content} if content_key in turn else turn,
                                    content_key, at)  # fmt: skip
-        return Turn(role, content, self._trains(turn, role, at), fields)
+        return Turn(role, content, self._trains(turn, role, at), fields, parts)
+
+    def _turn_fields(self, turn: dict[str, Any], role: str, at: str) -> dict[str, Any]:
+        """What a turn says beside its content."""
+        told = {name: turn[name] for name in TURN_FIELDS if not _says_nothing(turn.get(name))}
+        fields: dict[str, Any] = {}
+        for name in told:
+            if role != "assistant" and name in ("tool_calls", *REASONING_FIELDS):
+                raise self._error(f"a {role} turn has {name!r}, and only answers do", name, at)
+            if name == "tool_calls":
+                if calls := self._objects(told[name], name, list, at):
+                    fields[name] = self._whole(calls, at)
+            else:
+                fields[name] = self._string(told, name, at)
+        thoughts = {name: text for name, text in fields.items() if name in REASONING_FIELDS}
+        if len(set(thoughts.values())) > 1:
+            names = " and ".join(map(repr, thoughts))
+            raise self._error(f"{names} tell two thoughts", "reasoning", at)
+        return fields
+
+    def _objects(self, value: Any, name: str, kind: type, where: str) -> Any:
+        """An object or a list of objects, which may be given as its JSON text."""
+        if isinstance(value, str) and value.strip():
+            try:
+                value = DECODER.decode(value)
+            except (ValueError, RecursionError) as error:
+                problem = f"field {name!r} is not JSON: {error}"
+                raise self._error(problem, name, where) from None
+        if _says_nothing(value) or (isinstance(value, str) and not value.strip()):
+            return kind()
+        items = value if isinstance(value, list) else [value]
+        if not isinstance(value, kind) or not all(isinstance(item, dict) for item in items):
+            what = "an object" if kind is dict else "a list of objects"
+            raise self._error(f"field {name!r} is not {what}", name, where)
+        return value
 
     def _trains(self, turn: dict[str, Any], role: str, at: str) -> str:
         told = {name: turn[name] for name in TRAIN_FLAGS if turn.get(name) is not None}
@@ -294,7 +347,7 @@ class _Record:
         return AS_ITS_ROLE if all(told.values()) else NEVER
 
     def _system(self, turns: list[Turn]) -> list[Turn]:
-        told = [name for name in SYSTEM if self.value.get(name)]
+        told = [name for name in SYSTEM if not _says_nothing(self.value.get(name))]
         if not told:
             return []
         text = self._string(self.value, told[0], self.where)
@@ -306,24 +359,12 @@ class _Record:
         """What the chat template is given beside the turns."""
         context: dict[str, Any] = {}
         for name, kind in (("tools", list), ("documents", list), ("chat_template_kwargs", dict)):
-            value = self.value.get(name)
-            if isinstance(value, str) and value.strip():
-                try:
-                    value = json.loads(value)
-                except (ValueError, RecursionError):
-                    raise self._error(f"field {name!r} is not JSON", name, self.where) from None
-            if not value or (isinstance(value, str) and not value.strip()):
-                continue
-            if not isinstance(value, kind) or (
-                kind is list and not all(isinstance(item, dict) for item in value)
-            ):
-                what = "an object" if kind is dict else "a list of objects"
-                raise self._error(f"field {name!r} is not {what}", name, self.where)
-            context |= value if kind is dict else {name: value}
-        return _whole_letters(context)
+            if value := self._objects(self.value.get(name), name, kind, self.where):
+                context |= value if kind is dict else {name: value}
+        return self._whole(context, self.where)
 
-    def _joined(self, parts: list[Any], where: str) -> str:
-        for part in parts:
+    def _parts(self, parts: list[Any], where: str) -> tuple[str, ...]:
+        for number, part in enumerate(parts):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise RecordError(
@@ -332,21 +373,45 @@ class _Record:
                     where=where,
                     fix="keep text parts alone, or leave the record out",
                 )
-        return "".join(part["text"] for part in parts)
+            at = f"{where}: content[{number}]"
+            self._check_known(("type", "text"), self._used(part, at), at)
+        return tuple(self._whole(part["text"], where) for part in parts)
 
     def _string(self, value: dict[str, Any], key: str, where: str) -> str:
         if key not in value:
             raise self._missing(key, where)
         text = value[key]
         if not isinstance(text, str):
-            kind = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
+            kind = type(text).__name__
             raise RecordError(
-                f"field {key!r} is {kind.get(type(text), 'a number')}, not a string",
+                f"field {key!r} is {_KINDS.get(kind, f'of type {kind}')}, not a string",
                 reason=f"field {key} is not text",
                 where=where,
                 fix="write it as text, or leave the record out by --bad-records skip",
             )
-        return _whole_letters(text)
+        return self._whole(text, where)
+
+    def _whole(self, value: Any, where: str) -> Any:
+        """A value as a template may write it.
+
+        Halves of letters ("\\ud83d", a cut emoji, is legal JSON but no text) are replaced; numbers
+        that JSON does not know are refused.
+        """
+        if isinstance(value, dict):
+            return {self._whole(k, where): self._whole(item, where) for k, item in value.items()}
+        if isinstance(value, list):
+            return [self._whole(item, where) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self._error(
+                f"has the number {value!r}, which JSON does not know", "number", where
+            )
+        if isinstance(value, str):
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                self.replaced = True
+                return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
 
     def _missing(self, field: str, where: str) -> RecordError:
         return RecordError(
@@ -366,15 +431,23 @@ class _Record:
         )
 
 
-def _whole_letters(value: Any) -> Any:
-    """The value without halves of letters: "\\ud83d", a cut emoji, is legal JSON but no text."""
-    if isinstance(value, dict):
-        return {_whole_letters(key): _whole_letters(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_whole_letters(item) for item in value]
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
+_KINDS = {
+    "NoneType": "null",
+    "bool": "true or false",
+    "int": "a number",
+    "float": "a number",
+    "Spelled": "a number",
+    "list": "a list",
+    "dict": "an object",
+}
+
+
+def _first_told(value: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The first of the fields that says something, or else the first that is there."""
+    there = [name for name in names if name in value]
+    told = [name for name in there if not _says_nothing(value[name])]
+    return [*told, *there, names[0]][0]
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or value in ("", [], {})

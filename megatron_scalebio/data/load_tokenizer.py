@@ -63,7 +63,7 @@ def load_tokenizer(
             )
         if chat_template in tokenizer.chat_templates:
             tokenizer.chat_template = tokenizer.chat_templates[chat_template]
-            return _dated(tokenizer, date)
+            return dated(tokenizer, date)
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
@@ -73,7 +73,7 @@ def load_tokenizer(
                 "plain)"
             ) from error
         _try_template(tokenizer, chat_template)
-    return _dated(tokenizer, date)
+    return dated(tokenizer, date)
 
 
 def require_ids_of(hf: Path, prepared: dict[str, Any]) -> None:
@@ -103,7 +103,8 @@ def require_ids_of(hf: Path, prepared: dict[str, Any]) -> None:
         )
 
 
-def _dated(tokenizer: Tokenizer, date: str) -> Tokenizer:
+def dated(tokenizer: Tokenizer, date: str) -> Tokenizer:
+    """The tokenizer, whose templates now write this date (in this process); empty: as before."""
     import jinja2
 
     for template in (tokenizer.chat_template, tokenizer.tool_template):

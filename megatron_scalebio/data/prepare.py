@@ -119,7 +119,7 @@ def prepare(
     try:
         with Staging(config.out, staged, overwrite=config.overwrite) as staging:
             copies = local_copies(config.sources, staging.directory)
-            sizes = {file: _file_size(copies[file]) for source in config.sources
+            sizes = {file: _file_size(copies[file], file) for source in config.sources
                      for file in source.files}  # fmt: skip
             date = _date(config)
             tokenizer, described = _tokenizer(config, staging, copies, date)
@@ -163,7 +163,7 @@ class _Source:
     ) -> dict[str, Any]:
         name, config = self.source.name, self.config
         writer = SourceWriter(staging.path(name), tokenizer["vocab_size"])
-        truncated = longest = 0
+        replaced = truncated = longest = 0
         formats: dict[str, None] = {}
         total = sum(self.sizes[file] for file in self.source.files)
         on_progress(Progress(name, 0, total, 0))
@@ -171,6 +171,7 @@ class _Source:
             for batch, encoded in pool.map(self._batches()):
                 formats[batch.format] = None
                 self._add(writer, batch, encoded)
+                replaced += encoded.replaced
                 truncated += encoded.truncated
                 longest = max(longest, encoded.longest)
                 on_progress(Progress(name, batch.bytes_done, total, writer.examples))
@@ -182,6 +183,7 @@ class _Source:
                     "dropped": {reason: self.left_out.get(reason, 0) for reason in DROPPED},
                     "skipped": {k: n for k, n in self.left_out.items() if k not in DROPPED},
                     "ignored_fields": dict(self.ignored),
+                    "replaced_letters": replaced,
                     "truncated": truncated,
                     "longest": longest,
                     "seq_length": config.seq_length,
@@ -321,13 +323,15 @@ def _workers(config: PrepareConfig, input_bytes: int) -> int:
     return max(1, min(cores(), input_bytes // _BYTES_A_WORKER))
 
 
-def _file_size(path: Path) -> int:
+def _file_size(path: Path, shown: Path) -> int:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror} (check --input)") from error
+        raise UserError(f"{shown}: {error.strerror} (check --input)") from error
+    if size == 0 and shown == STANDARD_INPUT:
+        raise UserError("--input -: standard input is empty (did the command before it fail?)")
     if size == 0:
-        raise UserError(f"{path}: the file is empty (leave it out)")
+        raise UserError(f"{shown}: the file is empty (leave it out)")
     return size
 
 

@@ -64,11 +64,18 @@ class PreparedFolder:
         self.description = read_description(folder / SOURCE_FILE)
         self.model: str = self.description["tokenizer"]["model"]
         self._tokens, self._mask = (self._pair(folder / part) for part in (TOKENS, LOSS_MASK))
-        rows = folder / ROWS_FILE
+        self._rows = self._read_rows(folder / ROWS_FILE)
+
+    def _read_rows(self, path: Path) -> np.ndarray | None:
+        if not path.is_file():
+            return None
         try:
-            self._rows = np.load(rows, mmap_mode="r") if rows.is_file() else None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{rows}: is damaged ({error}) (run prepare again)") from None
+            rows = np.load(path, mmap_mode="r")
+            if rows.ndim != 2 or rows.shape[1] != 2 or rows.dtype.kind not in "iu":
+                raise ValueError("it holds no pairs of file and line")
+        except (EOFError, OSError, ValueError, AttributeError) as error:
+            raise _damaged(path, error) from None
+        return rows
 
     def __len__(self) -> int:
         return self._tokens.sequences
@@ -98,11 +105,16 @@ class PreparedFolder:
         if not path.is_file():
             return [], counts
         with open(path, encoding="utf-8") as file:
-            for line in file:
-                entry = json.loads(line)
-                counts[entry["why"]] += 1
-                if len(listed) < count:
-                    listed.append(entry)
+            try:
+                for line in file:
+                    entry = json.loads(line)
+                    if not {"why", "file", "line"} <= entry.keys():
+                        raise ValueError("a line lacks 'why', 'file' or 'line'")
+                    counts[str(entry["why"])] += 1
+                    if len(listed) < count:
+                        listed.append(entry)
+            except (AttributeError, RecursionError, ValueError) as error:
+                raise _damaged(path, error) from None
         return listed, counts
 
     def _origin(self, number: int) -> tuple[str | None, int | None]:
@@ -110,4 +122,12 @@ class PreparedFolder:
             return None, None
         file, line = self._rows[number].tolist()
         inputs = self.description.get("inputs", [])
-        return (inputs[file]["path"] if file < len(inputs) else None), line
+        try:
+            return str(inputs[file]["path"]) if 0 <= file < len(inputs) else None, line
+        except (KeyError, TypeError):
+            raise _damaged(self.folder / SOURCE_FILE, "'inputs' is not a list of files") from None
+
+
+def _damaged(path: Path, problem: Exception | str) -> UserError:
+    said = " ".join(str(problem).split())
+    return UserError(f"{path}: is damaged ({said}) (run prepare again)")

@@ -32,6 +32,7 @@ METADATA = frozenset(
 )  # fmt: skip
 ALL_FIELDS = "*"
 SYSTEM = ("system", "system_prompt")
+DIALOGUES = ("messages", "conversations", "items")  # lists of turns, of which a record has one
 TRAIN_FLAGS = ("weight", "train", "loss")
 TURN_FIELDS = ("tool_calls", "tool_call_id", "name", *REASONING_FIELDS)
 KNOWN = {

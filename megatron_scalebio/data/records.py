@@ -28,6 +28,38 @@ _FIX = 'a file is one JSON array of objects, or JSONL: one object a line, such a
 FIX_UTF8 = "convert it, as by iconv -f latin1 -t utf-8"
 
 
+class Spelled(float):
+    """A number with a point or exponent, and how it was written: 1.10 is not 1.1 in a prompt."""
+
+    __slots__ = ("spelling",)
+    spelling: str
+
+    def __new__(cls, spelling: str) -> "Spelled":
+        number = float.__new__(cls, spelling)
+        number.spelling = spelling
+        return number
+
+    def __reduce__(self) -> tuple[type["Spelled"], tuple[str]]:
+        return Spelled, (self.spelling,)
+
+
+class _TwiceError(ValueError):
+    """A field that stands twice in an object."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in value if names.count(name) > 1)
+        raise _TwiceError(f"the field {twice!r} stands twice in one object")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=Spelled)
+_LENIENT = json.JSONDecoder(parse_int=len, parse_float=len)  # to step over what is at fault
+
+
 class Record(NamedTuple):
     """One JSON object of a file, with the line (from 1) on which it starts."""
 
@@ -83,7 +115,7 @@ class RecordReader:
             text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
             if not text.strip():
                 raise _NoRecord
-            value = json.loads(text)
+            value = DECODER.decode(text)
         except UnicodeDecodeError as error:
             raise self._error(line, f"not UTF-8 ({error.reason})", FIX_UTF8) from error
         except json.JSONDecodeError as error:
@@ -91,7 +123,7 @@ class RecordReader:
         except RecursionError as error:
             raise self._error(line, "malformed JSON (nested too deeply)") from error
         except ValueError as error:
-            raise self._error(line, _TOO_MANY_DIGITS) from error
+            raise self._error(line, _of_value(error)) from error
         if not isinstance(value, dict):
             raise self._error(line, "not a JSON object")
         return value
@@ -101,7 +133,13 @@ class RecordReader:
         buffer.expect("[", "expecting '['")
         separated = False
         while separated or buffer.peek() != "]":
-            yield buffer.next_object()
+            try:
+                yield buffer.next_object()
+            except RecordError as error:
+                line = buffer.line
+                if self._on_bad is None or not buffer.steps_over():
+                    raise
+                self._on_bad(line, error)
             separated = buffer.peek() == ","
             if separated:
                 buffer.expect(",", "expecting ','")
@@ -119,13 +157,67 @@ class _NoRecord(Exception):
     """A line without a record."""
 
 
-_TOO_MANY_DIGITS = "a number has more digits than Python reads (write it as text)"
+def _of_value(error: ValueError) -> str:
+    if isinstance(error, _TwiceError):
+        return str(error)
+    return "a number has more digits than Python reads (write it as text)"
+
+
+class _Streams(io.RawIOBase):
+    """What one or more compressed streams hold; `lzma.open` and `bz2.open` pass over damaged ones.
+
+    Args:
+        new: makes a decompressor of one stream.
+        padding: what may stand between streams and behind them.
+    """
+
+    def __init__(self, file: BinaryIO, new: Callable[[], Any], padding: bytes = b"") -> None:
+        self._file, self._new, self._padding = file, new, padding
+        self._stream = new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._stream.eof:
+                if not (rest := self._rest()):
+                    return 0
+                self._stream = self._new()
+            else:
+                rest = self._file.read(_READ_CHARS) if self._stream.needs_input else b""
+                if self._stream.needs_input and not rest:
+                    raise EOFError("it ends within a stream")
+            if plain := self._stream.decompress(rest, len(buffer)):
+                buffer[: len(plain)] = plain
+                return len(plain)
+
+    def _rest(self) -> bytes:
+        """What stands behind a stream, without padding; empty at the end of the file."""
+        rest = self._stream.unused_data.lstrip(self._padding)
+        while not rest and (block := self._file.read(_READ_CHARS)):
+            rest = block.lstrip(self._padding)
+        return rest
+
+
+def _zstd(file: BinaryIO) -> Any:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+
+
+def _of_streams(new: Callable[[], Any], padding: bytes = b"") -> Callable[[BinaryIO], Any]:
+    return lambda file: io.BufferedReader(_Streams(file, new, padding), _READ_CHARS)
+
+
 _READERS: dict[bytes, Callable[[BinaryIO], Any]] = {
     b"\x1f\x8b": gzip.open,
-    b"\xfd7zXZ\x00": lzma.open,
-    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": _of_streams(lzma.LZMADecompressor, b"\0"),
+    b"BZh": _of_streams(bz2.BZ2Decompressor),
+    b"\x28\xb5\x2f\xfd": _zstd,
+    # Frames that a reader passes over, with which some writers begin.
+    **{bytes([kind]) + b"\x2a\x4d\x18": _zstd for kind in range(0x50, 0x60)},
 }
-_ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 @contextmanager
@@ -142,11 +234,6 @@ def readable(path: Path, shown: Path) -> Iterator[tuple[BinaryIO, Callable[[], i
             if start is not None:
                 with _READERS[start](file) as plain:
                     yield plain, file.tell
-            elif magic.startswith(_ZSTD):
-                import pyarrow
-
-                with pyarrow.CompressedInputStream(file, "zstd") as plain:
-                    yield io.BufferedReader(plain), file.tell
             else:
                 yield file, file.tell
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
@@ -191,7 +278,6 @@ class _ArrayBuffer:
         self._reader = reader
         self._file, self._head, self._position = file, head, position
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._scan = json.JSONDecoder().raw_decode
         self._text = ""
         self._at = 0
         self._ended = False
@@ -217,11 +303,34 @@ class _ArrayBuffer:
         if self.peek() != "{":
             found = "end of file" if not self.peek() else f"found {self.peek()!r}"
             raise self._reader._error(self.line, f"expecting an object in the array, {found}")
+        value, end = self._scanned(DECODER)
+        record = Record(self.line, value)
+        self._behind(end)
+        return record
+
+    def steps_over(self) -> bool:
+        """Goes behind the next value, whatever it is; false if it is not even JSON."""
+        try:
+            self._behind(self._scanned(_LENIENT)[1])
+        except RecordError:
+            return False
+        return True
+
+    def _behind(self, end: int) -> None:
+        self.line += self._text.count("\n", self._at, end)
+        self._at = end
+        # Exact for ASCII, near enough for a progress bar otherwise.
+        self._reader.bytes_read = max(0, self._position() - (len(self._text) - end))
+
+    def _scanned(self, decoder: json.JSONDecoder) -> tuple[Any, int]:
+        """The value that begins here, and where it ends."""
         wanted = _READ_CHARS
         while True:
             try:
-                value, end = self._scan(self._text, self._at)
-                break
+                value, end = decoder.raw_decode(self._text, self._at)
+                if isinstance(value, dict) or end < len(self._text) or self._ended:
+                    return value, end
+                self._fill(wanted)  # a number may go on there
             except json.JSONDecodeError as error:
                 line = self.line + self._text.count("\n", self._at, error.pos)
                 if not self._is_cut(error) or not self._fill(wanted):
@@ -231,13 +340,7 @@ class _ArrayBuffer:
                 message = "malformed JSON (nested too deeply)"
                 raise self._reader._error(self.line, message) from error
             except ValueError as error:
-                raise self._reader._error(self.line, _TOO_MANY_DIGITS) from error
-        record = Record(self.line, value)
-        self.line += self._text.count("\n", self._at, end)
-        self._at = end
-        # Exact for ASCII, near enough for a progress bar otherwise.
-        self._reader.bytes_read = max(0, self._position() - (len(self._text) - end))
-        return record
+                raise self._reader._error(self.line, _of_value(error)) from error
 
     def _is_cut(self, error: json.JSONDecodeError) -> bool:
         if self._ended:

@@ -3,7 +3,7 @@
 import csv
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv")
 _ROWS = 1024
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def bare_suffix(path: Path) -> str:
@@ -38,17 +39,30 @@ class ArrowRows:
         size, number = self.path.stat().st_size, 0
         try:
             for batch, share in self._batches():
+                if number == 0:
+                    _refuse_twice(batch.schema, self.shown)
                 self.bytes_read = int(share * size)
-                for row in batch.to_pylist():
+                batch.validate(full=True)  # a damaged one would end the process
+                for row in self._rows(batch):
                     number += 1
                     yield Record(number, _without_nulls(row))
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, FileNotFoundError | PermissionError):
                 problem = error.strerror or "cannot be read"
             else:
-                problem = f"is damaged, or of another kind than its name says: {error}"
+                said = " ".join(str(error).split())
+                problem = f"is damaged, or of another kind than its name says: {said}"
             raise UserError(f"{self.shown}: {problem} (get the file again)") from error
         self.bytes_read = size
+
+    def _rows(self, batch: Any) -> list[dict[str, Any]]:
+        try:
+            return batch.to_pylist()
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.shown}: holds a value that Python cannot take: {error} (write its column "
+                "as text, or leave it out)"
+            ) from error
 
     def _batches(self) -> Iterator[tuple[Any, float]]:
         """Batches of rows, with the share of the file that has been read."""
@@ -65,19 +79,59 @@ class ArrowRows:
         with pyarrow.memory_map(str(self.path)) as source:
             size = max(1, source.size())
             try:
-                for batch in pyarrow.ipc.open_stream(source):
-                    yield from self._cut(batch, source.tell() / size)
-                return
+                stream = pyarrow.ipc.open_stream(source)
             except pyarrow.ArrowInvalid:
                 source.seek(0)
+            else:
+                for batch in stream:
+                    yield from self._cut(batch, source.tell() / size)
+                self._check_end(source)
+                return
             file = pyarrow.ipc.open_file(source)
             for number in range(file.num_record_batches):
                 yield from self._cut(file.get_batch(number), number / file.num_record_batches)
 
     @staticmethod
+    def _check_end(source: Any) -> None:
+        """Raises ArrowInvalid unless a stream that has been read ended by its mark, and there.
+
+        A stream cut between two batches reads like a whole one. (Before Arrow 0.15, the mark and
+        every message began without the four bytes.)
+        """
+        import pyarrow
+
+        end = source.tell()
+        if end != source.size():
+            raise pyarrow.ArrowInvalid("something stands behind its end")
+        source.seek(0)
+        first = source.read(4)
+        source.seek(max(0, end - len(_END_OF_STREAM)))
+        if first == _END_OF_STREAM[:4] and source.read() != _END_OF_STREAM:
+            raise pyarrow.ArrowInvalid("it was cut off, since its end is not marked")
+
+    @staticmethod
     def _cut(batch: Any, share: float) -> Iterator[tuple[Any, float]]:
         for start in range(0, batch.num_rows, _ROWS):
             yield batch.slice(start, _ROWS), share
+
+
+def _refuse_twice(columns: Iterable[Any], shown: Path) -> None:
+    """Refuses two columns, or two fields of a struct, of one name: one of them would be lost."""
+    import pyarrow
+
+    fields = list(columns)
+    names = [field.name for field in fields]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise _twice(twice[0], shown)
+    for kind in [field.type for field in fields]:
+        while pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+            kind = kind.value_type
+        if pyarrow.types.is_struct(kind):
+            _refuse_twice(kind, shown)
+
+
+def _twice(name: str, shown: Path) -> UserError:
+    return UserError(f"{shown}: the column {name!r} stands twice (give one another name)")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -105,6 +159,9 @@ class DelimitedRows:
             rows = csv.DictReader(text, delimiter=delimiter, strict=True)
             line = 1
             try:
+                names = list(rows.fieldnames or ())
+                if twice := [name for name in names if names.count(name) > 1]:
+                    raise _twice(twice[0], self.shown)
                 for row in rows:
                     first, line = line + 1, rows.line_num
                     self.bytes_read = position()

@@ -20,6 +20,8 @@ _AGAINST = (
 )
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 
+_ASKED_FORM = re.compile(r"rating[\s:*_]*" + _RATING.pattern, re.IGNORECASE)
+
 
 def judge_messages(question: Question, answers: list[str], turn: int) -> list[dict[str, str]]:
     """The chat messages that ask for a grade.
@@ -47,9 +49,12 @@ def _block(title: str, text: str) -> str:
 
 
 def parse_rating(verdict: str) -> float | None:
-    """The last ``[[rating]]`` from 1 to 10 in the judge's verdict, or None.
+    """The rating from 1 to 10 in the judge's verdict; None if there is none, or two that differ.
 
-    A number in single brackets is no rating: judges cite references as [1].
+    That is ``Rating: [[7]]``, the form asked for, or else ``[[7]]`` alone. A number in single
+    brackets is no rating: judges cite references as [1].
     """
-    found = [float(number) for number in _RATING.findall(verdict)]
-    return found[-1] if found and 1 <= found[-1] <= 10 else None
+    found = _ASKED_FORM.findall(verdict) or _RATING.findall(verdict)
+    ratings = {float(number) for number in found}
+    rating = ratings.pop() if len(ratings) == 1 else 0
+    return rating if 1 <= rating <= 10 else None

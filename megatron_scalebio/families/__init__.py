@@ -47,6 +47,30 @@ def read_family(hf: str | Path) -> tuple[Family, dict[str, Any]]:
     return family, fields
 
 
+def _raised_by_transformers() -> tuple[type[Exception], ...]:
+    """What its classes raise: whatever a value that they do not expect leads to."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RecursionError,
+            StrictDataclassError, TypeError, ValueError)  # fmt: skip
+
+
+def _culprit(given: dict[str, Any]) -> str | None:
+    """The field of a config.json without which transformers would read it, if it is one."""
+    from transformers import CONFIG_MAPPING
+
+    kind = given.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return "model_type" if "model_type" in given else None
+    for key in given:
+        try:
+            CONFIG_MAPPING[kind].from_dict({k: v for k, v in given.items() if k != key})
+        except _raised_by_transformers():
+            continue
+        return key
+    return None
+
+
 def _read_config(hf: Path) -> HfConfig:
     gguf = hf.name if hf.suffix == ".gguf" else None
     folder = hf.parent if gguf else hf
@@ -72,19 +96,21 @@ def _read_config(hf: Path) -> HfConfig:
             where=str(where),
             fix="point to the Hugging Face folder of a model; a tokenizer's is not enough",
         ) from None
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{where}: not valid JSON: {error} (fetch it again)") from None
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig  # takes a second
 
     try:
         config = AutoConfig.from_pretrained(
             folder, gguf_file=gguf, local_files_only=True, trust_remote_code=False
         )
-    # transformers' own classes raise whatever a value that they do not expect leads to.
-    except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RecursionError,
-            StrictDataclassError, TypeError, ValueError) as error:  # fmt: skip
+    except _raised_by_transformers() as error:
         line = " ".join(str(error).split())[:300] or type(error).__name__
+        if not gguf and (culprit := _culprit(given)):
+            raise UserError(
+                f"{where}: {culprit}: {str(given[culprit])[:80]!r} is not supported: {line} (mend "
+                "it, or fetch the file again)"
+            ) from None
         raise UserError(
             f"{where}: transformers can't read it: {line} (supported: "
             f"{', '.join(sorted(FAMILIES))})"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scalebio.data.encode_config import REPEATED
-from megatron_scalebio.data.inputs import exists, parse_input
+from megatron_scalebio.data.inputs import STANDARD_INPUT, exists, parse_input
 from megatron_scalebio.data.prepare import describe_file
 from megatron_scalebio.data.source_writer import SOURCE_FILE, TOKENS
 from megatron_scalebio.data.sources import read_description
@@ -80,7 +80,13 @@ def locate(name: str, path: str, what: str = "source") -> Located:
         return _locate_folder(name, folder)
     if Path(path + ".idx").is_file():
         return Located(name, prefix=path)
-    if not any(exists(Path(part)) or "*" in part for part in path.split(",")):
+    parts = path.split(",")
+    if str(STANDARD_INPUT) in parts:
+        raise UserError(
+            f"{what} {name!r}: standard input can be read only once, and a sample reads its "
+            "sources several times (write it to a file)"
+        )
+    if not any(exists(Path(part)) or "*" in part or part[:1] == "@" for part in parts):
         option = "--input" if what == "source" else "--exclude"
         raise UserError(
             f"{path}: {what} {name!r} is not there (run where its path is valid, or {option} "

@@ -71,6 +71,7 @@ class RawRows:
         pool: encodes what is fetched; None: nothing will be.
         encoder: that of sources which are token ids: an evaluation set is compared as it would read
             decoded too, with the words of the chat template.
+        date: what the chat template calls today; empty: as the pool's settings say.
     """
 
     def __init__(
@@ -80,11 +81,12 @@ class RawRows:
         config: EncodeConfig,
         pool: EncodePool | None,
         encoder: ExampleEncoder | None = None,
+        date: str = "",
     ) -> None:
         self.name, self.files = name, files
         self.rows_in_file: list[int] = []
         self.formats: dict[str, None] = {}
-        self._config, self._pool, self._encoder = config, pool, encoder
+        self._config, self._pool, self._encoder, self._date = config, pool, encoder, date
         self._of_evaluation = replace(config, ignore_fields=(ALL_FIELDS,))
 
     def scan(self, index: EvaluationIndex, words: WordIds, on_progress: OnProgress) -> Statuses:
@@ -139,7 +141,7 @@ class RawRows:
         file = self.files[0]
         records = self._records(file, self._reader(file))
         return self._encode(
-            (number, Batch(str(file), format_name, [record], 0))
+            (number, Batch(str(file), format_name, [record], 0, date=self._date))
             for number, (format_name, record) in enumerate(islice(records, count))
         )
 
@@ -150,7 +152,8 @@ class RawRows:
             for number, (format_name, record) in _pick(
                 self._records(file, self._reader(file)), inside
             ):
-                yield first + number, Batch(str(file), format_name, [record], 0)
+                batch = Batch(str(file), format_name, [record], 0, date=self._date)
+                yield first + number, batch
             first += count
 
     def _encode(self, numbered: Iterator[tuple[int, Batch]]) -> Iterator[Row]:

@@ -120,8 +120,9 @@ def _set_up(config: SampleConfig, located: list[Located], stack: ExitStack) -> S
     model = config.tokenizer or (shared["model"] if shared else None)
     if model is None and not from_tokens:
         raise UserError("--tokenizer: is needed for raw files (as for prepare)")
-    # Templates that write today's date write the one with which the sources were prepared.
-    dates = [entry["date"] for entry in descriptions if entry.get("date")]
+    # Templates that write today's date write the one with which each source was prepared; the
+    # first of them for what was not prepared.
+    dates = [date for date in map(_date_of, descriptions) if date]
     date = dates[0] if dates else datetime.date.today().isoformat()
     tokenizer = None
     if model:
@@ -141,9 +142,17 @@ def _set_up(config: SampleConfig, located: list[Located], stack: ExitStack) -> S
         described = {**tokenizer.describe(), "model": os.path.abspath(tokenizer.model)}
     words = WordIds()
     index = EvaluationIndex(config.ngram, words.sizes if tokenizer else None)
-    writes_date = tokenizer is not None and "strftime_now" in (tokenizer.chat_template or "")
-    kept = date if writes_date else None
+    templates = (tokenizer.chat_template, tokenizer.tool_template) if tokenizer else ()
+    kept = date if any("strftime_now" in (template or "") for template in templates) else None
     return Setup(from_tokens, tokenizer, described, seq_length, pool, index, kept, words)
+
+
+def _date_of(description: dict[str, Any]) -> str:
+    """The date that a source was prepared with; empty where it has none."""
+    try:
+        return datetime.date.fromisoformat(description["date"]).isoformat()
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def _open_rows(
@@ -154,7 +163,9 @@ def _open_rows(
         encoder = None
         if setup.from_tokens and setup.tokenizer:
             encoder = ExampleEncoder(setup.tokenizer, train_on_prompt=config.train_on_prompt)
-        return RawRows(entry.name, entry.files, config, setup.pool, encoder), entry.describe_raw()
+        date = _date_of(entry.description or {}) or setup.date or ""
+        rows = RawRows(entry.name, entry.files, config, setup.pool, encoder, date)
+        return rows, entry.describe_raw()
     if not entry.prefix:
         raise UserError(
             f"{entry.files[0]}: {entry.name!r} is raw text, and the sample is drawn from token ids "

@@ -1,6 +1,7 @@
 """Encoded rows of a sample, kept on disk until the order in which they are written is known."""
 
 import json
+import math
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -80,9 +81,22 @@ class Spool:
 def json_line(record: dict[str, Any]) -> bytes:
     """A JSONL line; a record with half a surrogate pair, which UTF-8 cannot hold, is escaped.
 
-    What JSON does not know (a date of a Parquet file) is written as text.
+    What JSON does not know (a date of a Parquet file, NaN) is written as text.
     """
     try:
-        return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
+        text = json.dumps(record, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        record = _with_text_for_nan(record)
+        text = json.dumps(record, ensure_ascii=False, default=str, allow_nan=False)
+    try:
+        return (text + "\n").encode()
     except UnicodeEncodeError:
         return (json.dumps(record, default=str) + "\n").encode()
+
+
+def _with_text_for_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_text_for_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_text_for_nan(item) for item in value]
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value

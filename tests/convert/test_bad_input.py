@@ -117,6 +117,24 @@ IMPORTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda hf: (hf / "model.safetensors.index.json").write_text("{"),
         ["model.safetensors.index.json: no index of shards"],
     ),
+    "index nested deeply": (
+        lambda hf: (hf / "model.safetensors.index.json").write_text("[" * 100_000),
+        ["model.safetensors.index.json: no index of shards"],
+    ),
+    "config nested deeply": (
+        lambda hf: (hf / "config.json").write_text('{"a":' * 100_000),
+        ["config.json: not valid JSON: maximum recursion depth"],
+    ),
+    "labels of another type": (
+        lambda hf: edit_json(hf / "config.json", id2label=5),
+        ["config.json: id2label: '5' is not supported: ", "(mend it, or fetch the file again)"],
+    ),
+    "dtype that is none": (
+        lambda hf: edit_json(hf / "config.json", dtype="x"), ["config.json: dtype: 'x' is not"],
+    ),
+    "model type of another type": (
+        lambda hf: edit_json(hf / "config.json", model_type=["a"]), ["config.json: model_type: "],
+    ),
     "existing output": (
         lambda hf: (hf.parent / "out").mkdir(), ["out: exists (choose a new folder"],
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_scalebio.commands.prepare import remarks
 from megatron_scalebio.data.dialogue import ExampleEncoder
 from megatron_scalebio.data.examples import (
     AS_ITS_ROLE,
@@ -17,11 +18,13 @@ from megatron_scalebio.data.examples import (
     Text,
     Turn,
 )
-from megatron_scalebio.data.formats import detect_format, parse_record
+from megatron_scalebio.data.formats import detect_format, parse_record, read_examples
 from megatron_scalebio.data.load_tokenizer import load_tokenizer
+from megatron_scalebio.data.prepare import prepare
 from megatron_scalebio.data.record_fields import RecordOptions, parse_columns
 from megatron_scalebio.data.tokenizer import Tokenizer
 from megatron_scalebio.errors import UserError
+from tests.data.preparing import config, write_jsonl
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
 CALL = {
@@ -360,3 +363,113 @@ def test_a_template_writes_the_date_that_it_is_given(byte_level: Path, tmp_path:
         tokenizer = load_tokenizer(byte_level, chat_template=str(path), date=date)
         ids, _ = ExampleEncoder(tokenizer).encode(dialogue)
         assert tokenizer.decode(ids).startswith(text)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("thought", [0, False, ["so"], {"text": "so"}, 1.5])
+def test_a_thought_that_is_no_text_is_refused(name: str, thought: Any) -> None:
+    with pytest.raises(RecordError, match=rf"^f:1: messages\[1\]: field '{name}' is .*not a str"):
+        parse_record(chat(USER, answer("x", **{name: thought})), "messages", "f:1")
+
+
+def test_one_turn_thinks_once_and_only_answers_think_or_call() -> None:
+    same = chat(USER, answer("x", reasoning_content="so", thinking="so"))
+    assert isinstance(parse_record(same, "messages", "f:1"), Dialogue)
+    two = chat(USER, answer("x", reasoning_content="so", thinking="thus"))
+    with pytest.raises(RecordError, match="'reasoning_content' and 'thinking' tell two thoughts"):
+        parse_record(two, "messages", "f:1")
+    for role in ("user", "system", "tool"):
+        for field in ({"tool_calls": [CALL]}, {"reasoning": "so"}):
+            record = chat({"role": role, "content": "q", **field}, answer("x"))
+            with pytest.raises(RecordError, match=f"a {role} turn has '.*', and only answers do"):
+                parse_record(record, "messages", "f:1")
+
+
+@pytest.mark.parametrize("nothing", [0, False, 0.0])
+@pytest.mark.parametrize("name", ["system", "tools", "documents", "chat_template_kwargs"])
+def test_a_field_of_another_type_is_refused_even_if_it_is_false(name: str, nothing: Any) -> None:
+    with pytest.raises(RecordError, match=f"^f:1: field '{name}' is "):
+        parse_record(chat(USER, answer("x"), **{name: nothing}), "messages", "f:1")
+    with pytest.raises(RecordError, match="field 'tool_calls' is not a list of objects"):
+        parse_record(chat(USER, answer("x", tool_calls=nothing)), "messages", "f:1")
+    with pytest.raises(RecordError, match="field 'name' is "):
+        parse_record(chat(USER, answer("x", name=nothing)), "messages", "f:1")
+    alpaca = {"instruction": "i", "output": "o", "history": nothing}
+    with pytest.raises(RecordError, match="field 'history' is not a list"):
+        parse_record(alpaca, "alpaca", "f:1")
+
+
+def test_tool_calls_may_be_their_json_text(tokenizer: Tokenizer) -> None:
+    as_text = chat(USER, answer("", tool_calls=json.dumps([CALL])))
+    whole = chat(USER, answer("", tool_calls=[CALL]))
+    assert marked(tokenizer, TOOL_TEMPLATE, as_text) == marked(tokenizer, TOOL_TEMPLATE, whole)
+    for wrong in ("x", "[1]", "{}x", [1]):
+        with pytest.raises(RecordError, match="'tool_calls' is not"):
+            parse_record(chat(USER, answer("", tool_calls=wrong)), "messages", "f:1")
+
+
+@pytest.mark.parametrize("more", ["conversations", "items"])
+def test_two_dialogues_in_a_record_are_refused(more: str) -> None:
+    turns = [USER, answer("x")]
+    shared = [{"from": "human", "value": "Rome?"}, {"from": "gpt", "value": "x"}]
+    one = Dialogue((("user", "Rome?"), ("assistant", "x")))
+    for first, second in ((turns, turns), (turns, shared)):
+        record: dict[str, Any] = {"messages": first, more: second}
+        with pytest.raises(RecordError, match=f"holds two dialogues, 'messages' and '{more}'"):
+            parse_record(record, detect_format(record, "f:1"), "f:1")
+        for name in record:
+            options = RecordOptions(ignore_fields=(name,))
+            record_format = detect_format(record, "f:1", options)
+            if not (first == second and (name, more) == ("messages", "items")):
+                assert parse_record(record, record_format, "f:1", options) == one
+    record = {"conversations": shared, "items": shared}
+    with pytest.raises(RecordError, match="holds two dialogues, 'conversations' and 'items'"):
+        parse_record(record, detect_format(record, "f:1"), "f:1")
+    for nothing in (None, []):
+        record = {"messages": nothing, "conversations": shared}
+        assert parse_record(record, detect_format(record, "f:1"), "f:1") == one
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_know_are_refused_where_they_are_used(
+    tmp_path: Path, number: str
+) -> None:
+    call = '{"role": "assistant", "tool_calls": [{"function": {"arguments": {"x": NUMBER}}}]}'
+    for text in (
+        '{"instruction": "i", "input": NUMBER, "output": "o"}',
+        '{"messages": [{"role": "user", "content": "q"}, ' + call + "]}",
+        '{"question": "q", "answer": "a", "tools": [{"x": NUMBER}]}',
+    ):
+        path = tmp_path / "a.jsonl"
+        path.write_text(text.replace("NUMBER", number))
+        with pytest.raises(RecordError, match=r"has the number .*, which JSON does not know"):
+            list(read_examples(path))
+    path.write_text(f'{{"text": "t", "id": {number}}}')
+    assert list(read_examples(path)) == [Text("t")]
+
+
+@pytest.mark.parametrize(
+    ("number", "right"),
+    [("1.5", True), ("-0.25", True), ("7", True), ("1.10", False), ("1e5", False),
+     ("12345678901234567890.5", False)],
+)  # fmt: skip
+def test_a_number_is_written_as_in_the_file_or_refused(
+    tmp_path: Path, number: str, right: bool
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"instruction": "i", "input": {number}, "output": "o"}}')
+    if right:
+        expected = Dialogue((("user", f"i\n\n{number}"), ("assistant", "o")))
+        assert list(read_examples(path)) == [expected]
+    else:
+        with pytest.raises(RecordError, match=f"'input' is {number}, which as a number would be"):
+            list(read_examples(path))
+
+
+def test_replaced_halves_of_letters_are_counted(tmp_path: Path, byte_level: Path) -> None:
+    texts = ["whole", "cut \ud83d", "\U0001f600"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    made = config(tmp_path / "out", byte_level, path)
+    reports = prepare(made)
+    assert reports[0]["replaced_letters"] == 1
+    assert "src: 1 records held halves of letters" in "\n".join(remarks(reports, made))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_scalebio.data import records
-from megatron_scalebio.data.examples import Dialogue, Text
+from megatron_scalebio.data.examples import Dialogue, Text, Turn
 from megatron_scalebio.data.formats import detect_format, parse_record, read_examples
 from megatron_scalebio.data.record_fields import RecordOptions, parse_columns
 from megatron_scalebio.data.records import RecordReader
@@ -140,7 +140,7 @@ DIALOGUE_OF_TWO = Dialogue((("user", "u"), ("assistant", "a")))
                     {"role": "assistant", "content": "a"},
                 ]
             },
-            DIALOGUE_OF_TWO,
+            Dialogue((Turn("user", "u", parts=("", "u")), Turn("assistant", "a"))),
         ),
         *[
             (

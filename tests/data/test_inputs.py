@@ -18,6 +18,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
+from megatron_scalebio.data import records as reading
 from megatron_scalebio.data.files import open_records
 from megatron_scalebio.data.inputs import parse_input, parse_inputs
 from megatron_scalebio.data.prepare import PrepareConfig, SourceInput, prepare
@@ -165,6 +166,17 @@ def test_a_saved_data_set_is_read_in_its_order(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(_lines(PAIRS))[:-90], "a.jsonl.gz: the compressed file is"),
         ("a.jsonl.xz", lzma.compress(_lines(PAIRS))[:-90], "a.jsonl.xz: the compressed file is"),
         ("a.jsonl.zst", _zstd(_lines(PAIRS))[:-90], "a.jsonl.zst"),
+        (
+            "a.jsonl.xz",
+            lzma.compress(_lines(PAIRS)) + b"junk",
+            "a.jsonl.xz: the compressed file is",
+        ),
+        ("a.jsonl.bz2", bz2.compress(_lines(PAIRS)) + b"junk", "a.jsonl.bz2: the compressed file"),
+        ("a.jsonl.bz2", bz2.compress(_lines(PAIRS))[:-90], "a.jsonl.bz2: the compressed file"),
+        ("a.jsonl", b'{"a": 1, "b": 2, "a": 1}', "a.jsonl:1: the field 'a' stands twice in one"),
+        ("a.jsonl", b'{"m": [{"c": "x", "c": "y"}]}', "a.jsonl:1: the field 'c' stands twice"),
+        ("a.json", b'[{"a": 1}, \n{"a": 1, "a": 2}]', "a.json:2: the field 'a' stands twice"),
+        ("a.csv", b"text,note,text\nx,y,z\n", "a.csv: the column 'text' stands twice"),
         ("a.parquet", b"PAR1 is what it is not", "a.parquet: is damaged, or of another kind"),
         ("a.arrow", b"nor is this", "a.arrow: is damaged, or of another kind"),
         ("a.csv", b"question,answer\nx,y\nx\n", "a.csv:3: has another number of cells"),
@@ -179,6 +191,92 @@ def test_damaged_files_are_named_in_one_line(
     with pytest.raises(UserError) as error:
         list(open_records(tmp_path / name))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2", "zst"])
+def test_several_compressed_streams_are_one_file(tmp_path: Path, kind: str) -> None:
+    packs = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": _zstd}
+    parts = [packs[kind](_lines(part)) for part in (PAIRS[:1000], PAIRS[1000:])]
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0\xff\xff\xff\xff" if kind == "zst" else b""
+    padding = b"\0" * 8 if kind == "xz" else b""
+    path = tmp_path / f"a.jsonl.{kind}"
+    path.write_bytes(skipped + parts[0] + padding + skipped + parts[1] + padding)
+    reader = open_records(path)
+    assert [record.value for record in reader] == PAIRS
+    assert reader.bytes_read == path.stat().st_size
+
+
+def _columns(*pairs: tuple[str, Any]) -> pyarrow.Table:
+    names = [name for name, _ in pairs]
+    return pyarrow.Table.from_arrays([pyarrow.array([value]) for _, value in pairs], names=names)
+
+
+def _struct_twice() -> pyarrow.Table:
+    twice = pyarrow.StructArray.from_arrays([pyarrow.array(["a"])] * 2, names=["content"] * 2)
+    return pyarrow.table({"messages": pyarrow.ListArray.from_arrays([0, 1], twice)})
+
+
+def _not_utf8() -> pyarrow.Table:
+    buffers = [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+    return pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers)})
+
+
+def _far_date() -> pyarrow.Table:
+    return pyarrow.table({"text": ["a"], "day": pyarrow.array([2**31 - 1], pyarrow.date32())})
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (lambda: _columns(("text", "a"), ("text", "b")), "the column 'text' stands twice"),
+        (_struct_twice, "the column 'content' stands twice"),
+        (_not_utf8, "is damaged"),
+        (_far_date, "holds a value that Python cannot take: days=2147483647"),
+    ],
+)
+def test_tables_that_cannot_be_read_whole_are_refused_in_one_line(
+    tmp_path: Path, kind: str, table: Any, words: str
+) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table(), path)
+    else:
+        with pyarrow.ipc.new_stream(str(path), table().schema) as writer:
+            writer.write_table(table())
+    with pytest.raises(UserError) as error:
+        list(open_records(path))
+    assert f"{path}: {words}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_cut_arrow_stream_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    _arrow(path, [{"text": "a"}])
+    whole = path.read_bytes()
+    assert len(list(open_records(path))) == 1
+    for content, words in ((whole[:-8], "it was cut off"), (whole * 2, "stands behind its end")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            list(open_records(path))
+
+
+def test_an_element_at_fault_in_an_array_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elements = ['{"text": "a"}', '"no object"', "12345", "null", '{"a": 1, "a": 2}', "[1, {}]",
+                '{"n": ' + "9" * 5000 + "}", '{"text": "b"}', "-1.5e300"]  # fmt: skip
+    path = tmp_path / "a.json"
+    path.write_text("[\n" + ",\n".join(elements) + "\n]")
+    for block in (1, 3, 7, 1 << 20):
+        monkeypatch.setattr(reading, "_READ_CHARS", block)
+        bad: dict[int, UserError] = {}
+        found = list(open_records(path, bad.__setitem__))
+        assert [(r.line, r.value) for r in found] == [(2, {"text": "a"}), (9, {"text": "b"})]
+        assert list(bad) == [3, 4, 5, 6, 7, 8, 10]
+    for content in ('[{"text": "a"}, nonsense]', '[{"text": "a"},]'):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"a\.json:1: "):
+            list(open_records(path, lambda line, error: None))
 
 
 BAD = [*PAIRS[:3], {"question": "q", "answer": "a", "context": "c"}, {"question": "q"}]
@@ -297,6 +395,9 @@ def test_pipes_and_standard_input_are_read(tmp_path: Path, byte_level: Path, how
     done = run(_lines(PAIRS[:2]) + b"{broken", "--overwrite")
     assert done.returncode == 2 and ".prepare-" not in done.stderr
     assert ("-:3: " if how == "standard input" else ":3: malformed JSON") in done.stderr
+    done = run(b"", "--overwrite")
+    words = "--input -: standard input is empty" if how == "standard input" else "file is empty"
+    assert done.returncode == 2 and ".prepare-" not in done.stderr and words in done.stderr
 
 
 def test_a_name_of_fields_makes_every_file_a_source(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_of_the_files_that_are_not_read_three_are_named(unread: int, names: str)
     source = SourceInput("web", (), tuple(Path(f"{n}.md") for n in range(unread)))
     config: Any = SimpleNamespace(workers=1, sources=(source,))
     report = {"name": "web", "examples": 1, "truncated": 0, "dropped": {"prompt_too_long": 0},
-              "ignored_fields": {}, "skipped": {}}  # fmt: skip
+              "ignored_fields": {}, "replaced_letters": 0, "skipped": {}}  # fmt: skip
     [line] = prepare_cli.remarks([report], config)
     assert line == f"web: not read, being of no known kind: {names}"
 

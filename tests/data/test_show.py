@@ -24,6 +24,10 @@ def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
     return {"messages": turns, **more}
 
 
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 def prepared(tmp_path: Path, tokenizer: Path, source: Path, *words: str) -> Path:
     out = tmp_path / "out"
     assert main(["prepare", "--tokenizer", str(tokenizer), "--input", f"s={source}", "--out",
@@ -81,6 +85,15 @@ def test_examples_beyond_the_last_are_not_nothing(
         (lambda f: (f / "tokens.idx").write_bytes(b"x"), "/tokens.idx: not a whole Megatron index"),
         (lambda f: (f / "loss_mask.bin").write_bytes(b"x"), "/loss_mask.bin: truncated"),
         (lambda f: (f / "rows.npy").write_bytes(b"x"), "/rows.npy: is damaged"),
+        (lambda f: (f / "rows.npy").write_bytes(b""), "/rows.npy: is damaged"),
+        (lambda f: np.save(f / "rows.npy", np.zeros(3)), "/rows.npy: is damaged"),
+        (lambda f: np.save(f / "rows.npy", np.array("x")), "/rows.npy: is damaged"),
+        (lambda f: (f / "left_out.jsonl").write_bytes(b"\xff"), "/left_out.jsonl: is damaged"),
+        (lambda f: (f / "left_out.jsonl").write_text("[]"), "/left_out.jsonl: is damaged"),
+        (lambda f: (f / "left_out.jsonl").write_text('{"why": 1}'), "/left_out.jsonl: is damaged"),
+        (lambda f: (f / "left_out.jsonl").write_text("[" * 99999), "/left_out.jsonl: is damaged"),
+        (lambda f: change(f / "source.json", inputs=[{}]), "/source.json: is damaged"),
+        (lambda f: change(f / "source.json", inputs=5), "/source.json: is damaged"),
         (lambda f: (f / "source.json").write_text("[]"), "/source.json: is not a JSON object"),
     ],
 )
@@ -91,6 +104,15 @@ def test_show_refuses_other_folders(
     damage(folder)
     assert main(["show", str(folder)]) == 2
     assert f"{folder}{words}" in capsys.readouterr().err
+
+
+def test_show_refuses_the_words_of_another_tokenizer(
+    tmp_path: Path, byte_level: Path, border_merging: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prepared(tmp_path, byte_level, jsonl(tmp_path / "a.jsonl", chat("One?", "Yes")))
+    assert main(["show", str(folder), "--tokenizer", str(border_merging)]) == 2
+    words = f"{border_merging}: is not the tokenizer that {folder} was prepared with"
+    assert words in capsys.readouterr().err
 
 
 def test_prepare_says_what_was_cut_left_out_and_not_used(
@@ -151,6 +173,16 @@ def test_the_day_of_prepare_stays(
     assert main(["show", str(tmp_path / "drawn"), "--json"]) == 0
     for line in capsys.readouterr().out.splitlines():
         assert json.loads(line)["text"].startswith("01.12.2031<|im_start|>")
+    (tmp_path / "later").mkdir()
+    second = prepared(tmp_path / "later", byte_level, source, *words)
+    arguments = ["sample", "--input", f"s={folder}", "--input", f"t={second}", "--weights", "s=1",
+                 "t=1", "--num-samples", "6", "--max-epochs", "1", "--out",
+                 str(tmp_path / "both"), *words]  # fmt: skip
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main(["show", str(tmp_path / "both"), "--rows", "6", "--json"]) == 0
+    texts = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(text[:10] for text in texts) == ["01.12.2031"] * 3 + ["02.12.2031"] * 3
     again = prepared(tmp_path, byte_level, source, *words, "--overwrite")
     after = json.loads((again / "source.json").read_text())
     assert after["fingerprint"] == before["fingerprint"]

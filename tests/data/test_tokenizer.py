@@ -428,3 +428,9 @@ def test_a_template_that_is_not_utf_8_is_refused(byte_level: Path, tmp_path: Pat
     (tmp_path / "t.jinja").write_bytes(b"{{ '\xe9' }}")
     with pytest.raises(UserError, match="cannot read the chat template: it is not text in UTF-8"):
         load_tokenizer(byte_level, chat_template=str(tmp_path / "t.jinja"))
+
+
+def test_a_tokenizer_json_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model":' * 100_000)
+    with pytest.raises(UserError, match=r"tokenizer\.json: malformed JSON"):
+        load_tokenizer(tmp_path)

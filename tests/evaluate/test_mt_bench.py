@@ -42,7 +42,12 @@ def evaluate(hf_folder: Path, output: Path, *words: object) -> int:
     ("verdict", "rating"),
     [
         ("Fine. Rating: [[7]]", 7),
-        ("[[3]] at first, but then: [[ 8.5 ]]", 8.5),
+        ("[[3]] at first, but then: [[ 8.5 ]]", None),
+        ("[[7]] See ref [[2]]", None),
+        ("Rating: [[7]] See ref [[2]]", 7),
+        ("See [[2]]. **Rating:** [[ 8.5 ]]", 8.5),
+        ("Rating: [[3]]. No: Rating: [[4]]", None),
+        ("Rating: [[3]], so [[3]].\nRating: [[3]]", 3),
         ("Rating: [6]", None),
         ("Per [1] and [2] it is right. Rating: 9", None),
         ("Per [1] it is right. Rating: [[9]]", 9),
