@@ -50,12 +50,22 @@ def on_one_rank(folder_name: str) -> None:
     run(folder, "reused", {}, *words, "--keep-ratios")
     named = {"s0": {"name": "math/s0"}, "s1": {"name": "math/s1"}, "s2": {"name": "code/s2"}}
     run(folder, "groups", {**named, "steps": 42})
+    of_groups = {"groups": {"math": {"max_weight": 0.4}, "code": {"max_weight": 0.9}}}
+    of_groups["groups"]["math"]["min_weight"] = 0.2
+    run(folder, "group bounds", {**named, "steps": 42, "data": of_groups}, *still)
+    fixed = {"groups": {"math": {"fixed_weight": 0.3}}}
+    run(folder, "fixed groups", {**named, "s2": {"name": "s2"}, "data": fixed})
     run(folder, "bad target", {}, "--target-examples", 7)
     run(folder, "bad epochs", {}, "--target-examples", 10000)
     run(folder, "bad cap", {"s1": {"min_weight": 0.3}}, "--target-examples", 1000)
     tight = {"s0": {"max_weight": 0.3}, "s2": {"max_weight": 0.3}}
     run(folder, "bad sum", tight, "--target-examples", 1000)
     run(folder, "bad method", {"s1": {"min_weight": 0.3}}, "--method", "doge")
+    unknown = {"groups": {"maths": {"max_weight": 0.4}}}
+    run(folder, "bad group", {**named, "data": unknown})
+    least = {"groups": {"math": {"min_weight": 0.9}}}
+    run(folder, "bad group cap", {**named, "data": least}, "--target-examples", 2000)
+    run(folder, "bad group method", {**named, "data": fixed}, "--method", "doge")
     run(folder, "bad reuse", {}, "--weights", folder / "former")
     run(folder, "bad ratios", {}, "--weights", folder / "target", "--keep-ratios")
 
@@ -134,6 +144,28 @@ def test_groups_are_sums_of_their_sources(folder: Path) -> None:
     assert last["group_weights"]["math"] == pytest.approx(sum(last["weights"][:2]))
 
 
+def test_sums_are_within_the_bounds_of_their_groups(folder: Path) -> None:
+    """Two of three sources are in math."""
+    content, said = found_weights(folder, "group bounds")
+    math, code = content["groups"]
+    assert math["weight"] == pytest.approx(0.4) and math["ci_high"] <= 0.4 + 1e-9
+    assert math["bound"] == "max" and "40.0% (max)" in said
+    assert code["bound"] == "min" and code["ci_low"] >= 0.6 - 1e-9
+    assert content["sources"][2]["bound"] == "min"
+
+
+def test_groups_that_are_all_fixed_are_known(folder: Path) -> None:
+    content, said = found_weights(folder, "fixed groups")
+    metrics = folder / "fixed groups" / "metrics.jsonl"
+    assert [group["bound"] for group in content["groups"]] == ["fixed", "fixed"]
+    assert content["groups"][0]["weight"] == pytest.approx(0.3)
+    moved = [json.loads(line)["weights"][0] for line in metrics.read_text().splitlines()]
+    assert len(set(moved)) > 1, "what is fixed is the sum"
+    for line in metrics.read_text().splitlines():
+        assert sum(json.loads(line)["weights"][:2]) == pytest.approx(0.3, abs=1e-9)
+    assert "2 groups, converged: all are fixed" in said
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -145,6 +177,9 @@ def test_groups_are_sums_of_their_sources(folder: Path) -> None:
         ),
         ("bad sum", "the sources' max_weight leave weights that add up to 0.76"),
         ("bad method", "data.sources: the bounds of 's1': the method 'doge' does not support"),
+        ("bad group", "data.groups: no source is in a group 'maths' (did you mean math?)"),
+        ("bad group cap", "data.groups.math.min_weight: 0.9 is above 0.88, the most that its"),
+        ("bad group method", "data.groups: the bounds of 'math': the method 'doge' does not"),
         ("bad reuse", "has no weight of s1 (give new_share"),
         ("bad ratios", "data.keep_ratios: "),
     ],

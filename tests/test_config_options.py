@@ -218,7 +218,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
 # In files alone, or naming a folder that has to be there: tests of their own; or refused.
 ELSEWHERE = {
     ("model", "rope_scaling"), ("model", "hf"), ("parallel", "fp8_param_gather"),
-    ("data", "data_args_path"),
+    ("data", "data_args_path"), ("data", "groups"),
 }  # fmt: skip
 # Neither of which is anything without the other: tests/test_experts_config.py.
 PAIR = {"moe_router_num_groups", "moe_router_group_topk"}
@@ -303,7 +303,7 @@ def test_defaults_are_those_that_are_told() -> None:
     told = {f"{s}.{name}": OPTIONS[s][name][0] for s, name in CASES}
     elsewhere = {
         "model.rope_scaling": None, "model.hf": None, "parallel.fp8_param_gather": False,
-        "data.data_args_path": None,
+        "data.data_args_path": None, "data.groups": {},
     }  # fmt: skip
     assert flat(Config()) == {**told, **elsewhere}
 

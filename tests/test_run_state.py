@@ -23,6 +23,7 @@ from megatron_scalebio.config import (
     TrainConfig,
     ValidationConfig,
 )
+from megatron_scalebio.config.bounds import GroupBounds
 from megatron_scalebio.data.reuse import reused
 from megatron_scalebio.data.sources import shared_vocab_size
 from megatron_scalebio.engine import state as module
@@ -85,6 +86,7 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
         "bilevel.kl_to_prior", "bilevel.prior", "data.target", "data.max_epochs",
         "data.keep_ratios", "bounds of data.sources", "bilevel.objective", "bilevel.interactions",
         "bounds of data.validation", "bilevel.level", "bilevel.group_sources",
+        "bounds of data.groups",
     ))  # fmt: skip
     assert bare(TrainState, config_of()).settings() == {**common, **learned, **limits}
     data = {"weights": "x", "keep_ratios": True, "target_examples": 9.0, "max_epochs": 2.0}
@@ -101,6 +103,8 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
     assert [several["bilevel.objective"], several["bilevel.interactions"]] == ["worst_case", True]
     config.data.validation[1].max_loss_rise = 0.0
     assert bare(TrainState, config).settings() != several
+    config.data.groups = {"math": GroupBounds(max_weight=0.4)}
+    assert bare(TrainState, config).settings()["bounds of data.groups"] == {"math": (0.0, 0.4)}
     config.bilevel.level = "example"
     assert bare(TrainState, config).settings()["bilevel.level"] == "example"
 

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_scalebio.config.bounds import Bounded, GroupBounds, ranges
 from megatron_scalebio.config.checks import (
     Quantity,
     option,
@@ -15,7 +16,7 @@ from megatron_scalebio.errors import UserError
 
 
 @dataclass(slots=True)
-class SourceConfig:
+class SourceConfig(Bounded):
     """One data source: a prepared folder, or a Megatron `.bin/.idx` prefix."""
 
     name: str
@@ -26,29 +27,8 @@ class SourceConfig:
     fixed_weight: float | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "initial_weight", "max_weight", "fixed_weight")
-        require_positive(self, "min_weight", or_zero=True)
-        for name in ("min_weight", "max_weight", "fixed_weight"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if value > 1:
-                raise UserError(f"{name}: {value!r} is above 1 (give a share of 1)")
-            if name != "fixed_weight" and self.fixed_weight is not None:
-                raise UserError(f"{name}: {value!r} and fixed_weight exclude each other (drop one)")
-        if self.low > self.high:
-            raise UserError(f"min_weight: {self.low!r} is above max_weight {self.high} (swap them)")
-
-    @property
-    def low(self) -> float:
-        """The least weight it may have."""
-        return self.min_weight or self.fixed_weight or 0.0
-
-    @property
-    def high(self) -> float:
-        """The largest weight it may have."""
-        given = self.max_weight if self.fixed_weight is None else self.fixed_weight
-        return 1.0 if given is None else given
+        require_positive(self, "initial_weight")
+        self.check_bounds()
 
 
 @dataclass
@@ -89,6 +69,9 @@ class ValidationConfig:
 @dataclass
 class DataConfig:
     sources: list[SourceConfig] = option(list, "training sources, NAME=PATH ...")
+    groups: dict[str, GroupBounds] = option(
+        dict, "bounds of groups of sources by name, each as of a source: min_weight, max_weight, …"
+    )
     data_args_path: str | None = option(
         None, "file that lists the sources instead, in Megatron-LM's format, such as a blend.txt"
     )
@@ -181,6 +164,8 @@ class DataConfig:
                 f"sources: {free} of them have no fixed_weight: nothing is left to learn (free two "
                 "or more)"
             )
+        if self.groups:
+            self._check_groups()
         if self.target_tokens is not None and self.target_examples is not None:
             raise UserError(
                 f"target_examples: {self.target_examples:g} and target_tokens exclude each other "
@@ -191,3 +176,9 @@ class DataConfig:
         for name in ("new_share", "keep_ratios"):
             if getattr(self, name) and not self.weights:
                 raise UserError(f"{name}: needs the weights of a former run (give --weights)")
+
+    def _check_groups(self) -> None:
+        low_S, high_S = ([getattr(s, of) for s in self.sources] for of in ("low", "high"))
+        ranges([source.name for source in self.sources], low_S, high_S, self.groups)
+        if self.keep_ratios:
+            raise UserError("keep_ratios: True and bounds of groups exclude each other (drop one)")

@@ -24,7 +24,7 @@ from megatron_scalebio.engine.update import with_names
 from megatron_scalebio.errors import UserError
 from megatron_scalebio.formatting import quantity
 from megatron_scalebio.logs.source_table import LISTED_SOURCES
-from megatron_scalebio.methods.bounds import at_bounds, constraints_of
+from megatron_scalebio.methods.bounds import at_bounds, constraints_of, group_ranges
 from megatron_scalebio.methods.end_check import EndCheck, end_check
 from megatron_scalebio.methods.example_scores import VISITS_FILE, ExampleVisits
 from megatron_scalebio.methods.found import Found
@@ -121,6 +121,7 @@ def find(config: Config, job: Job) -> Found:
                 state.validation_examples,
                 known,
                 state.draw_SS,
+                group_ranges(config, state.data.sources),
             ),
             **({"final_check": state.check.told(state.training.sources)} if state.check else {}),
             **sets,
@@ -185,6 +186,7 @@ class TrainState(RunState):
         data, bilevel = self.config.data, self.config.bilevel
         bounds = [(source.low, source.high) for source in data.sources]
         digest = hashlib.sha256(repr(bounds).encode()).hexdigest()[:8]
+        groups = {name: (group.low, group.high) for name, group in sorted(data.groups.items())}
         target = data.target_tokens or data.target_examples
         held = [(v.reference_loss, v.max_loss, v.max_loss_rise) for v in data.validation]
         return {
@@ -198,6 +200,7 @@ class TrainState(RunState):
             "bilevel.level": bilevel.level if bilevel.level != "source" else None,
             "bounds of data.validation": held if set(held) - {(None,) * 3} else None,
             "bounds of data.sources": digest if set(bounds) - {(0.0, 1.0)} else None,
+            "bounds of data.groups": groups or None,
         }
 
     def measure_start(self) -> None:
