@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "target_tokens": (None, 3e9),
         "target_examples": (None, 2e6),
         "max_epochs": (4.0, 2.5),
+        "matched_repetition": (False, True),
         "seq_length": (1024, 96),
         "loss_mean": ("sample", "token"),
         "known_weights": (None, {"a": 0.25, "b": 0.75}),
@@ -230,6 +231,7 @@ LATENT_OPTIONS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head
 NEEDS: dict[str, dict[str, dict[str, Any]]] = {
     **{name: {"model": EXPERTS} for name in OPTIONS["model"] if name.startswith("moe_")},
     "swarm": {"baseline": {"method": "olmix"}},
+    "matched_repetition": {"data": {"target_examples": 1e6}},
     "multi_latent_attention": {"model": {"qk_layernorm": True}},
     **{name: {"model": LATENT} for name in LATENT_OPTIONS},
     "pre_norms": {"model": {"post_norms": True}},

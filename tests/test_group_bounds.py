@@ -106,11 +106,7 @@ def test_bounds_that_leave_one_mixture_are_refused() -> None:
         load_config(None, {"data": {"sources": sources, "groups": {"a": {"fixed_weight": 0.3}}}})
 
 
-def test_ratios_and_other_groups_exclude_bounds_of_groups() -> None:
+def test_ratios_exclude_bounds_of_groups() -> None:
     given = {"weights": "runs/first", "keep_ratios": True}
     with pytest.raises(UserError, match="keep_ratios: True and bounds of groups exclude each"):
         loaded({"code": {"max_weight": 0.3}}, given)
-    config = loaded({"code": {"max_weight": 0.3}}, {"validation": [ENTRIES[0] | {"name": "goal"}]})
-    config.bilevel.group_sources = 2
-    with pytest.raises(UserError, match=r"bilevel\.group_sources: 2 makes other groups than those"):
-        config.validate(1)

@@ -86,7 +86,7 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
         "bilevel.kl_to_prior", "bilevel.prior", "data.target", "data.max_epochs",
         "data.keep_ratios", "bounds of data.sources", "bilevel.objective", "bilevel.interactions",
         "bounds of data.validation", "bilevel.level", "bilevel.group_sources",
-        "bounds of data.groups",
+        "bounds of data.groups", "data.matched_repetition",
     ))  # fmt: skip
     assert bare(TrainState, config_of()).settings() == {**common, **learned, **limits}
     data = {"weights": "x", "keep_ratios": True, "target_examples": 9.0, "max_epochs": 2.0}

@@ -65,11 +65,6 @@ class Config:
                 "it (drop it)"
             )
         self._validate_goals()
-        if self.data.groups and self.bilevel.group_sources is not None:
-            raise UserError(
-                f"bilevel.group_sources: {self.bilevel.group_sources!r} makes other groups than "
-                "those of data.groups, which names make (drop one of them)"
-            )
         if self.parallel.overlap_param_gather:
             raise UserError(
                 "parallel.overlap_param_gather: True leaves weights to be gathered that u is reset "

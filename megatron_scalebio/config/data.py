@@ -102,6 +102,11 @@ class DataConfig:
         4.0,
         "most passes of the final training over a source; needs target_tokens or target_examples",
     )
+    matched_repetition: bool = option(
+        False,
+        "show the search so few rows of each source that it repeats them as the final training "
+        "will; needs target_tokens or target_examples",
+    )
     seq_length: int = option(1024, "tokens of model input per sequence")
     loss_mean: Literal["sample", "token"] = option(
         "sample",
@@ -170,6 +175,11 @@ class DataConfig:
             raise UserError(
                 f"target_examples: {self.target_examples:g} and target_tokens exclude each other "
                 "(drop one)"
+            )
+        if self.matched_repetition and self.target_tokens is self.target_examples is None:
+            raise UserError(
+                "matched_repetition: True needs the size of the final training (give target_tokens "
+                "or target_examples)"
             )
         if self.new_share is not None:
             require_within(self, "(0, 1)", "new_share")

@@ -1,8 +1,12 @@
 """How often the final training goes through each source, and how often it may.
 
 a training of N examples under p draws p_i N of source i, and passes it p_i N / n_i times
+
+A search of D examples would pass it p_i D / n_i times. It passes n_i D / N rows of it as often as
+the training does n_i (matched repetition, arXiv 2606.07597).
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,3 +73,16 @@ def caps(config: Config, sources: Sequence[Source]) -> list[float] | None:
             "the target, or add sources)"
         )
     return [min(1.0, most * count / target) for count in counts]
+
+
+def kept_rows(config: Config, sources: Sequence[Source]) -> list[int] | None:
+    """Rows of each source that make the search repeat them as the final training will.
+
+    None where that is not asked for. All rows where the search is as long.
+    """
+    target = target_examples(config, sources)
+    if not config.data.matched_repetition or target is None:
+        return None
+    share = config.train.train_iters * config.train.global_batch_size / target
+    counts = zip(sources, natural_counts(sources), strict=True)
+    return [min(len(source), math.ceil(count * share - 1e-9)) for source, count in counts]

@@ -139,6 +139,7 @@ def refuse_bounds(config: Config) -> None:
         }
     )
     asked |= {
+        "data.matched_repetition": config.data.matched_repetition,
         "bilevel.objective": config.bilevel.objective != "mean",
         "bilevel.interactions": config.bilevel.interactions,
         f"data.validation: the bound of {held.name if held else None!r}": held is not None,

@@ -15,14 +15,14 @@ from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
 from megatron_scalebio.data.sources import repeated_data
 from megatron_scalebio.data.weights_file import much_shorter
 from megatron_scalebio.engine import outputs
-from megatron_scalebio.engine.epochs import target_examples
+from megatron_scalebio.engine.epochs import kept_rows, target_examples
 from megatron_scalebio.engine.loop import logged_steps
 from megatron_scalebio.engine.run_log import RunLog
 from megatron_scalebio.engine.start import Job, resume_or_start
 from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import with_names
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.formatting import quantity
+from megatron_scalebio.formatting import few, quantity
 from megatron_scalebio.logs.source_table import LISTED_SOURCES
 from megatron_scalebio.methods.bounds import at_bounds, constraints_of, group_ranges
 from megatron_scalebio.methods.end_check import EndCheck, end_check
@@ -104,6 +104,7 @@ def find(config: Config, job: Job) -> Found:
         initial_S=initial_S,
         cost=state.cost,
         step=state.step,
+        kept_S=state.kept_S,
         complete=finished,
         low_S=intervals.low_S.tolist() if known else None,
         high_S=intervals.high_S.tolist() if known else None,
@@ -152,6 +153,9 @@ class TrainState(RunState):
     def __init__(self, config: Config, cache: Path, groups: Level | None = None) -> None:
         self._groups = groups
         super().__init__(config, "reweight", cache)
+        self.kept_S = kept_rows(config, self.data.sources)
+        if self.kept_S is not None:
+            self.data.keep(self.kept_S)
         self.sets = SetRecord(config)
         self.interactions = interactions_of(config, self.data)
         self.visits: ExampleVisits | None = None
@@ -194,6 +198,7 @@ class TrainState(RunState):
             "bilevel.prior": bilevel.prior if bilevel.kl_to_prior else None,
             "data.target": target,
             "data.max_epochs": data.max_epochs if target else None,
+            "data.matched_repetition": data.matched_repetition or None,
             "data.keep_ratios": data.keep_ratios or None,
             "bilevel.objective": bilevel.objective if bilevel.objective != "mean" else None,
             "bilevel.interactions": bilevel.interactions or None,
@@ -364,7 +369,8 @@ def _seen_too_often(state: TrainState) -> str:
     """
     data = state.data
     train, valid = data.sampler, data.validation_sampler
-    used_S = state.training.weights >= RESOLUTION
+    # Kept rows are repeated as the final training will repeat them.
+    used_S = (state.training.weights >= RESOLUTION) & (state.kept_S is None)
     passes = [*(train.drawn_S / train.sizes_S * used_S), *(valid.drawn_S / valid.sizes_S)]
     most = int(np.argmax(passes))
     if passes[most] <= MANY_PASSES:
@@ -387,7 +393,15 @@ def _facts(state: TrainState) -> dict[str, object]:
         **({"groups": f"{groups} above the sources"} if groups else {}),
         **goal_told(config),
         **({} if target is None else {"target": repeated}),
+        **({} if state.kept_S is None else {"rows": _kept_told(state, state.kept_S)}),
         "steps": f"{train.train_iters} of {train.global_batch_size} training and "
         f"{train.validation_batch_size} validation sequences",
         "mixture": f"{bilevel.mixture_optimizer} lr {bilevel.lr_lambda:g}, alpha {bilevel.alpha:g}",
     }
+
+
+def _kept_told(state: TrainState, kept_S: list[int]) -> str:
+    """The sources of fewest rows first: those wear out."""
+    pairs = sorted(zip(kept_S, state.data.sources, strict=True), key=lambda pair: pair[0])
+    kept = [f"{source.name} {rows:,} of {len(source):,}" for rows, source in pairs]
+    return f"the search repeats them as the final training will: {few(kept)}"
