@@ -48,6 +48,8 @@ def on_one_rank(folder_name: str) -> None:
     run(folder, "former", {"without": ["s1"]})
     words = ("--weights", folder / "former", "--new-share", 0.2)
     run(folder, "reused", {}, *words, "--keep-ratios")
+    parts = {"s0": {"name": "s0/a"}, "s1": {"name": "s0/b"}}
+    run(folder, "split", parts, "--weights", folder / "former")
     named = {"s0": {"name": "math/s0"}, "s1": {"name": "math/s1"}, "s2": {"name": "code/s2"}}
     run(folder, "groups", {**named, "steps": 42})
     of_groups = {"groups": {"math": {"max_weight": 0.4}, "code": {"max_weight": 0.9}}}
@@ -127,6 +129,16 @@ def test_a_former_runs_sources_keep_their_ratios(folder: Path) -> None:
     assert s1["initial_weight"] == pytest.approx(0.2) and s1["weight"] != pytest.approx(0.2)
     assert s0["weight"] / s2["weight"] == pytest.approx(former["s0"] / former["s2"])
     assert "weights  2 sources; 1 new" in said
+
+
+def test_a_former_source_is_split_by_examples(folder: Path) -> None:
+    """s0 of the former run; 400 and 40 examples."""
+    former = weights(found_weights(folder, "former")[0])
+    content, said = found_weights(folder, "split")
+    initial = [source["initial_weight"] for source in content["sources"]]
+    shares = [former[0] * 10 / 11, former[0] / 11, former[1]]
+    assert initial == pytest.approx(shares)
+    assert "weights  3 sources; s0 is split into s0/a, s0/b, by their examples" in said
 
 
 def test_groups_are_sums_of_their_sources(folder: Path) -> None:

@@ -344,6 +344,21 @@ def test_known_sources_keep_their_ratios_and_new_ones_enter_at_their_share(tmp_p
     assert prior.weights == pytest.approx([0.4, 0.15, 0.45])
 
 
+def test_the_parts_of_a_former_source_share_its_weight_by_their_examples(tmp_path: Path) -> None:
+    path = former(tmp_path, a=0.6, b=0.2, gone=0.2)
+    names, examples = ["a/x", "b", "a/y/z", "b/x"], [10.0, 7.0, 30.0, 5.0]
+    found = reused(path, names, 0.2, examples_S=examples)
+    assert found.weights == pytest.approx([0.15, 0.2, 0.45, 0.2]), "b/x is new: b is still there"
+    assert (found.known, found.gone) == ([True, True, True, False], ["gone"])
+    assert found.split == {"a": ["a/x", "a/y/z"]}
+    assert found.described().endswith("; a is split into a/x, a/y/z, by their examples")
+    prior = reused(path, ["a/x", "b", "a/y"], None, [0.6, 0.2, 0.2])
+    assert prior.weights == pytest.approx([0.5625, 0.25, 0.1875])
+    nested = {"a": 0.5, "a/x": 0.3, "b": 0.2}
+    found = reused(former(tmp_path, **nested), ["a/x/1", "a/x/2", "a/y", "b"], None)
+    assert found.weights == pytest.approx([0.15, 0.15, 0.5, 0.2]), "the nearest one is split"
+
+
 def test_sources_that_keep_their_ratios_meet_their_caps_together(
     problem: tuple[list, list], tmp_path: Path
 ) -> None:

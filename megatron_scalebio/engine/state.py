@@ -25,6 +25,7 @@ from megatron_scalebio.data.load_tokenizer import require_ids_of
 from megatron_scalebio.data.reuse import Reused, reused
 from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
 from megatron_scalebio.engine.clock import StepClock
+from megatron_scalebio.engine.epochs import natural_counts
 from megatron_scalebio.engine.schedule import Schedule
 from megatron_scalebio.logs.opening import opening
 from megatron_scalebio.mixture.sampler import BlendSampler, Ints, Picks, shuffled_index
@@ -154,7 +155,8 @@ class Data:
         data = self.config.data
         if not data.weights:
             return None
-        return reused(Path(data.weights), [s.name for s in self.sources], data.new_share)
+        names, counts = [s.name for s in self.sources], natural_counts(self.sources)
+        return reused(Path(data.weights), names, data.new_share, examples_S=counts)
 
     def initial_weights(self) -> list[float]:
         """The configured weights of the sources, not normalised; equal where none are given."""
