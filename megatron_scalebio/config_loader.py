@@ -330,7 +330,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(name)
         hints = typing.get_type_hints(cls)
         for spec in fields(cls):
-            if spec.name == "rope_scaling":  # several values: in YAML only
+            if spec.name in ("rope_scaling", "groups"):  # several values: in YAML only
                 continue
             flag = "--" + spec.name.replace("_", "-")
             help_text = (spec.metadata["help"] + _default_text(spec)).replace("%", "%%")

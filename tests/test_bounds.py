@@ -54,11 +54,18 @@ def on_one_rank(folder_name: str) -> None:
     run(folder, "former", {"without": ["s1"]})
     words = ("--weights", folder / "former", "--new-share", 0.2)
     run(folder, "reused", {}, *words, "--keep-ratios")
+    parts = {"s0": {"name": "s0/a"}, "s1": {"name": "s0/b"}}
+    run(folder, "split", parts, "--weights", folder / "former")
     named = {"s0": {"name": "math/s0"}, "s1": {"name": "math/s1"}, "s2": {"name": "code/s2"}}
     run(folder, "groups", {**named, "steps": 42})
     run(folder, "later", {"steps": 42})
     bounds = {"s0": {"max_weight": 0.1}, "s2": {"fixed_weight": 0.4}}
     run(folder, "later", {**bounds, "steps": 44})
+    of_groups = {"groups": {"math": {"max_weight": 0.4}, "code": {"max_weight": 0.9}}}
+    of_groups["groups"]["math"]["min_weight"] = 0.2
+    run(folder, "group bounds", {**named, "steps": 42, "data": of_groups}, *still)
+    fixed = {"groups": {"math": {"fixed_weight": 0.3}}}
+    run(folder, "fixed groups", {**named, "s2": {"name": "s2"}, "data": fixed})
     run(folder, "bad target", {}, "--target-examples", 7)
     run(folder, "bad epochs", {}, "--target-examples", 10000)
     run(folder, "bad tokens", short, "--target-tokens", "50k")
@@ -68,6 +75,11 @@ def on_one_rank(folder_name: str) -> None:
     run(folder, "bad method", {"s1": {"min_weight": 0.3}}, "--method", "doge")
     repeated = ("--target-examples", 1000, "--max-epochs", 2)
     run(folder, "bad epochs of method", {}, *repeated, "--method", "regmix")
+    unknown = {"groups": {"maths": {"max_weight": 0.4}}}
+    run(folder, "bad group", {**named, "data": unknown})
+    least = {"groups": {"math": {"min_weight": 0.9}}}
+    run(folder, "bad group cap", {**named, "data": least}, "--target-examples", 2000)
+    run(folder, "bad group method", {**named, "data": fixed}, "--method", "doge")
     run(folder, "bad reuse", {}, "--weights", folder / "former")
     run(folder, "bad ratios", {}, "--weights", folder / "target", "--keep-ratios")
 
@@ -171,6 +183,16 @@ def test_a_former_runs_sources_keep_their_ratios(folder: Path) -> None:
     assert "weights  2 sources; 1 new" in said
 
 
+def test_a_former_source_is_split_by_examples(folder: Path) -> None:
+    """s0 of the former run; 400 and 40 examples."""
+    former = weights(found_weights(folder, "former")[0])
+    content, said = found_weights(folder, "split")
+    initial = [source["initial_weight"] for source in content["sources"]]
+    shares = [former[0] * 10 / 11, former[0] / 11, former[1]]
+    assert initial == pytest.approx(shares)
+    assert "weights  3 sources; s0 is split into s0/a, s0/b, by their examples" in said
+
+
 def test_groups_are_sums_of_their_sources(folder: Path) -> None:
     content, said = found_weights(folder, "groups")
     math, code = content["groups"]
@@ -184,6 +206,28 @@ def test_groups_are_sums_of_their_sources(folder: Path) -> None:
     assert "Groups of sources" in (folder / "groups" / "report.html").read_text()
     last = json.loads((folder / "groups" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["group_weights"]["math"] == pytest.approx(sum(last["weights"][:2]))
+
+
+def test_sums_are_within_the_bounds_of_their_groups(folder: Path) -> None:
+    """Two of three sources are in math."""
+    content, said = found_weights(folder, "group bounds")
+    math, code = content["groups"]
+    assert math["weight"] == pytest.approx(0.4) and math["ci_high"] <= 0.4 + 1e-9
+    assert math["bound"] == "max" and "40.0% (max)" in said
+    assert code["bound"] == "min" and code["ci_low"] >= 0.6 - 1e-9
+    assert content["sources"][2]["bound"] == "min"
+
+
+def test_groups_that_are_all_fixed_are_known(folder: Path) -> None:
+    content, said = found_weights(folder, "fixed groups")
+    metrics = folder / "fixed groups" / "metrics.jsonl"
+    assert [group["bound"] for group in content["groups"]] == ["fixed", "fixed"]
+    assert content["groups"][0]["weight"] == pytest.approx(0.3)
+    moved = [json.loads(line)["weights"][0] for line in metrics.read_text().splitlines()]
+    assert len(set(moved)) > 1, "what is fixed is the sum"
+    for line in metrics.read_text().splitlines():
+        assert sum(json.loads(line)["weights"][:2]) == pytest.approx(0.3, abs=1e-9)
+    assert "2 groups, converged: all are fixed" in said
 
 
 @pytest.mark.parametrize(
@@ -200,6 +244,9 @@ def test_groups_are_sums_of_their_sources(folder: Path) -> None:
         ("bad method", "data.sources: the bounds of 's1': the method 'doge' does not support"),
         ("bad epochs of method", "data.max_epochs: the method 'regmix' does not support it"),
         ("bad prior", "bilevel.prior: has not the names of the sources: ['s0', 's1'], not"),
+        ("bad group", "data.groups: no source is in a group 'maths' (did you mean math?)"),
+        ("bad group cap", "data.groups.math.min_weight: 0.9 is above 0.88, the most that its"),
+        ("bad group method", "data.groups: the bounds of 'math': the method 'doge' does not"),
         ("bad reuse", "has no weight of s1 (give new_share"),
         ("bad ratios", "data.keep_ratios: "),
     ],

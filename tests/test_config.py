@@ -186,6 +186,7 @@ REFUSED = [
     ("data", "new_share", 0.1, "data.new_share: needs the weights of a former run"),
     ("data", "keep_ratios", True, "data.keep_ratios: needs the weights of a former run"),
     ("data", "target_tokens", "20Q", "data.target_tokens: '20Q' is not of type float (give a num"),
+    ("data", "matched_repetition", True, "data.matched_repetition: True needs the size of the f"),
     ("data", "target_tokens", 0, "data.target_tokens: 0.0 must be above 0"),
     ("data", "max_epochs", -1, "data.max_epochs: -1.0 must be above 0"),
     ("bilevel", "kl_to_prior", -1, "bilevel.kl_to_prior: -1.0 must be at least 0"),

@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
         "target_tokens": (None, 3e9),
         "target_examples": (None, 2e6),
         "max_epochs": (None, 2.5),
+        "matched_repetition": (False, True),
         "seq_length": (1024, 96),
         "loss_mean": ("sample", "token"),
         "known_weights": (None, {"a": 0.25, "b": 0.75}),
@@ -218,7 +219,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, Any]]] = {
 # In files alone, or naming a folder that has to be there: tests of their own; or refused.
 ELSEWHERE = {
     ("model", "rope_scaling"), ("model", "hf"), ("parallel", "fp8_param_gather"),
-    ("data", "data_args_path"),
+    ("data", "data_args_path"), ("data", "groups"),
 }  # fmt: skip
 # Neither of which is anything without the other: tests/test_experts_config.py.
 PAIR = {"moe_router_num_groups", "moe_router_group_topk"}
@@ -230,6 +231,7 @@ LATENT_OPTIONS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head
 NEEDS: dict[str, dict[str, dict[str, Any]]] = {
     **{name: {"model": EXPERTS} for name in OPTIONS["model"] if name.startswith("moe_")},
     "swarm": {"baseline": {"method": "olmix"}},
+    "matched_repetition": {"data": {"target_examples": 1e6}},
     "multi_latent_attention": {"model": {"qk_layernorm": True}},
     **{name: {"model": LATENT} for name in LATENT_OPTIONS},
     "pre_norms": {"model": {"post_norms": True}},
@@ -304,7 +306,7 @@ def test_defaults_are_those_that_are_told() -> None:
     told = {f"{s}.{name}": OPTIONS[s][name][0] for s, name in CASES}
     elsewhere = {
         "model.rope_scaling": None, "model.hf": None, "parallel.fp8_param_gather": False,
-        "data.data_args_path": None,
+        "data.data_args_path": None, "data.groups": {},
     }  # fmt: skip
     assert flat(Config()) == {**told, **elsewhere}
 

@@ -23,6 +23,7 @@ from megatron_scalebio.config import (
     TrainConfig,
     ValidationConfig,
 )
+from megatron_scalebio.config.bounds import GroupBounds
 from megatron_scalebio.data.reuse import reused
 from megatron_scalebio.data.sources import shared_vocab_size
 from megatron_scalebio.engine import state as module
@@ -86,6 +87,7 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
         "bilevel.kl_to_prior", "bilevel.prior", "data.target", "data.max_epochs",
         "data.keep_ratios", "bounds of data.sources", "bilevel.objective", "bilevel.interactions",
         "bounds of data.validation", "bilevel.level", "bilevel.group_sources",
+        "bounds of data.groups", "data.matched_repetition",
     ))  # fmt: skip
     assert bare(TrainState, config_of()).settings() == {**common, **learned, **limits}
     data = {"weights": "x", "keep_ratios": True, "target_examples": 9.0, "max_epochs": 2.0}
@@ -102,6 +104,8 @@ def test_a_run_is_known_by_all_that_decides_its_steps() -> None:
     assert [several["bilevel.objective"], several["bilevel.interactions"]] == ["worst_case", True]
     config.data.validation[1].max_loss_rise = 0.0
     assert bare(TrainState, config).settings() != several
+    config.data.groups = {"math": GroupBounds(max_weight=0.4)}
+    assert bare(TrainState, config).settings()["bounds of data.groups"] == {"math": (0.0, 0.4)}
     config.bilevel.level = "example"
     assert bare(TrainState, config).settings()["bilevel.level"] == "example"
 
@@ -341,6 +345,21 @@ def test_known_sources_keep_their_ratios_and_new_ones_enter_at_their_share(tmp_p
     assert reused(path / "weights.json", ["b", "a"], None).weights == pytest.approx([0.25, 0.75])
     prior = reused(path, ["new", "b", "a"], None, [0.4, 0.3, 0.3])
     assert prior.weights == pytest.approx([0.4, 0.15, 0.45])
+
+
+def test_the_parts_of_a_former_source_share_its_weight_by_their_examples(tmp_path: Path) -> None:
+    path = former(tmp_path, a=0.6, b=0.2, gone=0.2)
+    names, examples = ["a/x", "b", "a/y/z", "b/x"], [10.0, 7.0, 30.0, 5.0]
+    found = reused(path, names, 0.2, examples_S=examples)
+    assert found.weights == pytest.approx([0.15, 0.2, 0.45, 0.2]), "b/x is new: b is still there"
+    assert (found.known, found.gone) == ([True, True, True, False], ["gone"])
+    assert found.split == {"a": ["a/x", "a/y/z"]}
+    assert found.described().endswith("; a is split into a/x, a/y/z, by their examples")
+    prior = reused(path, ["a/x", "b", "a/y"], None, [0.6, 0.2, 0.2])
+    assert prior.weights == pytest.approx([0.5625, 0.25, 0.1875])
+    nested = {"a": 0.5, "a/x": 0.3, "b": 0.2}
+    found = reused(former(tmp_path, **nested), ["a/x/1", "a/x/2", "a/y", "b"], None)
+    assert found.weights == pytest.approx([0.15, 0.15, 0.5, 0.2]), "the nearest one is split"
 
 
 def test_sources_that_keep_their_ratios_meet_their_caps_together(

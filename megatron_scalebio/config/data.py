@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_scalebio.config.bounds import Bounded, GroupBounds, ranges
 from megatron_scalebio.config.checks import (
     Quantity,
     option,
@@ -17,7 +18,7 @@ MOST_EPOCHS = 4.0  # of the final training over a source
 
 
 @dataclass(slots=True)
-class SourceConfig:
+class SourceConfig(Bounded):
     """One data source: a prepared folder, or a Megatron `.bin/.idx` prefix."""
 
     name: str
@@ -28,29 +29,8 @@ class SourceConfig:
     fixed_weight: float | None = None
 
     def __post_init__(self) -> None:
-        require_positive(self, "initial_weight", "max_weight", "fixed_weight")
-        require_positive(self, "min_weight", or_zero=True)
-        for name in ("min_weight", "max_weight", "fixed_weight"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if value > 1:
-                raise UserError(f"{name}: {value!r} is above 1 (give a share of 1)")
-            if name != "fixed_weight" and self.fixed_weight is not None:
-                raise UserError(f"{name}: {value!r} and fixed_weight exclude each other (drop one)")
-        if self.low > self.high:
-            raise UserError(f"min_weight: {self.low!r} is above max_weight {self.high} (swap them)")
-
-    @property
-    def low(self) -> float:
-        """The least weight it may have."""
-        return self.min_weight or self.fixed_weight or 0.0
-
-    @property
-    def high(self) -> float:
-        """The largest weight it may have."""
-        given = self.max_weight if self.fixed_weight is None else self.fixed_weight
-        return 1.0 if given is None else given
+        require_positive(self, "initial_weight")
+        self.check_bounds()
 
 
 @dataclass
@@ -91,6 +71,9 @@ class ValidationConfig:
 @dataclass
 class DataConfig:
     sources: list[SourceConfig] = option(list, "training sources, NAME=PATH ...")
+    groups: dict[str, GroupBounds] = option(
+        dict, "bounds of groups of sources by name, each as of a source: min_weight, max_weight, …"
+    )
     data_args_path: str | None = option(
         None, "file that lists the sources instead, in Megatron-LM's format, such as a blend.txt"
     )
@@ -121,6 +104,11 @@ class DataConfig:
         None,
         "most passes of the final training over a source, with target_tokens or target_examples "
         "[4]",
+    )
+    matched_repetition: bool = option(
+        False,
+        "show the search so few rows of each source that it repeats them as the final training "
+        "will; needs target_tokens or target_examples",
     )
     seq_length: int = option(1024, "tokens of model input per sequence")
     loss_mean: Literal["sample", "token"] = option(
@@ -196,6 +184,8 @@ class DataConfig:
                     f"sources: their {name} and fixed_weight add up to 1: nothing is left to learn "
                     f"({mend} them)"
                 )
+        if self.groups:
+            self._check_groups()
         if self.target_tokens is not None and self.target_examples is not None:
             raise UserError(
                 f"target_examples: {self.target_examples:g} and target_tokens exclude each other "
@@ -206,8 +196,19 @@ class DataConfig:
                 f"max_epochs: {self.max_epochs:g} needs the length of the final training (give "
                 "target_tokens or target_examples)"
             )
+        if self.matched_repetition and self.target_tokens is self.target_examples is None:
+            raise UserError(
+                "matched_repetition: True needs the size of the final training (give target_tokens "
+                "or target_examples)"
+            )
         if self.new_share is not None:
             require_within(self, "(0, 1)", "new_share")
         for name in ("new_share", "keep_ratios"):
             if getattr(self, name) and not self.weights:
                 raise UserError(f"{name}: needs the weights of a former run (give --weights)")
+
+    def _check_groups(self) -> None:
+        low_S, high_S = ([getattr(s, of) for s in self.sources] for of in ("low", "high"))
+        ranges([source.name for source in self.sources], low_S, high_S, self.groups)
+        if self.keep_ratios:
+            raise UserError("keep_ratios: True and bounds of groups exclude each other (drop one)")

@@ -2,8 +2,13 @@
 
 a training of N examples under p draws p_i N of source i, and passes it p_i N / n_i times; one of
 T tokens has N = T / Σ_j p_j L_j examples, L_j the mean length of those of source j
+a training of N examples under p draws p_i N of source i, and passes it p_i N / n_i times
+
+A search of D examples would pass it p_i D / n_i times. It passes n_i D / N rows of it as often as
+the training does n_i (matched repetition, arXiv 2606.07597).
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,3 +86,22 @@ def caps(config: Config, sources: Sequence[Source]) -> list[float] | None:
             "the target, or add sources)"
         )
     return [most * count / given for count in counts]
+
+
+def kept_rows(config: Config, sources: Sequence[Source]) -> list[int] | None:
+    """Rows of each source that make the search repeat them as the final training will.
+
+    None where that is not asked for. All rows where the search is as long. A length in tokens is
+    one of so many examples as all of the sources' have on average.
+    """
+    given = target(config)
+    if not config.data.matched_repetition or given is None:
+        return None
+    counts = natural_counts(sources)
+    pairs = zip(counts, lengths(config, sources), strict=True)
+    mean = sum(count * length for count, length in pairs) / sum(counts)
+    share = config.train.train_iters * config.train.global_batch_size * mean / given
+    return [
+        min(len(source), math.ceil(count * share - 1e-9))
+        for source, count in zip(sources, counts, strict=True)
+    ]

@@ -8,7 +8,7 @@ RunState ─ data      sources, validation sets, their samplers
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ from megatron_scalebio.data.load_tokenizer import require_ids_of
 from megatron_scalebio.data.reuse import Reused, reused
 from megatron_scalebio.data.sources import Source, open_sources, shared_vocab_size
 from megatron_scalebio.engine.clock import StepClock
+from megatron_scalebio.engine.epochs import natural_counts
 from megatron_scalebio.engine.schedule import Schedule
 from megatron_scalebio.logs.opening import opening
-from megatron_scalebio.mixture.sampler import BlendSampler, Picks
+from megatron_scalebio.mixture.sampler import BlendSampler, Ints, Picks, shuffled_index
 from megatron_scalebio.model.init import initialize_weights, seed_generators
 from megatron_scalebio.model.provider import model_provider
 from megatron_scalebio.model.settings import ddp_config, optimizer_config, transformer_config
 
+KEPT_SEED = 2**32  # above the run's: which rows are kept has nothing to do with their order
 Record = dict[str, Any]  # of a step: what metrics.jsonl has of it
 
 
@@ -75,12 +77,8 @@ class Data:
         self.shares_V = weights / weights.sum() if len(weights) else weights
         train, seed = config.train, config.train.seed
         assert train.validation_batch_size is not None
-        self.sampler = BlendSampler(
-            [len(source) for source in self.sources],
-            train.global_batch_size,
-            seed,
-            config.bilevel.floor_share,
-        )
+        self._whole_S = np.array([len(source) for source in self.sources])
+        self.keep(self._whole_S.tolist())
         self.validation_sampler = BlendSampler(
             [len(source) for source in self.validation],
             train.validation_batch_size,
@@ -105,6 +103,25 @@ class Data:
             * (parallel.pipeline_model_parallel_size if interleaved else 1),
         )
 
+    def keep(self, rows_S: list[int]) -> None:
+        """Draws from so many rows of each source from now on, chosen by the run's seed."""
+        train = self.config.train
+        self._keeps_some = rows_S != self._whole_S.tolist()
+        self.sampler = BlendSampler(
+            rows_S, train.global_batch_size, train.seed, self.config.bilevel.floor_share
+        )
+
+    def rows(self, group_B: Ints, index_B: Ints) -> Ints:
+        """The rows of sources that numbers of kept ones stand for."""
+        if not self._keeps_some:
+            return index_B
+        seed = self.config.train.seed + KEPT_SEED
+        return shuffled_index(index_B, self._whole_S[group_B], group_B, seed)
+
+    def kept(self, picks: Picks) -> Picks:
+        """Picks of a sampler of kept rows, as rows of the sources."""
+        return replace(picks, index_B=self.rows(picks.group_B, picks.index_B))
+
     def _open(self, cache: Path) -> None:
         data, first = self.config.data, runtime.is_main()
         entries: list[SourceConfig | ValidationConfig]
@@ -123,7 +140,7 @@ class Data:
         Args:
             shares_V: of the validation sets [as configured].
         """
-        picks = self.sampler.next(probs_S.numpy())
+        picks = self.kept(self.sampler.next(probs_S.numpy()))
         valid_picks = self.validation_sampler.next(
             self.shares_V if shares_V is None else shares_V.numpy()
         )
@@ -138,7 +155,8 @@ class Data:
         data = self.config.data
         if not data.weights:
             return None
-        return reused(Path(data.weights), [s.name for s in self.sources], data.new_share)
+        names, counts = [s.name for s in self.sources], natural_counts(self.sources)
+        return reused(Path(data.weights), names, data.new_share, examples_S=counts)
 
     def initial_weights(self) -> list[float]:
         """The configured weights of the sources, not normalised; equal where none are given."""

@@ -150,9 +150,8 @@ class RunConsole:
         ranked = sorted(weights["sources"], key=lambda entry: -entry["weight"])
         for entry in ranked[:ROWS_SHOWN]:
             name = entry["name"]
-            bound = f" ({entry['bound']})" if entry.get("bound") else ""
             row: list[str | Text] = [
-                plain(name), percent(entry["weight"]) + bound, _interval(entry),
+                plain(name), _weight(entry), _interval(entry),
                 percent(entry["initial_weight"]), percent(natural.get(name)),
             ]  # fmt: skip
             if known:
@@ -207,7 +206,7 @@ class RunConsole:
             of_level = [g for g in weights["groups"] if g["level"] == level["level"]]
             table = _table("group", "weight", confidence)
             for entry in sorted(of_level, key=lambda entry: -entry["weight"])[:ROWS_SHOWN]:
-                table.add_row(plain(entry["name"]), percent(entry["weight"]), _interval(entry))
+                table.add_row(plain(entry["name"]), _weight(entry), _interval(entry))
             self.console.print(table)
             self._note_hidden(len(of_level) - ROWS_SHOWN, "groups")
             self._verdict(level, f"{len(of_level):,} groups, ")
@@ -275,6 +274,11 @@ def _top_weights(names: Sequence[str], weights: Sequence[float]) -> str:
     shown = [shorten(printable(names[i]), TOP_NAME_CHARS) for i in top]
     shares = [f"{100 * weights[i]:.0f}%" for i in top]
     return ", ".join(f"{name} {share}" for name, share in zip(shown, shares, strict=True))
+
+
+def _weight(entry: Mapping[str, Any]) -> str:
+    """With the bound that holds it, if one does."""
+    return percent(entry["weight"]) + (f" ({entry['bound']})" if entry.get("bound") else "")
 
 
 def _interval(entry: Mapping[str, Any]) -> str:

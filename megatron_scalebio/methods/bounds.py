@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 
 from megatron_scalebio.config import Config
+from megatron_scalebio.config.bounds import Range, members_of_groups, ranges
 from megatron_scalebio.data.reuse import reused
+from megatron_scalebio.data.sources import Source
 from megatron_scalebio.data.weights_file import check_weights
 from megatron_scalebio.engine.epochs import caps, lengths
 from megatron_scalebio.engine.outputs import natural_shares
@@ -42,13 +44,49 @@ def constraints_of(config: Config, data: Data, kappa: float) -> Constraints | No
                 "data.keep_ratios: True and bounds of single sources exclude each other (drop one)"
             )
     low_S, high_S, repetition = bounds_of(config, data, tied_S)
-    is_bounded = repetition is not None or any(low_S) or min(high_S) < 1.0
+    groups, bounds = [], config.data.groups
+    if bounds and repetition is not None:
+        raise UserError(
+            "data.groups: bounds of groups and target_tokens exclude each other where sources "
+            "differ in length (give target_examples)"
+        )
+    if bounds:
+        low_S, high_S = map(list, zip(*_ranges(config, data.sources)[0], strict=True))
+        members = members_of_groups([source.name for source in data.sources])
+        groups = [(members[g], bounds[g].low, bounds[g].high) for g in members if g in bounds]
+    is_bounded = bool(groups) or repetition is not None or any(low_S) or min(high_S) < 1.0
     if not kappa and tied_S is None and not is_bounded:
         return None
     prior_S = prior_of(config, data) if kappa else None
     return Constraints(
-        low_S, high_S, prior=prior_S, kl_to_prior=kappa, tied=tied_S, repetition=repetition
-    )
+        low_S, high_S, prior=prior_S, kl_to_prior=kappa, tied=tied_S, groups=groups,
+        repetition=repetition,
+    )  # fmt: skip
+
+
+def group_ranges(config: Config, sources: Sequence[Source]) -> dict[str, Range]:
+    """The least and the largest weight that each group can have; {} without bounds of groups.
+
+    By name; a source outside of any group is one of its own.
+    """
+    if not config.data.groups:
+        return {}
+    of_sources, of_groups = _ranges(config, sources)
+    names = [source.name for source in config.data.sources]
+    return {**dict(zip(names, of_sources, strict=True)), **of_groups}
+
+
+def _ranges(config: Config, sources: Sequence[Source]) -> tuple[list[Range], dict[str, Range]]:
+    """`ranges` with the caps of repetition."""
+    entries, cap_S = config.data.sources, caps(config, sources)
+    low_S, high_S = [entry.low for entry in entries], [entry.high for entry in entries]
+    if cap_S is not None:
+        triples = zip(high_S, cap_S, lengths(config, sources), strict=True)
+        high_S = [min(high, cap * length) for high, cap, length in triples]
+    try:
+        return ranges([entry.name for entry in entries], low_S, high_S, config.data.groups)
+    except UserError as error:
+        raise UserError(f"data.{error}") from None
 
 
 def bounds_of(
@@ -123,12 +161,16 @@ def refuse_bounds(config: Config) -> None:
         if method in BOUNDED
         else {
             f"data.sources: the bounds of {bound.name if bound else None!r}": bound is not None,
+            f"data.groups: the bounds of {next(iter(config.data.groups), None)!r}": bool(
+                config.data.groups
+            ),
             "data.keep_ratios": config.data.keep_ratios,
             "data.max_epochs": config.data.max_epochs is not None,
             "bilevel.kl_to_prior": config.bilevel.kl_to_prior > 0,
         }
     )
     asked |= {
+        "data.matched_repetition": config.data.matched_repetition,
         "bilevel.objective": config.bilevel.objective != "mean",
         "bilevel.interactions": config.bilevel.interactions,
         f"data.validation: the bound of {held.name if held else None!r}": held is not None,
@@ -144,15 +186,16 @@ def at_bounds(kept: Constraints | None, weight_S: Sequence[float]) -> list[str |
     """Which bound holds each weight, if there are any: "fixed", "min" or "max"."""
     if kept is None:
         return None
-    close = 1e-6
-    names: list[str | None] = [None] * len(weight_S)
     high_S = kept.highest(torch.tensor(weight_S, dtype=torch.float64))
-    for number in range(len(names)):
-        weight, low, high = (float(x[number]) for x in (weight_S, kept.low_S, high_S))
-        if low == high:
-            names[number] = "fixed"
-        elif high - weight <= close * high and high < 1:
-            names[number] = "max"
-        elif weight - low <= close * weight and low > 0:
-            names[number] = "min"
-    return names
+    ends = zip(weight_S, kept.low_S, high_S, strict=True)
+    return [at_bound(float(weight), float(low), float(high)) for weight, low, high in ends]
+
+
+def at_bound(weight: float, low: float, high: float) -> str | None:
+    """Which bound holds a weight, if one does."""
+    close = 1e-6
+    if low == high:
+        return "fixed"
+    if high - weight <= close * high and high < 1:
+        return "max"
+    return "min" if weight - low <= close * weight and low > 0 else None

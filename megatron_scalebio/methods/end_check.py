@@ -27,7 +27,7 @@ docs/experiments.md.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -143,16 +143,19 @@ def end_check(
     looked_at = [*data.validation, *(data.sources[i] for i in used)]
     if not steps or bio.mixture.constraints is not None or len(weight_S) > MOST_SOURCES:
         return None
-    if min(len(source) for source in looked_at) < 2:
+    sizes = [*map(len, data.validation), *(int(data.sampler.sizes_S[i]) for i in used)]
+    if min(sizes) < 2:
         return None
     say(f"check of the weights: {steps} steps for each of {len(used)} sources in use")
     examples = steps * config.train.global_batch_size
     draw = np.random.default_rng((config.train.seed, 5))
     shares = [len(data.validation)] * len(data.validation) + [len(used)] * len(used)
     index = [
-        draw.permutation(len(source))[: max(examples // share, 2)]
-        for source, share in zip(looked_at, shares, strict=True)
+        draw.permutation(size)[: max(examples // share, 2)]
+        for size, share in zip(sizes, shares, strict=True)
     ]
+    for place, i in enumerate(used, len(data.validation)):
+        index[place] = data.rows(np.full(len(index[place]), i), index[place])
     gains = []
     with _set_aside(bio, weight_S):
         for i in used:
@@ -268,14 +271,17 @@ def _lean(state: RunState, bio: ScaleBiO, source: int, steps: int) -> bool:
         period.resync(1.0)  # by then, the run's own resets may leave a part
     batch, seed = config.train.global_batch_size, config.train.seed + 2 + source
     sampler = BlendSampler(data.sampler.sizes_S.tolist(), batch, seed, config.bilevel.floor_share)
-    stand_in = BlendSampler([len(data.sources[source])], batch, seed)
+    stand_in = BlendSampler([int(data.sampler.sizes_S[source])], batch, seed)
     rates = state.schedule.at(config.train.train_iters // 2)
     least = _least_rate(bio, steps) if config.parallel.bf16 else 0.0
     for _ in range(steps):
-        picks = sampler.next(bio.weights)
+        picks, lean_to = data.kept(sampler.next(bio.weights)), stand_in.next(np.ones(1))
+        rows_B = data.rows(np.full(batch, source), lean_to.index_B)
         with runtime.refused_together():
             train = micro_batches(data.sources, picks, data.layout)
-            lean = micro_batches([data.sources[source]], stand_in.next(np.ones(1)), data.layout)
+            lean = micro_batches(
+                [data.sources[source]], replace(lean_to, index_B=rows_B), data.layout
+            )
         report = bio.step(
             train, lean, max(rates.lr_w, least), lr_u=max(rates.lr_u, least), lr_lambda=0.0,
             alpha=ALPHA, inclusion=picks.inclusion_S,

@@ -42,6 +42,7 @@ class Found:
         verdict: whether they have converged, and why; None: the method can't tell.
         at_bound_S: the bound that holds each weight: "fixed", "min", "max", or none; None: it has
             no bounds.
+        kept_S: rows of each source that were offered; None: all.
         selected_S: chosen examples of each source, indices, ascending; None: it chooses none.
         stages: mixtures of a training, each from its step on, where the method has them.
         interaction: which source serves which validation set; None: not asked for, or not known.
@@ -59,6 +60,7 @@ class Found:
     high_S: list[float] | None = None
     verdict: Verdict | None = None
     at_bound_S: list[str | None] | None = None
+    kept_S: list[int] | None = None
     selected_S: list[list[int]] | None = None
     stages: list[tuple[int, list[float]]] = field(default_factory=list)
     interaction: Interaction | None = None
@@ -93,7 +95,7 @@ def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, A
         False, "; ".join([f"{method} gives no intervals", *found.remarks])
     )
     nothing = [None] * len(found.sources)
-    rows = zip(
+    columns = zip(
         found.sources, found.weight_S, found.low_S or nothing, found.high_S or nothing,
         found.initial_S, strict=True,
     )  # fmt: skip
@@ -107,7 +109,7 @@ def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, A
             "ci_high": high,
             "initial_weight": initial,
         }
-        for source, weight, low, high, initial in rows
+        for source, weight, low, high, initial in columns
     ]
     passes = epochs(config, found.sources, found.weight_S)
     target: dict[str, Any] = {}
@@ -118,6 +120,8 @@ def write_found(folder: Path, found: Found, config: Config) -> tuple[dict[str, A
             target["max_epochs"] = config.data.most_epochs
         for entry, times in zip(entries, passes, strict=True):
             entry["epochs"] = times
+    for entry, rows in zip(entries, found.kept_S or (), strict=False):
+        entry["rows_kept"] = rows
     for entry, bound in zip(entries, found.at_bound_S or (), strict=False):
         entry["bound"] = bound
     content = {

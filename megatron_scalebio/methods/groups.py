@@ -4,15 +4,18 @@ Their weights are sums over their sources, and so are known where those of singl
 of near-duplicates the sum is, how it is shared is not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_scalebio.config.bounds import Range
 from megatron_scalebio.core.scalebio import ScaleBiO
+from megatron_scalebio.methods.bounds import at_bound
 from megatron_scalebio.mixture.confidence import (
+    Verdict,
     covariance_of_sums,
     judge_convergence,
     weight_intervals,
@@ -59,12 +62,14 @@ def described(
     validation_examples: float | None,
     known: bool,
     draw_SS: torch.Tensor | None = None,
+    ranges: Mapping[str, Range] | None = None,
 ) -> dict[str, Any]:
     """Weights of groups with their intervals, and a verdict on each level, for weights.json.
 
     Args:
         known: enough steps were averaged for an interval.
         draw_SS: as of `weight_intervals`, of the sources.
+        ranges: the least and the largest weight of each group, by name, where groups have bounds.
     """
     core, options, path = core_levels(levels), bio.options, bio.mixture.trajectory
     if core is None:
@@ -77,13 +82,20 @@ def described(
         found = weight_intervals(tail_BG, options.confidence, validation_examples, (), draw_GG)
         ends = (x.tolist() for x in (found.weight_S, found.low_S, found.high_S))
         for name, weight, low, high in zip(level.names, *ends, strict=True):
-            ends_told = {"ci_low": low, "ci_high": high} if known else _NO_INTERVAL
-            groups.append({"level": level.depth, "name": name, "weight": weight, **ends_told})
+            told: dict[str, Any] = {"level": level.depth, "name": name, "weight": weight}
+            if ranges:
+                least, most = ranges[name]
+                low, high = min(max(low, least), most), min(max(high, least), most)
+                told["bound"] = at_bound(weight, least, most)
+            groups.append({**told, **({"ci_low": low, "ci_high": high} if known else _NO_INTERVAL)})
+        free = [g for g, name in enumerate(level.names) if not ranges or len(set(ranges[name])) > 1]
         judged = judge_convergence(
-            tail_BG, level.names, block_length=path.block_length, tolerance=options.tolerance,
-            confidence=options.confidence, constant_rate=constant_rate,
-            validation_examples=validation_examples, unless=bio.short_memory(), draw_SS=draw_GG,
-        )  # fmt: skip
+            tail_BG[:, free], [level.names[g] for g in free], block_length=path.block_length,
+            tolerance=options.tolerance, confidence=options.confidence,
+            constant_rate=constant_rate, validation_examples=validation_examples,
+            unless=bio.short_memory(),
+            draw_SS=None if draw_GG is None else draw_GG[free][:, free],
+        ) if free else Verdict(True, "all are fixed")  # fmt: skip
         verdicts.append({
             "level": level.depth, "groups": len(level.names), "converged": judged.converged,
             "reason": judged.reason,

@@ -15,16 +15,16 @@ from megatron_scalebio.core.scalebio import ScaleBiO, StepReport
 from megatron_scalebio.data.sources import repeated_data
 from megatron_scalebio.data.weights_file import much_shorter
 from megatron_scalebio.engine import outputs
-from megatron_scalebio.engine.epochs import target
+from megatron_scalebio.engine.epochs import kept_rows, target
 from megatron_scalebio.engine.loop import logged_steps
 from megatron_scalebio.engine.run_log import RunLog
 from megatron_scalebio.engine.start import Job, resume_or_start
 from megatron_scalebio.engine.state import Record, RunState
 from megatron_scalebio.engine.update import with_names
 from megatron_scalebio.errors import UserError
-from megatron_scalebio.formatting import quantity
+from megatron_scalebio.formatting import few, quantity
 from megatron_scalebio.logs.source_table import LISTED_SOURCES
-from megatron_scalebio.methods.bounds import at_bounds, constraints_of
+from megatron_scalebio.methods.bounds import at_bounds, constraints_of, group_ranges
 from megatron_scalebio.methods.end_check import EndCheck, end_check
 from megatron_scalebio.methods.example_scores import VISITS_FILE, ExampleVisits
 from megatron_scalebio.methods.found import Found
@@ -106,6 +106,7 @@ def find(config: Config, job: Job) -> Found:
         initial_S=initial_S,
         cost=state.cost,
         step=state.step,
+        kept_S=state.kept_S,
         complete=finished,
         low_S=intervals.low_S.tolist() if known else None,
         high_S=intervals.high_S.tolist() if known else None,
@@ -123,6 +124,7 @@ def find(config: Config, job: Job) -> Found:
                 state.validation_examples,
                 known,
                 state.draw_SS,
+                group_ranges(config, state.data.sources),
             ),
             **({"final_check": state.check.told(state.training.sources)} if state.check else {}),
             **sets,
@@ -154,6 +156,9 @@ class TrainState(RunState):
     def __init__(self, config: Config, cache: Path, groups: Level | None = None) -> None:
         self._groups = groups
         super().__init__(config, "reweight", cache)
+        self.kept_S = kept_rows(config, self.data.sources)
+        if self.kept_S is not None:
+            self.data.keep(self.kept_S)
         self.sets = SetRecord(config)
         self.interactions = interactions_of(config, self.data)
         self.visits: ExampleVisits | None = None
@@ -188,6 +193,7 @@ class TrainState(RunState):
         data, bilevel = self.config.data, self.config.bilevel
         bounds = [(source.low, source.high) for source in data.sources]
         digest = hashlib.sha256(repr(bounds).encode()).hexdigest()[:8]
+        groups = {name: (group.low, group.high) for name, group in sorted(data.groups.items())}
         length = target(self.config)
         held = [(v.reference_loss, v.max_loss, v.max_loss_rise) for v in data.validation]
         return {
@@ -195,12 +201,14 @@ class TrainState(RunState):
             "bilevel.prior": (bilevel.prior or "natural") if bilevel.kl_to_prior else None,
             "data.target": length,
             "data.max_epochs": data.most_epochs if length else None,
+            "data.matched_repetition": data.matched_repetition or None,
             "data.keep_ratios": data.keep_ratios or None,
             "bilevel.objective": bilevel.objective if bilevel.objective != "mean" else None,
             "bilevel.interactions": bilevel.interactions or None,
             "bilevel.level": bilevel.level if bilevel.level != "source" else None,
             "bounds of data.validation": held if set(held) - {(None,) * 3} else None,
             "bounds of data.sources": digest if set(bounds) - {(0.0, 1.0)} else None,
+            "bounds of data.groups": groups or None,
         }
 
     def measure_start(self) -> None:
@@ -364,7 +372,8 @@ def _seen_too_often(state: TrainState) -> str:
     """
     data = state.data
     train, valid = data.sampler, data.validation_sampler
-    used_S = state.training.weights >= RESOLUTION
+    # Kept rows are repeated as the final training will repeat them.
+    used_S = (state.training.weights >= RESOLUTION) & (state.kept_S is None)
     passes = [*(train.drawn_S / train.sizes_S * used_S), *(valid.drawn_S / valid.sizes_S)]
     most = int(np.argmax(passes))
     if passes[most] <= MANY_PASSES:
@@ -387,7 +396,15 @@ def _facts(state: TrainState) -> dict[str, object]:
         **({"groups": f"{groups} above the sources"} if groups else {}),
         **goal_told(config),
         **({} if length is None else {"target": repeated}),
+        **({} if state.kept_S is None else {"rows": _kept_told(state, state.kept_S)}),
         "steps": f"{train.train_iters} of {train.global_batch_size} training and "
         f"{train.validation_batch_size} validation sequences",
         "mixture": f"{bilevel.mixture_optimizer} lr {bilevel.lr_lambda:g}, alpha {bilevel.alpha:g}",
     }
+
+
+def _kept_told(state: TrainState, kept_S: list[int]) -> str:
+    """The sources of fewest rows first: those wear out."""
+    pairs = sorted(zip(kept_S, state.data.sources, strict=True), key=lambda pair: pair[0])
+    kept = [f"{source.name} {rows:,} of {len(source):,}" for rows, source in pairs]
+    return f"the search repeats them as the final training will: {few(kept)}"

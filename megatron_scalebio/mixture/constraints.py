@@ -9,6 +9,10 @@ prior and η the step's size,
 is the p that minimises ⟨g, p⟩ + κ KL(p ‖ π) + KL(p ‖ p_t) / η within the bounds. Sources that keep
 their ratios move by the mean of their g under p, and are pulled by that of log p_i / π_i, as one
 source of their sum would be. Caps on repetition that depend on the mixture: `Repetition`.
+
+A group G with bounds of its sum has a factor c_G of its own in place of c: c, but no less than the
+one at which its sources add up to its lower bound, nor more than that of its upper one. So these
+two mixtures of its sources are their bounds in what is around it; groups in groups, inner first.
 """
 
 from bisect import bisect_left
@@ -32,6 +36,8 @@ class Constraints:
         kl_to_prior: κ, the strength of that pull, in units of the hypergradient.
         tied: sources whose weights keep their initial ratios.
         repetition: caps besides `high`, which depend on the mixture's mean length.
+        groups: sources whose sum has bounds, and these; any two are apart or one in the other,
+            the inner one first.
 
     Raises:
         ValueError: if no mixture is within the bounds, or the prior is not a mixture.
@@ -46,12 +52,14 @@ class Constraints:
         kl_to_prior: float = 0.0,
         tied: Sequence[bool] | None = None,
         repetition: Repetition | None = None,
+        groups: Sequence[tuple[Sequence[int], float, float]] = (),
     ) -> None:
         self.low_S = torch.tensor(low, dtype=torch.float64)
         self.high_S = torch.tensor(high, dtype=torch.float64)
+        self._groups = [(torch.tensor(of), least, most) for of, least, most in groups]
+        self.repetition: Repetition | None = None  # the bounds alone are looked at first
         ordered = ((self.low_S >= 0) & (self.low_S <= self.high_S) & (self.high_S > 0)).all()
-        least, most = float(self.low_S.sum()), float(self.high_S.sum())
-        if not ordered or not least - 1e-9 <= 1 <= most + 1e-9:
+        if not ordered or not self._are_kept():
             raise ValueError("no mixture is within the bounds")
         self.repetition = repetition
         if repetition is not None:
@@ -68,6 +76,12 @@ class Constraints:
                 raise ValueError("a prior needs a weight above 0 of every source")
             self._log_prior_S = (prior_S / prior_S.sum()).log()
         self._tied_S = torch.tensor(tied or [False] * len(low))
+
+    def _are_kept(self) -> bool:
+        """Whether the projection, wherever it is from, meets all bounds of sums."""
+        p_S = self.project(torch.ones_like(self.low_S))
+        sums = [(p_S, 1.0, 1.0), *((p_S[of], low, high) for of, low, high in self._groups)]
+        return all(low - 1e-9 <= float(x.sum()) <= high + 1e-9 for x, low, high in sums)
 
     @property
     def free_S(self) -> torch.Tensor:
@@ -101,7 +115,11 @@ class Constraints:
     def holds(self, weight_S: torch.Tensor) -> bool:
         """Whether a mixture is within the bounds, to rounding."""
         above_S = weight_S >= self.low_S * (1 - _CLOSE)
-        return bool((above_S & (weight_S <= self.highest(weight_S) * (1 + _CLOSE))).all())
+        below_S = weight_S <= self.highest(weight_S) * (1 + _CLOSE)
+        sums = [(float(weight_S[of].sum()), low, high) for of, low, high in self._groups]
+        return bool((above_S & below_S).all()) and all(
+            low * (1 - _CLOSE) <= whole <= high * (1 + _CLOSE) for whole, low, high in sums
+        )
 
     def project(self, weights_S: torch.Tensor) -> torch.Tensor:
         """The mixture within the bounds that is nearest to q, positive weights, in KL(p ‖ q)."""
@@ -112,25 +130,13 @@ class Constraints:
         )
 
     def _within(self, weights_S: torch.Tensor, high_S: torch.Tensor) -> torch.Tensor:
-        """The projection of q, with these largest weights.
-
-        Σ_i min(high_i, max(low_i, c q_i)) grows with c, in straight pieces between the c at which
-        a source leaves its lower bound or meets its upper one: the piece is searched, then solved.
-        """
-        edges = torch.cat([self.low_S / weights_S, high_S / weights_S]).sort().values.tolist()
-
-        def clipped(scale: float) -> torch.Tensor:
-            return (scale * weights_S).clamp(self.low_S, high_S)
-
-        def mass(scale: float) -> float:
-            return float(clipped(scale).sum())
-
-        place = bisect_left(edges, 1.0, key=mass)
-        if not 0 < place < len(edges):  # all at a bound
-            return clipped(edges[min(place, len(edges) - 1)])
-        begin, end = edges[place - 1], edges[place]
-        share = (1 - mass(begin)) / (mass(end) - mass(begin))
-        return clipped(begin + share * (end - begin))
+        """The projection of q, with these largest weights."""
+        low_S, high_S = self.low_S.clone(), high_S.clone()
+        for group, least, most in self._groups:
+            of_group = weights_S[group], low_S[group], high_S[group]
+            low_S[group] = scaled(*of_group, max(least, float(of_group[1].sum())))
+            high_S[group] = scaled(*of_group, min(most, float(of_group[2].sum())))
+        return scaled(weights_S, low_S, high_S, 1.0)
 
     def narrow(self, found: WeightIntervals) -> WeightIntervals:
         """Intervals without what is out of bounds."""
@@ -141,3 +147,27 @@ class Constraints:
             high_S=found.high_S.clamp(self.low_S, highest_S),
             half_width_S=found.half_width_S.minimum(highest_S - self.low_S),
         )
+
+
+def scaled(
+    weights_S: torch.Tensor, low_S: torch.Tensor, high_S: torch.Tensor, whole: float
+) -> torch.Tensor:
+    """min(high_i, max(low_i, c q_i)) with the c at which they add up to the whole, or nearest.
+
+    Their sum grows with c, in straight pieces between the c at which a source leaves its lower
+    bound or meets its upper one: the piece is searched, then solved.
+    """
+    edges = torch.cat([low_S / weights_S, high_S / weights_S]).sort().values.tolist()
+
+    def clipped(scale: float) -> torch.Tensor:
+        return (scale * weights_S).clamp(low_S, high_S)
+
+    def mass(scale: float) -> float:
+        return float(clipped(scale).sum())
+
+    place = bisect_left(edges, whole, key=mass)
+    if not 0 < place < len(edges):  # all at a bound
+        return clipped(edges[min(place, len(edges) - 1)])
+    begin, end = edges[place - 1], edges[place]
+    share = (whole - mass(begin)) / (mass(end) - mass(begin))
+    return clipped(begin + share * (end - begin))

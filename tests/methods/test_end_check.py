@@ -221,9 +221,9 @@ def test_what_can_not_be_checked_is_not_begun(
         parallel=SimpleNamespace(low_precision=None),
     )  # fmt: skip
     sources = [range(9), range(examples), *[range(1)] * (len(weights) - 2)]
-    state: Any = SimpleNamespace(
-        config=config, data=SimpleNamespace(sources=sources, validation=[range(5)])
-    )
+    sampler = SimpleNamespace(sizes_S=[len(source) for source in sources])
+    data = SimpleNamespace(sources=sources, validation=[range(5)], sampler=sampler)
+    state: Any = SimpleNamespace(config=config, data=data)
     bio: Any = SimpleNamespace(mixture=SimpleNamespace(constraints=kept))
     weight_S = torch.tensor(weights, dtype=torch.float64)
 

@@ -239,3 +239,57 @@ def test_intervals_end_at_the_bounds() -> None:
 def test_what_no_mixture_can_keep_to_is_refused(low: list, high: list, options: dict) -> None:
     with pytest.raises(ValueError, match=r"within the bounds|a prior needs"):
         Constraints(low, high, **options)
+
+
+GROUPS = [([1, 2], 0.05, 0.2), ([0, 1, 2, 3], 0.3, 0.5), ([4, 5], 0.1, 1.0), ([6], 0.0, 0.15)]
+NESTED_LOW = [0.0, 0.02, 0.0, 0.1, 0.0, 0.05, 0.0, 0.0]
+NESTED_HIGH = [1.0, 0.1, 1.0, 0.3, 0.2, 1.0, 1.0, 0.4]
+
+
+def least_kl_in_groups(q: np.ndarray) -> np.ndarray:
+    """The nearest mixture, by a solver that knows nothing of factors."""
+    rows = [np.isin(np.arange(8), of).astype(float) for of, _, _ in GROUPS]
+    ends = [(low, high) for _, low, high in GROUPS]
+    bounds = [
+        {"type": "ineq", "fun": lambda p, row=row, end=end, sign=sign: sign * (row @ p - end)}
+        for row, pair in zip(rows, ends, strict=True)
+        for sign, end in zip((1.0, -1.0), pair, strict=True)
+    ]
+    whole = {"type": "eq", "fun": lambda p: p.sum() - 1}
+    found = minimize(
+        lambda p: kl(p, q), [0.2, 0.05, 0.05, 0.15, 0.1, 0.2, 0.1, 0.15],
+        jac=lambda p: np.log(np.maximum(p, 1e-300) / q) + 1,
+        bounds=list(zip(NESTED_LOW, NESTED_HIGH, strict=True)), constraints=[whole, *bounds],
+        method="SLSQP", options={"ftol": 1e-15, "maxiter": 2000},
+    )  # fmt: skip
+    return found.x
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_projection_is_the_nearest_within_bounds_of_groups_in_groups(seed: int) -> None:
+    q = np.random.default_rng(seed).dirichlet(np.full(8, 0.4)) + 1e-6
+    got = Constraints(NESTED_LOW, NESTED_HIGH, groups=GROUPS).project(tensor(q)).numpy()
+    assert got.sum() == pytest.approx(1, abs=1e-12)
+    for of, low, high in GROUPS:
+        assert low - 1e-12 <= got[of].sum() <= high + 1e-12
+    want = least_kl_in_groups(q)
+    assert kl(got, q) <= kl(want, q) + 1e-9
+    np.testing.assert_allclose(got, want, atol=3e-4)
+
+
+@pytest.mark.parametrize("kind", ["eg", "adamw"])
+def test_every_step_is_within_the_bounds_of_groups(kind: str) -> None:
+    kept = Constraints(NESTED_LOW, NESTED_HIGH, groups=GROUPS)
+    mixture = Mixture([1.0] * 8, kind, kept, Levels([[0, 0, 0, 0, 1, 1, 2, 3]]))
+    for g_S in [*noise(60, 8), tensor([5.0, -50.0, -50.0, 0.0, 9.0, 1.0, -40.0, 3.0])]:
+        mixture.step(g_S, 0.3, memory=1.5)
+        for weights_S in (mixture.probs_S, mixture.initial_S):
+            for of, low, high in GROUPS:
+                assert low - 1e-12 <= float(weights_S[of].sum()) <= high + 1e-12
+
+
+@pytest.mark.parametrize("groups", [[([0, 1], 0.0, 0.3)], [([0, 1], 0.7, 1.0)]])
+def test_groups_that_no_mixture_keeps_to_are_refused(groups: Any) -> None:
+    low, high = ([0.2, 0.2, 0.0], [0.3, 0.3, 1.0])
+    with pytest.raises(ValueError, match="within the bounds"):
+        Constraints(low, high, groups=groups)
