@@ -51,6 +51,9 @@ def test_the_site_lists_every_option(site: Path) -> None:
         for spec in fields(get_type_hints(Config)[section.name]):
             assert f"<code>{spec.name}</code>" in page, f"{name}.{spec.name}"
     assert "<code>--lr</code>" in page and "peak learning rate of the model (w)" in page
+    for flag in ("--train-sentencepiece", "--max-epochs", "--mt-bench", "--dry-run", "--rows"):
+        assert f"<code>{flag}</code>" in page, flag
+    assert page.count("<code>--lr</code>") == 1 and "convert import" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
 import typing
 from dataclasses import MISSING, fields
@@ -12,15 +14,17 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from megatron_scalebio.cli import COMMANDS
 from megatron_scalebio.config import SECTIONS, Config
+from megatron_scalebio.config_loader import add_arguments
 
 OPTIONS = "options.md"
 _INTRODUCTION = """\
 # Every option
 
-These are the options of `reweight`, `train`, `evaluate` and `plan`: in a YAML file under their
-section, or as flags. (For those of `prepare`, `sample`, `convert`, `show` and `compare`, see their
-`--help` or `--help-all`.) Brackets: the default, where it depends on other options.
+First those of a run, which `reweight`, `train`, `evaluate` and `plan` take: in a YAML file under
+their section, or as flags. Then what each command takes besides. Brackets: the default, where it
+depends on other options.
 """
 _OUTSIDE = re.compile(r"\[([^\]]*)\]\((\.\./[^)\s]+)\)")
 
@@ -48,7 +52,7 @@ def on_page_content(html: str, page: Page, **_: Any) -> str:
 
 
 def options_page() -> str:
-    """Every option of a run, as the configuration's own classes have it."""
+    """Every option: of a run, as the configuration's classes have it; of commands, as they do."""
     parts = [_INTRODUCTION]
     for name, section in SECTIONS.items():
         cls = typing.get_type_hints(Config)[section.name]
@@ -58,7 +62,28 @@ def options_page() -> str:
             text = spec.metadata["help"].replace("|", "\\|").replace("<", "&lt;")
             rows.append(f"| `{spec.name}` | {flag} | {_default(spec.default)} | {text} |")
         parts.append("\n".join(rows) + "\n")
+    of_a_run = argparse.ArgumentParser()
+    add_arguments(of_a_run)
+    known = {flag for action in of_a_run._actions for flag in action.option_strings}
+    for name, (module, _) in COMMANDS.items():
+        parser = argparse.ArgumentParser()
+        importlib.import_module(module).add_arguments(parser)
+        parts.append("\n".join(_of_a_command(name, parser, known)) + "\n")
     return "\n".join(parts)
+
+
+def _of_a_command(name: str, parser: argparse.ArgumentParser, known: set[str]) -> list[str]:
+    """Its options but the known ones; of a command with others in it, theirs."""
+    rows, inner = [f"## {name}", "", "| | |", "|---|---|"], []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, each in action.choices.items():
+                inner += ["", *_of_a_command(f"{name} {word}", each, known)]
+        elif not known & {*action.option_strings}:
+            words = action.option_strings or [str(action.metavar or action.dest)]
+            told = (action.help or "").replace("|", "\\|").replace("<", "&lt;")
+            rows.append(f"| {', '.join(f'`{word}`' for word in words)} | {told} |")
+    return (rows if len(rows) > 4 else rows[:2]) + inner
 
 
 def _default(value: Any) -> str:
