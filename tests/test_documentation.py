@@ -54,6 +54,7 @@ def test_the_site_lists_every_option(site: Path) -> None:
     for flag in ("--train-sentencepiece", "--max-epochs", "--mt-bench", "--dry-run", "--rows"):
         assert f"<code>{flag}</code>" in page, flag
     assert page.count("<code>--lr</code>") == 1 and "convert import" in page
+    assert page.count("<code>--seq-length</code>") == 3, "of a run, prepare and sample"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

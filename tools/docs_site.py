@@ -6,6 +6,7 @@ import argparse
 import importlib
 import re
 import typing
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import PurePosixPath
 from typing import Any
@@ -64,26 +65,31 @@ def options_page() -> str:
         parts.append("\n".join(rows) + "\n")
     of_a_run = argparse.ArgumentParser()
     add_arguments(of_a_run)
-    known = {flag for action in of_a_run._actions for flag in action.option_strings}
     for name, (module, _) in COMMANDS.items():
         parser = argparse.ArgumentParser()
         importlib.import_module(module).add_arguments(parser)
-        parts.append("\n".join(_of_a_command(name, parser, known)) + "\n")
+        parts += _of_a_command(name, parser, _flags(of_a_run))
     return "\n".join(parts)
 
 
-def _of_a_command(name: str, parser: argparse.ArgumentParser, known: set[str]) -> list[str]:
-    """Its options but the known ones; of a command with others in it, theirs."""
-    rows, inner = [f"## {name}", "", "| | |", "|---|---|"], []
+def _flags(parser: argparse.ArgumentParser) -> set[str]:
+    return {flag for action in parser._actions for flag in action.option_strings}
+
+
+def _of_a_command(name: str, parser: argparse.ArgumentParser, of_a_run: set[str]) -> Iterator[str]:
+    """Its options but those of a run, if it takes them; of a command with others in it, theirs."""
+    told_already = of_a_run if of_a_run <= _flags(parser) else {"--help"}
+    rows = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for word, each in action.choices.items():
-                inner += ["", *_of_a_command(f"{name} {word}", each, known)]
-        elif not known & {*action.option_strings}:
+                yield from _of_a_command(f"{name} {word}", each, of_a_run)
+        elif not told_already & {*action.option_strings}:
             words = action.option_strings or [str(action.metavar or action.dest)]
             told = (action.help or "").replace("|", "\\|").replace("<", "&lt;")
             rows.append(f"| {', '.join(f'`{word}`' for word in words)} | {told} |")
-    return (rows if len(rows) > 4 else rows[:2]) + inner
+    if rows:
+        yield "\n".join([f"## {name}", "", "| | |", "|---|---|", *rows]) + "\n"
 
 
 def _default(value: Any) -> str:
