@@ -107,9 +107,10 @@ def _read_config(hf: Path) -> HfConfig:
     except _raised_by_transformers() as error:
         line = " ".join(str(error).split())[:300] or type(error).__name__
         if not gguf and (culprit := _culprit(given)):
+            value = str(given[culprit])[:80]
             raise UserError(
-                f"{where}: {culprit}: {str(given[culprit])[:80]!r} is not supported: {line} (mend "
-                "it, or fetch the file again)"
+                f"{where}: {culprit}: {value!r} is not supported by transformers: {line} (mend it, "
+                "or fetch the file again)"
             ) from None
         raise UserError(
             f"{where}: transformers can't read it: {line} (supported: "

@@ -156,7 +156,8 @@ def refuse_bounds(config: Config) -> None:
     method, sources = config.baseline.method, config.data.sources
     bound = next((s for s in sources if s.low > 0 or s.high < 1), None)
     held = next((v for v in config.data.validation if v.is_bounded), None)
-    asked = (
+    asked = {"data.matched_repetition": config.data.matched_repetition}
+    asked |= (
         {}
         if method in BOUNDED
         else {
@@ -170,7 +171,6 @@ def refuse_bounds(config: Config) -> None:
         }
     )
     asked |= {
-        "data.matched_repetition": config.data.matched_repetition,
         "bilevel.objective": config.bilevel.objective != "mean",
         "bilevel.interactions": config.bilevel.interactions,
         f"data.validation: the bound of {held.name if held else None!r}": held is not None,

@@ -127,7 +127,10 @@ IMPORTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "labels of another type": (
         lambda hf: edit_json(hf / "config.json", id2label=5),
-        ["config.json: id2label: '5' is not supported: ", "(mend it, or fetch the file again)"],
+        [
+            "config.json: id2label: '5' is not supported by transformers: ",
+            "(mend it, or fetch the file again)",
+        ],
     ),
     "dtype that is none": (
         lambda hf: edit_json(hf / "config.json", dtype="x"), ["config.json: dtype: 'x' is not"],

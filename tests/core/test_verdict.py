@@ -41,7 +41,7 @@ def run(options: dict, travelling: int = 0) -> SimpleNamespace:
     bio.mixture.logits_S = torch.tensor([0.5, 0.495, 0.005]).log()
     return SimpleNamespace(
         config=config, training=bio, data=data_of(), validation_examples=10**6,
-        check=None, draw_SS=None, lookalikes=None,
+        check=None, draw_SS=None, lookalikes=None, kept_S=None,
     )  # fmt: skip
 
 

@@ -143,7 +143,8 @@ def test_of_many_sources_the_first_remarks_of_each_kind_are_shown() -> None:
     )
     reports = [
         {"name": name, "examples": 10, "truncated": 9, "longest": 33, "ignored_fields": {},
-         "dropped": {"prompt_too_long": int(name == "s1999")}, "skipped": {}}
+         "dropped": {"prompt_too_long": int(name == "s1999")}, "skipped": {},
+         "replaced_letters": 0}
         for name in names
     ]  # fmt: skip
     lines = prepare_cli.remarks(reports, config)

@@ -163,7 +163,7 @@ def test_excluded_sets_are_counted_and_not_drawn(tmp_path: Path, folders: dict[s
     total = config.data.target_examples
     passes = epochs(config, pair, [0.25, 0.75])
     assert passes == pytest.approx([0.25 * total / 40, 0.75 * total / goal])
-    assert caps(config, pair) == pytest.approx([1.0, 20 * goal / total])
+    assert caps(config, pair) == pytest.approx([20 * 40 / total, 20 * goal / total])
 
 
 def test_a_row_that_repeats_a_test_is_no_less_one_where_it_was_not_selected(
