@@ -209,6 +209,8 @@ class Watchdog:
     def _judge_gone(self, gone: Status, what: str) -> None:
         if gone.state == ENDED:
             return
+        if gone.state == FAILED:  # it said so between two looks, and is gone since
+            what = f"ended with {gone.error}"
         ranks = [self._read(rank) for rank in range(self._size)]
         living = [r.rank for r in ranks if r.state == RUNNING and r.rank != gone.rank]
         self._give(gone_line(gone, what, ranks), min(living, default=self._rank))

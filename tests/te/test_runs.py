@@ -27,14 +27,12 @@ RESUMED = [(recipe, lisa) for recipe in RECIPES for lisa in LISA]
 STILL = ["--lr", 1e-30, "--resync-interval", 2, "--train-iters", 3]  # u = w, in every bit
 # Optimizers: torch's in a process without Transformer Engine, its own in one with it.
 KINDS = {"": [], "-sharded": ["--use-distributed-optimizer"], "-fp32": ["--no-bf16"]}
+EXPERTS = ["--num-experts", 4, "--moe-ffn-hidden-size", 48]
 OTHERS = {
-    "experts": [
-        "reweight", *RECIPES["tensorwise"], "--num-experts", 4, "--moe-ffn-hidden-size", 48,
-    ],
-    "experts-lisa": [
-        "reweight", *RECIPES["tensorwise"], "--num-experts", 4, "--moe-ffn-hidden-size", 48,
-        *LISA["-lisa"],
-    ],
+    "experts": ["reweight", *RECIPES["tensorwise"], *EXPERTS],
+    "experts-lisa": ["reweight", *RECIPES["tensorwise"], *EXPERTS, *LISA["-lisa"]],
+    "experts-delayed": ["reweight", *RECIPES["delayed"], *EXPERTS],
+    "experts-blockwise": ["reweight", *RECIPES["blockwise"], *EXPERTS],
     "sharded": ["reweight", *RECIPES["tensorwise"], *KINDS["-sharded"]],
     "sharded-lisa": ["reweight", *RECIPES["blockwise"], *KINDS["-sharded"], *LISA["-lisa"]],
     "train": ["train", *RECIPES["delayed"], *LISA["-lisa"]],
