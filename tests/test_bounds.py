@@ -79,6 +79,8 @@ def on_one_rank(folder_name: str) -> None:
     run(folder, "bad group", {**named, "data": unknown})
     least = {"groups": {"math": {"min_weight": 0.9}}}
     run(folder, "bad group cap", {**named, "data": least}, "--target-examples", 2000)
+    lengths = {**named, "s1": {**named["s1"], **short["s1"]}, "data": fixed}
+    run(folder, "bad group tokens", lengths, "--target-tokens", "5k")
     run(folder, "bad group method", {**named, "data": fixed}, "--method", "doge")
     run(folder, "bad reuse", {}, "--weights", folder / "former")
     run(folder, "bad ratios", {}, "--weights", folder / "target", "--keep-ratios")
@@ -246,6 +248,7 @@ def test_groups_that_are_all_fixed_are_known(folder: Path) -> None:
         ("bad prior", "bilevel.prior: has not the names of the sources: ['s0', 's1'], not"),
         ("bad group", "data.groups: no source is in a group 'maths' (did you mean math?)"),
         ("bad group cap", "data.groups.math.min_weight: 0.9 is above 0.88, the most that its"),
+        ("bad group tokens", "data.groups: bounds of groups and target_tokens exclude each other"),
         ("bad group method", "data.groups: the bounds of 'math': the method 'doge' does not"),
         ("bad reuse", "has no weight of s1 (give new_share"),
         ("bad ratios", "data.keep_ratios: "),

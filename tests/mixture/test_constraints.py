@@ -277,6 +277,24 @@ def test_the_projection_is_the_nearest_within_bounds_of_groups_in_groups(seed: i
     np.testing.assert_allclose(got, want, atol=3e-4)
 
 
+def test_a_resume_goes_by_the_bounds_of_groups() -> None:
+    def bounded(most: float) -> Mixture:
+        return Mixture(
+            [1.0] * 4, "eg", Constraints([0.0] * 4, [1.0] * 4, groups=[([0, 2], 0, most)])
+        )
+
+    former = bounded(0.3)
+    for g_S in noise(60, 4) - tensor([1.0, 0.0, 1.0, 0.0]):
+        former.step(g_S, 0.3)
+    assert float(former.probs_S[[0, 2]].sum()) == pytest.approx(0.3, abs=1e-12)
+    same, narrower = bounded(0.3), bounded(0.2)
+    for mixture in (same, narrower):
+        mixture.load_state_dict(former.state_dict())
+    assert torch.equal(same.trajectory.whole(), former.trajectory.whole())
+    assert narrower.trajectory.steps == 1
+    assert float(narrower.probs_S[[0, 2]].sum()) == pytest.approx(0.2, abs=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["eg", "adamw"])
 def test_every_step_is_within_the_bounds_of_groups(kind: str) -> None:
     kept = Constraints(NESTED_LOW, NESTED_HIGH, groups=GROUPS)
